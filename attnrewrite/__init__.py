@@ -1,0 +1,43 @@
+"""attnrewrite swaps the attention kernels of a PyTorch model inside torch.compile, and says why where it does not."""
+
+from .calls import AttentionCall, Mask, MaskKind
+from .compilers import AttentionCompiler, with_backend
+from .decisions import Accepted, Code, Decision, Refused, decide
+from .machines import Machine, machine_of
+from .plans import AttentionRefusedError, Plan, Site, make_plan
+from .policies import Policy, make_policy
+from .records import Backend, HeadDim, Numerics
+from .registry import names, records_of
+from .reports import Report
+from .sizes import UnbackedSizeError, holds
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Accepted",
+    "AttentionCall",
+    "AttentionCompiler",
+    "AttentionRefusedError",
+    "Backend",
+    "Code",
+    "Decision",
+    "HeadDim",
+    "Machine",
+    "Mask",
+    "MaskKind",
+    "Numerics",
+    "Plan",
+    "Policy",
+    "Refused",
+    "Report",
+    "Site",
+    "UnbackedSizeError",
+    "decide",
+    "holds",
+    "machine_of",
+    "make_plan",
+    "make_policy",
+    "names",
+    "records_of",
+    "with_backend",
+]

@@ -1,0 +1,155 @@
+"""Writes plain PyTorch code into a graph by running it on the graph's own fake tensors.
+
+A kernel's `op` is an ordinary function of tensors. `Emitter` runs it under a `TorchFunctionMode`: every torch call that
+it makes becomes one node, with the fake result as the node's value. So shapes, strides and dtypes of what is emitted are
+PyTorch's own, and a record needs no graph code.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import GraphModule, Node
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from .graphs import INHERITED_META, value_key, value_of
+
+
+class Emitter(TorchFunctionMode):
+    """Emits into one graph. `tensor(node)` gives the fake tensor that stands for a node, `node(tensor)` the way back."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__()
+        self.module = graph_module
+        self.graph = graph_module.graph
+        self.key = value_key(graph_module)
+        self._nodes: dict[int, Node] = {}
+        self._kept: list[torch.Tensor] = []  # alive, so that no id is given twice
+        self._meta: dict[str, Any] = {}
+        self._modules: dict[int, str] = {}
+        self._symbols: dict[str, Node] = {}
+        self._shared: dict[Any, Any] = {}
+
+    def tensor(self, node: Node) -> torch.Tensor:
+        value: torch.Tensor = value_of(node)
+        self._know(value, node)
+        return value
+
+    def node(self, tensor: torch.Tensor) -> Node:
+        return self._nodes[id(tensor)]
+
+    @contextmanager
+    def before(self, node: Node, needs_grad: bool) -> Iterator[None]:
+        """What runs inside is emitted before `node`, as part of the same module and source line."""
+        self._meta = {key: node.meta[key] for key in INHERITED_META if key in node.meta}
+        self._symbols = {}
+        fake_mode = value_of(node).fake_mode
+        with (
+            self.graph.inserting_before(node),
+            torch.set_grad_enabled(needs_grad),
+            torch._C._DisableAutocast(),
+            enable_python_dispatcher(),  # symbolic sizes need the Python meta kernels
+            fake_mode,
+            self,
+        ):
+            yield
+
+    def once(self, key: Any, build: Callable[[], Any]) -> Any:
+        """`build()` at the first use of `key` in this graph, and its result again at later ones."""
+        if key not in self._shared:
+            self._shared[key] = build()
+        return self._shared[key]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and id(leaf) not in self._nodes]
+        if not made:  # a question (size, stride, dtype), or a call that gave back what it was given
+            return result
+        kind, target = _target(func)
+        node = self.graph.create_node(kind, target, self._arguments(args), self._arguments(kwargs))
+        self._finish(node, result)
+        if not isinstance(result, torch.Tensor):  # a tuple: each member is a node of its own
+            for position, member in enumerate(result):
+                if isinstance(member, torch.Tensor):
+                    self._finish(self.graph.call_function(operator.getitem, (node, position)), member)
+        return result
+
+    def _finish(self, node: Node, value: Any) -> None:
+        node.meta |= {**self._meta, self.key: value}
+        if isinstance(value, torch.Tensor):
+            self._know(value, node)
+
+    def _know(self, tensor: torch.Tensor, node: Node) -> None:
+        self._nodes[id(tensor)] = node
+        self._kept.append(tensor)
+
+    def _arguments(self, values: Any) -> Any:
+        return tree_map(self._argument, values)
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._nodes[id(value)]
+        if isinstance(value, torch.SymInt):
+            return self._symbolic(value)
+        if isinstance(value, torch.nn.Module):
+            return self._attribute(value)
+        return value
+
+    def _attribute(self, module: torch.nn.Module) -> Node:
+        if id(module) not in self._modules:
+            number = len(self._modules)
+            while hasattr(self.module, f"attnrewrite_{number}"):
+                number += 1
+            self._modules[id(module)] = f"attnrewrite_{number}"
+            self.module.add_module(f"attnrewrite_{number}", module)
+        return self.graph.get_attr(self._modules[id(module)])
+
+    def _symbolic(self, size: torch.SymInt) -> Node | int:
+        """A node for a symbolic size, computed from the sizes of tensors that are at hand."""
+        from torch.utils._sympy.interp import sympy_interp
+        from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+        if (known := size.node.maybe_as_int()) is not None:
+            return int(known)
+        tracer = torch.fx.proxy.GraphAppendingTracer(self.graph)
+        symbols = {symbol: torch.fx.Proxy(self._symbol(symbol), tracer) for symbol in size.node.expr.free_symbols}
+        node: Node = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr).node
+        node.meta.setdefault(self.key, size)
+        return node
+
+    def _symbol(self, symbol: Any) -> Node:
+        name = str(symbol)
+        if name not in self._symbols:
+            for tensor in self._kept:
+                for dim, size in enumerate(tensor.shape):
+                    if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                        node = self.graph.call_function(torch.ops.aten.sym_size.int, (self._nodes[id(tensor)], dim))
+                        node.meta |= {**self._meta, self.key: size}
+                        self._symbols[name] = node
+                        return node
+            for node in self.graph.find_nodes(op="placeholder"):
+                value = value_of(node)
+                if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+                    self._symbols[name] = node
+                    return node
+            raise RuntimeError(f"attnrewrite: the symbol {name} is no size of a tensor at hand; please report this graph")
+        return self._symbols[name]
+
+
+def _target(func: Any) -> tuple[str, Any]:
+    """Graphs call methods of tensors by name; everything else is a function."""
+    name = getattr(func, "__name__", "")
+    if name == "__getitem__":
+        return "call_function", operator.getitem
+    if getattr(torch.Tensor, name, None) is func:
+        return "call_method", name
+    return "call_function", func

@@ -1,0 +1,75 @@
+"""find, plan, swap, tidy: the one way from a traced graph to a graph with the chosen kernels."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import GraphModule
+
+from .graphs import OPAQUE_TARGETS, SDPA_TARGETS, graphs_below, value_of
+from .machines import Machine, machine_of
+from .passes import ANALYSES, REWRITES, Context
+from .passes.context import Found
+from .plans import Plan, make_plan
+from .policies import Policy
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """`unchanged`: SDPA calls that stand in the graph afterwards. `seconds`: what all passes took."""
+
+    plan: Plan
+    machine: Machine | None
+    unchanged: int
+    seconds: float
+
+
+def rewrite_graph(root: GraphModule, policy: Policy, machine: Machine | None = None, swap: bool = True) -> Outcome:
+    """Plans for `root` and every graph below it, and, if `swap`, puts the chosen kernels in place.
+
+    `machine` None: the one that the tensors are on. Raises `AttentionRefusedError` under a strict policy, and
+    `RuntimeError` if the graph does not end up as planned.
+    """
+    started = time.perf_counter()
+    names: dict[str, int] = {}
+    graphs = [(module, Context(obstacle, names)) for module, obstacle in graphs_below(root)]
+    for module, context in graphs:
+        for analysis in ANALYSES:
+            analysis(module, context)
+
+    found = [each for _, context in graphs for each in context.found]
+    machines = [machine or _machine(each) for each in found]
+    calls = [replace(each.call, device=on.device) for each, on in zip(found, machines, strict=True)]
+    plan = make_plan(calls, policy, machines)
+    for each, site in zip(found, plan.sites, strict=True):
+        each.site, each.call = site, site.call
+
+    if swap:
+        for module, context in graphs:
+            if context.found:
+                for rewrite in REWRITES:
+                    rewrite(module, context)
+                module.graph.lint()
+                module.recompile()
+    left = sum(_stands(module) for module, _ in graphs)
+    expected = len(found) - (sum(_swaps(each) for each in found) if swap else 0)
+    if left != expected:
+        raise RuntimeError(f"attnrewrite left {left} attention calls where its plan leaves {expected}; please report this")
+    used = machines[0] if machines else None
+    return Outcome(plan.described(), used, left, time.perf_counter() - started)
+
+
+def _machine(found: Found) -> Machine:
+    first = found.node.args[0] if found.node.args else found.node.kwargs["query"]
+    device: torch.device = value_of(first).device
+    return machine_of(device)
+
+
+def _swaps(found: Found) -> bool:
+    return found.site is not None and found.site.backend is not None and found.site.backend.op is not None
+
+
+def _stands(module: GraphModule) -> int:
+    return sum(node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS for node in module.graph.nodes if node.op == "call_function")

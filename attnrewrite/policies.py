@@ -1,0 +1,100 @@
+"""`Policy`: which kernels to try at which site, in which order, and how far a result may differ."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .calls import AttentionCall
+from .records import Backend, Numerics
+from .registry import records_of
+
+Choice = str | Backend
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One choice: a name with its records (one for each group of devices)."""
+
+    name: str
+    records: tuple[Backend, ...]
+
+    def on(self, device: str) -> Backend:
+        """The record for a device; where none is for it, the first, whose refusal says where it runs."""
+        return next((record for record in self.records if device in record.devices), self.records[0])
+
+
+@dataclass(frozen=True)
+class Policy:
+    """`choices` in order of preference; `rules` as pairs of a pattern and its own choices, of which the first match holds.
+
+    A pattern is "self", "cross" or a glob over site names.
+    """
+
+    choices: tuple[Candidate, ...]
+    rules: tuple[tuple[str, tuple[Candidate, ...]], ...] = ()
+    strict: bool = False
+    numerics: Numerics = Numerics.REORDERED
+
+    def rule_for(self, call: AttentionCall) -> str | None:
+        """The pattern whose rule holds for a call, None where the general choices do."""
+        return next((pattern for pattern, _ in self.rules if matches(pattern, call)), None)
+
+    def candidates(self, call: AttentionCall) -> tuple[Candidate, ...]:
+        pattern = self.rule_for(call)
+        return self.choices if pattern is None else dict(self.rules)[pattern]
+
+    def __str__(self) -> str:
+        text = _names(self.choices)
+        return text + "".join(f"; {pattern}: {_names(choices)}" for pattern, choices in self.rules)
+
+
+def matches(pattern: str, call: AttentionCall) -> bool:
+    if pattern in ("self", "cross"):
+        return call.role == pattern
+    return fnmatch.fnmatchcase(call.site, pattern)
+
+
+def make_policy(
+    choices: Iterable[Choice],
+    rules: Mapping[str, Choice | Iterable[Choice]] | None = None,
+    strict: bool = False,
+    numerics: str | Numerics = "reordered",
+) -> Policy:
+    """Reads what a user writes. Raises `ValueError` (unknown name, nothing chosen, a name given twice, unknown numerics)
+    and `TypeError` (a choice that is neither name nor record), naming the argument and the value."""
+    pairs = tuple((pattern, _candidates(chosen, f"rules[{pattern!r}]")) for pattern, chosen in (rules or {}).items())
+    return Policy(_candidates(choices, "choices"), pairs, bool(strict), _numerics(numerics))
+
+
+def _candidates(choices: Any, argument: str) -> tuple[Candidate, ...]:
+    given: list[Choice] = [choices] if isinstance(choices, str | Backend) else list(choices)
+    if not given:
+        raise ValueError(f"{argument} is empty: name at least one attention backend, as 'native'")
+    found: list[Candidate] = []
+    for choice in given:
+        if isinstance(choice, Backend):
+            candidate = Candidate(choice.name, (choice,))
+        elif isinstance(choice, str):
+            candidate = Candidate(choice, records_of(choice))
+        else:
+            raise TypeError(f"{argument} holds {choice!r} ({type(choice).__name__}): give names or Backend records")
+        if any(candidate.name == earlier.name for earlier in found):
+            raise ValueError(f"{argument} names {candidate.name!r} twice: each is tried once, in the order given")
+        found.append(candidate)
+    return tuple(found)
+
+
+def _numerics(value: str | Numerics) -> Numerics:
+    if isinstance(value, Numerics):
+        return value
+    known = {limit.name.lower(): limit for limit in Numerics}
+    if value not in known:
+        raise ValueError(f"numerics is {value!r}: it is one of {', '.join(map(repr, known))}")
+    return known[value]
+
+
+def _names(choices: tuple[Candidate, ...]) -> str:
+    return ", ".join(candidate.name for candidate in choices)

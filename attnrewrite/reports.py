@@ -1,0 +1,169 @@
+"""`Report`: what was found and done in every graph that one backend object compiled, for people and for files."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+import threading
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .calls import AttentionCall
+from .machines import Machine
+from .plans import Plan, Site
+
+NOTHING = (
+    "no graph was compiled through this object yet. (Two equal with_backend(...) share compiled code: "
+    "the sites are then in the report of the one that compiled it.)"
+)
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """One graph. `seconds` is what the passes took; `unchanged` counts SDPA calls that stand in the graph afterwards."""
+
+    name: str
+    plan: Plan
+    machine: Machine | None
+    seconds: float
+    unchanged: int
+
+
+@dataclass
+class Report:
+    """Grows as graphs are compiled; a graph compiled again after a restart of the tracer replaces itself.
+
+    `str()` is a table to read, `to_json()` / `from_json()` keep everything.
+    """
+
+    policy: str = ""
+    graphs: list[GraphReport] = field(default_factory=list)
+    unmatched_rules: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def add(self, graph: GraphReport) -> None:
+        with self._lock:
+            self.graphs[:] = [known for known in self.graphs if known.name != graph.name] + [graph]
+
+    @property
+    def sites(self) -> list[Site]:
+        return [site for graph in self.graphs for site in graph.plan.sites]
+
+    @property
+    def swapped(self) -> int:
+        return sum(graph.plan.swapped for graph in self.graphs)
+
+    @property
+    def seconds(self) -> float:
+        return sum(graph.seconds for graph in self.graphs)
+
+    def to_json(self) -> str:
+        graphs = [
+            {
+                "name": graph.name,
+                "machine": graph.machine.to_json() if graph.machine else None,
+                "seconds": graph.seconds,
+                "unchanged": graph.unchanged,
+                "sites": [site.to_json() for site in graph.plan.sites],
+            }
+            for graph in self.graphs
+        ]
+        data = {"version": 1, "policy": self.policy, "unmatched_rules": self.unmatched_rules, "graphs": graphs}
+        return json.dumps(data, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Report:
+        """Raises `ValueError` if the text is not a report of a version that is known here."""
+        data = json.loads(text)
+        if not isinstance(data, dict) or data.get("version") != 1:
+            raise ValueError("this is not an attnrewrite report of version 1: write it with report.to_json()")
+        graphs = [
+            GraphReport(
+                graph["name"],
+                Plan(tuple(Site.from_json(site) for site in graph["sites"])),
+                Machine.from_json(graph["machine"]) if graph["machine"] else None,
+                graph["seconds"],
+                graph["unchanged"],
+            )
+            for graph in data["graphs"]
+        ]
+        return Report(data["policy"], graphs, data["unmatched_rules"])
+
+    def __str__(self) -> str:
+        if not self.graphs:
+            return f"attnrewrite ({self.policy}): {NOTHING}"
+        sites = self.sites
+        lines = [
+            f"attnrewrite ({self.policy}): {_count(len(sites), 'attention site')} in {_count(len(self.graphs), 'graph')}, "
+            f"{self.swapped} taken by a choice, {len(sites) - self.swapped} left as they were; {self.seconds:.2f} s"
+        ]
+        machines = dict.fromkeys(str(graph.machine) for graph in self.graphs if graph.machine)
+        lines += [f"on {machine}" for machine in machines]
+        lines += _table(sites)
+        lines += [f"rule {pattern!r} matched none of these sites" for pattern in self.unmatched_rules]
+        return "\n".join(lines)
+
+
+def _table(sites: Iterable[Site]) -> list[str]:
+    """A row for each group of sites that differ in their names alone, its refusals under it."""
+    groups: dict[tuple[Any, ...], list[Site]] = {}
+    for site in sites:
+        groups.setdefault((_call_key(site.call), site.decisions, site.chosen), []).append(site)
+    rows = [("site", "query (B, H, S, D)", "key, value", "dtype", "mask", "kernel")]
+    notes: list[list[str]] = [[]]
+    for members in groups.values():
+        first = members[0]
+        rows.append((_folded([site.name for site in members]), *_cells(first.call), first.chosen or "(unchanged)"))
+        notes.append([f"{name} refused: {refused}" for name, refused in first.refusals])
+    widths = [min(40, max(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
+    lines = []
+    for row, reasons in zip(rows, notes, strict=True):
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        for reason in reasons:
+            lines += textwrap.wrap(reason, 116, initial_indent="    ", subsequent_indent="      ")
+    return lines
+
+
+def _call_key(call: AttentionCall) -> str:
+    return json.dumps({**asdict(call), "site": ""}, default=str)
+
+
+def _cells(call: AttentionCall) -> tuple[str, str, str, str]:
+    keys = f"{call.kv_heads} x {call.kv_len} x {call.head_dim}"
+    if call.value_dim != call.head_dim:
+        keys += f"/{call.value_dim}"
+    mask = str(call.mask) + (f", dropout {call.dropout:g}" if call.dropout else "")
+    return f"({call.batch}, {call.heads}, {call.q_len}, {call.head_dim})", keys, call.dtype, mask
+
+
+def _folded(names: list[str]) -> str:
+    """blocks.0.attn, blocks.1.attn, blocks.2.attn -> blocks.0-2.attn (3)"""
+    if len(names) == 1:
+        return names[0]
+    patterns: dict[str, list[int]] = {}
+    for name in names:
+        numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
+        shape = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name, count=1)
+        patterns.setdefault(shape, []).extend(int(number) for number in numbers[:1])
+    parts = [shape.replace("{}", _ranges(numbers)) if numbers else shape for shape, numbers in patterns.items()]
+    text = ", ".join(parts)
+    return (text if len(text) <= 60 else f"{parts[0]}, ...") + f" ({len(names)})"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0, 1, 2, 5 -> 0-2,5"""
+    spans: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -1,0 +1,207 @@
+"""flex_attention, emitted as the higher-order operator that Dynamo itself would trace, so that Inductor makes the kernel.
+
+Masks become a `mask_mod` with a block mask (which skips blocks that nobody sees), biases a `score_mod`. Limits as in
+`torch/nn/attention/flex_attention.py` and `torch/_inductor/kernel/flex/`, read on torch 2.9, 2.11 and 2.13.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.nn.attention.flex_attention import BlockMask, noop_mask
+
+from ..calls import AttentionCall, MaskKind
+from ..decisions import Code, Refused
+from ..machines import Machine, satisfies
+from ..records import Backend, HeadDim
+from ..sizes import Size, described, holds
+
+BLOCK = 128  # PyTorch's own default: the kernels' tiles must divide it
+WHOLE = 1 << 30  # the block size by which PyTorch says that there is no block mask
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a mask becomes: block lists, two small graphs, and the tensor that one of them reads."""
+
+    blocks: tuple[Any, ...]
+    score_mod: GraphModule
+    mask_mod: GraphModule
+    score_tensors: tuple[torch.Tensor, ...] = ()
+    mask_tensors: tuple[torch.Tensor, ...] = ()
+
+
+def flex(query, key, value, prepared, *, call):  # type: ignore[no-untyped-def]
+    options = {
+        "PRESCALE_QK": False,
+        "ROWS_GUARANTEED_SAFE": False,  # a row may have no key at all: it gives zeros, as SDPA does
+        "BLOCKS_ARE_CONTIGUOUS": False,
+        "WRITE_DQ": True,
+        "OUTPUT_LOGSUMEXP": call.needs_grad and call.device != "cpu",
+        "OUTPUT_MAX": False,
+    }
+    if satisfies(torch.__version__, ">=2.11"):
+        options["BACKEND"] = "AUTO"
+    scale = float(int(call.head_dim)) ** -0.5 if call.scale is None else call.scale
+    return torch.ops.higher_order.flex_attention(
+        query, key, value, prepared.score_mod, (*prepared.blocks, prepared.mask_mod), scale, options,
+        prepared.score_tensors, prepared.mask_tensors,
+    )[0]  # fmt: skip
+
+
+def prepare(mask: torch.Tensor | None, key: torch.Tensor, call: AttentionCall) -> Prepared:
+    """Block lists and modifications for a mask; no host synchronisation, no shape that depends on data."""
+    if mask is not None and mask.dtype == torch.bool:
+        some, all_ = _blocks_of(mask, call)
+        tensor, dims = _squeezed(mask, call)
+        return Prepared(_lists(some, all_, call), _keep_score(), _read_mask(dims), mask_tensors=(tensor,))
+    if call.mask.kind is MaskKind.CAUSAL_UPPER_LEFT:
+        some, all_ = _causal_blocks(key, call)
+        return Prepared(_lists(some, all_, call), _keep_score(), _causal())
+    count = torch.ones((1, 1, 1), dtype=torch.int32, device=key.device)
+    index = torch.zeros((1, 1, 1, 1), dtype=torch.int32, device=key.device)
+    blocks = _tuple(call, (count, index, None, None, count, index, None, None), WHOLE)
+    if mask is None:
+        return Prepared(blocks, _keep_score(), _everything())
+    tensor, dims = _squeezed(mask, call)
+    return Prepared(blocks, _add_bias(dims), _everything(), score_tensors=(tensor,))
+
+
+# -- which blocks of 128 x 128 are seen by some row (some), and which by all of theirs (all_): (b, h, rows, columns)
+
+
+def _blocks_of(mask: torch.Tensor, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, columns = _count(call.q_len), _count(call.kv_len)
+    whole_rows = _is_one(mask.shape[2])  # the same for every query: read it once
+    if _is_one(mask.shape[3]):
+        mask = mask.expand(*mask.shape[:3], call.kv_len)
+    missing = (0, columns * BLOCK - call.kv_len, 0, 0 if whole_rows else rows * BLOCK - call.q_len)
+    mask = torch.nn.functional.pad(mask, missing, value=False)
+    batch, heads = mask.shape[:2]
+    mask = mask.reshape(batch, heads, 1 if whole_rows else rows, 1 if whole_rows else BLOCK, columns, BLOCK)
+    some, all_ = mask.any(-1).any(-2), mask.all(-1).all(-2)
+    return some.expand(batch, heads, rows, columns), all_.expand(batch, heads, rows, columns)
+
+
+def _causal_blocks(key: torch.Tensor, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+    row = torch.arange(_count(call.q_len), device=key.device)[:, None]
+    column = torch.arange(_count(call.kv_len), device=key.device)[None, :]
+    some = column <= row
+    # Full below the diagonal; not where the last block is cut off by kv_len.
+    all_ = (column < row) & (column * BLOCK + BLOCK <= call.kv_len)
+    return some[None, None], all_[None, None]
+
+
+def _lists(some: torch.Tensor, all_: torch.Tensor, call: AttentionCall) -> tuple[Any, ...]:
+    """For each row of blocks how many are needed and which, partly and fully seen apart; and the same for columns."""
+    partly = some & ~all_
+    by_row = (*_ordered(partly), *_ordered(all_))
+    by_column = (*_ordered(partly.transpose(-2, -1)), *_ordered(all_.transpose(-2, -1)))
+    return _tuple(call, (*by_row, *by_column), BLOCK)
+
+
+def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    wanted = blocks.to(torch.int32)
+    return wanted.sum(-1, dtype=torch.int32), torch.argsort(wanted, dim=-1, descending=True, stable=True).to(torch.int32)
+
+
+def _tuple(call: AttentionCall, lists: Sequence[torch.Tensor | None], block: int) -> tuple[Any, ...]:
+    """In the order that this version of PyTorch wants, without the mask_mod at its end."""
+    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
+             "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")  # fmt: skip
+    lengths: Any = (1, 1) if block == WHOLE else (call.q_len, call.kv_len)
+    given: Any = dict(zip(names, lists, strict=True))
+    mask = BlockMask(seq_lengths=lengths, BLOCK_SIZE=(block, block), mask_mod=noop_mask, **given)
+    return tuple(mask.as_tuple()[:-1])
+
+
+def _count(length: Size) -> Size:
+    return (length + BLOCK - 1) // BLOCK
+
+
+# -- the small graphs: score_mod(score, b, h, q_idx, kv_idx, *tensors) and mask_mod(b, h, q_idx, kv_idx, *tensors)
+
+
+def _squeezed(mask: torch.Tensor, call: AttentionCall) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """The mask without the sizes of 1 that broadcast, and the positions of those that are left (at least one)."""
+    if all(_is_one(size) for size in mask.shape):
+        mask = mask.expand(call.batch, 1, 1, 1)
+    dims = tuple(dim for dim in range(4) if not _is_one(mask.shape[dim])) or (0,)
+    for dim in reversed(range(4)):
+        if dim not in dims:
+            mask = mask.squeeze(dim)
+    return mask, dims
+
+
+def _is_one(size: Size) -> bool:
+    return isinstance(size, int) and size == 1  # a symbol is never 1: PyTorch specialises on 0 and 1
+
+
+def _graph(names: Sequence[str], body: Any) -> GraphModule:
+    graph = Graph()
+    inputs = [graph.placeholder(name) for name in names]
+    graph.output(body(graph, *inputs))
+    return GraphModule(torch.nn.Module(), graph)
+
+
+INDICES = ("b", "h", "q_idx", "kv_idx")
+
+
+def _keep_score() -> GraphModule:
+    return _graph(("score", *INDICES), lambda graph, score, *_: score)
+
+
+def _add_bias(dims: tuple[int, ...]) -> GraphModule:
+    def body(graph: Graph, score: Node, *rest: Node) -> Node:
+        return graph.call_function(operator.add, (score, _load(graph, dims, *rest)))
+
+    return _graph(("score", *INDICES, "bias"), body)
+
+
+def _read_mask(dims: tuple[int, ...]) -> GraphModule:
+    return _graph((*INDICES, "mask"), lambda graph, *rest: _load(graph, dims, *rest))
+
+
+def _causal() -> GraphModule:
+    return _graph(INDICES, lambda graph, b, h, q_idx, kv_idx: graph.call_function(operator.ge, (q_idx, kv_idx)))
+
+
+def _everything() -> GraphModule:
+    return _graph(INDICES, lambda graph, b, *_: graph.call_method("new_ones", (b, ()), {"dtype": torch.bool}))
+
+
+def _load(graph: Graph, dims: tuple[int, ...], b: Node, h: Node, q_idx: Node, kv_idx: Node, tensor: Node) -> Node:
+    indices = (b, h, q_idx, kv_idx)
+    return graph.call_function(operator.getitem, (tensor, tuple(indices[dim] for dim in dims)))
+
+
+def grouped_heads(call: AttentionCall, machine: Machine) -> Refused | None:
+    """Short queries go to flex decoding, which shares keys among a power of two of heads."""
+    if holds(call.heads == call.kv_heads):
+        return None
+    ratio = int(call.heads // call.kv_heads)
+    if ratio & (ratio - 1) == 0:
+        return None
+    return Refused(
+        Code.GQA,
+        f"flex shares keys among a power of two of query heads, here {described(call.heads)} share {described(call.kv_heads)}",
+        "Repeat keys and values in the model, or choose another kernel",
+    )
+
+
+FLEX_CUDA = Backend(
+    name="flex", family="PyTorch", op=flex, summary="flex_attention: a Triton (CPU: C++) kernel made for the mask; needs Inductor to be fast",
+    devices=frozenset({"cuda"}), capability=((8, 0), (12, 1)), dtypes=frozenset({"float16", "bfloat16", "float32"}),
+    head_dim=HeadDim(minimum=16), masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.BOOLEAN, MaskKind.ADDITIVE}),
+    mask_dtypes=frozenset({"float16", "bfloat16", "float32"}), gqa=True, value_dim=True, backward=True, checks=(grouped_heads,),
+    prepare=prepare,
+)  # fmt: skip
+
+FLEX_CPU = replace(FLEX_CUDA, devices=frozenset({"cpu"}), capability=None, head_dim=HeadDim(), backward=False, checks=())
+
+RECORDS = (FLEX_CUDA, FLEX_CPU)

@@ -1,0 +1,42 @@
+"""Kernels that want (batch, length, heads, dim) meet models that have just left that layout."""
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..graphs import value_of
+from .context import Context
+
+
+def cancel_transposes(graph_module: GraphModule, context: Context) -> int:
+    """Removes pairs of the same transposition around a swapped kernel.
+
+    kernel(x.transpose(1, 2).transpose(1, 2), ...)  ->  kernel(x, ...)
+    """
+    cancelled = 0
+    for node in list(graph_module.graph.nodes):
+        first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+        if first is None or _swaps_heads_and_length(node) is False or _swaps_heads_and_length(first) is False:
+            continue
+        source = first.args[0]
+        if isinstance(source, Node):
+            node.replace_all_uses_with(source)
+            graph_module.graph.erase_node(node)
+            if not first.users:
+                graph_module.graph.erase_node(first)
+            cancelled += 1
+    return cancelled
+
+
+def _swaps_heads_and_length(node: Node) -> bool:
+    """Whether a node is x.transpose(1, 2) of a tensor of rank 4, in any spelling."""
+    value = value_of(node)
+    if not isinstance(value, torch.Tensor) or value.dim() != 4 or node.kwargs:
+        return False
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    rest = node.args[1:]
+    if len(rest) == 1 and isinstance(rest[0], list | tuple):
+        rest = tuple(rest[0])
+    dims = [dim % 4 for dim in rest if isinstance(dim, int)]
+    if name in ("transpose", "transpose.int", "swapaxes"):
+        return sorted(dims) == [1, 2]
+    return name in ("permute", "permute.default") and dims == [0, 2, 1, 3]

@@ -1,0 +1,66 @@
+"""`with sdpa_kernel(...)` inside a model leaves calls in the graph that set PyTorch's own choice and set it back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..graphs import MHA, OPAQUE_TARGETS, SDPA_TARGETS
+from .context import Context
+
+SETS = torch.nn.attention._sdpa_kernel
+
+
+def drop_kernel_contexts(graph_module: GraphModule, context: Context) -> int:
+    """Removes each pair of such calls that has nothing left between them that reads the choice.
+
+    _sdpa_kernel([MATH]); kernel(q, k, v); _sdpa_kernel([all])  ->  kernel(q, k, v)
+
+    Both of a pair go, or both stay: one alone would leave the choice changed. They also keep a graph out of
+    AOTAutograd's cache (pytorch#194007).
+    """
+    nodes = list(graph_module.graph.nodes)
+    if not any(node.target is SETS for node in nodes):
+        return 0
+    dropped = 0
+    position = {node: index for index, node in enumerate(nodes)}
+    for enter, leave in _pairs(nodes):
+        between = nodes[position[enter] + 1 : position[leave]]
+        if not any(_reads_choice(node) for node in between if node in graph_module.graph.nodes):
+            for node in (leave, enter):
+                names = [name for name in node.all_input_nodes]
+                graph_module.graph.erase_node(node)
+                for name in names:
+                    if not name.users:
+                        graph_module.graph.erase_node(name)
+            dropped += 1
+    return dropped
+
+
+def _pairs(nodes: list[Node]) -> list[tuple[Node, Node]]:
+    """Innermost first. A call leaves a context if it sets what stood before the context was entered."""
+    ambient = sorted(backend.name for backend in torch.nn.attention._cur_sdpa_kernel_backends())
+    state: list[Any] = [ambient]
+    open_: list[Node] = []
+    pairs = []
+    for node in nodes:
+        if node.target is not SETS:
+            continue
+        wanted = sorted(str(name.args[0]) for name in node.args[0])  # type: ignore[union-attr]
+        if open_ and wanted == state[-2]:
+            pairs.append((open_.pop(), node))
+            state.pop()
+        else:
+            open_.append(node)
+            state.append(wanted)
+    return pairs
+
+
+def _reads_choice(node: Node) -> bool:
+    if node.op in ("call_module", "get_attr"):  # a graph below may hold an attention; a plain tensor attribute does not
+        return node.op == "call_module" or any(
+            isinstance(user.target, torch._ops.HigherOrderOperator) for user in node.users
+        )
+    return node.target in SDPA_TARGETS or node.target is MHA or node.target in OPAQUE_TARGETS

@@ -1,0 +1,69 @@
+"""`F.multi_head_attention_forward` is one node of a Dynamo graph, with an attention inside."""
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from ..graphs import INHERITED_META, MHA, value_key, value_of
+from .context import Context
+
+
+def open_multi_head_attention(graph_module: GraphModule, context: Context) -> int:
+    """Replaces the node by what it computes, so that its attention can be found.
+
+    multi_head_attention_forward(q, k, v, ...)  ->  linear, reshape, scaled_dot_product_attention, reshape, linear
+
+    With `need_weights=True` PyTorch itself computes the softmax by hand and returns it: there is nothing to open.
+    """
+    opened = 0
+    for node in graph_module.graph.find_nodes(op="call_function", target=MHA):
+        if node.kwargs.get("need_weights", True) is False:
+            _open(graph_module, node)
+            opened += 1
+    return opened
+
+
+def _open(graph_module: GraphModule, node: Node) -> None:
+    flat, spec = tree_flatten((node.args, node.kwargs), is_leaf=lambda value: isinstance(value, Node))
+    inputs = [value for value in flat if isinstance(value, Node)]
+    fake = [value_of(value) for value in inputs]
+
+    def body(*tensors: Any) -> Any:
+        given = iter(tensors)
+        args, kwargs = tree_unflatten([next(given) if isinstance(value, Node) else value for value in flat], spec)
+        return MHA(*args, **kwargs)[0]
+
+    needs_grad = value_of(node)[0].requires_grad
+    with torch.set_grad_enabled(needs_grad), torch._C._DisableAutocast():
+        traced = make_fx(body, pre_dispatch=True, _allow_non_fake_inputs=True)(*fake)
+
+    key = value_key(graph_module)
+    inherited = {name: node.meta[name] for name in INHERITED_META if name in node.meta}
+    placeholders = iter(inputs)
+    copies: dict[Node, Node] = {}
+    for inner in traced.graph.nodes:
+        if inner.op == "placeholder":
+            copies[inner] = next(placeholders)
+        elif inner.op == "output":
+            result = copies[inner.args[0]]
+        else:
+            if inner.op == "get_attr":
+                name = f"{node.name}_{inner.target}".replace(".", "_")
+                setattr(graph_module, name, getattr(traced, str(inner.target)))
+            with graph_module.graph.inserting_before(node):
+                copy = graph_module.graph.node_copy(inner, lambda old: copies[old])
+            if inner.op == "get_attr":
+                copy.target = name
+            copy.meta = {**inherited, key: inner.meta.get("val")}
+            copies[inner] = copy
+    for user in list(node.users):  # getitem 0 is the output, getitem 1 the weights: None
+        if user.args[1] == 0:
+            user.replace_all_uses_with(result)
+            graph_module.graph.erase_node(user)
+        elif not user.users:
+            graph_module.graph.erase_node(user)
+    if not node.users:
+        graph_module.graph.erase_node(node)

@@ -1,0 +1,148 @@
+"""Carries out a plan: puts the chosen kernel where the call stood."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..calls import AttentionCall
+from ..emitting import Emitter
+from ..graphs import value_of
+from ..records import Backend
+from ..sizes import holds
+from ..strides import restrided, same_strides, strides_matter
+from .context import Context, Found
+from .find_calls import arguments, leading
+
+
+def swap_kernels(graph_module: GraphModule, context: Context) -> int:
+    """Replaces each call whose site chose a kernel with an op of its own.
+
+    sdpa(q, k, v, boolean_mask)  ->  bias = where(mask, 0, -inf)  [once for all sites that read this mask]
+                                     _scaled_dot_product_efficient_attention(q, k, v, bias, ...)[0]
+    """
+    emitter = Emitter(graph_module)
+    swapped = 0
+    for found in context.found:
+        if found.site is not None and found.site.backend is not None and found.site.backend.op is not None:
+            _swap(found, found.site.backend, emitter)
+            swapped += 1
+    return swapped
+
+
+def _swap(found: Found, backend: Backend, emitter: Emitter) -> None:
+    node, call = found.node, found.call
+    given = arguments(node)
+    old: torch.Tensor = value_of(node)
+    with emitter.before(node, call.needs_grad):
+        query, key, value = (emitter.tensor(given[name]) for name in ("query", "key", "value"))
+        mask_node = given["attn_mask"]
+        mask = emitter.tensor(mask_node) if isinstance(mask_node, Node) else None
+        output = launch(backend, call, query, key, value, mask, mask_node, emitter)
+        if (output.shape, output.dtype, output.device) != (old.shape, old.dtype, old.device):
+            raise RuntimeError(
+                f"the op of attention backend {backend.name!r} returned {_form(output)} at site {call.site!r}, "
+                f"where SDPA gives {_form(old)}: the record or its op is wrong"
+            )
+        if not same_strides(output, old) and strides_matter(node):
+            output = restrided(output, old)
+    node.replace_all_uses_with(emitter.node(output))
+    found.node = emitter.node(output)
+    emitter.graph.erase_node(node)
+
+
+def launch(
+    backend: Backend,
+    call: AttentionCall,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    mask_node: Any,
+    emitter: Emitter,
+) -> torch.Tensor:
+    """From SDPA's tensors, of any rank, to the kernel's and back."""
+    shape = (*leading(query, key, value), call.heads) if query.dim() > 3 else leading(query, key, value)
+    query, key, value = (_to_compute(tensor, call) for tensor in (query, key, value))
+    query = _rank4(query, call.batch, call.heads, shape)
+    key, value = (_rank4(tensor, call.batch, call.kv_heads, shape) for tensor in (key, value))
+    call, query, key, value = _padded(backend, call, query, key, value)
+
+    def prepare() -> Any:
+        wide = None if mask is None else _mask_rank4(_to_compute(mask, call), call, shape)
+        return backend.prepare(wide, key, call) if backend.prepare else wide
+
+    prepared = emitter.once((backend.prepare, mask_node, _prepared_for(call)), prepare)
+    if backend.layout == "bshd":
+        query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    query, key, value = (tensor if holds(tensor.stride(-1) == 1) else tensor.contiguous() for tensor in (query, key, value))
+    output: torch.Tensor = backend.op(query, key, value, prepared, call=call)  # type: ignore[misc]
+    if backend.layout == "bshd":
+        output = output.transpose(1, 2)
+    if output.shape[-1] is not call.value_dim and not holds(output.shape[-1] == call.value_dim):
+        output = output[..., : call.value_dim]
+    wanted = (*shape, call.q_len, call.value_dim)
+    return output if len(wanted) == 4 else output.reshape(wanted)
+
+
+def _to_compute(tensor: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+    """Under autocast SDPA casts what is floating; an op of ours is not on autocast's list, so the cast is written out."""
+    dtype = getattr(torch, call.dtype)
+    if tensor.dtype == dtype or tensor.dtype == torch.bool:
+        return tensor
+    return tensor.to(dtype)
+
+
+def _rank4(tensor: torch.Tensor, batch: Any, heads: Any, shape: Any) -> torch.Tensor:
+    """(..., heads, length, dim) -> (batch, heads, length, dim). Kernels do not broadcast: what SDPA would, is expanded."""
+    length, dim = tensor.shape[-2:]
+    lead = (*shape[:-1], heads) if len(shape) > 1 else tuple(shape)
+    if len(lead) != tensor.dim() - 2 or any(not holds(a == b) for a, b in zip(tensor.shape[:-2], lead, strict=True)):
+        tensor = tensor.expand(*lead, length, dim).contiguous()
+    return tensor if tensor.dim() == 4 else tensor.reshape(batch, heads, length, dim)
+
+
+def _mask_rank4(mask: torch.Tensor, call: AttentionCall, shape: Any) -> torch.Tensor:
+    """A mask of any rank that broadcasts against (..., heads, q_len, kv_len), with four sizes; each may be 1."""
+    rank = len(shape) + 2
+    mask = mask[(None,) * (rank - mask.dim())]
+    if rank == 2:
+        return mask[None, None]
+    if rank == 3:
+        return mask.unsqueeze(1)
+    if rank > 4:
+        lead = mask.shape[:-3]
+        if all(isinstance(size, int) and size == 1 for size in lead):
+            return mask.reshape(1, *mask.shape[-3:])
+        return mask.expand(*shape[:-1], *mask.shape[-3:]).reshape(call.batch, *mask.shape[-3:])
+    return mask
+
+
+def _padded(
+    backend: Backend, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[AttentionCall, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Zeros behind the head dim change no score; the scale stays that of the true one."""
+    multiple = backend.head_dim.multiple
+    if not backend.head_dim.pad:
+        return call, query, key, value
+
+    def pad(tensor: torch.Tensor) -> torch.Tensor:
+        if holds(tensor.shape[-1] % multiple == 0):
+            return tensor
+        return torch.nn.functional.pad(tensor, (0, multiple - tensor.shape[-1] % multiple))
+
+    if not holds(call.head_dim % multiple == 0) and call.scale is None:
+        call = replace(call, scale=float(call.head_dim) ** -0.5)
+    return call, pad(query), pad(key), pad(value)
+
+
+def _prepared_for(call: AttentionCall) -> str:
+    """What a prepared mask depends on besides the mask: all of the call but its name and the tensors' own matters."""
+    return repr(replace(call, site="", role="", layout="", scale=None, dropout=0.0).described())
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
