@@ -3,6 +3,7 @@
 from .calls import AttentionCall, Mask, MaskKind
 from .compilers import AttentionCompiler, with_backend
 from .decisions import Accepted, Code, Decision, Refused, decide
+from .explaining import explain
 from .machines import Machine, machine_of
 from .plans import AttentionRefusedError, Plan, Site, make_plan
 from .policies import Policy, make_policy
@@ -33,6 +34,7 @@ __all__ = [
     "Site",
     "UnbackedSizeError",
     "decide",
+    "explain",
     "holds",
     "machine_of",
     "make_plan",

@@ -114,7 +114,11 @@ def with_backend(
 
 
 def entry(
-    graph_module: GraphModule, example_inputs: list[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+    graph_module: GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
     """`torch.compile(model, backend="attnrewrite", options={"attention": "flex"})`: what the entry point registers.
 
@@ -131,7 +135,9 @@ def entry(
     return compiler(graph_module, example_inputs, **kwargs)
 
 
-def compile_with(inner: Inner, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
+def compile_with(
+    inner: Inner, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any
+) -> Callable[..., Any]:
     """Calls the inner compiler as torch.compile would."""
     if inner == "inductor":
         # The object that torch.compile(backend="inductor") makes: it applies mode and options for this one compilation.

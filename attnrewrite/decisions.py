@@ -87,7 +87,9 @@ def _device(backend: Backend, call: AttentionCall, machine: Machine) -> Refused 
     if machine.device in backend.devices:
         return None
     wanted = " or ".join(sorted(backend.devices))
-    return Refused(Code.DEVICE, f"{backend.name} runs on {wanted}, the call is on {machine.device}", f"Move the model to {wanted}")
+    return Refused(
+        Code.DEVICE, f"{backend.name} runs on {wanted}, the call is on {machine.device}", f"Move the model to {wanted}"
+    )
 
 
 def _packages(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
@@ -95,11 +97,15 @@ def _packages(backend: Backend, call: AttentionCall, machine: Machine) -> Refuse
         found = machine.packages.get(package)
         if found is None:
             return Refused(
-                Code.MISSING, f"{backend.name} needs {package}{specifier}, which is not installed", f'pip install "{package}{specifier}"'
+                Code.MISSING,
+                f"{backend.name} needs {package}{specifier}, which is not installed",
+                f'pip install "{package}{specifier}"',
             )
         if not satisfies(found, specifier):
             return Refused(
-                Code.VERSION, f"{backend.name} needs {package}{specifier}, found {found}", f'pip install "{package}{specifier}"'
+                Code.VERSION,
+                f"{backend.name} needs {package}{specifier}, found {found}",
+                f'pip install "{package}{specifier}"',
             )
     return None
 
@@ -138,22 +144,36 @@ def _dtype(backend: Backend, call: AttentionCall, machine: Machine) -> Refused |
     if call.dtype in backend.dtypes:
         return None
     wanted = ", ".join(sorted(backend.dtypes))
-    return Refused(Code.DTYPE, f"{backend.name} takes {wanted}, the call is {call.dtype}", f"Run the model in {wanted}, or under autocast")
+    return Refused(
+        Code.DTYPE,
+        f"{backend.name} takes {wanted}, the call is {call.dtype}",
+        f"Run the model in {wanted}, or under autocast",
+    )
 
 
 def _dropout(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
     if backend.dropout or call.dropout == 0:
         return None
-    return Refused(Code.DROPOUT, f"{backend.name} has no dropout, the call has p={call.dropout:g}", "Call model.eval(), or set dropout to 0")
+    return Refused(
+        Code.DROPOUT,
+        f"{backend.name} has no dropout, the call has p={call.dropout:g}",
+        "Call model.eval(), or set dropout to 0",
+    )
 
 
 def _grad(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
     if call.needs_grad and not backend.backward:
         return Refused(
-            Code.GRAD, f"{backend.name} has no backward on {machine.device}, the call needs a gradient", "Run under torch.no_grad(), or choose another kernel for training"
+            Code.GRAD,
+            f"{backend.name} has no backward on {machine.device}, the call needs a gradient",
+            "Run under torch.no_grad(), or choose another kernel for training",
         )
     if call.mask.needs_grad and not backend.mask_grad:
-        return Refused(Code.GRAD, f"{backend.name} gives no gradient to the mask, which needs one", "Detach the mask if it is not learned")
+        return Refused(
+            Code.GRAD,
+            f"{backend.name} gives no gradient to the mask, which needs one",
+            "Detach the mask if it is not learned",
+        )
     return None
 
 
@@ -165,12 +185,16 @@ def _mask(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | 
     if kind not in backend.masks:
         taken = ", ".join(sorted(word.value for word in backend.masks if word is not MaskKind.NONE)) or "no mask"
         return Refused(
-            Code.MASK, f"{backend.name} takes {taken}, the call has a mask: {call.mask}", "Choose a kernel that takes it as the next one"
+            Code.MASK,
+            f"{backend.name} takes {taken}, the call has a mask: {call.mask}",
+            "Choose a kernel that takes it as the next one",
         )
     dtype = call.mask.dtype
     if kind is MaskKind.ADDITIVE and dtype != call.dtype and dtype not in backend.mask_dtypes:
         return Refused(
-            Code.MASK, f"{backend.name} adds a mask in {call.dtype}, this one is {dtype}", f"Make the mask in {call.dtype}, if that is exact enough"
+            Code.MASK,
+            f"{backend.name} adds a mask in {call.dtype}, this one is {dtype}",
+            f"Make the mask in {call.dtype}, if that is exact enough",
         )
     return None
 
@@ -180,7 +204,8 @@ def _value_dim(backend: Backend, call: AttentionCall, machine: Machine) -> Refus
         return None
     return Refused(
         Code.VALUE_DIM,
-        f"{backend.name} needs values as wide as keys, value_dim is {described(call.value_dim)} and head_dim {described(call.head_dim)}",
+        f"{backend.name} needs values as wide as keys, "
+        f"value_dim is {described(call.value_dim)} and head_dim {described(call.head_dim)}",
         "Choose a kernel that takes another value_dim",
     )
 
@@ -190,7 +215,8 @@ def _gqa(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | N
         return None
     return Refused(
         Code.GQA,
-        f"{backend.name} needs as many key heads as query heads, there are {described(call.kv_heads)} and {described(call.heads)}",
+        f"{backend.name} needs as many key heads as query heads, "
+        f"there are {described(call.kv_heads)} and {described(call.heads)}",
         "Choose a kernel with grouped-query attention",
     )
 
@@ -199,12 +225,22 @@ def _head_dim(backend: Backend, call: AttentionCall, machine: Machine) -> Refuse
     rule = backend.head_dim
     for name, size in (("head_dim", call.head_dim), ("value_dim", call.value_dim)):
         if rule.max is not None and not holds(size <= rule.max):
-            return Refused(Code.HEAD_DIM, f"{backend.name} takes {name} up to {rule.max}, this is {described(size)}", "Choose a kernel for wide heads")
+            return Refused(
+                Code.HEAD_DIM,
+                f"{backend.name} takes {name} up to {rule.max}, this is {described(size)}",
+                "Choose a kernel for wide heads",
+            )
         if rule.minimum > 1 and not holds(size >= rule.minimum):
-            return Refused(Code.HEAD_DIM, f"{backend.name} takes {name} from {rule.minimum}, this is {described(size)}", "Choose a kernel for narrow heads")
+            return Refused(
+                Code.HEAD_DIM,
+                f"{backend.name} takes {name} from {rule.minimum}, this is {described(size)}",
+                "Choose a kernel for narrow heads",
+            )
         if rule.multiple > 1 and not rule.pad and not holds(size % rule.multiple == 0):
             return Refused(
-                Code.HEAD_DIM, f"{backend.name} takes {name} in multiples of {rule.multiple}, this is {described(size)}", "Choose a kernel that pads"
+                Code.HEAD_DIM,
+                f"{backend.name} takes {name} in multiples of {rule.multiple}, this is {described(size)}",
+                "Choose a kernel that pads",
             )
     return None
 
@@ -220,7 +256,8 @@ def _causal(backend: Backend, call: AttentionCall, machine: Machine) -> Refused 
     wants = "upper-left" if kind is MaskKind.CAUSAL_UPPER_LEFT else "lower-right"
     return Refused(
         Code.CAUSAL,
-        f"{backend.name} aligns causal {has}, the call {wants}, and they differ: q_len is {described(call.q_len)}, kv_len {described(call.kv_len)}",
+        f"{backend.name} aligns causal {has}, the call {wants}, and they differ: "
+        f"q_len is {described(call.q_len)}, kv_len {described(call.kv_len)}",
         "Choose a kernel with the other alignment",
     )
 
@@ -230,7 +267,11 @@ def _length(backend: Backend, call: AttentionCall, machine: Machine) -> Refused 
         return None
     for name, size in (("batch", call.batch), ("q_len", call.q_len), ("kv_len", call.kv_len)):
         if not holds(size >= 1):
-            return Refused(Code.LENGTH, f"{backend.name} needs {name} of at least 1, this is {described(size)}", "Skip the call where there is nothing to attend")
+            return Refused(
+                Code.LENGTH,
+                f"{backend.name} needs {name} of at least 1, this is {described(size)}",
+                "Skip the call where there is nothing to attend",
+            )
     return None
 
 

@@ -132,7 +132,9 @@ class Emitter(TorchFunctionMode):
             for tensor in self._kept:
                 for dim, size in enumerate(tensor.shape):
                     if isinstance(size, torch.SymInt) and size.node.expr == symbol:
-                        node = self.graph.call_function(torch.ops.aten.sym_size.int, (self._nodes[id(tensor)], dim))
+                        node: Node = self.graph.call_function(
+                            torch.ops.aten.sym_size.int, (self._nodes[id(tensor)], dim)
+                        )
                         node.meta |= {**self._meta, self.key: size}
                         self._symbols[name] = node
                         return node
@@ -141,7 +143,9 @@ class Emitter(TorchFunctionMode):
                 if isinstance(value, torch.SymInt) and value.node.expr == symbol:
                     self._symbols[name] = node
                     return node
-            raise RuntimeError(f"attnrewrite: the symbol {name} is no size of a tensor at hand; please report this graph")
+            raise RuntimeError(
+                f"attnrewrite: the symbol {name} is no size of a tensor at hand; please report this graph"
+            )
         return self._symbols[name]
 
 

@@ -91,12 +91,15 @@ def site_name(node: Node) -> str:
             return cleaned
         return str(getattr(kind, "__name__", kind)).rsplit(".", 1)[-1]
     frames = re.findall(r'File "([^"]*)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
-    return frames[-1][2] if frames else "attention"
+    # Behind a graph break Dynamo calls the rest of f torch_dynamo_resume_in_f_at_LINE.
+    return re.sub(r"^torch_dynamo_resume_in_(.+)_at_(\d+)$", r"\1:\2", frames[-1][2]) if frames else "attention"
 
 
 def module_path(source: str) -> str:
-    """L['self'].blocks.0 -> blocks.0; L['self']._modules['blocks']._modules['0'] -> blocks.0; L['self'] -> ''."""
-    text = re.sub(r"\._modules\['([^']*)'\]", r".\1", source)
-    text = re.sub(r"^[LG]\['[^']*'\]", "", text)
-    text = re.sub(r"\['?([^'\]]*)'?\]", r".\1", text)
-    return text.strip(".")
+    """Dynamo's expression for a module as a path: L['self'].blocks.0 -> blocks.0, and L['self'] -> ''.
+
+    It also writes L['self'].__dict__['_modules']['blocks']._modules['0'] for the same.
+    """
+    text = re.sub(r"^[LG]\['[^']*'\]", "", source)
+    parts = re.findall(r"[^.\[\]']+", text)
+    return ".".join(part for part in parts if part not in ("__dict__", "_modules"))

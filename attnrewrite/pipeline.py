@@ -56,7 +56,9 @@ def rewrite_graph(root: GraphModule, policy: Policy, machine: Machine | None = N
     left = sum(_stands(module) for module, _ in graphs)
     expected = len(found) - (sum(_swaps(each) for each in found) if swap else 0)
     if left != expected:
-        raise RuntimeError(f"attnrewrite left {left} attention calls where its plan leaves {expected}; please report this")
+        raise RuntimeError(
+            f"attnrewrite left {left} attention calls where its plan leaves {expected}; please report this"
+        )
     used = machines[0] if machines else None
     return Outcome(plan.described(), used, left, time.perf_counter() - started)
 
@@ -72,4 +74,8 @@ def _swaps(found: Found) -> bool:
 
 
 def _stands(module: GraphModule) -> int:
-    return sum(node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS for node in module.graph.nodes if node.op == "call_function")
+    return sum(
+        node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS
+        for node in module.graph.nodes
+        if node.op == "call_function"
+    )

@@ -119,7 +119,7 @@ def _table(sites: Iterable[Site]) -> list[str]:
         first = members[0]
         rows.append((_folded([site.name for site in members]), *_cells(first.call), first.chosen or "(unchanged)"))
         notes.append([f"{name} refused: {refused}" for name, refused in first.refusals])
-    widths = [min(40, max(len(row[column]) for row in rows)) for column in range(len(rows[0]))]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row, reasons in zip(rows, notes, strict=True):
         lines.append("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())

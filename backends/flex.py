@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
@@ -32,12 +33,12 @@ class Prepared:
     blocks: tuple[Any, ...]
     score_mod: GraphModule
     mask_mod: GraphModule
-    score_tensors: tuple[torch.Tensor, ...] = ()
-    mask_tensors: tuple[torch.Tensor, ...] = ()
+    score_tensors: tuple[Tensor, ...] = ()
+    mask_tensors: tuple[Tensor, ...] = ()
 
 
-def flex(query, key, value, prepared, *, call):  # type: ignore[no-untyped-def]
-    options = {
+def flex(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call: AttentionCall) -> Tensor:
+    options: dict[str, Any] = {
         "PRESCALE_QK": False,
         "ROWS_GUARANTEED_SAFE": False,  # a row may have no key at all: it gives zeros, as SDPA does
         "BLOCKS_ARE_CONTIGUOUS": False,
@@ -48,13 +49,18 @@ def flex(query, key, value, prepared, *, call):  # type: ignore[no-untyped-def]
     if satisfies(torch.__version__, ">=2.11"):
         options["BACKEND"] = "AUTO"
     scale = float(int(call.head_dim)) ** -0.5 if call.scale is None else call.scale
-    return torch.ops.higher_order.flex_attention(
+    if call.device == "cpu":
+        # Inductor's CPU template (2.13) fails on queries and keys that are views of another kernel's output, as that of
+        # a linear layer. A product makes them tensors of their own; with 2 and 1/2 it is exact, and so are the scores.
+        query, key = query * 2.0, key * 0.5
+    output: Tensor = torch.ops.higher_order.flex_attention(
         query, key, value, prepared.score_mod, (*prepared.blocks, prepared.mask_mod), scale, options,
         prepared.score_tensors, prepared.mask_tensors,
     )[0]  # fmt: skip
+    return output
 
 
-def prepare(mask: torch.Tensor | None, key: torch.Tensor, call: AttentionCall) -> Prepared:
+def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
     """Block lists and modifications for a mask; no host synchronisation, no shape that depends on data."""
     if mask is not None and mask.dtype == torch.bool:
         some, all_ = _blocks_of(mask, call)
@@ -75,12 +81,12 @@ def prepare(mask: torch.Tensor | None, key: torch.Tensor, call: AttentionCall) -
 # -- which blocks of 128 x 128 are seen by some row (some), and which by all of theirs (all_): (b, h, rows, columns)
 
 
-def _blocks_of(mask: torch.Tensor, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
+def _blocks_of(mask: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     rows, columns = _count(call.q_len), _count(call.kv_len)
     whole_rows = _is_one(mask.shape[2])  # the same for every query: read it once
     if _is_one(mask.shape[3]):
         mask = mask.expand(*mask.shape[:3], call.kv_len)
-    missing = (0, columns * BLOCK - call.kv_len, 0, 0 if whole_rows else rows * BLOCK - call.q_len)
+    missing: Any = (0, columns * BLOCK - call.kv_len, 0, 0 if whole_rows else rows * BLOCK - call.q_len)
     mask = torch.nn.functional.pad(mask, missing, value=False)
     batch, heads = mask.shape[:2]
     mask = mask.reshape(batch, heads, 1 if whole_rows else rows, 1 if whole_rows else BLOCK, columns, BLOCK)
@@ -88,16 +94,18 @@ def _blocks_of(mask: torch.Tensor, call: AttentionCall) -> tuple[torch.Tensor, t
     return some.expand(batch, heads, rows, columns), all_.expand(batch, heads, rows, columns)
 
 
-def _causal_blocks(key: torch.Tensor, call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor]:
-    row = torch.arange(_count(call.q_len), device=key.device)[:, None]
-    column = torch.arange(_count(call.kv_len), device=key.device)[None, :]
+def _causal_blocks(key: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    rows: Any = _count(call.q_len)
+    columns: Any = _count(call.kv_len)
+    row = torch.arange(rows, device=key.device)[:, None]
+    column = torch.arange(columns, device=key.device)[None, :]
     some = column <= row
     # Full below the diagonal; not where the last block is cut off by kv_len.
     all_ = (column < row) & (column * BLOCK + BLOCK <= call.kv_len)
     return some[None, None], all_[None, None]
 
 
-def _lists(some: torch.Tensor, all_: torch.Tensor, call: AttentionCall) -> tuple[Any, ...]:
+def _lists(some: Tensor, all_: Tensor, call: AttentionCall) -> tuple[Any, ...]:
     """For each row of blocks how many are needed and which, partly and fully seen apart; and the same for columns."""
     partly = some & ~all_
     by_row = (*_ordered(partly), *_ordered(all_))
@@ -105,12 +113,14 @@ def _lists(some: torch.Tensor, all_: torch.Tensor, call: AttentionCall) -> tuple
     return _tuple(call, (*by_row, *by_column), BLOCK)
 
 
-def _ordered(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     wanted = blocks.to(torch.int32)
-    return wanted.sum(-1, dtype=torch.int32), torch.argsort(wanted, dim=-1, descending=True, stable=True).to(torch.int32)
+    return wanted.sum(-1, dtype=torch.int32), torch.argsort(wanted, dim=-1, descending=True, stable=True).to(
+        torch.int32
+    )
 
 
-def _tuple(call: AttentionCall, lists: Sequence[torch.Tensor | None], block: int) -> tuple[Any, ...]:
+def _tuple(call: AttentionCall, lists: Sequence[Tensor | None], block: int) -> tuple[Any, ...]:
     """In the order that this version of PyTorch wants, without the mask_mod at its end."""
     names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
              "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")  # fmt: skip
@@ -127,7 +137,7 @@ def _count(length: Size) -> Size:
 # -- the small graphs: score_mod(score, b, h, q_idx, kv_idx, *tensors) and mask_mod(b, h, q_idx, kv_idx, *tensors)
 
 
-def _squeezed(mask: torch.Tensor, call: AttentionCall) -> tuple[torch.Tensor, tuple[int, ...]]:
+def _squeezed(mask: Tensor, call: AttentionCall) -> tuple[Tensor, tuple[int, ...]]:
     """The mask without the sizes of 1 that broadcast, and the positions of those that are left (at least one)."""
     if all(_is_one(size) for size in mask.shape):
         mask = mask.expand(call.batch, 1, 1, 1)
@@ -135,6 +145,11 @@ def _squeezed(mask: torch.Tensor, call: AttentionCall) -> tuple[torch.Tensor, tu
     for dim in reversed(range(4)):
         if dim not in dims:
             mask = mask.squeeze(dim)
+    if call.device == "cpu":
+        # Inductor's CPU template (2.13) reads only tensors that lie in memory: it fails on a captured one that it
+        # would rather compute where it is read. as_strided makes it store the mask first.
+        mask = mask.contiguous()
+        mask = mask.as_strided(mask.shape, mask.stride())
     return mask, dims
 
 
@@ -194,14 +209,38 @@ def grouped_heads(call: AttentionCall, machine: Machine) -> Refused | None:
     )
 
 
-FLEX_CUDA = Backend(
-    name="flex", family="PyTorch", op=flex, summary="flex_attention: a Triton (CPU: C++) kernel made for the mask; needs Inductor to be fast",
-    devices=frozenset({"cuda"}), capability=((8, 0), (12, 1)), dtypes=frozenset({"float16", "bfloat16", "float32"}),
-    head_dim=HeadDim(minimum=16), masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.BOOLEAN, MaskKind.ADDITIVE}),
-    mask_dtypes=frozenset({"float16", "bfloat16", "float32"}), gqa=True, value_dim=True, backward=True, checks=(grouped_heads,),
-    prepare=prepare,
-)  # fmt: skip
+def static_lengths(call: AttentionCall, machine: Machine) -> Refused | None:
+    """With a mask tensor and symbolic lengths, Inductor's CPU template writes C++ that does not compile (2.9 to 2.13)."""
+    if not call.mask.is_tensor or all(isinstance(size, int) for size in (call.q_len, call.kv_len)):
+        return None
+    return Refused(
+        Code.MASK,
+        "flex on a CPU takes a mask tensor with static lengths, "
+        f"here q_len is {described(call.q_len)} and kv_len {described(call.kv_len)}",
+        "Compile with dynamic=False, or choose another kernel",
+    )
 
-FLEX_CPU = replace(FLEX_CUDA, devices=frozenset({"cpu"}), capability=None, head_dim=HeadDim(), backward=False, checks=())
+
+FLEX_CUDA = Backend(
+    name="flex",
+    family="PyTorch",
+    op=flex,
+    summary="flex_attention: a Triton (CPU: C++) kernel made for the mask; needs Inductor to be fast",
+    devices=frozenset({"cuda"}),
+    capability=((8, 0), (12, 1)),
+    dtypes=frozenset({"float16", "bfloat16", "float32"}),
+    head_dim=HeadDim(minimum=16),
+    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.BOOLEAN, MaskKind.ADDITIVE}),
+    mask_dtypes=frozenset({"float16", "bfloat16", "float32"}),
+    gqa=True,
+    value_dim=True,
+    backward=True,
+    checks=(grouped_heads,),
+    prepare=prepare,
+)
+
+FLEX_CPU = replace(
+    FLEX_CUDA, devices=frozenset({"cpu"}), capability=None, head_dim=HeadDim(), backward=False, checks=(static_lengths,)
+)
 
 RECORDS = (FLEX_CUDA, FLEX_CPU)

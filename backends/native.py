@@ -6,7 +6,10 @@ mask `_scaled_dot_product_attention_math` and `_scaled_dot_product_cudnn_attenti
 kernel reads strided rows as if they were dense, broadcasts no batch, and divides by zero at length 0.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from ..calls import AttentionCall, MaskKind
 from ..decisions import Code, Refused
@@ -19,7 +22,7 @@ HALF = frozenset({"float16", "bfloat16"})
 DENSE = frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.BOOLEAN, MaskKind.ADDITIVE})
 
 
-def additive(mask: torch.Tensor | None, key: torch.Tensor, call: AttentionCall) -> torch.Tensor | None:
+def additive(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tensor | None:
     """The mask as a bias: a boolean one becomes 0 where a key takes part and -inf where not."""
     if mask is None or mask.dtype != torch.bool:
         return mask
@@ -27,7 +30,7 @@ def additive(mask: torch.Tensor | None, key: torch.Tensor, call: AttentionCall) 
     return torch.where(mask, zero, float("-inf"))
 
 
-def aligned_bias(mask: torch.Tensor | None, key: torch.Tensor, call: AttentionCall) -> torch.Tensor | None:
+def aligned_bias(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tensor | None:
     """A bias as the memory-efficient kernel reads it: all four sizes, rows that start at multiples of 16 elements."""
     bias = additive(mask, key, call)
     if bias is None:
@@ -35,13 +38,16 @@ def aligned_bias(mask: torch.Tensor | None, key: torch.Tensor, call: AttentionCa
     if bias.shape[-1] == 1 and not holds(call.kv_len == 1):
         bias = bias.expand(*bias.shape[:-1], call.kv_len)
     if not holds(call.kv_len % 16 == 0):
-        bias = torch.nn.functional.pad(bias, (0, 16 - call.kv_len % 16))[..., : call.kv_len]
-    elif not all(size == 1 or holds(stride % 16 == 0) for size, stride in zip(bias.shape[:-1], bias.stride(), strict=False)):
+        missing: Any = (0, 16 - call.kv_len % 16)
+        bias = torch.nn.functional.pad(bias, missing)[..., : call.kv_len]
+    elif not all(
+        size == 1 or holds(stride % 16 == 0) for size, stride in zip(bias.shape[:-1], bias.stride(), strict=False)
+    ):
         bias = bias.contiguous()
     return bias.expand(call.batch, call.heads, call.q_len, call.kv_len)
 
 
-def full_bias(mask: torch.Tensor | None, key: torch.Tensor, call: AttentionCall) -> torch.Tensor | None:
+def full_bias(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tensor | None:
     """A bias whose last two sizes are q_len and kv_len: kernels broadcast batch and heads."""
     bias = additive(mask, key, call)
     return None if bias is None else bias.expand(bias.shape[0], bias.shape[1], call.q_len, call.kv_len)
@@ -51,34 +57,47 @@ def causal(call: AttentionCall) -> bool:
     return call.mask.kind is MaskKind.CAUSAL_UPPER_LEFT
 
 
-def math(query, key, value, bias, *, call):  # type: ignore[no-untyped-def]
-    return aten._scaled_dot_product_attention_math.default(
-        query, key, value, bias, call.dropout, causal(call), None, scale=call.scale, enable_gqa=not holds(call.heads == call.kv_heads)
+def math(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
+    output: Tensor = aten._scaled_dot_product_attention_math.default(
+        query,
+        key,
+        value,
+        bias,
+        call.dropout,
+        causal(call),
+        None,
+        scale=call.scale,
+        enable_gqa=not holds(call.heads == call.kv_heads),
     )[0]
+    return output
 
 
-def flash_cpu(query, key, value, bias, *, call):  # type: ignore[no-untyped-def]
-    return aten._scaled_dot_product_flash_attention_for_cpu.default(
+def flash_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
+    output: Tensor = aten._scaled_dot_product_flash_attention_for_cpu.default(
         query, key, value, 0.0, causal(call), attn_mask=bias, scale=call.scale
     )[0]
+    return output
 
 
-def flash_cuda(query, key, value, bias, *, call):  # type: ignore[no-untyped-def]
-    return aten._scaled_dot_product_flash_attention.default(
+def flash_cuda(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
+    output: Tensor = aten._scaled_dot_product_flash_attention.default(
         query, key, value, call.dropout, causal(call), False, scale=call.scale
     )[0]
+    return output
 
 
-def efficient(query, key, value, bias, *, call):  # type: ignore[no-untyped-def]
-    return aten._scaled_dot_product_efficient_attention.default(
+def efficient(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
+    output: Tensor = aten._scaled_dot_product_efficient_attention.default(
         query, key, value, bias, call.needs_grad, call.dropout, causal(call), scale=call.scale
     )[0]
+    return output
 
 
-def cudnn(query, key, value, bias, *, call):  # type: ignore[no-untyped-def]
-    return aten._scaled_dot_product_cudnn_attention.default(
+def cudnn(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
+    output: Tensor = aten._scaled_dot_product_cudnn_attention.default(
         query, key, value, bias, call.needs_grad, call.dropout, causal(call), False, scale=call.scale
     )[0]
+    return output
 
 
 def flash_backward_on_consumer_gpus(call: AttentionCall, machine: Machine) -> Refused | None:
@@ -98,7 +117,9 @@ def cudnn_dropout(call: AttentionCall, machine: Machine) -> Refused | None:
     if (call.dropout * 16).is_integer():
         return None
     return Refused(
-        Code.DROPOUT, f"cuDNN drops in steps of 1/16, the call has p={call.dropout:g}", "Use a multiple of 0.0625, or choose another kernel"
+        Code.DROPOUT,
+        f"cuDNN drops in steps of 1/16, the call has p={call.dropout:g}",
+        "Use a multiple of 0.0625, or choose another kernel",
     )
 
 
@@ -109,7 +130,9 @@ def cudnn_head_dim(call: AttentionCall, machine: Machine) -> Refused | None:
     for name, size in (("head_dim", call.head_dim), ("value_dim", call.value_dim)):
         if not holds(size <= limit):
             return Refused(
-                Code.HEAD_DIM, f"cuDNN takes {name} up to {limit} here, this is {described(size)}", "Choose a kernel for wide heads"
+                Code.HEAD_DIM,
+                f"cuDNN takes {name} up to {limit} here, this is {described(size)}",
+                "Choose a kernel for wide heads",
             )
     return None
 
@@ -117,50 +140,115 @@ def cudnn_head_dim(call: AttentionCall, machine: Machine) -> Refused | None:
 def cudnn_length(call: AttentionCall, machine: Machine) -> Refused | None:
     if holds(call.kv_len >= 2):
         return None
-    return Refused(Code.LENGTH, f"cuDNN needs kv_len of at least 2, this is {described(call.kv_len)}", "Choose another kernel")
+    return Refused(
+        Code.LENGTH, f"cuDNN needs kv_len of at least 2, this is {described(call.kv_len)}", "Choose another kernel"
+    )
 
 
 ANY = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 NATIVE = Backend(
-    name="native", family="PyTorch", op=None, summary="F.scaled_dot_product_attention as it stands: PyTorch chooses",
+    name="native",
+    family="PyTorch",
+    op=None,
+    summary="F.scaled_dot_product_attention as it stands: PyTorch chooses",
     devices=frozenset({"cpu", "cuda", "meta", "mps", "xla", "npu", "xpu", "hpu", "privateuseone"}),
-    dtypes=ANY | {"complex64", "complex128", "float8_e4m3fn", "float8_e5m2"}, masks=DENSE | {MaskKind.CAUSAL_LOWER_RIGHT},
-    mask_dtypes=ANY, mask_grad=True, gqa=True, value_dim=True, dropout=True, backward=True, empty=True, any_context=True,
+    dtypes=ANY | {"complex64", "complex128", "float8_e4m3fn", "float8_e5m2"},
+    masks=DENSE | {MaskKind.CAUSAL_LOWER_RIGHT},
+    mask_dtypes=ANY,
+    mask_grad=True,
+    gqa=True,
+    value_dim=True,
+    dropout=True,
+    backward=True,
+    empty=True,
+    any_context=True,
     numerics=Numerics.EXACT,
-)  # fmt: skip
+)
 
 FLASH_CUDA = Backend(
-    name="_native_flash", family="PyTorch", op=flash_cuda, summary="FlashAttention 2 inside PyTorch; on CPU its tiled kernel",
-    devices=frozenset({"cuda"}), capability=((8, 0), (12, 1)), dtypes=HALF, head_dim=HeadDim(max=256, multiple=8, pad=True),
-    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT}), gqa=True, dropout=True, backward=True,
+    name="_native_flash",
+    family="PyTorch",
+    op=flash_cuda,
+    summary="FlashAttention 2 inside PyTorch; on CPU its tiled kernel",
+    devices=frozenset({"cuda"}),
+    capability=((8, 0), (12, 1)),
+    dtypes=HALF,
+    head_dim=HeadDim(max=256, multiple=8, pad=True),
+    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT}),
+    gqa=True,
+    dropout=True,
+    backward=True,
     checks=(flash_backward_on_consumer_gpus,),
-)  # fmt: skip
+)
 
 FLASH_CPU = Backend(
-    name="_native_flash", family="PyTorch", op=flash_cpu, summary=FLASH_CUDA.summary,
-    devices=frozenset({"cpu"}), dtypes=ANY, masks=DENSE, mask_dtypes=frozenset({"float32"}), gqa=True, backward=True,
+    name="_native_flash",
+    family="PyTorch",
+    op=flash_cpu,
+    summary=FLASH_CUDA.summary,
+    devices=frozenset({"cpu"}),
+    dtypes=ANY,
+    masks=DENSE,
+    mask_dtypes=frozenset({"float32"}),
+    gqa=True,
+    backward=True,
     prepare=full_bias,
-)  # fmt: skip
+)
 
 EFFICIENT = Backend(
-    name="_native_efficient", family="PyTorch", op=efficient, summary="the memory-efficient (CUTLASS) kernel inside PyTorch",
-    devices=frozenset({"cuda"}), capability=((8, 0), (12, 1)), dtypes=HALF | {"float32"}, head_dim=HeadDim(multiple=8, pad=True),
-    masks=DENSE, mask_grad=True, value_dim=True, dropout=True, backward=True, prepare=aligned_bias,
-)  # fmt: skip
+    name="_native_efficient",
+    family="PyTorch",
+    op=efficient,
+    summary="the memory-efficient (CUTLASS) kernel inside PyTorch",
+    devices=frozenset({"cuda"}),
+    capability=((8, 0), (12, 1)),
+    dtypes=HALF | {"float32"},
+    head_dim=HeadDim(multiple=8, pad=True),
+    masks=DENSE,
+    mask_grad=True,
+    value_dim=True,
+    dropout=True,
+    backward=True,
+    prepare=aligned_bias,
+)
 
 CUDNN = Backend(
-    name="_native_cudnn", family="PyTorch", op=cudnn, summary="cuDNN's fused attention", devices=frozenset({"cuda"}),
-    capability=((8, 0), (12, 1)), dtypes=HALF, head_dim=HeadDim(multiple=8, pad=True), masks=DENSE, gqa=True, value_dim=True,
-    dropout=True, backward=True, deterministic=False, requires={"cudnn": ">=9.0"},
-    checks=(cudnn_dropout, cudnn_head_dim, cudnn_length), prepare=full_bias,
-)  # fmt: skip
+    name="_native_cudnn",
+    family="PyTorch",
+    op=cudnn,
+    summary="cuDNN's fused attention",
+    devices=frozenset({"cuda"}),
+    capability=((8, 0), (12, 1)),
+    dtypes=HALF,
+    head_dim=HeadDim(multiple=8, pad=True),
+    masks=DENSE,
+    gqa=True,
+    value_dim=True,
+    dropout=True,
+    backward=True,
+    deterministic=False,
+    requires={"cudnn": ">=9.0"},
+    checks=(cudnn_dropout, cudnn_head_dim, cudnn_length),
+    prepare=full_bias,
+)
 
 MATH = Backend(
-    name="_native_math", family="PyTorch", op=math, summary="matmul, softmax, matmul: any device, most memory",
-    devices=NATIVE.devices, dtypes=ANY, masks=DENSE, mask_dtypes=ANY, mask_grad=True, gqa=True, value_dim=True, dropout=True,
-    backward=True, empty=True, prepare=additive,
-)  # fmt: skip
+    name="_native_math",
+    family="PyTorch",
+    op=math,
+    summary="matmul, softmax, matmul: any device, most memory",
+    devices=NATIVE.devices,
+    dtypes=ANY,
+    masks=DENSE,
+    mask_dtypes=ANY,
+    mask_grad=True,
+    gqa=True,
+    value_dim=True,
+    dropout=True,
+    backward=True,
+    empty=True,
+    prepare=additive,
+)
 
 RECORDS = (NATIVE, FLASH_CUDA, FLASH_CPU, EFFICIENT, CUDNN, MATH)
-

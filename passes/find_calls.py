@@ -27,7 +27,9 @@ def find_calls(graph_module: GraphModule, context: Context) -> int:
         if node.op != "call_function":
             continue
         if node.target in SDPA_TARGETS:
-            context.found.append(Found(node, _read(node, transform or context.obstacle, _unique(node, context), origins)))
+            context.found.append(
+                Found(node, _read(node, transform or context.obstacle, _unique(node, context), origins))
+            )
         elif node.target in OPAQUE_TARGETS:
             context.found.append(Found(node, _read_opaque(node, _unique(node, context))))
     return len(context.found)

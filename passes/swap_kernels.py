@@ -78,7 +78,9 @@ def launch(
     prepared = emitter.once((backend.prepare, mask_node, _prepared_for(call)), prepare)
     if backend.layout == "bshd":
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
-    query, key, value = (tensor if holds(tensor.stride(-1) == 1) else tensor.contiguous() for tensor in (query, key, value))
+    query, key, value = (
+        tensor if holds(tensor.stride(-1) == 1) else tensor.contiguous() for tensor in (query, key, value)
+    )
     output: torch.Tensor = backend.op(query, key, value, prepared, call=call)  # type: ignore[misc]
     if backend.layout == "bshd":
         output = output.transpose(1, 2)

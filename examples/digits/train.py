@@ -1,7 +1,7 @@
 """Trains the demo's digits on the CPU (about 25 minutes on two cores) and writes weights/ and figures.txt.
 
-    python examples/digits/train.py            # trains, then scores
-    python examples/digits/train.py --score    # scores the weights that are there: the last line of figures.txt
+python examples/digits/train.py            # trains, then scores
+python examples/digits/train.py --score    # scores the weights that are there: the last line of figures.txt
 """
 
 import copy

@@ -1,0 +1,121 @@
+"""`explain`: what would be swapped in a model, and why not, without running a kernel or compiling one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from types import CodeType, TracebackType
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.utils._pytree import tree_map
+
+from .compilers import AttentionCompiler, with_backend
+from .machines import Machine
+from .policies import Choice
+from .reports import Report
+
+
+def explain(
+    model: Callable[..., Any],
+    *args: Any,
+    backend: AttentionCompiler | Choice | Iterable[Choice],
+    machine: Machine | None = None,
+    **kwargs: Any,
+) -> Report:
+    """Traces `model(*args, **kwargs)` and reports what `backend` would do at each attention.
+
+    backend: the object from `with_backend`, or what it takes: a name, a record, or several in order of preference. A
+        strict policy is explained too: it does not raise here.
+    machine: a described machine plans for hardware that is not there; None: the one that the tensors are on. A model on
+        the "meta" device needs no memory.
+
+    No graph is run: each returns zeros of the right shape, so that tracing goes on behind a graph break. Code that stands
+    outside any graph does run, on those zeros. The model, its buffers and PyTorch's compile caches are left as they were.
+    Call it under `torch.no_grad()` for an inference, as the model itself: gradients are part of the question.
+    """
+    if not isinstance(backend, AttentionCompiler):
+        backend = with_backend(
+            *([backend] if isinstance(backend, str) or not isinstance(backend, Iterable) else backend)
+        )
+    planner = AttentionCompiler(replace(backend.policy, strict=False), machine=machine)
+
+    def plan_only(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        planner.rewrite(graph_module, swap=False)
+        return predicted(graph_module)
+
+    target: Any = getattr(model, "_orig_mod", model)
+    if getattr(target, "_compiled_call_impl", None) is not None:  # after model.compile()
+        target = target._call_impl
+    limits: Any = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
+    with CompiledCode(), limits:
+        torch.compile(target, backend=plan_only, dynamic=False)(*args, **kwargs)
+    return planner.report
+
+
+def predicted(graph_module: GraphModule) -> Callable[..., Any]:
+    """The graph as a function that computes no values: zeros of the shapes, dtypes and strides that it would return."""
+
+    def call(*inputs: Any) -> Any:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        given: dict[int, Any] = {}
+
+        def fake(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor):
+                return value
+            made = mode.from_tensor(value, static_shapes=True)
+            given[id(made)] = value
+            return made
+
+        def zeros(value: Any) -> Any:
+            if not isinstance(value, torch.Tensor) or id(value) in given:
+                return given.get(id(value), value)
+            empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            made = empty.zero_().requires_grad_(value.requires_grad)
+            return made.clone() if value.requires_grad else made  # no leaf, so that code behind may write into it
+
+        fakes = tree_map(fake, inputs)
+        with mode:
+            outputs = graph_module(*fakes)
+        return tree_map(zeros, outputs)
+
+    return call
+
+
+class CompiledCode:
+    """Forgets, at its end, what Dynamo compiled inside: an explanation is no compilation that a later call may reuse,
+    nor one that counts towards the recompilation limit."""
+
+    def __enter__(self) -> CompiledCode:
+        self._before: dict[CodeType, set[int]] = {}
+        self._hook = torch._dynamo.convert_frame.register_bytecode_hook(self._compiled)
+        return self
+
+    def _compiled(self, code: CodeType, new_code: CodeType) -> None:
+        self._before.setdefault(code, {id(entry.code) for entry in _entries(code)})
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        from torch._dynamo.guards import DeletedGuardManagerWrapper
+
+        self._hook.remove()
+        for code, before in self._before.items():
+            if not before:
+                torch._C._dynamo.eval_frame.reset_code(code)
+                continue
+            for entry in _entries(code):  # beside the user's own: they stay
+                if id(entry.code) not in before:
+                    gone = DeletedGuardManagerWrapper("attnrewrite.explain has ended")
+                    # An entry guarded on the identity of an object that the frame does not have is not counted
+                    # towards the recompilation limit (torch/_dynamo/cache_size.py).
+                    gone.id_matched_objs = {"attnrewrite.explain": weakref.ref(CompiledCode)}
+                    entry.guard_manager.extra_state.invalidate(entry, gone)
+
+
+def _entries(code: CodeType) -> list[Any]:
+    entries: list[Any] = torch._C._dynamo.eval_frame._debug_get_cache_entry_list(code)
+    return entries
