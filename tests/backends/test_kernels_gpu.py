@@ -1,0 +1,235 @@
+"""The kernels of PyTorch that a GPU has. CI has none: what these printed on an H200 is in bench/results/."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import TOLERANCE, attend, check, compiled, doubled, qkv, relative
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_cudnn_attention,
+    can_use_efficient_attention,
+    can_use_flash_attention,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import attnrewrite
+from attnrewrite import AttentionCall, Mask, MaskKind, decide, machine_of, records_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore::UserWarning"),  # can_use_* and Triton talk
+]
+
+FUSED = ("_native_flash", "_native_efficient", "_native_cudnn", "flex")
+KERNELS = ("native", *FUSED, "_native_math")
+MASKED = ("native", "_native_efficient", "_native_cudnn", "flex", "_native_math")
+
+
+def gpu(dtype=torch.bfloat16, **sizes):
+    return qkv(dtype=dtype, device="cuda", **{"q_len": 77, "kv_len": 141, "dim": 64, **sizes})
+
+
+def boolean(*shape):
+    return torch.rand(*shape, device="cuda") > 0.4
+
+
+MASKS = {
+    "dense boolean": lambda dtype: boolean(2, 4, 77, 141),
+    "key padding": lambda dtype: boolean(2, 1, 1, 141),
+    "one for all": lambda dtype: boolean(77, 141),
+    "rows": lambda dtype: boolean(2, 1, 77, 1) | (torch.arange(77, device="cuda") < 70)[:, None],
+    "additive": lambda dtype: torch.randn(2, 4, 77, 141, device="cuda", dtype=dtype),
+    "additive, per head": lambda dtype: torch.randn(1, 4, 77, 1, device="cuda", dtype=dtype),
+    "additive, aligned": lambda dtype: torch.randn(2, 1, 77, 144, device="cuda", dtype=dtype),
+}
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_plain(kernel, dtype, inner):
+    if kernel in ("_native_flash", "_native_cudnn") and dtype is torch.float32:
+        pytest.skip("half precision only")
+    check(kernel, *gpu(dtype), inner=inner, tolerance=2e-3 if dtype is torch.float32 else None)
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("kernel", MASKED)
+def test_masks(kernel, mask, inner):
+    tensors = gpu(kv_len=144 if mask == "additive, aligned" else 141)
+    check(kernel, *tensors, MASKS[mask](torch.bfloat16), inner=inner)
+
+
+@pytest.mark.parametrize("kernel", MASKED)
+def test_rows_without_a_key_are_zero(kernel):
+    """As F.scaled_dot_product_attention documents since 2.5, and as `native` gives on this machine."""
+    mask = boolean(2, 1, 77, 141)
+    mask[0, :, 5] = False
+    inner = "inductor" if kernel == "flex" else "eager"
+    run, backend = compiled(attend, kernel, inner)
+    query, key, value = gpu()
+    output = run(query, key, value, mask)
+    reference = attend(query.double(), key.double(), value.double(), mask)
+    assert reference[0, 5].abs().max() == 0
+    assert backend.report.sites[0].chosen == kernel
+    assert relative(output, reference) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("lengths", [(141, 141), (77, 141), (141, 77)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_causal(kernel, lengths):
+    query, key, value = gpu(q_len=lengths[0], kv_len=lengths[1])
+    if kernel == "_native_flash" and lengths[0] != lengths[1]:
+        run, backend = compiled(lambda *given: attend(*given, is_causal=True), kernel)
+        run(query, key, value)
+        assert backend.report.sites[0].refusals[0][1].code is attnrewrite.Code.CAUSAL
+        return
+    check(kernel, query, key, value, is_causal=True, inner="inductor" if kernel == "flex" else "eager")
+
+
+@pytest.mark.parametrize("dim", [20, 40, 64, 72, 80, 96, 128, 160, 256])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_head_dims(kernel, dim):
+    check(kernel, *gpu(dim=dim), inner="inductor" if kernel == "flex" else "eager")
+
+
+@pytest.mark.parametrize("kernel", ["native", "_native_efficient", "_native_cudnn", "flex", "_native_math"])
+def test_value_dim(kernel):
+    check(kernel, *gpu(value_dim=32), inner="inductor" if kernel == "flex" else "eager")
+
+
+@pytest.mark.parametrize("kernel", ["native", "_native_flash", "_native_cudnn", "flex", "_native_math"])
+def test_grouped_heads(kernel):
+    check(kernel, *gpu(heads=8, kv_heads=2), inner="inductor" if kernel == "flex" else "eager", enable_gqa=True)
+
+
+@pytest.mark.parametrize("lengths", [(1, 77), (77, 2), (1013, 1013)])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_odd_lengths(kernel, lengths):
+    check(kernel, *gpu(q_len=lengths[0], kv_len=lengths[1]), inner="inductor" if kernel == "flex" else "eager")
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_dynamic_lengths_under_inductor(kernel):
+    backend = attnrewrite.with_backend(kernel)
+    run = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
+    for length in (64, 96, 130):
+        tensors = gpu(q_len=length, kv_len=length + 32)
+        mask = [] if kernel == "_native_flash" else [boolean(2, 1, 1, length + 32)]
+        assert relative(run(*tensors, *mask), attend(*map(doubled, tensors), *mask)) < TOLERANCE[torch.bfloat16]
+    assert {site.chosen for site in backend.report.sites} == {kernel}
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_gradients(kernel, inner):
+    if (kernel, inner) == ("flex", "eager"):
+        pytest.skip("unfused flex is PyTorch's debugging path")
+    exact = [tensor.double().detach().requires_grad_() for tensor in gpu()]
+    tensors = [tensor.bfloat16().detach().requires_grad_() for tensor in exact]
+    run, backend = compiled(attend, kernel, inner)
+    run(*tensors).square().sum().backward()
+    attend(*exact).square().sum().backward()
+    assert backend.report.sites[0].chosen == kernel
+    for one, other in zip(tensors, exact, strict=True):
+        assert relative(one.grad, other.grad) < 3e-2
+
+
+@pytest.mark.parametrize(
+    ("kernel", "choice"),
+    [
+        ("_native_flash", SDPBackend.FLASH_ATTENTION),
+        ("_native_efficient", SDPBackend.EFFICIENT_ATTENTION),
+        ("_native_cudnn", SDPBackend.CUDNN_ATTENTION),
+        ("_native_math", SDPBackend.MATH),
+    ],
+)
+def test_the_same_kernel_as_sdpa_chooses(kernel, choice):
+    """To the bit what eager SDPA gives under sdpa_kernel, a boolean mask included."""
+    tensors = gpu()
+    masks = [[]] if kernel == "_native_flash" else [[], [boolean(2, 1, 77, 141)]]
+    for mask in masks:
+        torch.compiler.reset()
+        with sdpa_kernel(choice):
+            expected = attend(*tensors, *mask)
+        assert torch.equal(compiled(attend, kernel)[0](*tensors, *mask), expected)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_cuda_graphs(kernel):
+    """mode="reduce-overhead" replays with new inputs."""
+    run, _ = compiled(attend, attnrewrite.with_backend(kernel), mode="reduce-overhead")
+    for _ in range(4):
+        tensors = gpu()
+        with torch.no_grad():
+            output = run(*tensors).clone()
+        assert relative(output, attend(*map(doubled, tensors))) < TOLERANCE[torch.bfloat16]
+
+
+CAN_USE = {
+    "_native_flash": can_use_flash_attention,
+    "_native_efficient": can_use_efficient_attention,
+    "_native_cudnn": can_use_cudnn_attention,
+}
+
+
+@pytest.mark.parametrize("kernel", CAN_USE)
+def test_limits_are_those_of_this_pytorch(kernel):
+    """Where a record accepts, so does PyTorch's own check of that kernel; where it refuses and PyTorch accepts, the
+    difference is one that is listed here."""
+    machine = machine_of(torch.device("cuda", 0))
+    record = records_of(kernel)[0]
+    wrong = []
+    options = itertools.product(
+        [torch.bfloat16, torch.float16, torch.float32, torch.float64],
+        [16, 64, 128, 136, 192, 256, 264],
+        [64, None],
+        [(8, 8), (8, 2)],
+        ["none", "causal", "boolean"],
+        [(64, 64), (64, 96), (1, 1), (7, 1)],
+        [False, True],
+    )
+    for dtype, dim, value_dim, (heads, kv_heads), mask, (q_len, kv_len), grad in options:
+        value_dim = value_dim or dim
+        query = torch.empty(2, heads, q_len, dim, dtype=dtype, device="cuda", requires_grad=grad)
+        key = torch.empty(2, kv_heads, kv_len, dim, dtype=dtype, device="cuda", requires_grad=grad)
+        value = torch.empty(2, kv_heads, kv_len, value_dim, dtype=dtype, device="cuda", requires_grad=grad)
+        bias = torch.ones(2, 1, q_len, kv_len, dtype=torch.bool, device="cuda") if mask == "boolean" else None
+        params = SDPAParams(query, key, value, bias, 0.0, mask == "causal", kv_heads != heads)
+        theirs = CAN_USE[kernel](params, False)
+        words = {"none": MaskKind.NONE, "causal": MaskKind.CAUSAL_UPPER_LEFT, "boolean": MaskKind.BOOLEAN}
+        call = AttentionCall(
+            "", 2, heads, kv_heads, q_len, kv_len, dim, value_dim, str(dtype)[6:], "cuda", Mask(words[mask]), needs_grad=grad
+        )  # fmt: skip
+        decision = decide(record, call, machine)
+        ours = isinstance(decision, attnrewrite.Accepted)
+        if ours != theirs:
+            wrong.append(
+                (str(dtype), dim, value_dim, heads, kv_heads, mask, q_len, kv_len, grad, str(decision), theirs)
+            )
+    accepted_too_much = [row for row in wrong if not row[-1]]
+    assert accepted_too_much == [], f"{len(accepted_too_much)}: {accepted_too_much[:12]}"
+    refused_too_much = [row for row in wrong if row[-1]]
+    print(kernel, "refused though PyTorch would take it:", len(refused_too_much), refused_too_much[:6])
+    assert all(row[-2].startswith(("GQA", "HEAD_DIM")) for row in refused_too_much), refused_too_much[:12]
+
+
+def test_each_gpu_has_its_own_machine():
+    machine = machine_of(torch.device("cuda", 0))
+    assert machine.capability == torch.cuda.get_device_capability(0)
+    assert {"torch", "cuda", "cudnn"} <= set(machine.packages)
+
+
+def test_float32_model_under_autocast():
+    query, key, value = gpu(torch.float32)
+
+    def step(q, k, v):
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            return F.scaled_dot_product_attention(q, k, v)
+
+    run, backend = compiled(step, "_native_cudnn", "inductor")
+    assert run(query, key, value).dtype == torch.bfloat16
+    assert backend.report.sites[0].chosen == "_native_cudnn"

@@ -1,0 +1,51 @@
+"""What every parity test does: the compiled function against float64 eager of the unchanged one."""
+
+import torch
+import torch.nn.functional as F
+
+import attnrewrite
+
+# Relative error that rounding alone explains, by the dtype of the products.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
+
+
+def relative(output: torch.Tensor, reference: torch.Tensor) -> float:
+    """|output - reference| / |reference|, 2-norms. NaN anywhere gives NaN, which no comparison passes."""
+    return ((output.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def qkv(batch=2, heads=4, kv_heads=None, q_len=7, kv_len=11, dim=16, value_dim=None, dtype=torch.float32, device="cpu"):
+    """Query, key and value whose sizes all differ unless asked, laid out (batch, length, heads, dim) in memory."""
+    kv_heads = kv_heads or heads
+    value_dim = value_dim or dim
+    shapes = ((q_len, heads, dim), (kv_len, kv_heads, dim), (kv_len, kv_heads, value_dim))
+    return [torch.randn(batch, *shape, dtype=dtype, device=device).transpose(1, 2) for shape in shapes]
+
+
+def attend(query, key, value, mask=None, **arguments):
+    """As models do it: attention, then the heads side by side."""
+    output = F.scaled_dot_product_attention(query, key, value, mask, **arguments)
+    return output.transpose(1, 2).reshape(output.shape[0], output.shape[2], -1)
+
+
+def doubled(value):
+    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
+def compiled(function, backend, inner="eager", dynamic=False, **options):
+    """The function compiled through a backend (a name, a record or an object), and that backend."""
+    if not isinstance(backend, attnrewrite.AttentionCompiler):
+        backend = attnrewrite.with_backend(backend, inner=inner)
+    return torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic, **options), backend
+
+
+def check(backend, *tensors, inner="eager", dynamic=False, tolerance=None, function=attend, **arguments):
+    """Asserts that one site is swapped and right; returns the site."""
+    run, backend = compiled(lambda *given: function(*given, **arguments), backend, inner, dynamic)
+    output = run(*tensors)
+    reference = function(*map(doubled, tensors), **arguments)
+    (site,) = backend.report.sites
+    assert site.chosen == backend.policy.choices[0].name, site
+    error = relative(output, reference)
+    assert error < (tolerance or TOLERANCE[tensors[0].dtype]), f"{site.chosen}: relative error {error:.2e}"
+    return site

@@ -1,0 +1,393 @@
+"""Every form in which scaled_dot_product_attention is called is found, and read right."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torch.utils.checkpoint
+from parity import attend, compiled, qkv, relative
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import attnrewrite
+from attnrewrite import MaskKind
+
+sdpa = F.scaled_dot_product_attention
+
+
+def only_site(function, *tensors, backend="_native_flash", inner="eager", error=1e-5):
+    run, backend = compiled(function, backend, inner)
+    output, expected = run(*tensors), function(*tensors)
+    assert relative(output, expected) < error
+    assert output.dtype == expected.dtype
+    (site,) = backend.report.sites
+    return site
+
+
+FORMS = {
+    "positional": lambda q, k, v, m: sdpa(q, k, v, m, 0.0, False),
+    "keyword": lambda q, k, v, m: sdpa(
+        query=q, key=k, value=v, attn_mask=m, dropout_p=0.0, is_causal=False, scale=0.3, enable_gqa=False
+    ),
+    "mixed": lambda q, k, v, m: sdpa(q, k, value=v, scale=0.3, attn_mask=m),
+    "out of order": lambda q, k, v, m: sdpa(attn_mask=m, value=v, key=k, query=q),
+    "aten overload": lambda q, k, v, m: torch.ops.aten.scaled_dot_product_attention.default(q, k, v, m),
+    "aten packet": lambda q, k, v, m: torch.ops.aten.scaled_dot_product_attention(q, k, v, m, scale=0.3),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_argument_forms(form):
+    query, key, value = qkv()
+    mask = torch.randn(2, 1, 7, 11)
+    site = only_site(FORMS[form], query, key, value, mask)
+    assert site.chosen == "_native_flash"
+    assert site.call.mask.kind is MaskKind.ADDITIVE
+
+
+@pytest.mark.parametrize("kernel", ["_native_flash", "_native_math", "flex"])
+@pytest.mark.parametrize(
+    ("lead", "mask"),
+    [
+        ((), (7, 11)),
+        ((5,), (5, 7, 11)),
+        ((5,), (1, 11)),
+        ((2, 4), (4, 1, 11)),
+        ((2, 3, 4), (2, 1, 4, 7, 11)),
+        ((2, 3, 4), (3, 1, 7, 11)),
+        ((2, 3, 4), (7, 1)),
+        ((3, 1, 2, 4), (3, 1, 1, 1, 7, 11)),
+    ],
+)
+def test_ranks_and_mask_ranks(kernel, lead, mask):
+    query, key, value = torch.randn(*lead, 7, 16), torch.randn(*lead, 11, 16), torch.randn(*lead, 11, 16)
+    for bias in (torch.randn(mask), torch.rand(mask) > 0.4):
+        torch.compiler.reset()
+        site = only_site(sdpa, query, key, value, bias, backend=kernel)
+        assert site.chosen == kernel
+
+
+@pytest.mark.parametrize("kernel", ["_native_flash", "_native_math", "flex"])
+def test_what_sdpa_broadcasts_is_expanded(kernel):
+    """Kernels do not broadcast: the CPU kernel reads another batch's keys without an error."""
+    query, key, value = qkv(batch=3)
+    only_site(sdpa, query, key[:1], value, backend=kernel)
+    torch.compiler.reset()
+    only_site(sdpa, query, key[:, :1], value[:1, :1], backend=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["_native_flash", "_native_math", "flex"])
+def test_last_dimension_with_a_stride(kernel):
+    """The CPU kernel reads such rows as if they were dense."""
+    query, key, value = (tensor.transpose(2, 3).contiguous().transpose(2, 3) for tensor in qkv())
+    assert query.stride(-1) != 1
+    only_site(sdpa, query, key, value, backend=kernel)
+
+
+@pytest.mark.parametrize("kernel", ["_native_flash", "_native_math", "flex"])
+def test_grouped_heads(kernel):
+    query, key, value = qkv(heads=6, kv_heads=2)
+    site = only_site(lambda *given: sdpa(*given, enable_gqa=True), query, key, value, backend=kernel)
+    assert (site.call.heads, site.call.kv_heads) == (6, 2)
+
+
+def test_the_call_says_what_the_model_asks():
+    query, key, value = qkv(value_dim=24)
+    run, backend = compiled(lambda q, k, v: sdpa(q, k, v, dropout_p=0.25, scale=0.3), "native")
+    run(query, key.requires_grad_(), value)
+    call = backend.report.sites[0].call
+    assert (call.batch, call.heads, call.q_len, call.kv_len, call.head_dim, call.value_dim) == (2, 4, 7, 11, 16, 24)
+    assert (call.dtype, call.device, call.scale, call.dropout) == ("float32", "cpu", 0.3, 0.25)
+    assert (call.needs_grad, call.layout, call.mask.kind) == (True, "bshd", MaskKind.NONE)
+
+
+def test_activation_checkpoint():
+    query, key, value = qkv()
+
+    def step(q):
+        return torch.utils.checkpoint.checkpoint(attend, q, key, value, use_reentrant=False).square().sum()
+
+    for inner in ("eager", "aot_eager", "inductor"):
+        torch.compiler.reset()
+        backend = attnrewrite.with_backend("_native_flash", inner=inner)
+        expected, given = query.clone().requires_grad_(), query.clone().requires_grad_()
+        step(expected).backward()
+        torch.compile(step, backend=backend)(given).backward()
+        assert [site.chosen for site in backend.report.sites] == ["_native_flash"]
+        assert relative(given.grad, expected.grad) < 1e-5
+
+
+@pytest.mark.parametrize("kernel", ["_native_flash", "_native_math", "flex"])
+def test_branches_of_cond_keep_their_strides(kernel):
+    """Both branches must return the same layout, so a swapped one has to restore it."""
+
+    def step(q, k, v):
+        return torch.cond(q.sum() > 0, lambda q, k, v: sdpa(q, k, v), lambda q, k, v: sdpa(q, k, v) * 2, (q, k, v))
+
+    query, key, value = qkv()
+    for sign in (1, -1):
+        torch.compiler.reset()
+        run, backend = compiled(step, kernel)
+        assert relative(run(query.abs() * sign, key, value), step(query.abs() * sign, key, value)) < 1e-5
+        assert [site.chosen for site in backend.report.sites] == [kernel, kernel]
+
+
+def test_nested_compile_region():
+    @torch.compiler.nested_compile_region
+    def block(x):
+        return sdpa(x, x, x)
+
+    def step(x):
+        return block(block(x))
+
+    query = qkv()[0]
+    run, backend = compiled(step, "_native_math", inner="aot_eager")
+    assert relative(run(query), step(query)) < 1e-5
+    assert {site.chosen for site in backend.report.sites} == {"_native_math"}
+
+
+class Tripled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, query):
+        return 3 * sdpa(query, query, query)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 3 * grad
+
+
+def test_custom_autograd_function():
+    query = qkv()[0].requires_grad_()
+    run, backend = compiled(lambda q: Tripled.apply(q), "_native_math", inner="aot_eager")
+    output = run(query)
+    assert relative(output.detach(), Tripled.apply(query).detach()) < 1e-5
+    output.sum().backward()
+    assert torch.equal(query.grad, torch.full_like(query, 3))
+    assert [site.chosen for site in backend.report.sites] == ["_native_math"]
+
+
+@pytest.mark.parametrize("kernel", ["_native_flash", "_native_math", "flex"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_autocast_region(kernel, inner):
+    """SDPA computes in autocast's dtype whatever it is given; the swapped op must too."""
+    query, key, value = qkv()
+    mask = torch.randn(2, 1, 7, 11)
+
+    def step(q, k, v, m):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return sdpa(q, k.bfloat16(), v, m)
+
+    run, backend = compiled(step, kernel, inner)
+    output = run(query, key, value, mask)
+    assert output.dtype == torch.bfloat16
+    rounded = [tensor.bfloat16().double() for tensor in (query, key, value, mask)]
+    assert relative(output, sdpa(*rounded)) < 1.2e-2
+    (site,) = backend.report.sites
+    assert (site.chosen, site.call.dtype, site.call.mask.dtype) == (kernel, "bfloat16", "bfloat16")
+
+
+def test_autocast_around_the_compiled_function():
+    query, key, value = qkv()
+    run, backend = compiled(sdpa, "_native_flash", "aot_eager")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = run(query, key, value)
+    assert output.dtype == torch.bfloat16
+    assert backend.report.sites[0].call.dtype == "bfloat16"
+
+
+def graph_of(function, *tensors, backend="_native_flash"):
+    """The names of the calls in the graph that the inner compiler receives."""
+    seen = []
+
+    def inner(graph_module, example_inputs):
+        seen.append([str(getattr(node.target, "__name__", node.target)) for node in graph_module.graph.nodes])
+        return graph_module.forward
+
+    compiled(function, attnrewrite.with_backend(backend, inner=inner))[0](*tensors)
+    return seen[0]
+
+
+def within_math(q):
+    with sdpa_kernel(SDPBackend.MATH):
+        return sdpa(q, q, q)
+
+
+def nested_contexts(q):
+    with sdpa_kernel(SDPBackend.MATH):
+        first = sdpa(q, q, q)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
+            return sdpa(first, q, q)
+
+
+@pytest.mark.parametrize("function", [within_math, nested_contexts])
+def test_kernel_contexts_go_in_pairs(function):
+    """The choice that a swapped op no longer reads is no longer set, nor set back."""
+    query = qkv()[0]
+    assert "_sdpa_kernel" not in graph_of(function, query)
+    torch.compiler.reset()
+    before = graph_of(function, query, backend="native")
+    assert before.count("_sdpa_kernel") == 2 * (1 + (function is nested_contexts))
+
+
+def test_kernel_context_stays_for_a_call_that_stays():
+    def step(q, v):
+        with sdpa_kernel(SDPBackend.MATH):
+            return sdpa(q, q, q), sdpa(q, q, v)  # the CPU kernel refuses another value_dim
+
+    query, _, value = qkv(q_len=11, value_dim=24)
+    names = graph_of(step, query, value)
+    assert names.count("_sdpa_kernel") == 2
+    assert "scaled_dot_product_attention" in names
+
+
+def test_the_choice_of_the_process_is_left_alone():
+    before = torch.nn.attention._cur_sdpa_kernel_backends()
+    run, _ = compiled(nested_contexts, "_native_flash")
+    run(qkv()[0])
+    assert torch.nn.attention._cur_sdpa_kernel_backends() == before
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kernel", ["_native_flash", "_native_math"])
+def test_multi_head_attention_is_opened(kernel, training):
+    module = torch.nn.MultiheadAttention(32, 4, batch_first=True).train(training)
+    x, memory = torch.randn(2, 7, 32), torch.randn(2, 11, 32)
+    padding = torch.zeros(2, 11, dtype=torch.bool)
+    padding[1, 8:] = True
+
+    def step(x, memory, padding):
+        return module(x, memory, memory, key_padding_mask=padding, need_weights=False)[0]
+
+    for inner in ("eager", "aot_eager"):
+        torch.compiler.reset()
+        run, backend = compiled(step, kernel, inner)
+        assert relative(run(x, memory, padding).detach(), step(x, memory, padding).detach()) < 1e-5
+        (site,) = backend.report.sites
+        assert (site.chosen, site.call.heads, site.call.kv_len, site.call.role) == (kernel, 4, 11, "cross")
+
+
+def test_multi_head_attention_trains():
+    module = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 7, 32)
+    grads = []
+    for function in (
+        module,
+        torch.compile(module, backend=attnrewrite.with_backend("_native_flash", inner="aot_eager")),
+    ):
+        module.zero_grad()
+        function(x, x, x, need_weights=False)[0].square().sum().backward()
+        grads.append(torch.cat([parameter.grad.flatten() for parameter in module.parameters()]))
+    assert relative(grads[1], grads[0]) < 1e-5
+
+
+def test_multi_head_attention_that_returns_weights_stays():
+    module = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    x = torch.randn(2, 7, 32)
+    run, backend = compiled(lambda x: module(x, x, x), "_native_flash")
+    output, weights = run(x)
+    assert weights.shape == (2, 7, 7)
+    assert relative(output.detach(), module(x, x, x)[0].detach()) < 1e-5
+    assert backend.report.sites == []
+
+
+def test_fused_encoder_layer_is_reported():
+    layer = torch.nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    x = torch.randn(2, 7, 32)
+    with torch.no_grad():
+        run, backend = compiled(layer, "_native_flash")
+        assert relative(run(x), layer(x)) < 1e-5
+    (site,) = backend.report.sites
+    assert site.chosen is None
+    assert site.refusals[0][1].code is attnrewrite.Code.CONTEXT
+    assert "set_fastpath_enabled(False)" in site.refusals[0][1].detail
+
+
+TRANSFORMS = {
+    "grad": lambda q: torch.func.grad(lambda q: sdpa(q, q, q).square().sum())(q),
+    "vmap": lambda q: torch.func.vmap(lambda q: sdpa(q, q, q))(torch.stack([q, 2 * q])),
+    "jvp": lambda q: torch.func.jvp(lambda q: sdpa(q.double(), q.double(), q.double()).sum(), (q,), (q,))[1],
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch, of vmap over its own CPU kernel
+def test_functorch_transforms(transform):
+    """Kernels have no rules for every transform: the call stays SDPA there, with the reason."""
+    function = TRANSFORMS[transform]
+    query = qkv()[0]
+    if transform == "jvp":
+        pytest.importorskip("torch")
+        with sdpa_kernel(SDPBackend.MATH):
+            run, backend = compiled(function, "_native_math")
+            assert relative(run(query), function(query)) < 1e-5
+    else:
+        run, backend = compiled(function, "_native_math")
+        assert relative(run(query), function(query)) < 1e-5
+    (site,) = backend.report.sites
+    assert site.chosen is None
+    assert f"torch.func.{transform}" in site.refusals[0][1].detail
+
+
+def test_mask_together_with_is_causal_stays():
+    """The CPU kernel of SDPA takes both, others raise: nothing else can be right."""
+    query, key, value = qkv()
+    site = only_site(lambda *given: sdpa(*given, is_causal=True), query, key, value, torch.randn(7, 11))
+    assert site.chosen is None
+    assert "both attn_mask and is_causal" in site.refusals[0][1].detail
+
+
+class Attention(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (torch.nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x, memory=None):
+        memory = x if memory is None else memory
+        q, k, v = (
+            layer(source).unflatten(-1, (4, 8)).transpose(1, 2)
+            for layer, source in ((self.q, x), (self.k, memory), (self.v, memory))
+        )
+        return sdpa(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([Attention(), Attention()])
+        self.cross = Attention()
+
+    def forward(self, x, memory):
+        for block in self.blocks:
+            x = block(x)
+        return self.cross(x, memory)
+
+
+def test_site_names_and_roles():
+    model = Model()
+    run, backend = compiled(model, "native")
+    run(torch.randn(2, 7, 32), torch.randn(2, 7, 32))
+    assert [(site.name, site.call.role) for site in backend.report.sites] == [
+        ("blocks.0", "self"),
+        ("blocks.1", "self"),
+        ("cross", "cross"),
+    ]
+
+
+def test_two_calls_of_one_module_have_two_names():
+    run, backend = compiled(lambda q: sdpa(sdpa(q, q, q), q, q), "native")
+    run(qkv()[0])
+    assert [site.name for site in backend.report.sites] == ["<lambda>", "<lambda>#2"]
+
+
+def test_view_behind_a_kernel_of_another_layout():
+    """SDPA's CPU kernel returns (B, S, H, D) memory, which the model may `view`; math returns (B, H, S, D)."""
+
+    def step(q, k, v):
+        return sdpa(q, k, v).transpose(1, 2).view(2, 7, 64)
+
+    query, key, value = qkv()
+    only_site(step, query, key, value, backend="_native_math")
+
+
+def test_returned_output_keeps_its_strides():
+    query, key, value = qkv()
+    run, _ = compiled(sdpa, "_native_math")
+    assert run(query, key, value).stride() == sdpa(query, key, value).stride()
