@@ -114,10 +114,22 @@ def _lists(some: Tensor, all_: Tensor, call: AttentionCall) -> tuple[Any, ...]:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    wanted = blocks.to(torch.int32)
-    return wanted.sum(-1, dtype=torch.int32), torch.argsort(wanted, dim=-1, descending=True, stable=True).to(
-        torch.int32
-    )
+    """How many blocks of each row are wanted, and all blocks with the wanted ones first."""
+    wanted = blocks.to(torch.int32, memory_format=torch.contiguous_format)
+    order = torch.argsort(wanted, dim=-1, descending=True, stable=True)
+    return _dense(wanted.sum(-1, dtype=torch.int32)), _dense(order.to(torch.int32))
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The same tensor with the strides of a dense one written out.
+
+    Inductor gives a size of 1 any stride, but its Triton template steps from batch to batch by that of the heads, of which
+    a key padding has one: it then reads outside the lists (illegal memory access with several batches, torch 2.11).
+    """
+    strides: list[Any] = [1]
+    for size in reversed(tensor.shape[1:]):
+        strides.insert(0, strides[0] * size)
+    return tensor.contiguous().as_strided(tuple(tensor.shape), tuple(strides))
 
 
 def _tuple(call: AttentionCall, lists: Sequence[Tensor | None], block: int) -> tuple[Any, ...]:

@@ -39,7 +39,15 @@ def arguments(node: Node) -> dict[str, Any]:
     """The arguments of an SDPA node by name, whichever way they were given."""
     given = {**dict(zip(PARAMETERS, node.args, strict=False)), **node.kwargs}
     defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-    return {**defaults, **given}
+    return {**defaults, **{name: _number(value) for name, value in given.items()}}
+
+
+def _number(value: Any) -> Any:
+    """Under dynamic=True Dynamo makes symbols of a module's floats. SDPA has asked for their values (its schema says
+    `float? scale`), so they are guarded already and reading them costs nothing."""
+    symbol = value_of(value)
+    kinds = {torch.SymFloat: float, torch.SymBool: bool, torch.SymInt: int}
+    return kinds[type(symbol)](symbol) if type(symbol) in kinds else value
 
 
 def _unique(node: Node, context: Context) -> str:

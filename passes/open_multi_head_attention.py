@@ -57,7 +57,7 @@ def _open(graph_module: GraphModule, node: Node) -> None:
                 copy = graph_module.graph.node_copy(inner, lambda old: copies[old])
             if inner.op == "get_attr":
                 copy.target = name
-            copy.meta = {**inherited, key: inner.meta.get("val")}
+            copy.meta = {**inherited, key: _differentiable(inner.meta.get("val"), copy)}
             copies[inner] = copy
     for user in list(node.users):  # getitem 0 is the output, getitem 1 the weights: None
         if user.args[1] == 0:
@@ -67,3 +67,11 @@ def _open(graph_module: GraphModule, node: Node) -> None:
             graph_module.graph.erase_node(user)
     if not node.users:
         graph_module.graph.erase_node(node)
+
+
+def _differentiable(value: Any, node: Node) -> Any:
+    """make_fx detaches the values it keeps: what is computed from something that needs a gradient needs one too."""
+    needed = any(getattr(value_of(source), "requires_grad", False) for source in node.all_input_nodes)
+    if needed and isinstance(value, torch.Tensor) and value.is_floating_point():
+        return value.requires_grad_()
+    return value

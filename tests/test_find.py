@@ -264,6 +264,16 @@ def test_multi_head_attention_is_opened(kernel, training):
         assert (site.chosen, site.call.heads, site.call.kv_len, site.call.role) == (kernel, 4, 11, "cross")
 
 
+def test_multi_head_attention_says_that_it_trains():
+    """What stands inside must be seen to need a gradient: flex has none on a CPU."""
+    module = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    run, backend = compiled(lambda x: module(x, x, x, need_weights=False)[0], "flex")
+    run(torch.randn(2, 7, 32))
+    (site,) = backend.report.sites
+    assert site.call.needs_grad
+    assert site.refusals[0][1].code is attnrewrite.Code.GRAD
+
+
 def test_multi_head_attention_trains():
     module = torch.nn.MultiheadAttention(32, 4, batch_first=True)
     x = torch.randn(2, 7, 32)
@@ -391,3 +401,22 @@ def test_returned_output_keeps_its_strides():
     query, key, value = qkv()
     run, _ = compiled(sdpa, "_native_math")
     assert run(query, key, value).stride() == sdpa(query, key, value).stride()
+
+
+class Scaled(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dropout, self.scale = 0.0, 0.25
+
+    def forward(self, query):
+        return sdpa(query, query, query, dropout_p=self.dropout, scale=self.scale)
+
+
+def test_numbers_that_dynamic_shapes_make_symbolic():
+    module = Scaled()
+    run, backend = compiled(module, "_native_flash", dynamic=True)
+    query = qkv()[0]
+    assert relative(run(query), module(query)) < 1e-5
+    assert (backend.report.sites[0].chosen, backend.report.sites[0].call.scale) == ("_native_flash", 0.25)
+    module.scale = 0.5
+    assert relative(run(query), module(query)) < 1e-5

@@ -1,0 +1,126 @@
+"""What the rewrite adds to a compilation: seconds of find + plan + swap + tidy on FLUX.1's graph, at several depths.
+
+    python bench/pass_cost.py                 # 8, 16, 32 and 57 blocks; about five minutes, most of them Inductor's
+    python bench/pass_cost.py --no-inner      # without Inductor: under a minute
+
+The model is diffusers' FluxTransformer2DModel at the published widths: 24 heads of 128, 4096 image and 512 text tokens,
+bfloat16. 57 blocks (19 double, 38 single) are FLUX.1; fewer keep the proportion. Weights and inputs are fake CPU
+tensors, so that the 24 GB take no memory: Dynamo, the rewrite and Inductor read no values, hence all three work on the
+real model's own graph. Nothing is run.
+
+first, median   seconds of `rewrite_graph`: first on this graph (what a user pays), median over fresh copies of it
+per block       median / blocks, in ms: the same at every depth if the cost grows in proportion
+Dynamo          seconds from the call to the backend's turn, and after it (guards)
+inner           seconds of Inductor with empty caches on the same graph, as `with_backend("native")` hands it over
+share           first / inner
+
+The goal, on two cores: under 1 s at 57 blocks, share under 5 %.
+"""
+
+import argparse
+import copy
+import os
+import statistics
+import sys
+import time
+
+import diffusers
+import torch
+from diffusers import FluxTransformer2DModel
+from torch._inductor.utils import fresh_cache
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule
+
+import attnrewrite
+from attnrewrite.pipeline import rewrite_graph
+
+IMAGE_TOKENS, TEXT_TOKENS = 4096, 512
+
+
+def flux(blocks):
+    """FLUX.1 at its published widths; call it under a FakeTensorMode."""
+    double = round(blocks / 3)
+    torch.set_default_dtype(torch.bfloat16)  # fake parameters cannot be cast in place
+    model = FluxTransformer2DModel(
+        num_layers=double, num_single_layers=blocks - double, num_attention_heads=24, attention_head_dim=128,
+        in_channels=64, joint_attention_dim=4096, pooled_projection_dim=768, axes_dims_rope=(16, 56, 56),
+    )  # fmt: skip
+    inputs = {
+        "hidden_states": torch.empty(1, IMAGE_TOKENS, 64),
+        "encoder_hidden_states": torch.empty(1, TEXT_TOKENS, 4096),
+        "pooled_projections": torch.empty(1, 768),
+        "timestep": torch.empty(1),
+        "img_ids": torch.empty(IMAGE_TOKENS, 3),
+        "txt_ids": torch.empty(TEXT_TOKENS, 3),
+    }
+    torch.set_default_dtype(torch.float32)
+    return model.eval(), inputs
+
+
+def fresh(graph_module):
+    """A copy of the graph to rewrite. It shares the fake values, which a rewrite reads and does not change."""
+    return GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+
+
+def measure(blocks, backend, repeats, inner):
+    """One row: traces the model with Dynamo and measures inside the backend's turn."""
+    row = {"blocks": blocks}
+
+    def measure_graph(graph_module, example_inputs):
+        started = time.perf_counter()
+        row["nodes"] = len(graph_module.graph.nodes)
+        policy = attnrewrite.with_backend(backend).policy
+        outcomes = [rewrite_graph(fresh(graph_module), policy) for _ in range(repeats)]
+        row["sites"], row["swapped"] = len(outcomes[0].plan.sites), outcomes[0].plan.swapped
+        row["first"] = outcomes[0].seconds
+        row["median"] = statistics.median(outcome.seconds for outcome in outcomes)
+        outputs = graph_module.graph.output_node().args[0]
+        values = tuple(node.meta["example_value"] for node in outputs)
+        if inner:
+            compiler = attnrewrite.with_backend("native", inner="inductor")
+            with fresh_cache():
+                before = time.perf_counter()
+                compiler(graph_module, example_inputs)
+                row["inner"] = time.perf_counter() - before - compiler.report.seconds
+        row["turn"] = time.perf_counter() - started
+        return lambda *_: values  # so that nothing is run
+
+    with FakeTensorMode(), torch.no_grad():
+        model, inputs = flux(blocks)
+        torch._dynamo.reset()
+        started = time.perf_counter()
+        torch.compile(model, backend=measure_graph, fullgraph=True)(**inputs, return_dict=False)
+        row["dynamo"] = time.perf_counter() - started - row["turn"]
+    return row
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Seconds of the rewrite on FLUX.1's graph, at several depths.")
+    parser.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 32, 57])
+    parser.add_argument("--backend", default="_native_flash", help="the kernel that is swapped in")
+    parser.add_argument("--repeats", type=int, default=7, help="fresh copies of each graph that are rewritten")
+    parser.add_argument("--no-inner", action="store_true", help="leave Inductor's compilation out")
+    options = parser.parse_args()
+
+    print(f"FLUX.1 at published widths on fake CPU tensors, bfloat16, {IMAGE_TOKENS} + {TEXT_TOKENS} tokens; not run")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    print(
+        f"{cores} cores, torch {torch.__version__}, diffusers {diffusers.__version__}, Python {sys.version.split()[0]}"
+    )
+    print(f"swapped in: {options.backend}; inner: Inductor on the same graph, its caches empty")
+    # Imports and Inductor's start happen once a process; a model of two blocks bears them.
+    measure(2, options.backend, 1, not options.no_inner)
+    print("blocks  nodes  sites  swapped  first s  median s  per block ms  Dynamo s  inner s  share %", flush=True)
+    for blocks in options.blocks:
+        row = measure(blocks, options.backend, options.repeats, not options.no_inner)
+        line = (
+            f"{row['blocks']:6d} {row['nodes']:6d} {row['sites']:6d} {row['swapped']:8d} {row['first']:8.3f} "
+            f"{row['median']:9.3f} {1000 * row['median'] / blocks:13.2f} {row['dynamo']:9.1f}"
+        )
+        if "inner" in row:
+            line += f" {row['inner']:8.1f} {100 * row['first'] / row['inner']:8.2f}"
+        print(line, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Real models: every attention is found, the chosen kernel takes it, and the numbers stay those of the model."""
+
+import copy
+import functools
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+import attnrewrite
+
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+from model_zoo import MODELS, SETTINGS
+
+pytestmark = [
+    # Chroma itself imports it from where it no longer belongs.
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
+    # Mochi enters torch.autocast with float32, to have it off.
+    pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning"),
+    # Qwen-Image rotates by complex numbers.
+    pytest.mark.filterwarnings(
+        "ignore:Torchinductor does not support code generation for complex operators:UserWarning"
+    ),
+    # Inductor imports modules that still script.
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),
+]
+
+KERNELS = ("_native_flash", "_native_math", "flex")
+INDUCTOR = ("clip_text", "sana", "qwen_image")  # the smallest graphs (compiling takes most of the time), a mask in each
+BACKWARD = (("flux", "aot_eager"), ("pixart", "eager"), ("hunyuan_video", "aot_eager"), ("hunyuan_dit", "aot_eager"))
+NAMED = ("flux", "sdxl_unet", "wan", "z_image", "hunyuan_dit", "clip_text")
+REPEATED = ("flux", "qwen_image", "wan", "z_image", "sdxl_unet")
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class CountAttention(TorchFunctionMode):
+    """Counts the attentions of an eager forward.
+
+    `F.multi_head_attention_forward` is one attention: a mode is off inside its own handler, so the SDPA call within is
+    not seen again. With need_weights=True it computes the softmax by hand and holds no SDPA. The fused kernels of
+    `torch.nn` never run here: their modules avoid them while a mode is on.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch._C._nn.scaled_dot_product_attention:
+            self.count += 1
+        elif function is torch.nn.functional.multi_head_attention_forward:
+            self.count += kwargs.get("need_weights", True) is False
+        return function(*args, **kwargs)
+
+
+def tensors(output):
+    return [value for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
+
+
+def doubled(values):
+    """Floating tensors in float64, the rest as it is, at any depth."""
+    return tree_map(
+        lambda value: value.double() if torch.is_tensor(value) and value.is_floating_point() else value, values
+    )
+
+
+def distance(outputs, references):
+    """The largest relative error among the outputs."""
+    assert [output.shape for output in outputs] == [reference.shape for reference in references]
+    assert all(reference.dtype == torch.float64 for reference in references)
+    return max(
+        ((output.double() - reference).norm() / reference.norm()).item()
+        for output, reference in zip(outputs, references, strict=True)
+    )
+
+
+@functools.cache
+def expected(name):
+    """The float64 outputs of the unchanged model, how far its float32 outputs are from them, and its attentions."""
+    module, kwargs = MODELS[name]()
+    with torch.no_grad():
+        with CountAttention() as attention:
+            outputs = tensors(module(**kwargs))
+        references = tensors(module.double()(**doubled(kwargs)))
+    return references, distance(outputs, references), attention.count
+
+
+def check_outputs(outputs, name):
+    references, eager_error, _ = expected(name)
+    assert distance(tensors(outputs), references) <= 3 * eager_error + 1e-6
+
+
+def check_sites(report, name, kernel):
+    """Every attention is in the report, once, and the kernel has it: none refuses what these models ask for."""
+    _, _, count = expected(name)
+    assert count > 0
+    assert len(report.sites) == len({site.name for site in report.sites}) == count
+    assert [site.chosen for site in report.sites] == [kernel] * count
+    assert all(not site.refusals for site in report.sites)
+    assert sum(graph.unchanged for graph in report.graphs) == 0
+
+
+def run_compiled(name, kernel, inner):
+    backend = attnrewrite.with_backend(kernel, inner=inner)
+    module, kwargs = MODELS[name]()
+    with torch.no_grad(), torch._dynamo.config.patch(SETTINGS.get(name, {})):
+        outputs = torch.compile(module, backend=backend)(**kwargs)
+    return outputs, backend.report
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", MODELS)
+def test_every_attention_is_found_and_its_output_kept(name, kernel):
+    outputs, report = run_compiled(name, kernel, "eager")
+    check_sites(report, name, kernel)
+    check_outputs(outputs, name)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_sites_have_the_paths_of_their_modules(name):
+    module, _ = MODELS[name]()
+    _, report = run_compiled(name, "_native_flash", "eager")
+    for site in report.sites:
+        assert site.name.partition("#")[0] in dict(module.named_modules())
+
+
+def test_attention_that_dynamo_does_not_trace_is_left_alone():
+    """Without its setting Mochi's joint attentions run in Python; the one that pools the prompt is still traced.
+
+    Dynamo then compiles what the frame that it gave up calls, each for itself: the path begins at the inner module.
+    """
+    backend = attnrewrite.with_backend("_native_flash", inner="eager")
+    module, kwargs = MODELS["mochi"]()
+    with torch.no_grad():
+        outputs = torch.compile(module, backend=backend)(**kwargs)
+    assert [site.name for site in backend.report.sites] == ["pooler"]
+    assert backend.report.swapped == 1
+    check_outputs(outputs, "mochi")
+
+
+@pytest.mark.parametrize(
+    ("name", "kernel"),
+    [(name, kernel) for name in INDUCTOR for kernel in ("_native_flash", "_native_math")] + [("clip_text", "flex")],
+)
+def test_under_inductor(name, kernel):
+    outputs, report = run_compiled(name, kernel, "inductor")
+    check_sites(report, name, kernel)
+    check_outputs(outputs, name)
+
+
+def gradients(module, outputs):
+    """Of all parameters, by name, for a loss that depends on every element of the first output."""
+    weight = torch.linspace(-1, 2, outputs[0].numel(), dtype=outputs[0].dtype).view(outputs[0].shape)
+    (outputs[0] * weight).sum().backward()
+    found = {
+        name: parameter.grad.double() for name, parameter in module.named_parameters() if parameter.grad is not None
+    }
+    assert found
+    return found
+
+
+@pytest.mark.parametrize(("name", "inner"), BACKWARD)
+def test_gradients(name, inner):
+    module, kwargs = MODELS[name]()
+    exact = copy.deepcopy(module).double()
+    eager = copy.deepcopy(module)
+    backend = attnrewrite.with_backend("_native_flash", inner=inner)
+    got = gradients(module, tensors(torch.compile(module, backend=backend)(**kwargs)))
+    check_sites(backend.report, name, "_native_flash")
+    assert all(site.call.needs_grad for site in backend.report.sites)
+
+    wanted = gradients(exact, tensors(exact(**doubled(kwargs))))
+    plain = gradients(eager, tensors(eager(**kwargs)))
+    assert got.keys() == wanted.keys()
+    # A bias of a key has a gradient of zero: rounding there is measured against the whole gradient.
+    whole = torch.cat([gradient.flatten() for gradient in wanted.values()]).norm()
+    for parameter, gradient in wanted.items():
+        rounding = (plain[parameter] - gradient).norm()
+        assert (got[parameter] - gradient).norm() <= 3 * rounding + 1e-6 * gradient.norm() + 1e-8 * whole, parameter
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("name", REPEATED)
+def test_repeated_blocks(name, kernel):
+    module, kwargs = MODELS[name]()
+    backend = attnrewrite.with_backend(kernel, inner="eager")
+    module.compile_repeated_blocks(backend=backend, fullgraph=True)
+    with torch.no_grad():
+        outputs = module(**kwargs)
+    # Blocks of one class share a graph as long as their inputs look alike, so there are fewer sites than attentions.
+    # A graph that is compiled again for other sizes has symbolic ones, which a kernel may refuse.
+    assert 0 < len(backend.report.sites) < expected(name)[2]
+    assert backend.report.sites[0].chosen == kernel
+    assert all(site.chosen == kernel or str(site.refusals[0][1]) for site in backend.report.sites)
+    check_outputs(outputs, name)
