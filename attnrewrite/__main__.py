@@ -1,4 +1,4 @@
-"""`python -m attnrewrite info`: every kernel, and whether it can run here."""
+"""`python -m attnrewrite info`: every kernel, and whether it can run here. `kernels`: what each of them takes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from .decisions import Refused, decide
 from .machines import Machine, machine_of
 from .records import Backend, Numerics
 from .registry import names, records_of
+from .support import matrix
 
 
 def info() -> str:
@@ -43,11 +44,11 @@ def plain_call(record: Backend, device: str) -> AttentionCall:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m attnrewrite", description=__doc__)
-    parser.add_subparsers(dest="command", required=True).add_parser(
-        "info", help="every kernel: usable here, or why not"
-    )
-    parser.parse_args(arguments)
-    print(info())
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help="every kernel: usable here, or why not")
+    commands.add_parser("kernels", help="the support matrix as Markdown: what each kernel takes")
+    command = parser.parse_args(arguments).command
+    print(info() if command == "info" else matrix().rstrip())
 
 
 if __name__ == "__main__":

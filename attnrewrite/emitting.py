@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .graphs import INHERITED_META, value_key, value_of
 
+EMITTED = "attnrewrite"  # in the metadata of every node that an Emitter wrote
+
 
 class Emitter(TorchFunctionMode):
     """Emits into one graph. `tensor(node)` gives the fake tensor that stands for a node, `node(tensor)` the way back."""
@@ -84,7 +86,7 @@ class Emitter(TorchFunctionMode):
         return result
 
     def _finish(self, node: Node, value: Any) -> None:
-        node.meta |= {**self._meta, self.key: value}
+        node.meta |= {**self._meta, self.key: value, EMITTED: True}
         if isinstance(value, torch.Tensor):
             self._know(value, node)
 

@@ -51,8 +51,9 @@ def explain(
     if getattr(target, "_compiled_call_impl", None) is not None:  # after model.compile()
         target = target._call_impl
     limits: Any = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
+    traced: Any = torch.compile(target, backend=plan_only, dynamic=False)
     with CompiledCode(), limits:
-        torch.compile(target, backend=plan_only, dynamic=False)(*args, **kwargs)
+        traced(*args, **kwargs)
     return planner.report
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..calls import AttentionCall, MaskKind
 from ..decisions import Code, Refused
-from ..machines import Machine
+from ..machines import Machine, satisfies
 from ..records import Backend, HeadDim, Numerics
 from ..sizes import described, holds
 
@@ -124,8 +124,11 @@ def cudnn_dropout(call: AttentionCall, machine: Machine) -> Refused | None:
 
 
 def cudnn_head_dim(call: AttentionCall, machine: Machine) -> Refused | None:
-    """Up to 128; up to 256 on Hopper and data-centre Blackwell (forward; backward there to 128)."""
+    """Up to 128. On Hopper and data-centre Blackwell up to 256, forward only, where PyTorch itself lets it through: as run
+    on torch 2.11 with cuDNN 9.19; its later sources ask for a cuDNN behind 9.22."""
+    torch_version, cudnn_version = machine.packages.get("torch", "0"), machine.packages.get("cudnn", "0")
     wide = machine.capability is not None and (machine.capability == (9, 0) or machine.capability[0] == 10)
+    wide = wide and (not satisfies(torch_version, ">=2.12") or satisfies(cudnn_version, ">9.22.0"))
     limit = 256 if wide and not call.needs_grad else 128
     for name, size in (("head_dim", call.head_dim), ("value_dim", call.value_dim)):
         if not holds(size <= limit):
@@ -135,6 +138,16 @@ def cudnn_head_dim(call: AttentionCall, machine: Machine) -> Refused | None:
                 "Choose a kernel for wide heads",
             )
     return None
+
+
+def bfloat16_from_ampere(call: AttentionCall, machine: Machine) -> Refused | None:
+    if call.dtype != "bfloat16" or machine.capability is None or machine.capability >= (8, 0):
+        return None
+    return Refused(
+        Code.DTYPE,
+        f"bfloat16 needs compute capability 8.0, this is {machine.capability[0]}.{machine.capability[1]}",
+        "Run the model in float16",
+    )
 
 
 def cudnn_length(call: AttentionCall, machine: Machine) -> Refused | None:
@@ -202,7 +215,7 @@ EFFICIENT = Backend(
     op=efficient,
     summary="the memory-efficient (CUTLASS) kernel inside PyTorch",
     devices=frozenset({"cuda"}),
-    capability=((8, 0), (12, 1)),
+    capability=((5, 0), (12, 1)),
     dtypes=HALF | {"float32"},
     head_dim=HeadDim(multiple=8, pad=True),
     masks=DENSE,
@@ -210,6 +223,7 @@ EFFICIENT = Backend(
     value_dim=True,
     dropout=True,
     backward=True,
+    checks=(bfloat16_from_ampere,),
     prepare=aligned_bias,
 )
 

@@ -3,6 +3,7 @@
 import torch
 from torch.fx import GraphModule, Node
 
+from ..emitting import EMITTED
 from ..graphs import value_of
 from .context import Context
 
@@ -15,8 +16,10 @@ def cancel_transposes(graph_module: GraphModule, context: Context) -> int:
     cancelled = 0
     for node in list(graph_module.graph.nodes):
         first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-        if first is None or _swaps_heads_and_length(node) is False or _swaps_heads_and_length(first) is False:
+        if first is None or not _swaps_heads_and_length(node) or not _swaps_heads_and_length(first):
             continue
+        if EMITTED not in node.meta and EMITTED not in first.meta:
+            continue  # the model's own business
         source = first.args[0]
         if isinstance(source, Node):
             node.replace_all_uses_with(source)

@@ -28,9 +28,9 @@ def drop_kernel_contexts(graph_module: GraphModule, context: Context) -> int:
     position = {node: index for index, node in enumerate(nodes)}
     for enter, leave in _pairs(nodes):
         between = nodes[position[enter] + 1 : position[leave]]
-        if not any(_reads_choice(node) for node in between if node in graph_module.graph.nodes):
+        if not any(_reads_choice(node) for node in between):
             for node in (leave, enter):
-                names = [name for name in node.all_input_nodes]
+                names = node.all_input_nodes
                 graph_module.graph.erase_node(node)
                 for name in names:
                     if not name.users:
@@ -48,7 +48,8 @@ def _pairs(nodes: list[Node]) -> list[tuple[Node, Node]]:
     for node in nodes:
         if node.target is not SETS:
             continue
-        wanted = sorted(str(name.args[0]) for name in node.args[0])  # type: ignore[union-attr]
+        names: Any = node.args[0]  # calls of _backend_from_string
+        wanted = sorted(str(name.args[0]) if isinstance(name, Node) else name.name for name in names)
         if open_ and wanted == state[-2]:
             pairs.append((open_.pop(), node))
             state.pop()

@@ -64,11 +64,12 @@ def _read(node: Node, transform: str | None, site: str, origins: Origins) -> Att
     mask = value_of(given["attn_mask"])
     obstacle = transform or _obstacle(given, query, key, value, mask)
 
+    shaping = (query, key, value) if obstacle is None else (query,)  # sizes that stay as they are need not fit
     batch: Size = 1
-    for size in leading(query, key, value):
+    for size in leading(*shaping):
         batch = batch * size
     heads: tuple[Size, ...] = tuple(tensor.shape[-3] if tensor.dim() > 3 else 1 for tensor in (query, key, value))
-    if not given["enable_gqa"]:  # heads broadcast as matmul does
+    if obstacle is None and not given["enable_gqa"]:  # heads broadcast as matmul does
         everywhere = torch.broadcast_shapes(*((size,) for size in heads))[0]
         heads = (everywhere, everywhere, everywhere)
     elif obstacle is None and not holds(heads[1] == heads[2]):

@@ -25,15 +25,16 @@ def swap_kernels(graph_module: GraphModule, context: Context) -> int:
                                      _scaled_dot_product_efficient_attention(q, k, v, bias, ...)[0]
     """
     emitter = Emitter(graph_module)
+    written = _written_to(graph_module)
     swapped = 0
     for found in context.found:
         if found.site is not None and found.site.backend is not None and found.site.backend.op is not None:
-            _swap(found, found.site.backend, emitter)
+            _swap(found, found.site.backend, emitter, written)
             swapped += 1
     return swapped
 
 
-def _swap(found: Found, backend: Backend, emitter: Emitter) -> None:
+def _swap(found: Found, backend: Backend, emitter: Emitter, written: set[int]) -> None:
     node, call = found.node, found.call
     given = arguments(node)
     old: torch.Tensor = value_of(node)
@@ -41,7 +42,9 @@ def _swap(found: Found, backend: Backend, emitter: Emitter) -> None:
         query, key, value = (emitter.tensor(given[name]) for name in ("query", "key", "value"))
         mask_node = given["attn_mask"]
         mask = emitter.tensor(mask_node) if isinstance(mask_node, Node) else None
-        output = launch(backend, call, query, key, value, mask, mask_node, emitter)
+        # A mask that the graph writes into may be another one at the next site: it is not shared.
+        shared = mask_node if mask is None or _storage(mask) not in written else (mask_node, call.site)
+        output = launch(backend, call, query, key, value, mask, shared, emitter)
         if (output.shape, output.dtype, output.device) != (old.shape, old.dtype, old.device):
             raise RuntimeError(
                 f"the op of attention backend {backend.name!r} returned {_form(output)} at site {call.site!r}, "
@@ -61,10 +64,10 @@ def launch(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
-    mask_node: Any,
+    shared: Any,
     emitter: Emitter,
 ) -> torch.Tensor:
-    """From SDPA's tensors, of any rank, to the kernel's and back."""
+    """From SDPA's tensors, of any rank, to the kernel's and back. Sites of one `shared` key share what a mask becomes."""
     shape = (*leading(query, key, value), call.heads) if query.dim() > 3 else leading(query, key, value)
     query, key, value = (_to_compute(tensor, call) for tensor in (query, key, value))
     query = _rank4(query, call.batch, call.heads, shape)
@@ -75,7 +78,7 @@ def launch(
         wide = None if mask is None else _mask_rank4(_to_compute(mask, call), call, shape)
         return backend.prepare(wide, key, call) if backend.prepare else wide
 
-    prepared = emitter.once((backend.prepare, mask_node, _prepared_for(call)), prepare)
+    prepared = emitter.once((backend.prepare, shared, _prepared_for(call)), prepare)
     if backend.layout == "bshd":
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     query, key, value = (
@@ -144,6 +147,26 @@ def _padded(
 def _prepared_for(call: AttentionCall) -> str:
     """What a prepared mask depends on besides the mask: all of the call but its name and the tensors' own matters."""
     return repr(replace(call, site="", role="", layout="", scale=None, dropout=0.0).described())
+
+
+def _written_to(graph_module: GraphModule) -> set[int]:
+    """The storages that some node of the graph writes into: methods like `fill_`, `x[i] = y`, `x += y`, `out=`."""
+    written: set[int] = set()
+    for node in graph_module.graph.nodes:
+        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+        in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITES
+        for target in (*(node.args[:1] if in_place else ()), node.kwargs.get("out")):
+            if isinstance(value := value_of(target), torch.Tensor):
+                written.add(_storage(value))
+    return written
+
+
+_WRITES = {"setitem", "iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor"}
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    storage: int = tensor.untyped_storage()._cdata
+    return storage
 
 
 def _form(tensor: torch.Tensor) -> str:

@@ -420,3 +420,28 @@ def test_numbers_that_dynamic_shapes_make_symbolic():
     assert (backend.report.sites[0].chosen, backend.report.sites[0].call.scale) == ("_native_flash", 0.25)
     module.scale = 0.5
     assert relative(run(query), module(query)) < 1e-5
+
+
+def test_a_mask_that_is_written_to_is_read_again():
+    """Its bias is built once a mask, but not across a write."""
+
+    def step(q, k, v, mask):
+        mask = mask.clone()
+        first = sdpa(q, k, v, mask)
+        mask[..., 3:] = True
+        second = sdpa(q, k, v, mask)
+        mask[..., 0, :].fill_(True)
+        return first + 2 * second + 3 * sdpa(q, k, v, mask)
+
+    only = compiled(step, "_native_flash")[0]
+    query, key, value = qkv()
+    mask = torch.rand(2, 1, 7, 11) > 0.5
+    assert relative(only(query, key, value, mask), step(query, key, value, mask)) < 1e-5
+
+
+def test_transposes_of_the_model_are_its_own():
+    def step(q):
+        return sdpa(q, q, q), q.transpose(1, 2).transpose(1, 2)
+
+    names = graph_of(step, qkv()[0])
+    assert names.count("transpose") == 2

@@ -1,0 +1,34 @@
+"""The support matrix in docs/ is what the records say, and the command line prints both tables."""
+
+from pathlib import Path
+
+import pytest
+
+import attnrewrite
+from attnrewrite.__main__ import main
+from attnrewrite.support import matrix
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_docs_are_generated():
+    assert (ROOT / "docs/kernels.md").read_text() == matrix(), "run: python -m attnrewrite kernels > docs/kernels.md"
+
+
+def test_every_kernel_has_a_row():
+    for name in attnrewrite.names():
+        assert f"| `{name}` |" in matrix()
+
+
+def test_info_names_every_kernel(capsys):
+    main(["info"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(attnrewrite.names())
+    assert "torch" in lines[0]
+    assert all(line.split()[1] in ("yes", "no") for line in lines[1:])
+
+
+def test_a_command_is_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        main([])
+    assert "info" in capsys.readouterr().err
