@@ -336,6 +336,24 @@ def test_functorch_transforms(transform):
     assert f"torch.func.{transform}" in site.refusals[0][1].detail
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transform_around_a_subgraph():
+    """The branch of a cond does not say that it is called under torch.func.vmap."""
+
+    def branch(q):
+        return sdpa(q, q, q)
+
+    def step(q):
+        return torch.func.vmap(lambda q: torch.cond(torch.tensor(True), branch, lambda q: 2 * q, (q,)))(q)
+
+    query = torch.stack(qkv()[0:1] * 3)
+    run, backend = compiled(step, "_native_math")
+    assert relative(run(query), torch.func.vmap(branch)(query)) < 1e-5
+    (site,) = backend.report.sites
+    assert site.chosen is None
+    assert "torch.func.vmap" in site.refusals[0][1].detail
+
+
 def test_mask_together_with_is_causal_stays():
     """The CPU kernel of SDPA takes both, others raise: nothing else can be right."""
     query, key, value = qkv()

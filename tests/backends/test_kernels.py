@@ -242,3 +242,21 @@ def test_transposes_cancel():
     tensors = [torch.randn(2, 11, 80) for _ in range(3)]
     compiled(step, attnrewrite.with_backend(opaque, inner=inner))[0](*tensors)
     assert names.count("transpose") == 0
+
+
+BLOCK_MASKS = {
+    "key padding": lambda: (torch.arange(270) < torch.tensor([[200], [131]]))[:, None, None],
+    "blocks that nobody sees": lambda: (torch.rand(2, 1, 300, 270) > 0.4) & (torch.arange(270) // 128 != 1),
+    "blocks that all see": lambda: (torch.rand(300, 270) > 0.4) | (torch.arange(270) < 128),
+}
+
+
+@pytest.mark.parametrize("mask", BLOCK_MASKS)
+def test_flex_skips_the_right_blocks(mask):
+    """Only a compiled kernel reads the block lists: eager flex reads the whole mask."""
+    check("flex", *qkv(q_len=300, kv_len=270), BLOCK_MASKS[mask](), inner="inductor")
+
+
+@pytest.mark.parametrize("lengths", [(300, 270), (256, 384)])
+def test_flex_skips_the_right_blocks_of_causal(lengths):
+    check("flex", *qkv(q_len=lengths[0], kv_len=lengths[1]), inner="inductor", is_causal=True)
