@@ -255,7 +255,6 @@ MATH = Backend(
     devices=NATIVE.devices,
     dtypes=ANY,
     masks=DENSE,
-    mask_dtypes=ANY,
     mask_grad=True,
     gqa=True,
     value_dim=True,

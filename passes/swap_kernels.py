@@ -69,13 +69,13 @@ def launch(
 ) -> torch.Tensor:
     """From SDPA's tensors, of any rank, to the kernel's and back. Sites of one `shared` key share what a mask becomes."""
     shape = (*leading(query, key, value), call.heads) if query.dim() > 3 else leading(query, key, value)
-    query, key, value = (_to_compute(tensor, call) for tensor in (query, key, value))
+    query, key, value = (_cast(tensor, call.dtype) for tensor in (query, key, value))
     query = _rank4(query, call.batch, call.heads, shape)
     key, value = (_rank4(tensor, call.batch, call.kv_heads, shape) for tensor in (key, value))
     call, query, key, value = _padded(backend, call, query, key, value)
 
     def prepare() -> Any:
-        wide = None if mask is None else _mask_rank4(_to_compute(mask, call), call, shape)
+        wide = None if mask is None else _mask_rank4(_cast(mask, call.mask.dtype), call, shape)
         return backend.prepare(wide, key, call) if backend.prepare else wide
 
     prepared = emitter.once((backend.prepare, shared, _prepared_for(call)), prepare)
@@ -93,12 +93,10 @@ def launch(
     return output if len(wanted) == 4 else output.reshape(wanted)
 
 
-def _to_compute(tensor: torch.Tensor, call: AttentionCall) -> torch.Tensor:
+def _cast(tensor: torch.Tensor, dtype: str | None) -> torch.Tensor:
     """Under autocast SDPA casts what is floating; an op of ours is not on autocast's list, so the cast is written out."""
-    dtype = getattr(torch, call.dtype)
-    if tensor.dtype == dtype or tensor.dtype == torch.bool:
-        return tensor
-    return tensor.to(dtype)
+    wanted = getattr(torch, str(dtype))
+    return tensor if tensor.dtype == wanted else tensor.to(wanted)
 
 
 def _rank4(tensor: torch.Tensor, batch: Any, heads: Any, shape: Any) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import attend, check, compiled, doubled, qkv, relative
+from parity import TOLERANCE, attend, check, compiled, doubled, qkv, relative
 
 import attnrewrite
 from attnrewrite import Backend, MaskKind, Numerics
@@ -59,6 +59,18 @@ def test_dtypes(kernel, dtype):
     check(kernel, query, key, value, torch.rand(2, 1, 7, 11) > 0.4)
     torch.compiler.reset()
     check(kernel, query, key, value, torch.randn(2, 1, 7, 11, dtype=dtype))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_mask_more_exact_than_the_model(kernel):
+    """A float32 bias on bfloat16 tensors is added as float32: in bfloat16 these numbers would all be 1000."""
+    tensors = (*qkv(dtype=torch.bfloat16), 1000 + torch.randn(2, 1, 7, 11))
+    if kernel == "_native_math":  # adds it to bfloat16 scores
+        run, backend = compiled(attend, kernel)
+        assert relative(run(*tensors), attend(*map(doubled, tensors))) < TOLERANCE[torch.bfloat16]
+        assert backend.report.sites[0].refusals[0][1].code is attnrewrite.Code.MASK
+        return
+    check(kernel, *tensors)
 
 
 @pytest.mark.parametrize("kernel", ["native", "_native_math", "flex"])
