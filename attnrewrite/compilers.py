@@ -12,13 +12,17 @@ import torch
 from torch.fx import GraphModule
 
 from .machines import Machine
-from .pipeline import Outcome, rewrite_graph
+from .pipeline import rewrite_graph
 from .policies import Choice, Policy, make_policy, matches
 from .reports import GraphReport, Report
 
 logger = logging.getLogger("attnrewrite")
 
 Inner = str | Callable[..., Any]
+
+
+# The name of the entry point (pyproject.toml), under which torch.compile finds this package.
+NAME = "attnrewrite"
 
 
 class AttentionCompiler:
@@ -29,7 +33,7 @@ class AttentionCompiler:
 
     # torch.compile takes an object for a registered backend by its name. Only for those does it release the tracing
     # state, without which `model.to(...)` can fail after compiling (torch/_dynamo/convert_frame.py, 2.13).
-    __name__ = "attnrewrite"
+    __name__ = NAME
 
     def __init__(self, policy: Policy, inner: Inner = "inductor", machine: Machine | None = None) -> None:
         self.policy = policy
@@ -41,18 +45,21 @@ class AttentionCompiler:
     def __call__(self, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         """Rewrites the graph in place and compiles it. `kwargs` (mode, options) are torch.compile's, for the inner compiler."""
         self.rewrite(graph_module)
+        self.check_rules()
         return compile_with(self.inner, graph_module, example_inputs, **kwargs)
 
-    def rewrite(self, graph_module: GraphModule, swap: bool = True) -> Outcome:
+    def rewrite(self, graph_module: GraphModule, swap: bool = True) -> None:
+        """Plans, reports, and, if `swap`, puts the chosen kernels in place."""
         outcome = rewrite_graph(graph_module, self.policy, self.machine, swap)
-        name = _graph_name() or f"graph {len(self.report.graphs)}"
+        context = torch._guards.CompileContext.try_get()
+        # Dynamo's id of the compilation, as "0/1": the frame, and how many times it was compiled before.
+        name = str(context.compile_id) if context else f"graph {len(self.report.graphs)}"
         graph = GraphReport(name, outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged)
-        self.report.add(graph)
-        self._check_rules()
+        self.report.add(graph, (context, context.attempt) if context else None)
         _log(graph)
-        return outcome
 
-    def _check_rules(self) -> None:
+    def check_rules(self) -> None:
+        """Warns, once, of each rule that no site seen so far has matched."""
         sites = self.report.sites
         if not sites:
             return
@@ -104,7 +111,8 @@ def with_backend(
         sequence of them. The first rule that matches a site holds for it.
     inner: the compiler that gets the graph then: a name of `torch._dynamo.list_backends(None)` or a callable
         `(graph_module, example_inputs, **kwargs)`. It receives torch.compile's `mode` and `options`.
-    strict: raise `AttentionRefusedError` instead of leaving a site as it is.
+    strict: raise `AttentionRefusedError` instead of leaving a site as it is. It comes out of the compiled model's first call
+        as the `inner_exception` of Dynamo's BackendCompilerFailed, whose message has it whole.
     numerics: how far results may lie from SDPA's: "exact" (the same kernel), "reordered" (rounding), "quantised".
 
     Raises `ValueError` for an unknown or repeated name, for no choice at all, an unknown `inner` or `numerics`;
@@ -153,17 +161,11 @@ def _known_inner(inner: Inner) -> Inner:
     if callable(inner):
         return inner
     known = torch._dynamo.list_backends(exclude_tags=())
-    if inner not in known or inner == AttentionCompiler.__name__:
+    if inner not in known or inner == NAME:
         near = difflib.get_close_matches(str(inner), known, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
         raise ValueError(f"inner is {inner!r}, which is no backend of torch.compile; {hint} A callable will do as well")
     return inner
-
-
-def _graph_name() -> str | None:
-    """Dynamo's id of the compilation, as "0/1": the frame, and how many times it was compiled before."""
-    identity = torch._guards.CompileContext.current_compile_id()
-    return str(identity) if identity is not None else None
 
 
 def _log(graph: GraphReport) -> None:

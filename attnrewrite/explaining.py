@@ -52,8 +52,9 @@ def explain(
         target = target._call_impl
     limits: Any = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
     traced: Any = torch.compile(target, backend=plan_only, dynamic=False)
-    with CompiledCode(), limits:
+    with CompiledCode(), AttributesOf(target), limits:
         traced(*args, **kwargs)
+    planner.check_rules()
     return planner.report
 
 
@@ -84,6 +85,31 @@ def predicted(graph_module: GraphModule) -> Callable[..., Any]:
         return tree_map(zeros, outputs)
 
     return call
+
+
+class AttributesOf:
+    """Puts back, at its end, what the modules of a model had as attributes: a forward that assigns to `self` would leave
+    our zeros there."""
+
+    def __init__(self, model: Any) -> None:
+        owner = getattr(model, "__self__", model)  # of a bound method, its object
+        self._modules = list(owner.modules()) if isinstance(owner, torch.nn.Module) else []
+
+    def __enter__(self) -> AttributesOf:
+        registries = ("_parameters", "_buffers", "_modules")
+        self._before = [
+            (module.__dict__.copy(), {name: getattr(module, name).copy() for name in registries})
+            for module in self._modules
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for module, (attributes, registries) in zip(self._modules, self._before, strict=True):
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for name, entries in registries.items():
+                getattr(module, name).clear()
+                getattr(module, name).update(entries)
 
 
 class CompiledCode:

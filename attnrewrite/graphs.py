@@ -98,8 +98,9 @@ def site_name(node: Node) -> str:
 def module_path(source: str) -> str:
     """Dynamo's expression for a module as a path: L['self'].blocks.0 -> blocks.0, and L['self'] -> ''.
 
-    It also writes L['self'].__dict__['_modules']['blocks']._modules['0'] for the same.
+    It also writes L['self'].__dict__['_modules']['blocks']._modules['0'] for the same, and `_orig_mod` where a block was
+    compiled by itself.
     """
     text = re.sub(r"^[LG]\['[^']*'\]", "", source)
     parts = re.findall(r"[^.\[\]']+", text)
-    return ".".join(part for part in parts if part not in ("__dict__", "_modules"))
+    return ".".join(part for part in parts if part not in ("__dict__", "_modules", "_orig_mod"))

@@ -65,11 +65,15 @@ def make_policy(
 ) -> Policy:
     """Reads what a user writes. Raises `ValueError` (unknown name, nothing chosen, a name given twice, unknown numerics)
     and `TypeError` (a choice that is neither name nor record), naming the argument and the value."""
+    if rules is not None and not (isinstance(rules, Mapping) and all(isinstance(pattern, str) for pattern in rules)):
+        raise TypeError(f"rules is {rules!r}: give a mapping of patterns to choices, as {{'cross': 'native'}}")
     pairs = tuple((pattern, _candidates(chosen, f"rules[{pattern!r}]")) for pattern, chosen in (rules or {}).items())
     return Policy(_candidates(choices, "choices"), pairs, bool(strict), _numerics(numerics))
 
 
 def _candidates(choices: Any, argument: str) -> tuple[Candidate, ...]:
+    if not isinstance(choices, str | Backend | Iterable):
+        raise TypeError(f"{argument} is {choices!r} ({type(choices).__name__}): give names or Backend records")
     given: list[Choice] = [choices] if isinstance(choices, str | Backend) else list(choices)
     if not given:
         raise ValueError(f"{argument} is empty: name at least one attention backend, as 'native'")
@@ -78,7 +82,10 @@ def _candidates(choices: Any, argument: str) -> tuple[Candidate, ...]:
         if isinstance(choice, Backend):
             candidate = Candidate(choice.name, (choice,))
         elif isinstance(choice, str):
-            candidate = Candidate(choice, records_of(choice))
+            try:
+                candidate = Candidate(choice, records_of(choice))
+            except ValueError as error:
+                raise ValueError(str(error) if argument == "choices" else f"{argument}: {error}") from None
         else:
             raise TypeError(f"{argument} holds {choice!r} ({type(choice).__name__}): give names or Backend records")
         if any(candidate.name == earlier.name for earlier in found):
@@ -91,7 +98,7 @@ def _numerics(value: str | Numerics) -> Numerics:
     if isinstance(value, Numerics):
         return value
     known = {limit.name.lower(): limit for limit in Numerics}
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise ValueError(f"numerics is {value!r}: it is one of {', '.join(map(repr, known))}")
     return known[value]
 

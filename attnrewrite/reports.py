@@ -44,10 +44,16 @@ class Report:
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
+        self._attempts: dict[str, Any] = {}
 
-    def add(self, graph: GraphReport) -> None:
+    def add(self, graph: GraphReport, attempt: Any = None) -> None:
+        """Adds a graph. `attempt` tells tries at one compilation apart: where Dynamo starts a frame again, the graphs of
+        the earlier try go; the buckets into which DistributedDataParallel splits a frame belong to one and all stay."""
         with self._lock:
-            self.graphs[:] = [known for known in self.graphs if known.name != graph.name] + [graph]
+            if self._attempts.get(graph.name) != attempt:
+                self.graphs[:] = [known for known in self.graphs if known.name != graph.name]
+            self._attempts[graph.name] = attempt
+            self.graphs.append(graph)
 
     @property
     def sites(self) -> list[Site]:
@@ -78,20 +84,15 @@ class Report:
     @staticmethod
     def from_json(text: str) -> Report:
         """Raises `ValueError` if the text is not a report of a version that is known here."""
-        data = json.loads(text)
-        if not isinstance(data, dict) or data.get("version") != 1:
-            raise ValueError("this is not an attnrewrite report of version 1: write it with report.to_json()")
-        graphs = [
-            GraphReport(
-                graph["name"],
-                Plan(tuple(Site.from_json(site) for site in graph["sites"])),
-                Machine.from_json(graph["machine"]) if graph["machine"] else None,
-                graph["seconds"],
-                graph["unchanged"],
-            )
-            for graph in data["graphs"]
-        ]
-        return Report(data["policy"], graphs, data["unmatched_rules"])
+        try:
+            data = json.loads(text)
+            if data["version"] != 1:
+                raise ValueError(f"its version is {data['version']!r}")
+            graphs = [_graph_from_json(graph) for graph in data["graphs"]]
+            return Report(data["policy"], graphs, data["unmatched_rules"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            message = "this is not an attnrewrite report of version 1: write it with report.to_json()"
+            raise ValueError(message) from error
 
     def __str__(self) -> str:
         if not self.graphs:
@@ -106,6 +107,16 @@ class Report:
         lines += _table(sites)
         lines += [f"rule {pattern!r} matched none of these sites" for pattern in self.unmatched_rules]
         return "\n".join(lines)
+
+
+def _graph_from_json(data: dict[str, Any]) -> GraphReport:
+    return GraphReport(
+        data["name"],
+        Plan(tuple(Site.from_json(site) for site in data["sites"])),
+        Machine.from_json(data["machine"]) if data["machine"] else None,
+        data["seconds"],
+        data["unchanged"],
+    )
 
 
 def _table(sites: Iterable[Site]) -> list[str]:
@@ -146,8 +157,8 @@ def _folded(names: list[str]) -> str:
         return names[0]
     patterns: dict[str, list[int]] = {}
     for name in names:
-        numbers = re.findall(r"(?<=\.)\d+(?=\.)", name)
-        shape = re.sub(r"(?<=\.)\d+(?=\.)", "{}", name, count=1)
+        numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", name)
+        shape = re.sub(r"(?<=\.)\d+(?=\.|$)", "{}", name, count=1)
         patterns.setdefault(shape, []).extend(int(number) for number in numbers[:1])
     parts = [shape.replace("{}", _ranges(numbers)) if numbers else shape for shape, numbers in patterns.items()]
     text = ", ".join(parts)

@@ -21,6 +21,7 @@ from ..decisions import Code, Refused
 from ..machines import Machine, satisfies
 from ..records import Backend, HeadDim
 from ..sizes import Size, described, holds
+from .native import causal
 
 BLOCK = 128  # PyTorch's own default: the kernels' tiles must divide it
 WHOLE = 1 << 30  # the block size by which PyTorch says that there is no block mask
@@ -66,9 +67,9 @@ def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
         some, all_ = _blocks_of(mask, call)
         tensor, dims = _squeezed(mask, call)
         return Prepared(_lists(some, all_, call), _keep_score(), _read_mask(dims), mask_tensors=(tensor,))
-    if call.mask.kind is MaskKind.CAUSAL_UPPER_LEFT:
+    if causal(call):
         some, all_ = _causal_blocks(key, call)
-        return Prepared(_lists(some, all_, call), _keep_score(), _causal())
+        return Prepared(_lists(some, all_, call), _keep_score(), _lower_triangle())
     count = torch.ones((1, 1, 1), dtype=torch.int32, device=key.device)
     index = torch.zeros((1, 1, 1, 1), dtype=torch.int32, device=key.device)
     blocks = _tuple(call, (count, index, None, None, count, index, None, None), WHOLE)
@@ -194,7 +195,7 @@ def _read_mask(dims: tuple[int, ...]) -> GraphModule:
     return _graph((*INDICES, "mask"), lambda graph, *rest: _load(graph, dims, *rest))
 
 
-def _causal() -> GraphModule:
+def _lower_triangle() -> GraphModule:
     return _graph(INDICES, lambda graph, b, h, q_idx, kv_idx: graph.call_function(operator.ge, (q_idx, kv_idx)))
 
 
@@ -211,8 +212,7 @@ def grouped_heads(call: AttentionCall, machine: Machine) -> Refused | None:
     """Short queries go to flex decoding, which shares keys among a power of two of heads."""
     if holds(call.heads == call.kv_heads):
         return None
-    ratio = int(call.heads // call.kv_heads)
-    if ratio & (ratio - 1) == 0:
+    if any(holds(call.heads == call.kv_heads * 2**power) for power in range(1, 8)):
         return None
     return Refused(
         Code.GQA,

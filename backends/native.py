@@ -54,7 +54,8 @@ def full_bias(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tensor |
 
 
 def causal(call: AttentionCall) -> bool:
-    return call.mask.kind is MaskKind.CAUSAL_UPPER_LEFT
+    """Of either alignment: a call of the other one than the record's is accepted only where they agree."""
+    return call.mask.kind in (MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT)
 
 
 def math(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
@@ -140,16 +141,6 @@ def cudnn_head_dim(call: AttentionCall, machine: Machine) -> Refused | None:
     return None
 
 
-def bfloat16_from_ampere(call: AttentionCall, machine: Machine) -> Refused | None:
-    if call.dtype != "bfloat16" or machine.capability is None or machine.capability >= (8, 0):
-        return None
-    return Refused(
-        Code.DTYPE,
-        f"bfloat16 needs compute capability 8.0, this is {machine.capability[0]}.{machine.capability[1]}",
-        "Run the model in float16",
-    )
-
-
 def cudnn_length(call: AttentionCall, machine: Machine) -> Refused | None:
     if holds(call.kv_len >= 2):
         return None
@@ -215,7 +206,7 @@ EFFICIENT = Backend(
     op=efficient,
     summary="the memory-efficient (CUTLASS) kernel inside PyTorch",
     devices=frozenset({"cuda"}),
-    capability=((5, 0), (12, 1)),
+    capability=((8, 0), (12, 1)),
     dtypes=HALF | {"float32"},
     head_dim=HeadDim(multiple=8, pad=True),
     masks=DENSE,
@@ -223,7 +214,6 @@ EFFICIENT = Backend(
     value_dim=True,
     dropout=True,
     backward=True,
-    checks=(bfloat16_from_ampere,),
     prepare=aligned_bias,
 )
 
