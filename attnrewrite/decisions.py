@@ -193,7 +193,7 @@ def _mask(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | 
     if kind is MaskKind.ADDITIVE and dtype != call.dtype and dtype not in backend.mask_dtypes:
         return Refused(
             Code.MASK,
-            f"{backend.name} adds a mask in {call.dtype}, this one is {dtype}",
+            f"{backend.name} adds a mask in {' or '.join(sorted({call.dtype, *backend.mask_dtypes}))}, this one is {dtype}",
             f"Make the mask in {call.dtype}, if that is exact enough",
         )
     return None

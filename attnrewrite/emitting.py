@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
 from .graphs import INHERITED_META, value_key, value_of
 
@@ -95,12 +96,12 @@ class Emitter(TorchFunctionMode):
         self._kept.append(tensor)
 
     def _arguments(self, values: Any) -> Any:
-        return tree_map(self._argument, values)
+        return map_aggregate(values, self._argument)  # unlike pytrees it looks into slices
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return self._nodes[id(value)]
-        if isinstance(value, torch.SymInt):
+        if isinstance(value, torch.SymInt | torch.SymFloat):
             return self._symbolic(value)
         if isinstance(value, torch.nn.Module):
             return self._attribute(value)
@@ -115,13 +116,15 @@ class Emitter(TorchFunctionMode):
             self.module.add_module(f"attnrewrite_{number}", module)
         return self.graph.get_attr(self._modules[id(module)])
 
-    def _symbolic(self, size: torch.SymInt) -> Node | int:
-        """A node for a symbolic size, computed from the sizes of tensors that are at hand."""
+    def _symbolic(self, size: torch.SymInt | torch.SymFloat) -> Node | int | float:
+        """A node for a symbolic number, computed from the sizes of tensors that are at hand."""
         from torch.utils._sympy.interp import sympy_interp
         from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-        if (known := size.node.maybe_as_int()) is not None:
-            return int(known)
+        known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size.node.maybe_as_float()
+        if known is not None:
+            number: int | float = known
+            return number
         tracer = torch.fx.proxy.GraphAppendingTracer(self.graph)
         symbols = {symbol: torch.fx.Proxy(self._symbol(symbol), tracer) for symbol in size.node.expr.free_symbols}
         node: Node = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr).node

@@ -24,9 +24,9 @@ def holds(condition: bool | torch.SymBool) -> bool:
     """
     if isinstance(condition, bool):
         return condition
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, statically_known_true
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    if statically_known_true(condition):
+    if known(condition):
         return True
     try:
         return bool(condition)
@@ -34,10 +34,23 @@ def holds(condition: bool | torch.SymBool) -> bool:
         raise UnbackedSizeError(str(condition)) from error
 
 
+def known(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition holds for every value of its symbols. Asks nothing: no guard, and no error on data-dependent
+    sizes. For what is right either way and only costs more when it is not known."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return condition if isinstance(condition, bool) else statically_known_true(condition)
+
+
+def is_one(size: Size) -> bool:
+    """Whether a size is 1, so that it broadcasts. A symbol never is: PyTorch makes a graph of its own for 0 and for 1."""
+    return isinstance(size, int) and size == 1
+
+
 def described(size: Size | str) -> int | str:
     """A size for people and for files: the number, or the symbol with the value it had when the graph was traced."""
     if isinstance(size, torch.SymInt):
-        if (known := size.node.maybe_as_int()) is not None:
-            return int(known)
+        if (number := size.node.maybe_as_int()) is not None:
+            return int(number)
         return f"{size} ({size.node.hint})" if size.node.has_hint() else str(size)
     return size

@@ -20,7 +20,7 @@ from ..calls import AttentionCall, MaskKind
 from ..decisions import Code, Refused
 from ..machines import Machine, satisfies
 from ..records import Backend, HeadDim
-from ..sizes import Size, described, holds
+from ..sizes import Size, described, holds, is_one
 from .native import causal
 
 BLOCK = 128  # PyTorch's own default: the kernels' tiles must divide it
@@ -84,8 +84,8 @@ def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
 
 def _blocks_of(mask: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     rows, columns = _count(call.q_len), _count(call.kv_len)
-    whole_rows = _is_one(mask.shape[2])  # the same for every query: read it once
-    if _is_one(mask.shape[3]):
+    whole_rows = is_one(mask.shape[2])  # the same for every query: read it once
+    if is_one(mask.shape[3]):
         mask = mask.expand(*mask.shape[:3], call.kv_len)
     missing: Any = (0, columns * BLOCK - call.kv_len, 0, 0 if whole_rows else rows * BLOCK - call.q_len)
     mask = torch.nn.functional.pad(mask, missing, value=False)
@@ -152,9 +152,9 @@ def _count(length: Size) -> Size:
 
 def _squeezed(mask: Tensor, call: AttentionCall) -> tuple[Tensor, tuple[int, ...]]:
     """The mask without the sizes of 1 that broadcast, and the positions of those that are left (at least one)."""
-    if all(_is_one(size) for size in mask.shape):
+    if all(is_one(size) for size in mask.shape):
         mask = mask.expand(call.batch, 1, 1, 1)
-    dims = tuple(dim for dim in range(4) if not _is_one(mask.shape[dim])) or (0,)
+    dims = tuple(dim for dim in range(4) if not is_one(mask.shape[dim])) or (0,)
     for dim in reversed(range(4)):
         if dim not in dims:
             mask = mask.squeeze(dim)
@@ -164,10 +164,6 @@ def _squeezed(mask: Tensor, call: AttentionCall) -> tuple[Tensor, tuple[int, ...
         mask = mask.contiguous()
         mask = mask.as_strided(mask.shape, mask.stride())
     return mask, dims
-
-
-def _is_one(size: Size) -> bool:
-    return isinstance(size, int) and size == 1  # a symbol is never 1: PyTorch specialises on 0 and 1
 
 
 def _graph(names: Sequence[str], body: Any) -> GraphModule:

@@ -15,7 +15,7 @@ from ..calls import AttentionCall, MaskKind
 from ..decisions import Code, Refused
 from ..machines import Machine, satisfies
 from ..records import Backend, HeadDim, Numerics
-from ..sizes import described, holds
+from ..sizes import described, holds, is_one, known
 
 aten = torch.ops.aten
 HALF = frozenset({"float16", "bfloat16"})
@@ -35,13 +35,13 @@ def aligned_bias(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tenso
     bias = additive(mask, key, call)
     if bias is None:
         return None
-    if bias.shape[-1] == 1 and not holds(call.kv_len == 1):
+    if is_one(bias.shape[-1]):
         bias = bias.expand(*bias.shape[:-1], call.kv_len)
     if not holds(call.kv_len % 16 == 0):
         missing: Any = (0, 16 - call.kv_len % 16)
         bias = torch.nn.functional.pad(bias, missing)[..., : call.kv_len]
     elif not all(
-        size == 1 or holds(stride % 16 == 0) for size, stride in zip(bias.shape[:-1], bias.stride(), strict=False)
+        size == 1 or known(stride % 16 == 0) for size, stride in zip(bias.shape, bias.stride()[:-1], strict=False)
     ):
         bias = bias.contiguous()
     return bias.expand(call.batch, call.heads, call.q_len, call.kv_len)
@@ -68,7 +68,7 @@ def math(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call
         causal(call),
         None,
         scale=call.scale,
-        enable_gqa=not holds(call.heads == call.kv_heads),
+        enable_gqa=not known(call.heads == call.kv_heads),
     )[0]
     return output
 
@@ -111,6 +111,33 @@ def flash_backward_on_consumer_gpus(call: AttentionCall, machine: Machine) -> Re
         Code.HEAD_DIM,
         f"the backward of _native_flash on this GPU takes head_dim up to 192, this is {described(call.head_dim)}",
         "Choose another kernel for training",
+    )
+
+
+def rows_of_the_bias(call: AttentionCall, machine: Machine) -> Refused | None:
+    """`aligned_bias` will ask this of a mask; asked here, a data-dependent kv_len is refused."""
+    if call.mask.is_tensor:
+        holds(call.kv_len % 16 == 0)
+    return None
+
+
+def float32_mask_of_float64(call: AttentionCall, machine: Machine) -> Refused | None:
+    """The CPU kernel reads such a mask as something else: relative error 0.8 from 16 keys on (2.13)."""
+    if call.dtype != "float64" or call.mask.dtype != "float32":
+        return None
+    return Refused(
+        Code.MASK,
+        "the CPU kernel misreads a float32 mask of a float64 call",
+        "Make the mask in float64, or choose another kernel",
+    )
+
+
+def causal_with_a_scale_of_zero_or_less(call: AttentionCall, machine: Machine) -> Refused | None:
+    """The CPU kernel multiplies the scale with the -inf of the scores that causal hides: NaN (2.13)."""
+    if not causal(call) or call.scale is None or call.scale > 0:
+        return None
+    return Refused(
+        Code.CAUSAL, f"the CPU kernel gives NaN for causal with a scale of {call.scale:g}", "Choose another kernel"
     )
 
 
@@ -197,6 +224,7 @@ FLASH_CPU = Backend(
     mask_dtypes=frozenset({"float32"}),
     gqa=True,
     backward=True,
+    checks=(float32_mask_of_float64, causal_with_a_scale_of_zero_or_less),
     prepare=full_bias,
 )
 
@@ -214,6 +242,7 @@ EFFICIENT = Backend(
     value_dim=True,
     dropout=True,
     backward=True,
+    checks=(rows_of_the_bias,),
     prepare=aligned_bias,
 )
 
