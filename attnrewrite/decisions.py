@@ -225,23 +225,15 @@ def _head_dim(backend: Backend, call: AttentionCall, machine: Machine) -> Refuse
     rule = backend.head_dim
     for name, size in (("head_dim", call.head_dim), ("value_dim", call.value_dim)):
         if rule.max is not None and not holds(size <= rule.max):
-            return Refused(
-                Code.HEAD_DIM,
-                f"{backend.name} takes {name} up to {rule.max}, this is {described(size)}",
-                "Choose a kernel for wide heads",
-            )
-        if rule.minimum > 1 and not holds(size >= rule.minimum):
-            return Refused(
-                Code.HEAD_DIM,
-                f"{backend.name} takes {name} from {rule.minimum}, this is {described(size)}",
-                "Choose a kernel for narrow heads",
-            )
-        if rule.multiple > 1 and not rule.pad and not holds(size % rule.multiple == 0):
-            return Refused(
-                Code.HEAD_DIM,
-                f"{backend.name} takes {name} in multiples of {rule.multiple}, this is {described(size)}",
-                "Choose a kernel that pads",
-            )
+            limit = f"up to {rule.max}"
+        elif rule.minimum > 1 and not holds(size >= rule.minimum):
+            limit = f"from {rule.minimum}"
+        elif rule.multiple > 1 and not rule.pad and not holds(size % rule.multiple == 0):
+            limit = f"in multiples of {rule.multiple}"
+        else:
+            continue
+        detail = f"{backend.name} takes {name} {limit}, this is {described(size)}"
+        return Refused(Code.HEAD_DIM, detail, "Choose a kernel for heads of this width")
     return None
 
 
