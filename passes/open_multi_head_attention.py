@@ -57,7 +57,9 @@ def _open(graph_module: GraphModule, node: Node) -> None:
                 copy = graph_module.graph.node_copy(inner, lambda old: copies[old])
             if inner.op == "get_attr":
                 copy.target = name
-            copy.meta = {**inherited, key: _differentiable(inner.meta.get("val"), copy)}
+            copy.meta = {**inherited, key: inner.meta.get("val")}
+            if needs_grad:
+                copy.meta[key] = _differentiable(copy.meta[key], copy)
             copies[inner] = copy
     for user in list(node.users):  # getitem 0 is the output, getitem 1 the weights: None
         if user.args[1] == 0:

@@ -272,6 +272,10 @@ def test_multi_head_attention_says_that_it_trains():
     (site,) = backend.report.sites
     assert site.call.needs_grad
     assert site.refusals[0][1].code is attnrewrite.Code.GRAD
+    with torch.no_grad():
+        run, backend = compiled(lambda x: module(x, x, x, need_weights=False)[0], "flex")
+        run(torch.randn(2, 7, 32))
+    assert backend.report.sites[0].chosen == "flex"
 
 
 def test_multi_head_attention_trains():
