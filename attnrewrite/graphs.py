@@ -18,10 +18,12 @@ SDPA_TARGETS = frozenset(
     {SDPA, torch.ops.aten.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
 )
 MHA = torch.nn.functional.multi_head_attention_forward
-# Attention inside one fused kernel, which leaves no call to swap. The value: how to have one.
+# Attention inside one operator, which leaves no call to swap. The value: how to have one.
+_FUSED = "torch.backends.mha.set_fastpath_enabled(False) before compiling makes it a call that can be swapped"
 OPAQUE_TARGETS = {
-    target: "torch.backends.mha.set_fastpath_enabled(False) before compiling makes it a call that can be swapped"
-    for target in (torch._transformer_encoder_layer_fwd, torch._native_multi_head_attention)
+    torch._transformer_encoder_layer_fwd: _FUSED,
+    torch._native_multi_head_attention: _FUSED,
+    MHA: "with need_weights=False and outside autocast it is opened, and its attention swapped",
 }
 INHERITED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "from_node")
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..graphs import MHA, OPAQUE_TARGETS, SDPA_TARGETS
+from ..graphs import OPAQUE_TARGETS, SDPA_TARGETS
 from .context import Context
 
 SETS = torch.nn.attention._sdpa_kernel
@@ -64,4 +64,4 @@ def _reads_choice(node: Node) -> bool:
         return node.op == "call_module" or any(
             isinstance(user.target, torch._ops.HigherOrderOperator) for user in node.users
         )
-    return node.target in SDPA_TARGETS or node.target is MHA or node.target in OPAQUE_TARGETS
+    return node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from ..calls import AttentionCall, Mask, MaskKind
-from ..graphs import OPAQUE_TARGETS, SDPA_TARGETS, site_name, value_of, with_transforms
+from ..graphs import MHA, OPAQUE_TARGETS, SDPA_TARGETS, site_name, value_of, with_transforms
 from ..sizes import Size, holds
 from .context import Context, Found
 
@@ -183,13 +184,30 @@ class Origins:
 
 
 def _read_opaque(node: Node, site: str) -> AttentionCall:
-    """torch.nn's fused kernels take the hidden states (batch, length, width) and the number of heads."""
+    """torch.nn's operators take hidden states (batch, length, width), `multi_head_attention_forward` (length, batch, width),
+    and the number of heads."""
     name = getattr(node.target, "__name__", str(node.target))
-    whole_layer = name == "_transformer_encoder_layer_fwd"
-    query = value_of(node.args[0])
-    key = query if whole_layer else value_of(node.args[1])
-    width, heads = node.args[1:3] if whole_layer else node.args[3:5]
+    if node.target is MHA:
+        given = inspect.signature(MHA).bind(*node.args, **node.kwargs).arguments
+        query, key = (value_of(given[name]).transpose(0, -2) for name in ("query", "key"))
+        width, heads = given["embed_dim_to_check"], given["num_heads"]
+    elif name == "_transformer_encoder_layer_fwd":
+        query = key = value_of(node.args[0])
+        width, heads = node.args[1:3]
+    else:
+        query, key = value_of(node.args[0]), value_of(node.args[1])
+        width, heads = node.args[3:5]
     return AttentionCall(
-        site, query.shape[0], heads, heads, query.shape[1], key.shape[1], width // heads, width // heads,  # type: ignore[arg-type, operator]
-        _name(query.dtype), query.device.type, obstacle=f"it is part of torch.{name}: {OPAQUE_TARGETS[node.target]}",  # type: ignore[index]
-    )  # fmt: skip
+        site=site,
+        batch=query.shape[0] if query.dim() > 2 else 1,
+        heads=heads,
+        kv_heads=heads,
+        q_len=query.shape[-2],
+        kv_len=key.shape[-2],
+        head_dim=width // heads,
+        value_dim=width // heads,
+        dtype=_name(query.dtype),
+        device=query.device.type,
+        needs_grad=torch.is_grad_enabled() and query.requires_grad,
+        obstacle=f"it is part of {name}: {OPAQUE_TARGETS[node.target]}",  # type: ignore[index]
+    )

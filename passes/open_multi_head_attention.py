@@ -1,5 +1,6 @@
 """`F.multi_head_attention_forward` is one node of a Dynamo graph, with an attention inside."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,11 +17,14 @@ def open_multi_head_attention(graph_module: GraphModule, context: Context) -> in
 
     multi_head_attention_forward(q, k, v, ...)  ->  linear, reshape, scaled_dot_product_attention, reshape, linear
 
-    With `need_weights=True` PyTorch itself computes the softmax by hand and returns it: there is nothing to open.
+    With `need_weights=True` PyTorch itself computes the softmax by hand and returns it: there is no call inside. Under
+    autocast (the output has another dtype than the query) the casts would be traced away. Both stay, and are reported.
     """
     opened = 0
     for node in graph_module.graph.find_nodes(op="call_function", target=MHA):
-        if node.kwargs.get("need_weights", True) is False:
+        given = inspect.signature(MHA).bind(*node.args, **node.kwargs).arguments
+        autocast = value_of(node)[0].dtype != value_of(given["query"]).dtype
+        if given.get("need_weights", True) is False and not autocast:
             _open(graph_module, node)
             opened += 1
     return opened

@@ -299,7 +299,25 @@ def test_multi_head_attention_that_returns_weights_stays():
     output, weights = run(x)
     assert weights.shape == (2, 7, 7)
     assert relative(output.detach(), module(x, x, x)[0].detach()) < 1e-5
-    assert backend.report.sites == []
+    (site,) = backend.report.sites
+    assert (site.chosen, site.call.batch, site.call.heads, site.call.q_len, site.call.head_dim) == (None, 2, 4, 7, 8)
+    assert "need_weights=False" in site.refusals[0][1].detail
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_multi_head_attention_under_autocast_stays(inner):
+    module = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+
+    def step(x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return module(x, x, x, need_weights=False)[0]
+
+    x = torch.randn(2, 7, 32)
+    with torch.no_grad():
+        run, backend = compiled(step, "_native_flash", inner)
+        assert run(x).dtype == torch.bfloat16
+        assert relative(run(x), step(x)) < 1.2e-2
+    assert "outside autocast" in backend.report.sites[0].refusals[0][1].detail
 
 
 def test_fused_encoder_layer_is_reported():
