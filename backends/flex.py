@@ -229,6 +229,19 @@ def static_lengths(call: AttentionCall, machine: Machine) -> Refused | None:
     )
 
 
+def boolean_masks_from_2_13(call: AttentionCall, machine: Machine) -> Refused | None:
+    """Two sites that share the block lists of a boolean mask end the process on a CPU with several threads (abort inside
+    the kernel, seen on 2.9 and 2.11; 2.13 is right)."""
+    version = machine.packages.get("torch", "0")
+    if call.mask.kind is not MaskKind.BOOLEAN or satisfies(version, ">=2.13"):
+        return None
+    return Refused(
+        Code.VERSION,
+        f"flex on a CPU takes boolean masks from torch 2.13 on, this is {version}",
+        "Upgrade torch, or choose another kernel",
+    )
+
+
 FLEX_CUDA = Backend(
     name="flex",
     family="PyTorch",
@@ -248,7 +261,12 @@ FLEX_CUDA = Backend(
 )
 
 FLEX_CPU = replace(
-    FLEX_CUDA, devices=frozenset({"cpu"}), capability=None, head_dim=HeadDim(), backward=False, checks=(static_lengths,)
+    FLEX_CUDA,
+    devices=frozenset({"cpu"}),
+    capability=None,
+    head_dim=HeadDim(),
+    backward=False,
+    checks=(boolean_masks_from_2_13, static_lengths),
 )
 
 RECORDS = (FLEX_CUDA, FLEX_CPU)

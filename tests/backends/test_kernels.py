@@ -272,3 +272,13 @@ def test_flex_skips_the_right_blocks(mask):
 @pytest.mark.parametrize("lengths", [(300, 270), (256, 384)])
 def test_flex_skips_the_right_blocks_of_causal(lengths):
     check("flex", *qkv(q_len=lengths[0], kv_len=lengths[1]), inner="inductor", is_causal=True)
+
+
+def test_flex_takes_no_boolean_mask_on_the_cpu_of_an_older_torch():
+    """It would end the process where two sites share the mask."""
+    (record,) = [each for each in attnrewrite.records_of("flex") if "cpu" in each.devices]
+    mask = attnrewrite.Mask(MaskKind.BOOLEAN, "bool", (2, 1, 1, 9))
+    call = attnrewrite.AttentionCall("", 2, 4, 4, 9, 9, 16, 16, "float32", mask=mask)
+    new, old = (attnrewrite.Machine("cpu", packages={"torch": version}) for version in ("2.13.0", "2.11.0"))
+    assert isinstance(attnrewrite.decide(record, call, new), attnrewrite.Accepted)
+    assert attnrewrite.decide(record, call, old).code is attnrewrite.Code.VERSION
