@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
+from .sizes import known
+
 # What gives the same result whatever the strides of its input, and whose own output has strides of its own.
 _NORMALISES = frozenset(
     {"reshape", "flatten", "contiguous", "clone", "linear", "matmul", "bmm", "baddbmm", "addmm", "cat", "stack",
@@ -16,11 +18,8 @@ _READS = frozenset({"view", "as_strided", "stride", "is_contiguous", "view_as_co
 
 def same_strides(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether both lie alike in memory, as far as is known without a guard. Sizes of 1 have no stride that counts."""
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     return all(
-        statically_known_true(size == 1) or statically_known_true(a == b)
-        for size, a, b in zip(other.shape, one.stride(), other.stride(), strict=True)
+        known(size == 1) or known(a == b) for size, a, b in zip(other.shape, one.stride(), other.stride(), strict=True)
     )
 
 

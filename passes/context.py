@@ -8,6 +8,7 @@ from torch.fx import Node
 
 from ..calls import AttentionCall
 from ..plans import Site
+from ..records import Backend
 
 
 @dataclass
@@ -17,6 +18,12 @@ class Found:
     node: Node
     call: AttentionCall
     site: Site | None = None
+
+    @property
+    def kernel(self) -> Backend | None:
+        """The chosen kernel, None where the call stays as it is: nothing was chosen, or `native`, which has no op."""
+        backend = self.site.backend if self.site is not None else None
+        return backend if backend is not None and backend.op is not None else None
 
 
 @dataclass

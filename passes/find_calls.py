@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 
 from ..calls import AttentionCall, Mask, MaskKind
 from ..graphs import MHA, OPAQUE_TARGETS, SDPA_TARGETS, site_name, value_of, with_transforms
-from ..sizes import Size, holds
+from ..sizes import Size, holds, known
 from .context import Context, Found
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -138,8 +138,6 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _layout(query: torch.Tensor) -> str:
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     if query.dim() != 4:
         return "strided"
     _, heads, length, dim = query.shape
@@ -147,7 +145,7 @@ def _layout(query: torch.Tensor) -> str:
         "bhsd": (heads * length * dim, length * dim, dim, 1),
         "bshd": (heads * length * dim, dim, heads * dim, 1),
     }.items():
-        if all(statically_known_true(a == b) for a, b in zip(query.stride(), strides, strict=True)):
+        if all(known(a == b) for a, b in zip(query.stride(), strides, strict=True)):
             return name
     return "strided"
 
@@ -157,12 +155,10 @@ def _role(given: dict[str, Any], query: torch.Tensor, key: torch.Tensor, origins
 
     Where no projection is in the graph, lengths decide.
     """
-    from torch.fx.experimental.symbolic_shapes import statically_known_true
-
     asked, answered = origins.of(given["query"]), origins.of(given["key"])
     if asked and answered:
         return "self" if asked & answered else "cross"
-    return "self" if statically_known_true(query.shape[-2] == key.shape[-2]) else "cross"
+    return "self" if known(query.shape[-2] == key.shape[-2]) else "cross"
 
 
 class Origins:

@@ -28,8 +28,8 @@ def swap_kernels(graph_module: GraphModule, context: Context) -> int:
     written = _written_to(graph_module)
     swapped = 0
     for found in context.found:
-        if found.site is not None and found.site.backend is not None and found.site.backend.op is not None:
-            _swap(found, found.site.backend, emitter, written)
+        if (kernel := found.kernel) is not None:
+            _swap(found, kernel, emitter, written)
             swapped += 1
     return swapped
 
