@@ -2,15 +2,17 @@
 
 from .calls import AttentionCall, Mask, MaskKind
 from .compilers import AttentionCompiler, with_backend
-from .decisions import Accepted, Code, Decision, Refused, decide
+from .decisions import Accepted, Code, Decision, Refused, Step
 from .explaining import explain
 from .machines import Machine, machine_of
 from .plans import AttentionRefusedError, Plan, Site, make_plan
 from .policies import Policy, make_policy
-from .records import Backend, HeadDim, Numerics
+from .reasons import decide
+from .records import Backend, HeadDim, Numerics, Tolerance
 from .registry import names, records_of
 from .reports import Report
 from .sizes import UnbackedSizeError, holds
+from .sources import Hub, Package
 
 __version__ = "0.1.0"
 
@@ -23,15 +25,19 @@ __all__ = [
     "Code",
     "Decision",
     "HeadDim",
+    "Hub",
     "Machine",
     "Mask",
     "MaskKind",
     "Numerics",
+    "Package",
     "Plan",
     "Policy",
     "Refused",
     "Report",
     "Site",
+    "Step",
+    "Tolerance",
     "UnbackedSizeError",
     "decide",
     "explain",

@@ -15,6 +15,7 @@ class MaskKind(str, Enum):
     NONE = "none"
     CAUSAL_UPPER_LEFT = "causal"  # row i sees keys 0..i: what SDPA's is_causal means
     CAUSAL_LOWER_RIGHT = "causal lower-right"  # row i sees keys 0..i + kv_len - q_len: FlashAttention >= 2.1
+    KEY_PADDING = "key padding"  # a boolean tensor that is the same for every head and query: its shape says so
     BOOLEAN = "boolean"  # a tensor; True: this key takes part
     ADDITIVE = "additive"  # a tensor that is added to the scaled scores
 
@@ -30,7 +31,16 @@ class Mask:
 
     @property
     def is_tensor(self) -> bool:
-        return self.kind in (MaskKind.BOOLEAN, MaskKind.ADDITIVE)
+        return self.is_boolean or self.kind is MaskKind.ADDITIVE
+
+    @property
+    def is_boolean(self) -> bool:
+        return self.kind in (MaskKind.BOOLEAN, MaskKind.KEY_PADDING)
+
+    @property
+    def is_causal(self) -> bool:
+        """Of either alignment."""
+        return self.kind in (MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT)
 
     def __str__(self) -> str:
         if not self.is_tensor:

@@ -100,13 +100,15 @@ def with_backend(
     inner: Inner = "inductor",
     strict: bool = False,
     numerics: str = "reordered",
+    cast: str | None = None,
+    trust_remote_code: bool = False,
 ) -> AttentionCompiler:
     """A torch.compile backend that gives each attention the first of `choices` that may take it.
 
         model = torch.compile(model, backend=attnrewrite.with_backend("_native_cudnn", "flex"))
 
     choices: names (`python -m attnrewrite info` lists them) or `Backend` records, in order of preference. An attention
-        that none may take stays as it is, and `.report` says why.
+        that none may take stays as it is, and `.report` says why. "name@revision" pins a kernel of the hub.
     rules: other choices for some sites: a glob over module paths ("*.attn2"), "self" or "cross", to a name, a record or a
         sequence of them. The first rule that matches a site holds for it.
     inner: the compiler that gets the graph then: a name of `torch._dynamo.list_backends(None)` or a callable
@@ -114,11 +116,19 @@ def with_backend(
     strict: raise `AttentionRefusedError` instead of leaving a site as it is. It comes out of the compiled model's first call
         as the `inner_exception` of Dynamo's BackendCompilerFailed, whose message has it whole.
     numerics: how far results may lie from SDPA's: "exact" (the same kernel), "reordered" (rounding), "quantised".
+    cast: "bfloat16" or "float16": cast query, key, value and bias to it for a kernel that does not take their dtype, and the
+        output back. None: such a kernel is refused.
+    trust_remote_code: load kernels of the kernels hub whose publisher the hub does not vouch for. They run code of that
+        publisher in this process. (For all of a process: the environment's ATTNREWRITE_TRUST_REMOTE_CODE=1.)
 
-    Raises `ValueError` for an unknown or repeated name, for no choice at all, an unknown `inner` or `numerics`;
+    Raises `ValueError` for an unknown or repeated name, for no choice at all, an unknown `inner`, `numerics` or `cast`;
     `TypeError` for a choice that is neither name nor record.
     """
-    return AttentionCompiler(make_policy(choices, rules, strict, numerics), _known_inner(inner))
+    policy = make_policy(choices, rules, strict, numerics, cast, trust_remote_code)
+    return AttentionCompiler(policy, _known_inner(inner))
+
+
+OPTIONS = ("rules", "inner", "strict", "numerics", "cast", "trust_remote_code")
 
 
 def entry(
@@ -134,7 +144,7 @@ def entry(
     """
     rest = dict(options or {})
     choices = rest.pop("attention", "native")
-    own = {name: rest.pop(name) for name in ("rules", "inner", "strict", "numerics") if name in rest}
+    own = {name: rest.pop(name) for name in OPTIONS if name in rest}
     mode = rest.pop("mode", mode)
     compiler = with_backend(*([choices] if isinstance(choices, str) else choices), **own)
     kwargs: dict[str, Any] = {"mode": mode} if mode else {}

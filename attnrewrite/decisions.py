@@ -1,16 +1,12 @@
-"""Whether a kernel may take a call, and if not, why: one list of reasons for all kernels."""
+"""What is decided of a kernel and a call: `Accepted`, with the steps it takes, or `Refused`, with the reason."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any
 
-from .calls import AttentionCall, MaskKind
-from .machines import Machine, satisfies
-from .records import Backend, Numerics
-from .sizes import UnbackedSizeError, described, holds
+from .sizes import Size, described
 
 
 class Code(str, Enum):
@@ -32,12 +28,42 @@ class Code(str, Enum):
     HEAD_DIM = "HEAD_DIM"
     CAUSAL = "CAUSAL"
     LENGTH = "LENGTH"
+    SCALE = "SCALE"
+    HEADS = "HEADS"
     UNBACKED = "UNBACKED"
+    BROKEN = "BROKEN"  # installed, but it does not import
+    UNTRUSTED = "UNTRUSTED"  # a publisher that the kernels hub does not vouch for
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the swap does around a kernel to make it applicable, as "pad_head_dim" from 72 to 80."""
+
+    name: str
+    before: Size | str
+    after: Size | str
+
+    def described(self) -> Step:
+        return Step(self.name, described(self.before), described(self.after))
+
+    def __str__(self) -> str:
+        cost = ""
+        if isinstance(self.before, int) and isinstance(self.after, int):
+            cost = f", {self.after / self.before:.2f} times the products"
+        return f"{self.name}: {described(self.before)} to {described(self.after)}{cost}"
 
 
 @dataclass(frozen=True)
 class Accepted:
-    """The kernel may take the call."""
+    """The kernel may take the call, after these steps."""
+
+    steps: tuple[Step, ...] = ()
+
+    def described(self) -> Accepted:
+        return Accepted(tuple(step.described() for step in self.steps))
+
+    def step(self, name: str) -> Step | None:
+        return next((step for step in self.steps if step.name == name), None)
 
 
 @dataclass(frozen=True)
@@ -48,6 +74,9 @@ class Refused:
     detail: str
     fix: str
 
+    def described(self) -> Refused:
+        return self
+
     def __str__(self) -> str:
         return f"{self.code.value}: {self.detail}. {self.fix}"
 
@@ -55,240 +84,13 @@ class Refused:
 Decision = Accepted | Refused
 
 
-def decide(backend: Backend, call: AttentionCall, machine: Machine, limit: Numerics = Numerics.REORDERED) -> Decision:
-    """Whether `backend` may take `call` on `machine` under the numerics `limit`.
-
-    Stops at the first refusal. Facts that are static come first, questions about sizes last, because a question
-    about a symbolic size becomes a guard (see `holds`).
-    """
-    if backend.numerics > limit:
-        return Refused(
-            Code.NUMERICS,
-            f"{backend.name} is {backend.numerics.name.lower()}, the limit is {limit.name.lower()}",
-            f'Pass numerics="{backend.numerics.name.lower()}" if that is acceptable',
-        )
-    try:
-        for reason in REASONS:
-            if (refused := reason(backend, call, machine)) is not None:
-                return refused
-        for check in backend.checks:
-            if (refused := check(call, machine)) is not None:
-                return refused
-    except UnbackedSizeError as error:
-        return Refused(
-            Code.UNBACKED,
-            f"whether {error} holds depends on data, so that no guard can check it",
-            "Give the size a bound with torch._check, or keep SDPA here",
-        )
-    return Accepted()
-
-
-def _device(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    if machine.device in backend.devices:
-        return None
-    wanted = " or ".join(sorted(backend.devices))
-    return Refused(
-        Code.DEVICE, f"{backend.name} runs on {wanted}, the call is on {machine.device}", f"Move the model to {wanted}"
-    )
-
-
-def _packages(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    for package, specifier in backend.requires.items():
-        found = machine.packages.get(package)
-        if found is None:
-            return Refused(
-                Code.MISSING,
-                f"{backend.name} needs {package}{specifier}, which is not installed",
-                f'pip install "{package}{specifier}"',
-            )
-        if not satisfies(found, specifier):
-            return Refused(
-                Code.VERSION,
-                f"{backend.name} needs {package}{specifier}, found {found}",
-                f'pip install "{package}{specifier}"',
-            )
-    return None
-
-
-def _capability(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    if backend.capability is None or machine.capability is None:
-        return None
-    first, last = backend.capability
-    if first <= machine.capability <= last:
-        return None
-    return Refused(
-        Code.CAPABILITY,
-        f"{backend.name} runs on compute capability {first[0]}.{first[1]} to {last[0]}.{last[1]}, "
-        f"this is {machine.capability[0]}.{machine.capability[1]}",
-        "Choose a kernel made for this GPU",
-    )
-
-
-def _context(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    if call.obstacle is None or backend.any_context:
-        return None
-    return Refused(Code.CONTEXT, call.obstacle, "The call stays as it is; nothing is lost but the choice")
-
-
-def _deterministic(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    if backend.deterministic or not call.deterministic:
-        return None
-    return Refused(
-        Code.DETERMINISTIC,
-        f"{backend.name} is not deterministic and torch.use_deterministic_algorithms(True) is on",
-        "Turn deterministic algorithms off, or choose another kernel",
-    )
-
-
-def _dtype(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    if call.dtype in backend.dtypes:
-        return None
-    wanted = ", ".join(sorted(backend.dtypes))
-    return Refused(
-        Code.DTYPE,
-        f"{backend.name} takes {wanted}, the call is {call.dtype}",
-        f"Run the model in {wanted}, or under autocast",
-    )
-
-
-def _dropout(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    if backend.dropout or call.dropout == 0:
-        return None
-    return Refused(
-        Code.DROPOUT,
-        f"{backend.name} has no dropout, the call has p={call.dropout:g}",
-        "Call model.eval(), or set dropout to 0",
-    )
-
-
-def _grad(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    if call.needs_grad and not backend.backward:
-        return Refused(
-            Code.GRAD,
-            f"{backend.name} has no backward on {machine.device}, the call needs a gradient",
-            "Run under torch.no_grad(), or choose another kernel for training",
-        )
-    if call.mask.needs_grad and not backend.mask_grad:
-        return Refused(
-            Code.GRAD,
-            f"{backend.name} gives no gradient to the mask, which needs one",
-            "Detach the mask if it is not learned",
-        )
-    return None
-
-
-def _mask(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    kind = call.mask.kind
-    causal = kind in (MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT)
-    if causal and backend.masks & {MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT}:
-        return None  # which of the two is a question about sizes: _causal
-    if kind not in backend.masks:
-        taken = ", ".join(sorted(word.value for word in backend.masks if word is not MaskKind.NONE)) or "no mask"
-        return Refused(
-            Code.MASK,
-            f"{backend.name} takes {taken}, the call has a mask: {call.mask}",
-            "Choose a kernel that takes it as the next one",
-        )
-    dtype = call.mask.dtype
-    if kind is MaskKind.ADDITIVE and dtype != call.dtype and dtype not in backend.mask_dtypes:
-        return Refused(
-            Code.MASK,
-            f"{backend.name} adds a mask in {' or '.join(sorted({call.dtype, *backend.mask_dtypes}))}, this one is {dtype}",
-            f"Make the mask in {call.dtype}, if that is exact enough",
-        )
-    return None
-
-
-def _value_dim(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    if backend.value_dim or holds(call.value_dim == call.head_dim):
-        return None
-    return Refused(
-        Code.VALUE_DIM,
-        f"{backend.name} needs values as wide as keys, "
-        f"value_dim is {described(call.value_dim)} and head_dim {described(call.head_dim)}",
-        "Choose a kernel that takes another value_dim",
-    )
-
-
-def _gqa(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    if backend.gqa or holds(call.heads == call.kv_heads):
-        return None
-    return Refused(
-        Code.GQA,
-        f"{backend.name} needs as many key heads as query heads, "
-        f"there are {described(call.kv_heads)} and {described(call.heads)}",
-        "Choose a kernel with grouped-query attention",
-    )
-
-
-def _head_dim(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    rule = backend.head_dim
-    for name, size in (("head_dim", call.head_dim), ("value_dim", call.value_dim)):
-        if rule.max is not None and not holds(size <= rule.max):
-            limit = f"up to {rule.max}"
-        elif rule.minimum > 1 and not holds(size >= rule.minimum):
-            limit = f"from {rule.minimum}"
-        elif rule.multiple > 1 and not rule.pad and not holds(size % rule.multiple == 0):
-            limit = f"in multiples of {rule.multiple}"
-        else:
-            continue
-        detail = f"{backend.name} takes {name} {limit}, this is {described(size)}"
-        return Refused(Code.HEAD_DIM, detail, "Choose a kernel for heads of this width")
-    return None
-
-
-def _causal(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    """Upper-left and lower-right agree only where q_len == kv_len."""
-    kind = call.mask.kind
-    if kind not in (MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT) or kind in backend.masks:
-        return None
-    if holds(call.q_len == call.kv_len):
-        return None
-    has = "lower-right" if kind is MaskKind.CAUSAL_UPPER_LEFT else "upper-left"
-    wants = "upper-left" if kind is MaskKind.CAUSAL_UPPER_LEFT else "lower-right"
-    return Refused(
-        Code.CAUSAL,
-        f"{backend.name} aligns causal {has}, the call {wants}, and they differ: "
-        f"q_len is {described(call.q_len)}, kv_len {described(call.kv_len)}",
-        "Choose a kernel with the other alignment",
-    )
-
-
-def _length(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    if backend.empty:
-        return None
-    for name, size in (("batch", call.batch), ("q_len", call.q_len), ("kv_len", call.kv_len)):
-        if not holds(size >= 1):
-            return Refused(
-                Code.LENGTH,
-                f"{backend.name} needs {name} of at least 1, this is {described(size)}",
-                "Skip the call where there is nothing to attend",
-            )
-    return None
-
-
-# Static facts first, sizes last.
-REASONS: tuple[Callable[[Backend, AttentionCall, Machine], Refused | None], ...] = (
-    _device,
-    _packages,
-    _capability,
-    _context,
-    _deterministic,
-    _dtype,
-    _dropout,
-    _grad,
-    _mask,
-    _value_dim,
-    _gqa,
-    _head_dim,
-    _causal,
-    _length,
-)
-
-
 def to_json(decision: Decision) -> dict[str, Any]:
-    return {"accepted": True} if isinstance(decision, Accepted) else {"accepted": False, **asdict(decision)}
+    if isinstance(decision, Accepted):
+        return {"accepted": True, "steps": [asdict(step) for step in decision.described().steps]}
+    return {"accepted": False, **asdict(decision)}
 
 
 def from_json(data: dict[str, Any]) -> Decision:
-    return Accepted() if data["accepted"] else Refused(Code(data["code"]), data["detail"], data["fix"])
+    if data["accepted"]:
+        return Accepted(tuple(Step(**step) for step in data.get("steps", ())))
+    return Refused(Code(data["code"]), data["detail"], data["fix"])

@@ -15,7 +15,8 @@ import torch
 class Machine:
     """A device and the software on it.
 
-    `capability` is CUDA's compute capability, None elsewhere. `packages` maps a distribution's name to its version;
+    `device` is PyTorch's device type, but "rocm" for an AMD GPU, whose kernels are others. `capability` is CUDA's compute
+    capability, None elsewhere. `packages` maps a distribution's name to its version;
     "torch", "cuda" and "cudnn" are always among those that `here` reads. An H200 seen from a laptop:
 
         Machine("cuda", capability=(9, 0), packages={"torch": "2.11.0", "cudnn": "9.19.0"})
@@ -40,6 +41,12 @@ class Machine:
             parts.append(f"sm_{self.capability[0]}{self.capability[1]}")
         parts += [f"{package} {version}" for package, version in self.packages.items()]
         return ", ".join(parts)
+
+    def has(self, requires: Mapping[str, str]) -> bool:
+        """Whether its packages satisfy version specifiers, as {"flash-attn": ">=2.7"}."""
+        return all(
+            name in self.packages and satisfies(self.packages[name], specifier) for name, specifier in requires.items()
+        )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -66,6 +73,8 @@ def machine_of(device: torch.device) -> Machine:
 def _read(kind: str, index: int | None) -> Machine:
     packages = {"torch": torch.__version__.split("+")[0]}
     packages |= {name: version for name in _kernel_packages() if (version := installed(name))}
+    if kind == "cuda" and torch.version.hip:
+        return Machine("rocm", None, packages, torch.cuda.get_device_name(index))
     if kind != "cuda" or not torch.cuda.is_available():
         return Machine(kind, (0, 0) if kind == "cuda" else None, packages, kind.upper())
     if torch.version.cuda:
@@ -93,6 +102,6 @@ def satisfies(version: str, specifier: str) -> bool:
 
 
 def _kernel_packages() -> set[str]:
-    from .backends import RECORDS
+    from .registry import records
 
-    return {package for record in RECORDS for package in record.requires} - {"torch", "cuda", "cudnn"}
+    return {package for record in records() for package in record.requires} - {"torch", "cuda", "cudnn"}

@@ -42,7 +42,7 @@ def rewrite_graph(root: GraphModule, policy: Policy, machine: Machine | None = N
     found = [each for _, context in graphs for each in context.found]
     machines = [machine or _machine(each) for each in found]
     calls = [replace(each.call, device=on.device) for each, on in zip(found, machines, strict=True)]
-    plan = make_plan(calls, policy, machines)
+    plan = make_plan(calls, policy, machines, load_sources=swap)
     for each, site in zip(found, plan.sites, strict=True):
         each.site, each.call = site, site.call
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from . import decisions
 from .calls import AttentionCall
-from .decisions import Accepted, Decision, Refused, decide
+from .decisions import Accepted, Decision, Refused, Step
 from .machines import Machine
 from .policies import Policy
+from .reasons import decide
 from .records import Backend
+from .sources import Source, SourceError, load
 
 
 class AttentionRefusedError(RuntimeError):
@@ -21,12 +23,13 @@ class AttentionRefusedError(RuntimeError):
 @dataclass(frozen=True)
 class Site:
     """One attention. `chosen` is a kernel's name, or None where the call stays as it was; `decisions` are those taken,
-    in order, up to the first that was accepted."""
+    in order, up to the first that was accepted. `source` is the library that was loaded for it, with its version or commit."""
 
     call: AttentionCall
     decisions: tuple[tuple[str, Decision], ...]
     chosen: str | None
     rule: str | None = None  # the pattern of the rule that named the choices
+    source: str | None = None
     backend: Backend | None = field(default=None, compare=False, repr=False)  # not kept in reports
 
     @property
@@ -37,8 +40,15 @@ class Site:
     def refusals(self) -> tuple[tuple[str, Refused], ...]:
         return tuple((name, decision) for name, decision in self.decisions if isinstance(decision, Refused))
 
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What is done around the chosen kernel."""
+        last = self.decisions[-1][1] if self.decisions else None
+        return last.steps if isinstance(last, Accepted) else ()
+
     def described(self) -> Site:
-        return replace(self, call=self.call.described(), backend=None)
+        taken = tuple((name, decision.described()) for name, decision in self.decisions)
+        return replace(self, call=self.call.described(), decisions=taken, backend=None)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -46,12 +56,13 @@ class Site:
             "decisions": [[name, decisions.to_json(decision)] for name, decision in self.decisions],
             "chosen": self.chosen,
             "rule": self.rule,
+            "source": self.source,
         }
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Site:
         taken = tuple((name, decisions.from_json(decision)) for name, decision in data["decisions"])
-        return Site(AttentionCall.from_json(data["call"]), taken, data["chosen"], data["rule"])
+        return Site(AttentionCall.from_json(data["call"]), taken, data["chosen"], data["rule"], data.get("source"))
 
 
 @dataclass(frozen=True)
@@ -66,12 +77,19 @@ class Plan:
         return Plan(tuple(site.described() for site in self.sites))
 
 
-def make_plan(calls: Sequence[AttentionCall], policy: Policy, machines: Sequence[Machine]) -> Plan:
-    """Decides for each call, with the machine it runs on. Pure but for the guards that `holds` records.
+def make_plan(
+    calls: Sequence[AttentionCall], policy: Policy, machines: Sequence[Machine], load_sources: bool = False
+) -> Plan:
+    """Decides for each call, with the machine it runs on. Pure but for the guards that `holds` records, unless
+    `load_sources`: then the library behind a choice is loaded, and one that cannot be is refused.
 
     Raises `AttentionRefusedError` if the policy is strict and a site has no taker.
     """
-    sites = tuple(_site(call, policy, machine) for call, machine in zip(calls, machines, strict=True))
+    loaded: dict[Source, str | Refused] = {}
+    sites = tuple(
+        _site(call, policy, machine, loaded if load_sources else None)
+        for call, machine in zip(calls, machines, strict=True)
+    )
     if policy.strict:
         refused = [site for site in sites if site.chosen is None]
         if refused:
@@ -83,12 +101,29 @@ def make_plan(calls: Sequence[AttentionCall], policy: Policy, machines: Sequence
     return Plan(sites)
 
 
-def _site(call: AttentionCall, policy: Policy, machine: Machine) -> Site:
+def _site(call: AttentionCall, policy: Policy, machine: Machine, loaded: dict[Source, str | Refused] | None) -> Site:
     taken: list[tuple[str, Decision]] = []
     for candidate in policy.candidates(call):
-        backend = candidate.on(machine.device)
-        decision = decide(backend, call, machine, policy.numerics)
+        backend = candidate.on(machine)
+        decision = decide(backend, call, machine, policy.numerics, policy.cast)
+        source: str | None = None
+        if isinstance(decision, Accepted) and backend.source is not None and loaded is not None:
+            found = _loaded(backend.source, policy.trust_remote_code, loaded)
+            if isinstance(found, Refused):
+                decision = found
+            else:
+                source = found
         taken.append((candidate.name, decision))
         if isinstance(decision, Accepted):
-            return Site(call, tuple(taken), candidate.name, policy.rule_for(call), backend)
+            return Site(call, tuple(taken), candidate.name, policy.rule_for(call), source, backend)
     return Site(call, tuple(taken), None, policy.rule_for(call))
+
+
+def _loaded(source: Source, trust: bool, loaded: dict[Source, str | Refused]) -> str | Refused:
+    """The text of a loaded library, or why it does not load: tried once a plan."""
+    if source not in loaded:
+        try:
+            loaded[source] = load(source, trust)
+        except SourceError as error:
+            loaded[source] = error.refused
+    return loaded[source]

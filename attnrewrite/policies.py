@@ -8,35 +8,43 @@ from dataclasses import dataclass
 from typing import Any
 
 from .calls import AttentionCall
+from .machines import Machine
 from .records import Backend, Numerics
 from .registry import records_of
 
 Choice = str | Backend
+CASTS = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One choice: a name with its records (one for each group of devices)."""
+    """One choice: a name with its records (one for each group of devices or versions)."""
 
     name: str
     records: tuple[Backend, ...]
 
-    def on(self, device: str) -> Backend:
-        """The record for a device; where none is for it, the first, whose refusal says where it runs."""
-        return next((record for record in self.records if device in record.devices), self.records[0])
+    def on(self, machine: Machine) -> Backend:
+        """The record for a machine: the first that is for its device and whose packages it has; if there is none, the
+        first for its device, or the first at all, whose refusal says what is missing."""
+        here = [record for record in self.records if machine.device in record.devices]
+        there = [record for record in here if machine.has(record.requires)]
+        return (there or here or list(self.records))[0]
 
 
 @dataclass(frozen=True)
 class Policy:
     """`choices` in order of preference; `rules` as pairs of a pattern and its own choices, of which the first match holds.
 
-    A pattern is "self", "cross" or a glob over site names.
+    A pattern is "self", "cross" or a glob over site names. `cast` is the dtype that a call may be cast to for a kernel that
+    does not take its own; `trust_remote_code` loads hub kernels of publishers that the hub does not vouch for.
     """
 
     choices: tuple[Candidate, ...]
     rules: tuple[tuple[str, tuple[Candidate, ...]], ...] = ()
     strict: bool = False
     numerics: Numerics = Numerics.REORDERED
+    cast: str | None = None
+    trust_remote_code: bool = False
 
     def rule_for(self, call: AttentionCall) -> str | None:
         """The pattern whose rule holds for a call, None where the general choices do."""
@@ -62,13 +70,19 @@ def make_policy(
     rules: Mapping[str, Choice | Iterable[Choice]] | None = None,
     strict: bool = False,
     numerics: str | Numerics = "reordered",
+    cast: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Policy:
-    """Reads what a user writes. Raises `ValueError` (unknown name, nothing chosen, a name given twice, unknown numerics)
-    and `TypeError` (a choice that is neither name nor record), naming the argument and the value."""
+    """Reads what a user writes. Raises `ValueError` (unknown name, nothing chosen, a name given twice, unknown numerics or
+    cast) and `TypeError` (a choice that is neither name nor record), naming the argument and the value."""
     if rules is not None and not (isinstance(rules, Mapping) and all(isinstance(pattern, str) for pattern in rules)):
         raise TypeError(f"rules is {rules!r}: give a mapping of patterns to choices, as {{'cross': 'native'}}")
     pairs = tuple((pattern, _candidates(chosen, f"rules[{pattern!r}]")) for pattern, chosen in (rules or {}).items())
-    return Policy(_candidates(choices, "choices"), pairs, bool(strict), _numerics(numerics))
+    if cast not in (None, *CASTS):
+        raise ValueError(f"cast is {cast!r}: it is one of {', '.join(map(repr, CASTS))}, or None for no cast at all")
+    return Policy(
+        _candidates(choices, "choices"), pairs, bool(strict), _numerics(numerics), cast, bool(trust_remote_code)
+    )
 
 
 def _candidates(choices: Any, argument: str) -> tuple[Candidate, ...]:

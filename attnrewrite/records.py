@@ -14,6 +14,7 @@ from .machines import Machine
 
 if TYPE_CHECKING:
     from .decisions import Refused
+    from .sources import Source
 
 
 class Numerics(IntEnum):
@@ -35,6 +36,14 @@ class HeadDim:
     minimum: int = 1
 
 
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a result in half precision may lie from float64: the relative error |out - ref| / |ref| (2-norms), and why."""
+
+    error: float = 1.2e-2
+    reason: str = "rounding to bfloat16"
+
+
 Check = Callable[[AttentionCall, Machine], "Refused | None"]
 
 
@@ -45,10 +54,11 @@ class Backend:
     `op(query, key, value, prepared, *, call)` is a plain function of tensors that returns the output: it is run once on
     fake tensors, and what it calls is what lands in the graph. Tensors come and go in `layout`: "bhsd" for
     (batch, heads, length, dim), "bshd" for (batch, length, heads, dim); their last dimension has stride 1.
+    Where a record has a `source`, the library behind it is loaded when a plan chooses it, and `op` gets its text as `source=`.
     `prepare(mask, key, call)` makes of the mask (None, or a tensor of rank 4) what the op wants; it is built once a mask
     and shared by all sites that read it, and comes to the op as `prepared`. Without it the mask itself comes.
 
-    Names repeat where a kernel has other limits on another device: one record for each.
+    Names repeat where a kernel has other limits on another device or in another version: one record for each.
     """
 
     name: str
@@ -71,6 +81,9 @@ class Backend:
     any_context: bool = False  # takes calls that carry an obstacle
     layout: str = "bhsd"
     numerics: Numerics = Numerics.REORDERED
+    tolerance: Tolerance = Tolerance()
+    tested: str = ""  # the hardware that its parity tests passed on, or "stand-in"
+    source: Source | None = None
     requires: Mapping[str, str] = field(default_factory=dict, hash=False)  # distribution -> version specifier
     checks: tuple[Check, ...] = ()
     prepare: Callable[[torch.Tensor | None, torch.Tensor, AttentionCall], Any] | None = None

@@ -123,13 +123,13 @@ def _table(sites: Iterable[Site]) -> list[str]:
     """A row for each group of sites that differ in their names alone, its refusals under it."""
     groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:
-        groups.setdefault((_call_key(site.call), site.decisions, site.chosen), []).append(site)
+        groups.setdefault((_call_key(site.call), site.decisions, site.chosen, site.source), []).append(site)
     rows = [("site", "query (B, H, S, D)", "key, value", "dtype", "mask", "kernel")]
     notes: list[list[str]] = [[]]
     for members in groups.values():
         first = members[0]
         rows.append((_folded([site.name for site in members]), *_cells(first.call), first.chosen or "(unchanged)"))
-        notes.append([f"{name} refused: {refused}" for name, refused in first.refusals])
+        notes.append([f"{name} refused: {refused}" for name, refused in first.refusals] + _how(first))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row, reasons in zip(rows, notes, strict=True):
@@ -137,6 +137,12 @@ def _table(sites: Iterable[Site]) -> list[str]:
         for reason in reasons:
             lines += textwrap.wrap(reason, 116, initial_indent="    ", subsequent_indent="      ")
     return lines
+
+
+def _how(site: Site) -> list[str]:
+    """The library behind the chosen kernel, and what is done around it."""
+    parts = ([f"from {site.source}"] if site.source else []) + [str(step) for step in site.steps]
+    return [f"{site.chosen}: {'; '.join(parts)}"] if parts else []
 
 
 def _call_key(call: AttentionCall) -> str:

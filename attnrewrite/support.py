@@ -1,18 +1,31 @@
-"""The support matrix, generated from the records: `python -m attnrewrite kernels` prints docs/kernels.md."""
+"""What stands in the records, for people: the support matrix, and what of it can run here."""
 
 from __future__ import annotations
 
-from .calls import MaskKind
-from .records import Backend
+import torch
+
+from .calls import AttentionCall, MaskKind
+from .decisions import Refused
+from .machines import Machine, machine_of
+from .policies import Candidate
+from .reasons import decide
+from .records import Backend, Numerics
 from .registry import names, records_of
+from .sources import Hub, Package, SourceError, load
 
-HEADER = """# Kernels
+HEADER = """# Attention backends
 
-Generated from the records by `python -m attnrewrite kernels`; do not edit. A call that a kernel does not take is refused
-with one of the codes of `attnrewrite.Code`, and the next choice is asked.
+Generated from the records by `python -m attnrewrite table`; do not edit. A call that a kernel does not take is refused with
+one of the codes of `attnrewrite.Code`, and the next choice is asked.
 
-| kernel | device | dtypes | head_dim | masks | GQA | value_dim | dropout | backward | numerics | needs |
-|---|---|---|---|---|---|---|---|---|---|---|
+*causal* is SDPA's `is_causal`, aligned upper-left; *causal lower-right* is FlashAttention's: kernels that have only this one
+take `is_causal` where q_len == kv_len. *key padding* is a boolean mask that is the same for every head and query; kernels that take
+boolean masks take it too. *tested*: the machine that the parity tests of `tests/backends/` passed on; "stand-in": a function of
+the library's signature that computes the reference, so that only the mapping of arguments is tested. *error*: the relative
+error that these tests allow in half precision.
+
+| backend | device | dtypes | head_dim | masks | GQA | value_dim | dropout | backward | numerics | error | needs | tested |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -35,15 +48,23 @@ def _row(record: Backend) -> tuple[str, ...]:
         yes[record.dropout],
         yes[record.backward],
         record.numerics.name.lower(),
-        ", ".join(f"{package} {version}" for package, version in record.requires.items()) or "PyTorch",
+        f"{record.tolerance.error:g}",
+        _needs(record),
+        record.tested,
     )
+
+
+def _needs(record: Backend) -> str:
+    packages = [f"{package} {version}" for package, version in record.requires.items()]
+    repository = [str(record.source)] if isinstance(record.source, Hub) else []
+    return ", ".join(packages + repository) or "PyTorch"
 
 
 def _device(record: Backend) -> str:
     text = ", ".join(sorted(record.devices))
     if record.capability:
         (first, last) = record.capability
-        text += f" {first[0]}.{first[1]} to {last[0]}.{last[1]}"
+        text += f" {first[0]}.{first[1]}" if first == last else f" {first[0]}.{first[1]} to {last[0]}.{last[1]}"
     return text
 
 
@@ -55,3 +76,39 @@ def _head_dim(record: Backend) -> str:
         parts.append("padded to multiples of" if rule.pad else "multiples of")
         parts[-1] += f" {rule.multiple}"
     return ", ".join(parts) or "any"
+
+
+def info(version: str) -> str:
+    """The machine, and a line for each kernel: usable on its device, or the reason why not. Imports the packages of kernels
+    that could run here; downloads nothing."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = machine_of(device)
+    lines = [f"attnrewrite {version} on {machine}"]
+    width = max(map(len, names()))
+    for name in names():
+        refused, record = usable(name, machine)
+        said = str(refused) if refused is not None else record.summary
+        if refused is None and isinstance(record.source, Hub):
+            said += f" (loads {record.source} when a plan chooses it)"
+        lines.append(f"{name:<{width}}  {'yes' if refused is None else 'no':<3}  {said}")
+    return "\n".join(lines)
+
+
+def usable(name: str, machine: Machine) -> tuple[Refused | None, Backend]:
+    """Why the kernel cannot run here on a plain call, None if it can; and its record for this machine."""
+    record = Candidate(name, records_of(name)).on(machine)
+    decision = decide(record, plain_call(record, machine.device), machine, Numerics.QUANTISED)
+    if isinstance(decision, Refused):
+        return decision, record
+    if isinstance(record.source, Package):
+        try:
+            load(record.source)
+        except SourceError as error:
+            return error.refused, record
+    return None, record
+
+
+def plain_call(record: Backend, device: str) -> AttentionCall:
+    """A call that only the machine can stand in the way of: a dtype of the record's own, no mask, 64 wide."""
+    dtype = next(each for each in ("bfloat16", "float16", "float32", "float64") if each in record.dtypes)
+    return AttentionCall("", 1, 1, 1, 128, 128, 64, 64, dtype, device)

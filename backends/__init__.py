@@ -1,6 +1,28 @@
-"""The kernels: one file a family, one record a kernel. `RECORDS` is the one list of them; adding a kernel adds a line here."""
+"""The kernels: one file a family, one record a kernel. `RECORDS` is the one list of them; adding a family adds a line here."""
 
 from ..records import Backend
-from . import flex, native
+from . import (
+    aiter,
+    flash_attention_2,
+    flash_attention_3,
+    flash_attention_4,
+    flex,
+    native,
+    native_varlen,
+    npu,
+    sage,
+    xformers,
+)
 
-RECORDS: tuple[Backend, ...] = (*native.RECORDS, *flex.RECORDS)
+RECORDS: tuple[Backend, ...] = (
+    *native.RECORDS,
+    *native_varlen.RECORDS,
+    *flex.RECORDS,
+    *flash_attention_2.RECORDS,
+    *flash_attention_3.RECORDS,
+    *flash_attention_4.RECORDS,
+    *sage.RECORDS,
+    *xformers.RECORDS,
+    *aiter.RECORDS,
+    *npu.RECORDS,
+)

@@ -21,7 +21,6 @@ from ..decisions import Code, Refused
 from ..machines import Machine, satisfies
 from ..records import Backend, HeadDim
 from ..sizes import Size, described, holds, is_one
-from .native import causal
 
 BLOCK = 128  # PyTorch's own default: the kernels' tiles must divide it
 WHOLE = 1 << 30  # the block size by which PyTorch says that there is no block mask
@@ -67,7 +66,7 @@ def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
         some, all_ = _blocks_of(mask, call)
         tensor, dims = _squeezed(mask, call)
         return Prepared(_lists(some, all_, call), _keep_score(), _read_mask(dims), mask_tensors=(tensor,))
-    if causal(call):
+    if call.mask.is_causal:
         some, all_ = _causal_blocks(key, call)
         return Prepared(_lists(some, all_, call), _keep_score(), _lower_triangle())
     count = torch.ones((1, 1, 1), dtype=torch.int32, device=key.device)
@@ -233,7 +232,7 @@ def boolean_masks_from_2_13(call: AttentionCall, machine: Machine) -> Refused | 
     """Two sites that share the block lists of a boolean mask end the process on a CPU with several threads (abort inside
     the kernel, seen on 2.9 and 2.11; 2.13 is right)."""
     version = machine.packages.get("torch", "0")
-    if call.mask.kind is not MaskKind.BOOLEAN or satisfies(version, ">=2.13"):
+    if not call.mask.is_boolean or satisfies(version, ">=2.13"):
         return None
     return Refused(
         Code.VERSION,
@@ -258,6 +257,7 @@ FLEX_CUDA = Backend(
     backward=True,
     checks=(grouped_heads,),
     prepare=prepare,
+    tested="sm_90",
 )
 
 FLEX_CPU = replace(
@@ -267,6 +267,7 @@ FLEX_CPU = replace(
     head_dim=HeadDim(),
     backward=False,
     checks=(boolean_masks_from_2_13, static_lengths),
+    tested="CPU",
 )
 
 RECORDS = (FLEX_CUDA, FLEX_CPU)

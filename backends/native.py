@@ -53,11 +53,6 @@ def full_bias(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tensor |
     return None if bias is None else bias.expand(bias.shape[0], bias.shape[1], call.q_len, call.kv_len)
 
 
-def causal(call: AttentionCall) -> bool:
-    """Of either alignment: a call of the other one than the record's is accepted only where they agree."""
-    return call.mask.kind in (MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT)
-
-
 def math(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
     output: Tensor = aten._scaled_dot_product_attention_math.default(
         query,
@@ -65,7 +60,7 @@ def math(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call
         value,
         bias,
         call.dropout,
-        causal(call),
+        call.mask.is_causal,
         None,
         scale=call.scale,
         enable_gqa=not known(call.heads == call.kv_heads),
@@ -75,28 +70,28 @@ def math(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call
 
 def flash_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
     output: Tensor = aten._scaled_dot_product_flash_attention_for_cpu.default(
-        query, key, value, 0.0, causal(call), attn_mask=bias, scale=call.scale
+        query, key, value, 0.0, call.mask.is_causal, attn_mask=bias, scale=call.scale
     )[0]
     return output
 
 
 def flash_cuda(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
     output: Tensor = aten._scaled_dot_product_flash_attention.default(
-        query, key, value, call.dropout, causal(call), False, scale=call.scale
+        query, key, value, call.dropout, call.mask.is_causal, False, scale=call.scale
     )[0]
     return output
 
 
 def efficient(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
     output: Tensor = aten._scaled_dot_product_efficient_attention.default(
-        query, key, value, bias, call.needs_grad, call.dropout, causal(call), scale=call.scale
+        query, key, value, bias, call.needs_grad, call.dropout, call.mask.is_causal, scale=call.scale
     )[0]
     return output
 
 
 def cudnn(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
     output: Tensor = aten._scaled_dot_product_cudnn_attention.default(
-        query, key, value, bias, call.needs_grad, call.dropout, causal(call), False, scale=call.scale
+        query, key, value, bias, call.needs_grad, call.dropout, call.mask.is_causal, False, scale=call.scale
     )[0]
     return output
 
@@ -134,7 +129,7 @@ def float32_mask_of_float64(call: AttentionCall, machine: Machine) -> Refused | 
 
 def causal_with_a_scale_of_zero_or_less(call: AttentionCall, machine: Machine) -> Refused | None:
     """The CPU kernel multiplies the scale with the -inf of the scores that causal hides: NaN (2.13)."""
-    if not causal(call) or call.scale is None or call.scale > 0:
+    if not call.mask.is_causal or call.scale is None or call.scale > 0:
         return None
     return Refused(
         Code.CAUSAL, f"the CPU kernel gives NaN for causal with a scale of {call.scale:g}", "Choose another kernel"
@@ -183,7 +178,7 @@ NATIVE = Backend(
     family="PyTorch",
     op=None,
     summary="F.scaled_dot_product_attention as it stands: PyTorch chooses",
-    devices=frozenset({"cpu", "cuda", "meta", "mps", "xla", "npu", "xpu", "hpu", "privateuseone"}),
+    devices=frozenset({"cpu", "cuda", "rocm", "meta", "mps", "xla", "npu", "xpu", "hpu", "privateuseone"}),
     dtypes=ANY | {"complex64", "complex128", "float8_e4m3fn", "float8_e5m2"},
     masks=DENSE | {MaskKind.CAUSAL_LOWER_RIGHT},
     mask_dtypes=ANY,
@@ -195,6 +190,7 @@ NATIVE = Backend(
     empty=True,
     any_context=True,
     numerics=Numerics.EXACT,
+    tested="CPU, sm_90",
 )
 
 FLASH_CUDA = Backend(
@@ -211,6 +207,7 @@ FLASH_CUDA = Backend(
     dropout=True,
     backward=True,
     checks=(flash_backward_on_consumer_gpus,),
+    tested="sm_90",
 )
 
 FLASH_CPU = Backend(
@@ -226,6 +223,7 @@ FLASH_CPU = Backend(
     backward=True,
     checks=(float32_mask_of_float64, causal_with_a_scale_of_zero_or_less),
     prepare=full_bias,
+    tested="CPU",
 )
 
 EFFICIENT = Backend(
@@ -244,6 +242,7 @@ EFFICIENT = Backend(
     backward=True,
     checks=(rows_of_the_bias,),
     prepare=aligned_bias,
+    tested="sm_90",
 )
 
 CUDNN = Backend(
@@ -264,6 +263,7 @@ CUDNN = Backend(
     requires={"cudnn": ">=9.0"},
     checks=(cudnn_dropout, cudnn_head_dim, cudnn_length),
     prepare=full_bias,
+    tested="sm_90",
 )
 
 MATH = Backend(
@@ -281,6 +281,7 @@ MATH = Backend(
     backward=True,
     empty=True,
     prepare=additive,
+    tested="CPU, sm_90",
 )
 
 RECORDS = (NATIVE, FLASH_CUDA, FLASH_CPU, EFFICIENT, CUDNN, MATH)

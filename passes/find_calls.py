@@ -87,7 +87,7 @@ def _read(node: Node, transform: str | None, site: str, origins: Origins) -> Att
         value_dim=value.shape[-1],
         dtype=_name(output.dtype),
         device=query.device.type,
-        mask=_mask(mask, given["is_causal"], query.dtype, output.dtype),
+        mask=_mask(mask, given["is_causal"], query, output.dtype),
         scale=given["scale"] if not isinstance(given["scale"], Node) else None,
         dropout=float(given["dropout_p"]) if not isinstance(given["dropout_p"], Node) else 0.0,
         needs_grad=output.requires_grad,
@@ -124,13 +124,21 @@ def _obstacle(given: dict[str, Any], query: Any, key: Any, value: Any, mask: Any
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor}
 
 
-def _mask(mask: Any, is_causal: Any, dtype: torch.dtype, computed: torch.dtype) -> Mask:
+def _mask(mask: Any, is_causal: Any, query: torch.Tensor, computed: torch.dtype) -> Mask:
     if mask is None:
         return Mask(MaskKind.CAUSAL_UPPER_LEFT if is_causal is True else MaskKind.NONE)
-    kind = MaskKind.BOOLEAN if mask.dtype == torch.bool else MaskKind.ADDITIVE
+    kind = MaskKind.ADDITIVE
+    if mask.dtype == torch.bool:
+        kind = MaskKind.KEY_PADDING if _is_key_padding(mask, query) else MaskKind.BOOLEAN
     # Under autocast SDPA casts a floating mask with the rest.
-    autocast = dtype != computed and kind is MaskKind.ADDITIVE
+    autocast = query.dtype != computed and kind is MaskKind.ADDITIVE
     return Mask(kind, _name(computed if autocast else mask.dtype), tuple(mask.shape), mask.requires_grad)
+
+
+def _is_key_padding(mask: torch.Tensor, query: torch.Tensor) -> bool:
+    """Whether a boolean mask is the same for every head and query by its shape and strides alone."""
+    shared = (-2, -3) if query.dim() > 3 else (-2,)
+    return all(known(mask.shape[dim] == 1) or known(mask.stride(dim) == 0) for dim in shared if -dim <= mask.dim())
 
 
 def _name(dtype: torch.dtype) -> str:

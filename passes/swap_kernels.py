@@ -9,8 +9,11 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..calls import AttentionCall
+from ..decisions import Accepted, Step
 from ..emitting import Emitter
 from ..graphs import value_of
+from ..plans import Site
+from ..reasons import cast_to
 from ..records import Backend
 from ..sizes import holds
 from ..strides import restrided, same_strides, strides_matter
@@ -28,13 +31,13 @@ def swap_kernels(graph_module: GraphModule, context: Context) -> int:
     written = _written_to(graph_module)
     swapped = 0
     for found in context.found:
-        if (kernel := found.kernel) is not None:
-            _swap(found, kernel, emitter, written)
+        if found.site is not None and (kernel := found.kernel) is not None:
+            _swap(found, found.site, kernel, emitter, written)
             swapped += 1
     return swapped
 
 
-def _swap(found: Found, backend: Backend, emitter: Emitter, written: set[int]) -> None:
+def _swap(found: Found, site: Site, backend: Backend, emitter: Emitter, written: set[int]) -> None:
     node, call = found.node, found.call
     given = arguments(node)
     old: torch.Tensor = value_of(node)
@@ -44,7 +47,7 @@ def _swap(found: Found, backend: Backend, emitter: Emitter, written: set[int]) -
         mask = emitter.tensor(mask_node) if isinstance(mask_node, Node) else None
         # A mask that the graph writes into may be another one at the next site: it is not shared.
         shared = mask_node if mask is None or _storage(mask) not in written else (mask_node, call.site)
-        output = launch(backend, call, query, key, value, mask, shared, emitter)
+        output = launch(backend, call, Accepted(site.steps), site.source, query, key, value, mask, shared, emitter)
         if (output.shape, output.dtype, output.device) != (old.shape, old.dtype, old.device):
             raise RuntimeError(
                 f"the op of attention backend {backend.name!r} returned {_form(output)} at site {call.site!r}, "
@@ -60,6 +63,8 @@ def _swap(found: Found, backend: Backend, emitter: Emitter, written: set[int]) -
 def launch(
     backend: Backend,
     call: AttentionCall,
+    accepted: Accepted,
+    source: str | None,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -67,12 +72,16 @@ def launch(
     shared: Any,
     emitter: Emitter,
 ) -> torch.Tensor:
-    """From SDPA's tensors, of any rank, to the kernel's and back. Sites of one `shared` key share what a mask becomes."""
+    """From SDPA's tensors, of any rank, to the kernel's and back, by the steps of the plan. Sites of one `shared` key share
+    what a mask becomes."""
+    returned = getattr(torch, call.dtype)
+    if (cast := accepted.step("cast")) is not None:
+        call = cast_to(str(cast.after), call)
     shape = (*leading(query, key, value), call.heads) if query.dim() > 3 else leading(query, key, value)
     query, key, value = (_cast(tensor, call.dtype) for tensor in (query, key, value))
     query = _rank4(query, call.batch, call.heads, shape)
     key, value = (_rank4(tensor, call.batch, call.kv_heads, shape) for tensor in (key, value))
-    call, query, key, value = _padded(backend, call, query, key, value)
+    call, query, key, value = _padded(accepted, call, query, key, value)
 
     def prepare() -> Any:
         wide = None if mask is None else _mask_rank4(_cast(mask, call.mask.dtype), call, shape)
@@ -84,11 +93,14 @@ def launch(
     query, key, value = (
         tensor if holds(tensor.stride(-1) == 1) else tensor.contiguous() for tensor in (query, key, value)
     )
-    output: torch.Tensor = backend.op(query, key, value, prepared, call=call)  # type: ignore[misc]
+    given = {"call": call} if source is None else {"call": call, "source": source}
+    output: torch.Tensor = backend.op(query, key, value, prepared, **given)  # type: ignore[misc]
     if backend.layout == "bshd":
         output = output.transpose(1, 2)
     if output.shape[-1] is not call.value_dim and not holds(output.shape[-1] == call.value_dim):
         output = output[..., : call.value_dim]
+    if output.dtype != returned:
+        output = output.to(returned)
     wanted = (*shape, call.q_len, call.value_dim)
     return output if len(wanted) == 4 else output.reshape(wanted)
 
@@ -125,21 +137,18 @@ def _mask_rank4(mask: torch.Tensor, call: AttentionCall, shape: Any) -> torch.Te
 
 
 def _padded(
-    backend: Backend, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    accepted: Accepted, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[AttentionCall, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Zeros behind the head dim change no score; the scale stays that of the true one."""
-    multiple = backend.head_dim.multiple
-    if not backend.head_dim.pad:
-        return call, query, key, value
 
-    def pad(tensor: torch.Tensor) -> torch.Tensor:
-        if holds(tensor.shape[-1] % multiple == 0):
-            return tensor
-        return torch.nn.functional.pad(tensor, (0, multiple - tensor.shape[-1] % multiple))
+    def pad(tensor: torch.Tensor, step: Step | None) -> torch.Tensor:
+        missing: Any = (0, 0 if step is None else step.after - tensor.shape[-1])  # type: ignore[operator]
+        return tensor if step is None else torch.nn.functional.pad(tensor, missing)
 
-    if not holds(call.head_dim % multiple == 0) and call.scale is None:
+    heads, values = accepted.step("pad_head_dim"), accepted.step("pad_value_dim")
+    if heads is not None and call.scale is None:
         call = replace(call, scale=float(call.head_dim) ** -0.5)
-    return call, pad(query), pad(key), pad(value)
+    return call, pad(query, heads), pad(key, heads), pad(value, values)
 
 
 def _prepared_for(call: AttentionCall) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 import attnrewrite
+from attnrewrite import registry
 from attnrewrite.__main__ import main
 from attnrewrite.support import matrix
 
@@ -12,12 +13,21 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_docs_are_generated():
-    assert (ROOT / "docs/kernels.md").read_text() == matrix(), "run: python -m attnrewrite kernels > docs/kernels.md"
+    assert (ROOT / "docs/backends.md").read_text() == matrix(), "run: python -m attnrewrite table > docs/backends.md"
 
 
 def test_every_kernel_has_a_row():
     for name in attnrewrite.names():
         assert f"| `{name}` |" in matrix()
+
+
+def test_every_record_says_what_it_was_tested_on():
+    assert [record.name for record in registry.records() if not record.tested] == []
+
+
+def test_table_is_the_docs(capsys):
+    main(["table"])
+    assert capsys.readouterr().out == matrix()
 
 
 def test_info_names_every_kernel(capsys):

@@ -1,0 +1,190 @@
+"""`register`: the one place that makes a torch op of a third-party function.
+
+An op is what torch.compile, torch.export and CUDA graphs can hold: `torch.ops.attnrewrite.<name>`. Each takes two strings
+besides its own arguments: `source`, the text of a loaded library (`attnrewrite.sources`), and `site`, the module path that
+an error names.
+
+Ops are made with `torch.library.Library`: 3 us a call, where `torch.library.custom_op` takes 11 (bench/op_overhead.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from .sources import library
+
+NAMESPACE = "attnrewrite"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+Shape = Sequence[int]
+
+
+@dataclass(frozen=True)
+class Op:
+    """A registered op. `forward` and `backward` know no autograd; `autograd` is both together, None without a backward."""
+
+    forward: Any
+    backward: Any = None
+    autograd: Any = None
+
+    def __call__(self, *args: Any, needs_grad: bool, source: str, site: str) -> Any:
+        """Calls the op that a site needs. Inference goes to `forward`, with no autograd kernel in between."""
+        return (self.autograd if needs_grad else self.forward)(*args, source=source, site=site)
+
+
+def register(
+    name: str,
+    schema: str,
+    real: Callable[..., Any],
+    fake: Callable[..., Any],
+    *,
+    flops: Callable[..., int],
+    backward: Callable[..., Sequence[Tensor]] | None = None,
+    backward_flops: Callable[..., int] | None = None,
+    tags: tuple[torch.Tag, ...] = (),
+) -> Op:
+    """Makes `torch.ops.attnrewrite.<name>` of `real(library, *args)`.
+
+    schema: "(Tensor query, Tensor key, Tensor value, ...) -> Tensor", or "-> (Tensor, Tensor)" for output and log-sum-exp
+        (float32); the two strings are added to it.
+    fake(*args): the same result on fake tensors: shapes, dtypes, strides. What `real` returns must match it to the stride.
+    backward(library, grad, output, logsumexp, *args): the gradients of query, key and value, dense in the order of
+        dimensions of what they belong to (`torch.empty_like`).
+    flops(*shapes and arguments, out_shape): the products of a call, for `torch.utils.flop_counter`.
+    tags: more of PyTorch's tags, as `torch.Tag.cudagraph_unsafe`.
+
+    An exception of the library comes out as a `RuntimeError` that names the site, the source and the shapes.
+    """
+    takes, returns = schema.removeprefix("(").split(") -> ")
+    strings = "*, str source, str site"
+    forward = _define(name, f"({takes}, {strings}) -> {returns}", real, fake, flops, tags)
+    if backward is None:
+        return Op(forward)
+
+    def fake_backward(grad: Tensor, output: Tensor, logsumexp: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in args[:3])
+
+    backward_schema = f"(Tensor grad, Tensor output, Tensor logsumexp, {takes}, {strings}) -> (Tensor, Tensor, Tensor)"
+    assert backward_flops is not None
+    back = _define(f"{name}_backward", backward_schema, backward, fake_backward, backward_flops, tags)
+    return Op(forward, back, _with_autograd(name, f"({takes}, {strings}) -> {returns}", forward, back))
+
+
+def _define(
+    name: str, schema: str, real: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int], tags: Any
+) -> Any:
+    def run(*args: Any, source: str, site: str) -> Any:
+        module = library(source)
+        try:
+            return real(module, *args)
+        except Exception as error:
+            raise _named(error, args, source, site) from error
+
+    def fake_run(*args: Any, source: str, site: str) -> Any:
+        return fake(*args)
+
+    def count(*args: Any, source: str, site: str, out_shape: Any = None, **kwargs: Any) -> int:
+        return flops(*args)
+
+    LIBRARY.define(f"{name}{schema}", tags=TAGS + tags)
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake_run, lib=LIBRARY)
+    packet = getattr(getattr(torch.ops, NAMESPACE), name)
+    register_flop_formula(packet)(count)
+    return packet.default
+
+
+def _with_autograd(name: str, schema: str, forward: Any, backward: Any) -> Any:
+    """An op that decomposes, above the dispatcher's autograd keys, into `forward` and, when asked, `backward`."""
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, strings: dict[str, str], *args: Any) -> Any:
+            output, logsumexp = forward(*args, **strings)
+            tensors = [value for value in args if isinstance(value, Tensor)]
+            ctx.save_for_backward(output, logsumexp, *tensors)
+            ctx.args = [None if isinstance(value, Tensor) else value for value in args]
+            ctx.places = [place for place, value in enumerate(args) if isinstance(value, Tensor)]
+            ctx.strings = strings
+            ctx.mark_non_differentiable(logsumexp)
+            return output, logsumexp
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+            output, logsumexp, *tensors = ctx.saved_tensors
+            args = list(ctx.args)
+            for place, tensor in zip(ctx.places, tensors, strict=True):
+                args[place] = tensor
+            grads = backward(grad, output, logsumexp, *args, **ctx.strings)
+            return (None, *grads, *([None] * (len(args) - 3)))
+
+    def run(*args: Any, **strings: str) -> Any:
+        return Attention.apply(strings, *args)  # type: ignore[no-untyped-call]
+
+    def below(*args: Any, **strings: str) -> Any:
+        return forward(*args, **strings)
+
+    full = f"{name}_autograd"
+    LIBRARY.define(f"{full}{schema}", tags=TAGS)
+    LIBRARY.impl(full, below, "CompositeExplicitAutograd")
+    LIBRARY.impl(full, run, "Autograd")
+    return getattr(getattr(torch.ops, NAMESPACE), full).default
+
+
+def _named(error: Exception, args: tuple[Any, ...], source: str, site: str) -> RuntimeError:
+    shapes = ", ".join(
+        f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for value in args if isinstance(value, Tensor)
+    )
+    return RuntimeError(
+        f"the kernel of {source} failed at attention site {site!r} on tensors {shapes}: {type(error).__name__}: {error}. "
+        f'Give this site another kernel: rules={{{site!r}: "native"}}'
+    )
+
+
+# -- what most fakes and formulas are made of: query (batch, length, heads, dim), or packed (tokens, heads, dim)
+
+
+def dense_output(query: Tensor, value: Tensor) -> Tensor:
+    """A new tensor of the query's sizes, as wide as the values, dense."""
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def logsumexp_of(query: Tensor, wanted: bool) -> Tensor:
+    """float32, (batch, heads, length), or (heads, tokens) where packed; empty where nobody wants it."""
+    shape = (query.shape[0], query.shape[2], query.shape[1]) if query.dim() == 4 else (query.shape[1], query.shape[0])
+    return query.new_empty(shape if wanted else (0,), dtype=torch.float32)
+
+
+def products(query: Shape, key: Shape, value: Shape, *_: Any) -> int:
+    """2 * (head_dim + value_dim) for each pair of query and key: two matrix products."""
+    batch, q_len, heads, dim = query
+    return 2 * batch * heads * q_len * key[1] * (dim + value[-1])
+
+
+def backward_products(
+    grad: Shape, output: Shape, logsumexp: Shape, query: Shape, key: Shape, value: Shape, *_: Any
+) -> int:
+    """Five matrix products: scores again, and the gradients of weights, values, queries and keys."""
+    batch, q_len, heads, dim = query
+    return 2 * batch * heads * q_len * key[1] * (3 * dim + 2 * value[-1])
+
+
+def packed_products(
+    query: Shape, key: Shape, value: Shape, cu_q: Shape, cu_k: Shape, max_q: int, max_k: int, *_: Any
+) -> int:
+    """As `products`, with every sequence as long as the longest may be: true lengths are known on the device only."""
+    tokens, heads, dim = query
+    return 2 * heads * tokens * max_k * (dim + value[-1])
+
+
+def packed_backward_products(grad: Shape, output: Shape, logsumexp: Shape, *args: Any) -> int:
+    query, _, value, _, _, _, max_k = args[:7]
+    tokens, heads, dim = query
+    return int(2 * heads * tokens * max_k * (3 * dim + 2 * value[-1]))

@@ -1,0 +1,176 @@
+"""Where the function behind a kernel comes from: an installed package, or a repository of the kernels hub.
+
+Nothing here is imported or downloaded until a plan chooses the kernel (`load`). What was loaded is known by a text, its
+source, as "flash-attn 2.8.3" or "kernels-community/flash-attn3@<commit>". The text is an argument of the op: it says
+which library the op calls, and makes PyTorch's caches, which know an op by its name alone, tell versions apart.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .decisions import Code, Refused
+from .machines import installed
+
+TRUST = "ATTNREWRITE_TRUST_REMOTE_CODE"  # environment: 1 loads kernels of publishers that the hub does not vouch for
+
+
+class SourceError(RuntimeError):
+    """A library that cannot be loaded. `refused` is the reason as a decision."""
+
+    def __init__(self, refused: Refused) -> None:
+        super().__init__(str(refused))
+        self.refused = refused
+
+
+@dataclass(frozen=True)
+class Package:
+    """A module of an installed distribution."""
+
+    distribution: str  # "flash-attn"
+    module: str  # "flash_attn"
+
+    def __str__(self) -> str:
+        return self.distribution
+
+    def fetch(self, trust: bool) -> tuple[str, ModuleType]:
+        """The module and its source. Raises `SourceError` with the import's own words if it does not import."""
+        version = installed(self.distribution)
+        try:
+            module = importlib.import_module(self.module)
+        except Exception as error:  # an ABI mismatch raises OSError, a broken extension anything
+            raise SourceError(
+                Refused(
+                    Code.BROKEN,
+                    f"{self.distribution} {version} does not import: {type(error).__name__}: {_first_line(error)}",
+                    "Install a build for this PyTorch, CUDA and Python, or choose another kernel",
+                )
+            ) from error
+        return f"{self.distribution} {version}", module
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A repository of the kernels hub, loaded by the `kernels` library: from LOCAL_KERNELS, its cache, or the network.
+
+    `revision` (a branch, tag or commit) replaces `version`.
+    """
+
+    repository: str  # "kernels-community/flash-attn3"
+    version: int
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.revision or f'v{self.version}'}"
+
+    def fetch(self, trust: bool) -> tuple[str, ModuleType]:
+        """The module and its source. Raises `SourceError` if it can be neither found nor loaded; a download that failed
+        midway leaves nothing in the cache."""
+        import kernels
+
+        which: dict[str, Any] = {"revision": self.revision} if self.revision else {"version": self.version}
+        trust = trust or os.environ.get(TRUST, "").lower() in ("1", "true", "yes")
+        before = _cached(self.repository)
+        try:
+            module: ModuleType = kernels.get_kernel(self.repository, trust_remote_code=trust, **which)
+        except Exception as error:
+            for path in sorted(_cached(self.repository) - before):
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            raise SourceError(self._refused(error)) from error
+        return f"{self.repository}@{_commit(module)}", module
+
+    def _refused(self, error: Exception) -> Refused:
+        said = f"{self} does not load: {type(error).__name__}: {_first_line(error)}"
+        chain = [error, error.__cause__, error.__context__]
+        if "trust" in str(error):
+            fix = f"If you trust {self.repository.split('/')[0]}, pass trust_remote_code=True or set {TRUST}=1"
+            return Refused(Code.UNTRUSTED, said, fix)
+        if any(isinstance(each, ImportError | AttributeError | SyntaxError) for each in chain):
+            return Refused(
+                Code.BROKEN, said, "Ask for another revision, as in 'name@revision', or choose another kernel"
+            )
+        which = f"--revision {self.revision}" if self.revision else f"--version {self.version}"
+        return Refused(
+            Code.MISSING,
+            said,
+            f"Where there is a network: kernels download {self.repository} {which}; "
+            f"or name a local folder: LOCAL_KERNELS={self.repository}=<folder>",
+        )
+
+
+Source = Package | Hub
+
+_LIBRARIES: dict[str, ModuleType] = {}  # by source: what has been loaded in this process
+
+
+def load(source: Source, trust: bool = False) -> str:
+    """Loads a library, once a process, and returns the text that it is known by from now on. Raises `SourceError`."""
+    with _disable_current_modes():  # an import may make tensors: they are not part of the graph being rewritten
+        text, module = source.fetch(trust)
+    _LIBRARIES.setdefault(text, module)
+    return text
+
+
+def library(text: str) -> ModuleType:
+    """The module behind a source's text, for an op that is about to call it.
+
+    In a process that has not loaded it (a saved program), it is loaded now. Raises `SourceError` if what is there now is
+    another version than the program was made with.
+    """
+    if (module := _LIBRARIES.get(text)) is None:
+        found = load(_parsed(text))
+        if found != text:
+            raise SourceError(
+                Refused(
+                    Code.VERSION,
+                    f"this program was made with {text}, here is {found}",
+                    f"Install {text}, or make the program again",
+                )
+            )
+        module = _LIBRARIES[text]
+    return module
+
+
+def _parsed(text: str) -> Source:
+    if "@" in text:
+        repository, revision = text.split("@", 1)
+        return Hub(repository, 0, revision)
+    from .registry import records
+
+    distribution = text.split(" ")[0]
+    for record in records():
+        if isinstance(record.source, Package) and record.source.distribution == distribution:
+            return record.source
+    raise SourceError(
+        Refused(
+            Code.MISSING, f"no kernel here comes from {distribution}", "Install the plug-in that this program needs"
+        )
+    )
+
+
+def _commit(module: ModuleType) -> str:
+    """The commit that a hub module was loaded from; for a local folder the build's own id."""
+    found = re.search(r"/snapshots/([^/]+)/", str(Path(module.__file__ or "")).replace(os.sep, "/"))
+    return found[1] if found else f"local:{module.__name__}"
+
+
+def _cached(repository: str) -> set[Path]:
+    """What the hub's cache holds of a repository."""
+    from huggingface_hub import constants
+    from kernels.hf_hub import CACHE_DIR
+
+    folder = Path(CACHE_DIR or constants.HF_HUB_CACHE) / f"kernels--{repository.replace('/', '--')}"
+    return {folder, *folder.rglob("*")} if folder.exists() else set()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,0 +1,176 @@
+"""FlashAttention 3, for Hopper. https://github.com/Dao-AILab/flash-attention (hopper/), tried with fa3-fwd 0.0.3 from PyPI.
+
+Forward only: the wheel has no backward, and no other build was tried. Causal is aligned lower-right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..calls import AttentionCall, MaskKind
+from ..records import Backend, HeadDim, Numerics, Tolerance
+from ..sources import Hub, Package
+from .packing import Packing, pack, packing, unpack
+
+FP8 = torch.float8_e4m3fn
+
+# -- the library's functions; some versions return the log-sum-exp besides
+
+
+def forward(
+    library: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None,
+    q_descale: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return _output(
+        library.flash_attn_func(
+            query, key, value, softmax_scale=scale, causal=causal,
+            q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+        )
+    )  # fmt: skip
+
+
+def varlen_forward(
+    library: Any, query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
+    causal: bool, scale: float | None,
+) -> Tensor:  # fmt: skip
+    return _output(
+        library.flash_attn_varlen_func(query, key, value, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal)
+    )
+
+
+def _output(result: Any) -> Tensor:
+    output: Tensor = result[0] if isinstance(result, tuple) else result
+    return output
+
+
+def fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    output = ops.dense_output(query, value)
+    return output.to(torch.bfloat16) if query.dtype is FP8 else output
+
+
+FLASH_3 = ops.register(
+    "flash_3",
+    "(Tensor query, Tensor key, Tensor value, bool causal, float? scale, Tensor? q_descale, Tensor? k_descale, "
+    "Tensor? v_descale) -> Tensor",
+    forward,
+    fake,
+    flops=ops.products,
+)
+FLASH_3_VARLEN = ops.register(
+    "flash_3_varlen",
+    "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, bool causal, float? scale) -> Tensor",
+    varlen_forward,
+    fake,
+    flops=ops.packed_products,
+)
+
+# -- what lands in the graph
+
+
+def flash_3(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, source: str) -> Tensor:
+    output: Tensor = FLASH_3(
+        query, key, value, call.mask.is_causal, call.scale, None, None, None,
+        needs_grad=False, source=source, site=call.site,
+    )  # fmt: skip
+    return output
+
+
+def flash_3_varlen(
+    query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall, source: str
+) -> Tensor:
+    output: Tensor = FLASH_3_VARLEN(
+        *pack(query, key, value, packed), packed.cu_seqlens_q, packed.cu_seqlens_k, call.q_len, call.kv_len,
+        call.mask.is_causal, call.scale, needs_grad=False, source=source, site=call.site,
+    )  # fmt: skip
+    return unpack(output, call)
+
+
+def flash_3_fp8(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, source: str) -> Tensor:
+    """The casts are part of the graph, so that Inductor fuses them into what made the tensors."""
+    quantised, scales = zip(*(_to_fp8(tensor, call.kv_heads) for tensor in (query, key, value)), strict=True)
+    output: Tensor = FLASH_3(
+        *quantised, call.mask.is_causal, call.scale, *scales, needs_grad=False, source=source, site=call.site
+    )
+    return output.to(query.dtype)
+
+
+def _to_fp8(tensor: Tensor, kv_heads: Any) -> tuple[Tensor, Tensor]:
+    """e4m3 and its scale, float32 (batch, kv_heads): one for each head of keys and the queries that read it."""
+    grouped = tensor.unflatten(2, (kv_heads, -1)).float()
+    scale = grouped.abs().amax(dim=(1, 3, 4)).clamp(min=1e-12) / torch.finfo(FP8).max
+    return (grouped / scale[:, None, :, None, None]).to(FP8).flatten(2, 3), scale
+
+
+FROM_SOURCE = Backend(
+    name="_flash_3",
+    family="FlashAttention",
+    op=flash_3,
+    summary="FlashAttention 3",
+    devices=frozenset({"cuda"}),
+    capability=((8, 0), (9, 0)),
+    dtypes=frozenset({"float16", "bfloat16"}),
+    head_dim=HeadDim(max=256, multiple=8, pad=True),
+    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT}),
+    gqa=True,
+    layout="bshd",
+    tested="stand-in",
+    source=Package("flash-attn-3", "flash_attn_interface"),
+    requires={"flash-attn-3": ">=3.0.0b1"},
+)
+# The wheel on PyPI: Hopper and bfloat16 alone.
+FROM_PYPI = replace(
+    FROM_SOURCE,
+    capability=((9, 0), (9, 0)),
+    dtypes=frozenset({"bfloat16"}),
+    tested="sm_90",
+    source=Package("fa3-fwd", "fa3_fwd_interface"),
+    requires={"fa3-fwd": ">=0.0.3"},
+)
+FROM_HUB = replace(
+    FROM_SOURCE,
+    name="_flash_3_hub",
+    source=Hub("kernels-community/flash-attn3", version=1),
+    requires={"kernels": ">=0.14"},
+)
+
+
+def _varlen(record: Backend, name: str) -> Backend:
+    return replace(
+        record,
+        name=name,
+        op=flash_3_varlen,
+        summary="FlashAttention 3 on packed keys: key padding costs nothing",
+        masks=record.masks | {MaskKind.KEY_PADDING},
+        prepare=packing,
+    )
+
+
+def _fp8(record: Backend) -> Backend:
+    return replace(
+        record,
+        name="_flash_3_fp8",
+        op=flash_3_fp8,
+        summary="FlashAttention 3 with query, key and value in fp8 e4m3",
+        capability=((9, 0), (9, 0)),
+        head_dim=HeadDim(max=256, multiple=16, pad=True),
+        numerics=Numerics.QUANTISED,
+        tolerance=Tolerance(8e-2, "three mantissa bits: 5.4e-2 measured on Gaussian data"),
+    )
+
+
+RECORDS = (
+    FROM_SOURCE,
+    FROM_PYPI,
+    FROM_HUB,
+    _varlen(FROM_SOURCE, "_flash_varlen_3"),
+    _varlen(FROM_PYPI, "_flash_varlen_3"),
+    _varlen(FROM_HUB, "_flash_3_varlen_hub"),
+    _fp8(FROM_SOURCE),
+    _fp8(FROM_PYPI),
+)

@@ -1,0 +1,105 @@
+"""FlashAttention 4 (CuTe). https://github.com/Dao-AILab/flash-attention (flash_attn/cute), tried with flash-attn-4 4.0.0b36.
+
+It compiles a kernel for each kind of call at the first one: seconds. Causal is aligned lower-right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..calls import AttentionCall, MaskKind
+from ..decisions import Code, Refused
+from ..machines import Machine
+from ..records import Backend, HeadDim
+from ..sizes import described, holds
+from ..sources import Hub, Package
+
+
+def forward(
+    library: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, logsumexp: bool
+) -> tuple[Tensor, Tensor]:
+    given = {"return_lse": True} if logsumexp else {}
+    result = library.flash_attn_func(query, key, value, softmax_scale=scale, causal=causal, **given)
+    output, found = result[:2] if isinstance(result, tuple) else (result, None)
+    return output, found if logsumexp else query.new_empty(0, dtype=torch.float32)
+
+
+def backward(
+    library: Any, grad: Tensor, output: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    causal: bool, scale: float | None, _: bool,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    grads = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
+    dq, dk, dv = grads
+    library.interface._flash_attn_bwd(
+        query, key, value, output, grad, logsumexp, scale, causal,
+        deterministic=torch.are_deterministic_algorithms_enabled(), dq=dq, dk=dk, dv=dv,
+    )  # fmt: skip
+    return grads
+
+
+def fake(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, logsumexp: bool
+) -> tuple[Tensor, Tensor]:
+    return ops.dense_output(query, value), ops.logsumexp_of(query, logsumexp)
+
+
+FLASH_4 = ops.register(
+    "flash_4",
+    "(Tensor query, Tensor key, Tensor value, bool causal, float? scale, bool logsumexp) -> (Tensor, Tensor)",
+    forward,
+    fake,
+    flops=ops.products,
+    backward=backward,
+    backward_flops=ops.backward_products,
+)
+
+
+def flash_4(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, source: str) -> Tensor:
+    output: Tensor = FLASH_4(
+        query, key, value, call.mask.is_causal, call.scale, call.needs_grad,
+        needs_grad=call.needs_grad, source=source, site=call.site,
+    )[0]  # fmt: skip
+    return output
+
+
+def head_dim_on_blackwell(call: AttentionCall, machine: Machine) -> Refused | None:
+    """`_validate_head_dims` of flash_attn/cute/interface.py: on sm_100 and sm_110 up to 128."""
+    if machine.capability is None or machine.capability[0] not in (10, 11) or holds(call.head_dim <= 128):
+        return None
+    detail = f"flash_4 takes head_dim up to 128 on this GPU, this is {described(call.head_dim)}"
+    return Refused(Code.HEAD_DIM, detail, "Choose a kernel for wide heads")
+
+
+PACKAGE = Backend(
+    name="flash_4",
+    family="FlashAttention",
+    op=flash_4,
+    summary="FlashAttention 4 (CuTe), compiled at the first call",
+    devices=frozenset({"cuda"}),
+    capability=((9, 0), (11, 0)),
+    dtypes=frozenset({"float16", "bfloat16"}),
+    head_dim=HeadDim(max=256, multiple=8, pad=True),
+    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT}),
+    gqa=True,
+    backward=True,
+    layout="bshd",
+    checks=(head_dim_on_blackwell,),
+    tested="sm_90",
+    source=Package("flash-attn-4", "flash_attn.cute"),
+    requires={"flash-attn-4": ">=4.0.0b1"},
+)
+FROM_HUB = replace(
+    PACKAGE,
+    name="flash_4_hub",
+    backward=False,  # its internals are not known
+    tested="stand-in",
+    source=Hub("kernels-community/flash-attn4", version=0),
+    requires={"kernels": ">=0.14"},
+)
+
+RECORDS = (PACKAGE, FROM_HUB)

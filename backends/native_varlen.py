@@ -1,0 +1,38 @@
+"""PyTorch's own variable-length kernel (FlashAttention 2 inside PyTorch), for key padding: no package is needed.
+
+`torch.ops.aten._flash_attention_forward`, which `torch.nn.attention.varlen` calls too (torch 2.10 on); its limits are those of
+`_native_flash`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..calls import AttentionCall, MaskKind
+from .native import FLASH_CUDA
+from .packing import Packing, pack, packing, unpack
+
+
+def varlen(query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall) -> Tensor:
+    query, key, value = pack(query, key, value, packed)
+    output: Tensor = torch.ops.aten._flash_attention_forward.default(
+        query, key, value, packed.cu_seqlens_q, packed.cu_seqlens_k, call.q_len, call.kv_len,
+        call.dropout, call.mask.is_causal, False, scale=call.scale,
+    )[0]  # fmt: skip
+    return unpack(output, call)
+
+
+NATIVE_VARLEN = replace(
+    FLASH_CUDA,
+    name="_native_varlen",
+    op=varlen,
+    summary="FlashAttention 2 inside PyTorch on packed keys: key padding costs nothing",
+    masks=FLASH_CUDA.masks | {MaskKind.KEY_PADDING},
+    layout="bshd",
+    prepare=packing,
+)
+
+RECORDS = (NATIVE_VARLEN,)

@@ -1,0 +1,93 @@
+"""Ascend NPUs: `torch_npu.npu_fusion_attention`, the operator `npu::npu_fusion_attention` that torch-npu registers.
+
+https://github.com/Ascend/op-plugin, docs/context/torch_npu-npu_fusion_attention.md. No NPU was at hand: run with a stand-in of
+the same schema that computes what this document says:
+
+    softmax(masked(scale * (pse + query key^T), atten_mask)) value
+
+So, unlike SDPA's, a bias is scaled with the scores, a mask is True where a key does *not* take part, and the scale is 1 if it
+is not given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..calls import AttentionCall, MaskKind
+from ..decisions import Code, Refused
+from ..machines import Machine
+from ..records import Backend, HeadDim
+from ..sizes import described, holds
+from ..sources import Package
+
+UPPER_LEFT, LOWER_RIGHT = 2, 3  # sparse_mode: causal by a compressed mask of 2048 x 2048
+COMPRESSED = 2048
+
+
+@dataclass(frozen=True)
+class Prepared:
+    mask: Tensor | None = None  # bool, True: masked out; (batch or 1, heads or 1, q_len, kv_len), or the compressed one
+    bias: Tensor | None = None  # (batch or 1, heads, q_len, kv_len)
+
+
+def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
+    if call.mask.is_causal:
+        return Prepared(mask=torch.ones(COMPRESSED, COMPRESSED, dtype=torch.bool, device=key.device).triu(1))
+    if mask is None:
+        return Prepared()
+    if call.mask.is_boolean:
+        return Prepared(mask=torch.logical_not(mask).expand(*mask.shape[:2], call.q_len, call.kv_len).contiguous())
+    return Prepared(bias=mask.expand(mask.shape[0], call.heads, call.q_len, call.kv_len).contiguous())
+
+
+def fusion_attention(
+    query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call: AttentionCall, source: str
+) -> Tensor:
+    scale = float(call.head_dim) ** -0.5 if call.scale is None else call.scale
+    if prepared.bias is not None:
+        # The operator would scale the bias too. (Dividing the bias beforehand overflows in float16: -10000 / 0.09.)
+        query, scale = query * scale, 1.0
+    modes = {MaskKind.CAUSAL_UPPER_LEFT: UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT: LOWER_RIGHT}
+    output: Tensor = torch.ops.npu.npu_fusion_attention.default(
+        query, key, value, call.heads, "BSND",
+        pse=prepared.bias,
+        atten_mask=prepared.mask,
+        scale=scale,
+        sparse_mode=modes.get(call.mask.kind, 0),
+        inner_precise=2 if call.mask.is_boolean else 0,  # 2: rows without any key are right
+    )[0]  # fmt: skip
+    return output
+
+
+def at_most_256_heads(call: AttentionCall, machine: Machine) -> Refused | None:
+    if holds(call.heads <= 256):
+        return None
+    return Refused(
+        Code.HEADS, f"_native_npu takes up to 256 heads, this is {described(call.heads)}", "Choose another kernel"
+    )
+
+
+NPU = Backend(
+    name="_native_npu",
+    family="Ascend",
+    op=fusion_attention,
+    summary="torch_npu's npu_fusion_attention, for Ascend NPUs",
+    devices=frozenset({"npu"}),
+    dtypes=frozenset({"float16", "bfloat16"}),
+    head_dim=HeadDim(max=768),
+    masks=frozenset(
+        {MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT, MaskKind.BOOLEAN, MaskKind.ADDITIVE}
+    ),
+    gqa=True,
+    layout="bshd",
+    checks=(at_most_256_heads,),
+    prepare=prepare,
+    tested="stand-in",
+    source=Package("torch-npu", "torch_npu"),
+    requires={"torch-npu": ">=2.9"},
+)
+
+RECORDS = (NPU,)

@@ -1,0 +1,56 @@
+"""Key padding without cost: keys and values that take part, packed one sequence behind the other, for variable-length kernels.
+
+Everything stays on the device: no shape depends on data and nothing is read back, so that it holds under `fullgraph`, CUDA
+graphs and export. What is made of a mask is made once and shared by all sites that read it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..calls import AttentionCall
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where sequences begin in the packed queries and keys (int32, batch + 1), and which keys to take in which order."""
+
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
+    keys: Tensor | None  # int64, batch * kv_len: those that take part first; None: all, as they lie
+
+
+def packing(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Packing:
+    """Of no mask, or of a boolean one that is the same for every head and query.
+
+    Keys that take part, wherever they lie, come first; the others stay behind the last sequence's end, where no kernel
+    reads.
+    """
+    batch, q_len, kv_len = (cast(int, size) for size in (call.batch, call.q_len, call.kv_len))
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=key.device)
+    cu_seqlens_q = starts * q_len
+    if mask is None:
+        return Packing(cu_seqlens_q, starts * kv_len, None)
+    valid = mask.select(1, 0).select(1, 0).expand(batch, kv_len)
+    lengths = valid.sum(-1, dtype=torch.int32)
+    cu_seqlens_k = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    order = torch.argsort(valid.reshape(-1).to(torch.uint8), stable=True, descending=True)
+    return Packing(cu_seqlens_q, cu_seqlens_k, order)
+
+
+def pack(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
+    """(batch, length, heads, dim) to (tokens, heads, dim)."""
+    query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
+    if packing.keys is not None:
+        key, value = key.index_select(0, packing.keys), value.index_select(0, packing.keys)
+    return query, key, value
+
+
+def unpack(output: Tensor, call: AttentionCall) -> Tensor:
+    """(tokens, heads, dim) to (batch, length, heads, dim): every query is there, masked keys or not."""
+    unpacked: Tensor = output.unflatten(0, (cast(int, call.batch), cast(int, call.q_len)))
+    return unpacked

@@ -1,0 +1,287 @@
+"""SageAttention: int8 scores. https://github.com/thu-ml/SageAttention, tried with 2.2.0 (built from source) and 1.0.6 (PyPI).
+
+Tensors are (batch, length, heads, dim), "NHD". Inference only. What its kernels do otherwise than a caller expects, and what is
+done about it here:
+
+* The CUDA kernels of 2.x launch on the default stream, whatever the current one is (relative error 19 on a side stream and on
+  the replay of a CUDA graph, no error raised; torch 2.11, H200): `ordered` makes the two streams wait for each other, and
+  refuses under capture. Their ops carry `cudagraph_unsafe`, so that Inductor keeps them out of its CUDA graphs.
+* 1.x subtracts the mean from the caller's own key: it gets a copy. It reads keys behind the last whole block of 64 as zeros
+  that take part (relative error 0.28 at kv_len 77): refused.
+* `sageattn_varlen` cannot be captured in a CUDA graph, and a try leaves the process's random state unusable: refused there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..calls import AttentionCall, MaskKind
+from ..decisions import Code, Refused
+from ..machines import Machine
+from ..records import Backend, HeadDim, Numerics, Tolerance
+from ..sizes import described, holds
+from ..sources import Hub, Package
+from .packing import Packing, pack, packing, unpack
+
+# -- the library's functions
+
+
+def ordered(query: Tensor, run: Callable[[], Tensor]) -> Tensor:
+    """Runs kernels that launch on the default stream, in the order of the current one."""
+    if not query.is_cuda:  # a stand-in
+        return run()
+    not_while_capturing()
+    current, default = torch.cuda.current_stream(query.device), torch.cuda.default_stream(query.device)
+    if current == default:
+        return run()
+    default.wait_stream(current)
+    with torch.cuda.stream(default):
+        output = run()
+    current.wait_stream(default)
+    output.record_stream(current)  # it was allocated on the default stream
+    return output
+
+
+def not_while_capturing() -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("this kernel of SageAttention cannot be captured in a CUDA graph")
+
+
+def dense(function: str, launches_on_the_default_stream: bool) -> Callable[..., Tensor]:
+    def forward(library: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Tensor:
+        def run() -> Tensor:
+            result: Tensor = getattr(library, function)(
+                query, key, value, tensor_layout="NHD", is_causal=causal, sm_scale=scale
+            )
+            return result
+
+        return ordered(query, run) if launches_on_the_default_stream else run()
+
+    return forward
+
+
+def dense_1(library: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Tensor:
+    output: Tensor = library.sageattn(query, key.clone(), value, tensor_layout="NHD", is_causal=causal, sm_scale=scale)
+    return output
+
+
+def varlen(
+    library: Any, query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
+    causal: bool, scale: float | None,
+) -> Tensor:  # fmt: skip
+    not_while_capturing()
+    output: Tensor = library.sageattn_varlen(
+        query, key, value, cu_q, cu_k, max_q, max_k, is_causal=causal, sm_scale=scale
+    )
+    return output
+
+
+def varlen_1(library: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    return varlen(library, query, key.clone(), value, *rest)
+
+
+def blackwell(library: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
+    """(batch, heads, length, dim); it writes into its key."""
+    dense_copy = key.clone(memory_format=torch.contiguous_format)
+    output: Tensor = library.sageattn3_blackwell(query.contiguous(), dense_copy, value.contiguous(), is_causal=causal)
+    return output.contiguous()
+
+
+def fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return ops.dense_output(query, value)
+
+
+UNSAFE = (torch.Tag.cudagraph_unsafe,)
+SCHEMA = "(Tensor query, Tensor key, Tensor value, bool causal, float? scale) -> Tensor"
+VARLEN_SCHEMA = (
+    "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, bool causal, float? scale) -> Tensor"
+)
+
+
+def _op(name: str, function: str, launches_on_the_default_stream: bool) -> ops.Op:
+    tags = UNSAFE if launches_on_the_default_stream else ()
+    return ops.register(name, SCHEMA, dense(function, bool(tags)), fake, flops=ops.products, tags=tags)
+
+
+SAGE_OP = _op("sage", "sageattn", True)
+FP16_CUDA_OP = _op("sage_fp16_cuda", "sageattn_qk_int8_pv_fp16_cuda", True)
+FP16_TRITON_OP = _op("sage_fp16_triton", "sageattn_qk_int8_pv_fp16_triton", False)
+FP8_CUDA_OP = _op("sage_fp8_cuda", "sageattn_qk_int8_pv_fp8_cuda", True)
+FP8_SM90_OP = _op("sage_fp8_cuda_sm90", "sageattn_qk_int8_pv_fp8_cuda_sm90", True)
+SAGE_1_OP = ops.register("sage_1", SCHEMA, dense_1, fake, flops=ops.products)
+VARLEN_OP = ops.register("sage_varlen", VARLEN_SCHEMA, varlen, fake, flops=ops.packed_products, tags=UNSAFE)
+VARLEN_1_OP = ops.register("sage_1_varlen", VARLEN_SCHEMA, varlen_1, fake, flops=ops.packed_products, tags=UNSAFE)
+BLACKWELL_OP = ops.register(
+    "sage_blackwell",
+    "(Tensor query, Tensor key, Tensor value, bool causal) -> Tensor",
+    blackwell,
+    fake,
+    flops=lambda query, key, value, *_: 4 * query[0] * query[1] * query[2] * key[2] * query[3],
+)
+
+# -- what lands in the graph
+
+
+def calls(op: ops.Op) -> Callable[..., Tensor]:
+    def sage(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, source: str) -> Tensor:
+        output: Tensor = op(
+            query, key, value, call.mask.is_causal, call.scale, needs_grad=False, source=source, site=call.site
+        )
+        return output
+
+    return sage
+
+
+def calls_varlen(op: ops.Op) -> Callable[..., Tensor]:
+    def sage(query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall, source: str) -> Tensor:
+        output: Tensor = op(
+            *pack(query, key, value, packed), packed.cu_seqlens_q, packed.cu_seqlens_k, call.q_len, call.kv_len,
+            call.mask.is_causal, call.scale, needs_grad=False, source=source, site=call.site,
+        )  # fmt: skip
+        return unpack(output, call)
+
+    return sage
+
+
+def calls_blackwell(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, source: str) -> Tensor:
+    output: Tensor = BLACKWELL_OP(
+        query, key, value, call.mask.is_causal, needs_grad=False, source=source, site=call.site
+    )
+    return output
+
+
+# -- limits that no field says
+
+
+def as_many_queries_as_keys(call: AttentionCall, machine: Machine) -> Refused | None:
+    """Causal is defined for q_len == kv_len alone (docstring of `sageattn`)."""
+    if not call.mask.is_causal or holds(call.q_len == call.kv_len):
+        return None
+    return Refused(
+        Code.CAUSAL,
+        "SageAttention is causal only where q_len == kv_len: "
+        f"q_len is {described(call.q_len)}, kv_len {described(call.kv_len)}",
+        "Choose another kernel",
+    )
+
+
+def known_architecture(call: AttentionCall, machine: Machine) -> Refused | None:
+    """`sageattn` of 2.2 chooses among these and raises for others."""
+    if machine.capability in {(8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1)}:
+        return None
+    major, minor = machine.capability or (0, 0)
+    return Refused(
+        Code.CAPABILITY, f"sageattn has no kernel for compute capability {major}.{minor}", "Choose another kernel"
+    )
+
+
+def whole_blocks_of_keys(call: AttentionCall, machine: Machine) -> Refused | None:
+    """SageAttention 1.x counts the missing keys of its last block of 64 as zeros."""
+    if holds(call.kv_len % 64 == 0):
+        return None
+    return Refused(
+        Code.LENGTH,
+        f"SageAttention 1.x is wrong where kv_len is no multiple of 64, this is {described(call.kv_len)}",
+        "Install SageAttention 2.x",
+    )
+
+
+def its_own_scale(call: AttentionCall, machine: Machine) -> Refused | None:
+    if call.scale is None or (isinstance(call.head_dim, int) and call.scale == call.head_dim**-0.5):
+        return None
+    return Refused(
+        Code.SCALE,
+        f"sage_blackwell_hub takes no scale but 1/sqrt(head_dim), this is {call.scale:g}",
+        "Choose another kernel",
+    )
+
+
+SAGE = Backend(
+    name="sage",
+    family="SageAttention",
+    op=calls(SAGE_OP),
+    summary="SageAttention: the variant that it chooses for the GPU",
+    devices=frozenset({"cuda"}),
+    capability=((8, 0), (12, 1)),
+    dtypes=frozenset({"float16", "bfloat16"}),
+    head_dim=HeadDim(max=128, multiple=64, pad=True),
+    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT}),
+    gqa=True,
+    layout="bshd",
+    numerics=Numerics.QUANTISED,
+    tolerance=Tolerance(6e-2, "int8 scores and fp8 values: 3.9e-2 measured on Gaussian data"),
+    checks=(as_many_queries_as_keys, known_architecture),
+    tested="sm_90",
+    source=Package("sageattention", "sageattention"),
+    requires={"sageattention": ">=2.1.1"},
+)
+SAGE_HUB = replace(
+    SAGE,
+    name="sage_hub",
+    tested="stand-in",
+    source=Hub("SageAttention/sage-attention", version=3),
+    requires={"kernels": ">=0.14"},
+)
+FP16 = Tolerance(3e-2, "int8 scores: 1.4e-2 measured on Gaussian data")
+SQUARE = (as_many_queries_as_keys,)
+FP16_TRITON = replace(
+    SAGE, name="_sage_qk_int8_pv_fp16_triton", op=calls(FP16_TRITON_OP), summary="int8 scores, float16 values, Triton",
+    capability=((8, 0), (9, 0)), tolerance=FP16, checks=SQUARE,
+)  # fmt: skip
+FP16_CUDA = replace(
+    FP16_TRITON, name="_sage_qk_int8_pv_fp16_cuda", op=calls(FP16_CUDA_OP), summary="int8 scores, float16 values, CUDA"
+)
+FP8_CUDA = replace(
+    SAGE, name="_sage_qk_int8_pv_fp8_cuda", op=calls(FP8_CUDA_OP), summary="int8 scores, fp8 values",
+    capability=((8, 9), (12, 1)), checks=SQUARE,
+)  # fmt: skip
+FP8_SM90 = replace(
+    SAGE, name="_sage_qk_int8_pv_fp8_cuda_sm90", op=calls(FP8_SM90_OP), summary="int8 scores, fp8 values, for Hopper",
+    capability=((9, 0), (9, 0)), checks=SQUARE,
+)  # fmt: skip
+VARLEN = replace(
+    FP16_TRITON, name="sage_varlen", op=calls_varlen(VARLEN_OP), prepare=packing,
+    summary="int8 scores, float16 values, on packed keys: key padding costs nothing",
+    masks=SAGE.masks | {MaskKind.KEY_PADDING},
+)  # fmt: skip
+BLACKWELL = replace(
+    SAGE_HUB,
+    name="sage_blackwell_hub",
+    op=calls_blackwell,
+    summary="SageAttention 3: fp4, for Blackwell",
+    capability=((10, 0), (12, 1)),
+    head_dim=HeadDim(max=128, multiple=64),
+    gqa=False,
+    layout="bhsd",
+    tolerance=Tolerance(2e-1, "fp4; not measured: no Blackwell GPU was at hand"),
+    checks=(as_many_queries_as_keys, its_own_scale),
+    source=Hub("SageAttention/sage-blackwell", version=1),
+)
+
+
+def _pypi_1(record: Backend, op: Callable[..., Tensor]) -> Backend:
+    """The same on SageAttention 1.x: one kernel, whatever the name."""
+    return replace(
+        record,
+        op=op,
+        capability=((8, 0), (9, 0)),
+        masks=SAGE.masks,
+        tolerance=FP16,
+        checks=(as_many_queries_as_keys, whole_blocks_of_keys),
+        requires={"sageattention": ">=1.0.6,<2"},
+    )
+
+
+SAGE_1, TRITON_1 = (_pypi_1(record, calls(SAGE_1_OP)) for record in (SAGE, FP16_TRITON))
+VARLEN_1 = _pypi_1(VARLEN, calls_varlen(VARLEN_1_OP))
+
+RECORDS = (
+    SAGE, SAGE_1, SAGE_HUB, BLACKWELL, VARLEN, VARLEN_1, FP8_CUDA, FP8_SM90, FP16_CUDA, FP16_TRITON, TRITON_1,
+)  # fmt: skip
