@@ -11,6 +11,8 @@ from .machines import Machine, satisfies
 from .records import Backend, Numerics
 from .sizes import UnbackedSizeError, described, holds
 
+CASTABLE = frozenset({"float16", "bfloat16", "float32", "float64"})
+
 
 def decide(
     backend: Backend,
@@ -33,7 +35,7 @@ def decide(
             f'Pass numerics="{backend.numerics.name.lower()}" if that is acceptable',
         )
     steps: tuple[Step, ...] = ()
-    if cast is not None and call.dtype not in backend.dtypes and cast in backend.dtypes:
+    if cast in backend.dtypes and call.dtype in CASTABLE - backend.dtypes:
         steps = (Step("cast", call.dtype, cast),)
         call = cast_to(cast, call)
     try:
