@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from .decisions import Code, Refused
 from .machines import installed
 
+LOCK = "ATTNREWRITE_KERNELS_LOCK"  # environment: a kernels.lock, as `kernels lock` writes it, that fixes every commit
 TRUST = "ATTNREWRITE_TRUST_REMOTE_CODE"  # environment: 1 loads kernels of publishers that the hub does not vouch for
 
 
@@ -62,7 +63,8 @@ class Package:
 class Hub:
     """A repository of the kernels hub, loaded by the `kernels` library: from LOCAL_KERNELS, its cache, or the network.
 
-    `revision` (a branch, tag or commit) replaces `version`.
+    `revision` (a branch, tag or commit) replaces `version`; so does the commit of a lock file, where the environment names
+    one.
     """
 
     repository: str  # "kernels-community/flash-attn3"
@@ -78,10 +80,13 @@ class Hub:
         import kernels
 
         which: dict[str, Any] = {"revision": self.revision} if self.revision else {"version": self.version}
+        get, lock = kernels.get_kernel, os.environ.get(LOCK)
+        if lock and not self.revision:
+            get, which = kernels.get_locked_kernel, {"lockfile": Path(lock)}
         trust = trust or os.environ.get(TRUST, "").lower() in ("1", "true", "yes")
         before = _cached(self.repository)
         try:
-            module: ModuleType = kernels.get_kernel(self.repository, trust_remote_code=trust, **which)
+            module: ModuleType = get(self.repository, trust_remote_code=trust, **which)
         except Exception as error:
             for path in sorted(_cached(self.repository) - before):
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)

@@ -1,0 +1,365 @@
+"""Every kernel that another package brings, as its record declares it, on a GPU. CI has none: what this printed on an H200 is
+in bench/results/."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from parity import attend, check, compiled, doubled, qkv, relative
+
+import attnrewrite
+from attnrewrite import Code, MaskKind, registry
+from attnrewrite.sources import Hub
+from attnrewrite.support import usable
+
+pytestmark = [
+    pytest.mark.gpu,
+    # What libraries and Triton say while they compile.
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+
+NAMES = tuple(
+    dict.fromkeys(
+        record.name
+        for record in registry.records()
+        if "cuda" in record.devices and (record.source is not None or record.name == "_native_varlen")
+    )
+)
+# The module that a hub repository is made of here: the package that the hub's build is made from.
+BUILDS = {
+    "kernels-community/flash-attn2": "flash_attn",
+    "kernels-community/flash-attn3": "fa3_fwd_interface",
+    "kernels-community/flash-attn4": "flash_attn.cute",
+    "SageAttention/sage-attention": "sageattention",
+}
+
+
+def repository(folder, name, module):
+    """A kernel repository of one variant that holds nothing but the names of an installed module."""
+    variant = folder / "build/torch-cuda"
+    variant.mkdir(parents=True)
+    ident = name.rpartition("/")[2].replace("-", "_")
+    about = {"id": f"{ident}_local", "name": ident.replace("_", "-"), "version": 1, "license": "BSD-3-Clause",
+             "python-depends": [], "backend": {"type": "cuda", "archs": ["9.0a"]}}  # fmt: skip
+    (variant / "metadata.json").write_text(json.dumps(about))
+    (variant / "__init__.py").write_text(
+        f"import {module} as _module\nglobals().update({{k: getattr(_module, k) for k in dir(_module) if k[:2] != '__'}})\n"
+    )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def local_hub(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("hub")
+    for name, module in BUILDS.items():
+        repository(folder / Path(name).name, name, module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_KERNELS", ":".join(f"{name}={folder / Path(name).name}" for name in BUILDS))
+        yield
+
+
+@pytest.fixture(params=NAMES)
+def record(request):
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    refused, record = usable(request.param, attnrewrite.machine_of(torch.device("cuda", 0)))
+    if refused is not None:
+        pytest.skip(f"{request.param}: {refused}")
+    if isinstance(record.source, Hub) and record.source.repository not in BUILDS:
+        pytest.skip(f"{request.param}: {record.source} cannot be downloaded here")
+    return record
+
+
+def choice(record, inner="eager", **options):
+    return attnrewrite.with_backend(record, numerics="quantised", inner=inner, **options)
+
+
+def gpu(record=None, **sizes):
+    dtype = torch.bfloat16 if record is None or "bfloat16" in record.dtypes else torch.float16
+    kv_len = 192 if record is not None and is_sage_1(record) else 141  # whole blocks of 64
+    return qkv(device="cuda", **{"q_len": 77, "kv_len": kv_len, "dim": 64, "dtype": dtype, **sizes})
+
+
+def is_sage_1(record):
+    return record.requires.get("sageattention") == ">=1.0.6,<2"
+
+
+def right(record, *tensors, tolerance=None, **arguments):
+    with torch.no_grad():
+        return check(choice(record), *tensors, tolerance=tolerance or record.tolerance.error, **arguments)
+
+
+def refused(record, code, *tensors, **arguments):
+    run, backend = compiled(lambda *given: attend(*given, **arguments), choice(record))
+    with torch.no_grad():
+        output = run(*tensors)
+    (site,) = backend.report.sites
+    assert site.chosen is None
+    assert site.refusals[0][1].code is code
+    assert relative(output, attend(*map(doubled, tensors), **arguments)) < 1.2e-2
+
+
+def test_dtypes(record):
+    for name in sorted(record.dtypes):
+        torch.compiler.reset()
+        dtype = getattr(torch, name)
+        right(record, *gpu(record, dtype=dtype), tolerance=2e-3 if dtype is torch.float32 else None)
+    torch.compiler.reset()
+    if "float32" not in record.dtypes:
+        refused(record, Code.DTYPE, *gpu(record, dtype=torch.float32))
+
+
+def test_head_dims(record):
+    """The limits, one past them, and what real models have; FlashAttention 2 may be built for some widths alone."""
+    largest = record.head_dim.max or 256
+    for dim in sorted({20, 64, 72, 80, 96, 128, largest}):
+        torch.compiler.reset()
+        if dim <= largest and (record.head_dim.pad or dim % record.head_dim.multiple == 0):
+            right(record, *gpu(record, dim=dim))
+    if record.head_dim.max is not None:
+        torch.compiler.reset()
+        refused(record, Code.HEAD_DIM, *gpu(record, dim=largest + 8))
+
+
+@pytest.mark.parametrize("lengths", [(1, 64), (128, 128), (1024, 4096), (1, 77), (77, 1), (1013, 1021), (3, 2)])
+def test_lengths(record, lengths):
+    tensors = gpu(record, q_len=lengths[0], kv_len=lengths[1])
+    if is_sage_1(record) and lengths[1] % 64:
+        refused(record, Code.LENGTH, *tensors)
+    else:
+        right(record, *tensors)
+
+
+@pytest.mark.parametrize("lengths", [(192, 192), (128, 192), (192, 128), (1013, 1013)])
+def test_causal(record, lengths):
+    tensors = gpu(record, q_len=lengths[0], kv_len=lengths[1])
+    square = lengths[0] == lengths[1]
+    if is_sage_1(record) and lengths[1] % 64:
+        refused(record, Code.LENGTH, *tensors, is_causal=True)
+    elif square or (record.name == "xformers"):
+        right(record, *tensors, is_causal=True)
+    else:
+        refused(record, Code.CAUSAL, *tensors, is_causal=True)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.02])
+def test_scale(record, scale):
+    right(record, *gpu(record), scale=scale)
+
+
+def test_grouped_heads(record):
+    tensors = gpu(record, heads=8, kv_heads=2)
+    if record.gqa:
+        right(record, *tensors, enable_gqa=True)
+    else:
+        refused(record, Code.GQA, *tensors, enable_gqa=True)
+
+
+def test_value_dim(record):
+    tensors = gpu(record, dim=128, value_dim=64)
+    if record.value_dim:
+        right(record, *tensors)
+    else:
+        refused(record, Code.VALUE_DIM, *tensors)
+
+
+def layouts():
+    def fused(batch, q_len, kv_len, heads, dim, dtype):
+        return [
+            x.transpose(1, 2) for x in torch.randn(batch, q_len, 3, heads, dim, dtype=dtype, device="cuda").unbind(2)
+        ]
+
+    def bhsd(batch, q_len, kv_len, heads, dim, dtype):
+        return [torch.randn(batch, heads, size, dim, dtype=dtype, device="cuda") for size in (q_len, kv_len, kv_len)]
+
+    def sliced(*sizes):
+        *lead, dim, dtype = sizes
+        return [tensor[..., :dim] for tensor in bhsd(*lead, dim + 8, dtype)]
+
+    def sbhd(batch, q_len, kv_len, heads, dim, dtype):
+        shapes = [(size, batch, heads, dim) for size in (q_len, kv_len, kv_len)]
+        return [torch.randn(*shape, dtype=dtype, device="cuda").permute(1, 2, 0, 3) for shape in shapes]
+
+    return {"fused qkv": fused, "heads first": bhsd, "cut out": sliced, "length first": sbhd}
+
+
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_layouts(record, layout, inner):
+    tensors = layouts()[layout](2, 192, 192, 3, 64, gpu(record)[0].dtype)
+    with torch.no_grad():
+        check(choice(record, inner), *tensors, tolerance=record.tolerance.error)
+
+
+def padding(batch, kv_len):
+    """Keys anywhere: a hole, the left side cut off, and in the last batch none at all."""
+    mask = torch.rand(batch, kv_len, device="cuda") > 0.3
+    mask[0, :5] = False
+    mask[-1] = False
+    return mask[:, None, None]
+
+
+@pytest.mark.parametrize("kv_len", [141, 1021])
+def test_key_padding(record, kv_len):
+    if not record.masks & {MaskKind.KEY_PADDING, MaskKind.BOOLEAN}:
+        refused(record, Code.MASK, *gpu(record), torch.rand(2, 1, 1, gpu(record)[1].shape[2], device="cuda") > 0.3)
+        return
+    tensors = gpu(record, batch=3, kv_len=kv_len)
+    mask = padding(3, kv_len)
+    with torch.no_grad():
+        run, backend = compiled(attend, choice(record))
+        output = run(*tensors, mask)
+    reference = attend(*(tensor.double().cpu() for tensor in tensors), mask.cpu()).cuda()
+    assert backend.report.sites[0].chosen == record.name
+    assert reference[-1].abs().max() == 0
+    assert relative(output, reference) < record.tolerance.error
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 77, 141), (2, 1, 77, 141), (77, 141)])
+def test_dense_masks(record, shape):
+    boolean = torch.rand(*shape, device="cuda") > 0.3
+    bias = torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+    for kind, mask in ((MaskKind.BOOLEAN, boolean), (MaskKind.ADDITIVE, bias)):
+        torch.compiler.reset()
+        if kind in record.masks:
+            right(record, *gpu(record), mask)
+        else:
+            refused(record, Code.MASK, *gpu(record, kv_len=141), mask)
+
+
+@pytest.mark.parametrize("case", ["plain", "causal", "grouped", "key padding", "strided"])
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_gradients(record, case, inner):
+    if not record.backward:
+        pytest.skip(f"{record.name} has no backward: refused with GRAD, tests/test_decisions.py")
+    if (case == "key padding" and not record.masks & {MaskKind.KEY_PADDING, MaskKind.BOOLEAN}) or (
+        case == "grouped" and record.name == "xformers"
+    ):
+        pytest.skip("refused: tests/test_decisions.py")
+    tensors = gpu(record, q_len=128, kv_len=128, heads=8, kv_heads=2 if case == "grouped" else 8)
+    if case == "strided":
+        tensors = layouts()["fused qkv"](2, 128, 128, 4, 64, torch.bfloat16)
+    mask = [torch.rand(2, 1, 1, 128, device="cuda") > 0.3] if case == "key padding" else []
+    arguments = {"is_causal": case == "causal", "enable_gqa": case == "grouped"}
+    exact = [tensor.double().detach().requires_grad_() for tensor in tensors]
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    run, backend = compiled(lambda *given: attend(*given, **arguments), choice(record, inner))
+    run(*tensors, *mask).square().sum().backward()
+    attend(*exact, *mask, **arguments).square().sum().backward()
+    assert backend.report.sites[0].chosen == record.name
+    for one, other in zip(tensors, exact, strict=True):
+        assert relative(one.grad, other.grad) < 3e-2
+
+
+def test_compiled_is_eager_to_the_bit(record):
+    """fullgraph under Inductor, against the same op called from the graph as it is."""
+    tensors = gpu(record)
+    with torch.no_grad():
+        eager = compiled(attend, choice(record))[0](*tensors)
+        torch.compiler.reset()
+        inductor = compiled(attend, choice(record, "inductor"))[0](*tensors)
+    if record.name == "_flash_3_fp8":  # Inductor fuses the casts to fp8: other roundings
+        assert relative(inductor, eager) < record.tolerance.error
+    else:
+        assert torch.equal(inductor, eager)
+
+
+def test_on_a_side_stream(record):
+    """The current stream is kept waiting by a long product before, and whoever reads the output waits for it."""
+    big = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    given = gpu(record, q_len=1024, kv_len=1024)
+    run, _ = compiled(attend, choice(record, "inductor"))
+    with torch.no_grad():
+        run(*given)
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        tensors = [torch.zeros_like(tensor) for tensor in given]
+        for _ in range(20):
+            big = big @ big.clamp(-0.01, 0.01)
+        for tensor, true in zip(tensors, given, strict=True):
+            tensor.copy_(true)
+        output = run(*tensors).clone()
+        for tensor in tensors:
+            tensor.zero_()
+    stream.synchronize()
+    assert relative(output, attend(*map(doubled, given))) < record.tolerance.error
+
+
+def test_cuda_graphs(record):
+    """mode="reduce-overhead" replays with new inputs; what cannot be captured stays outside."""
+    layer = torch.nn.Linear(64, 64, device="cuda", dtype=gpu(record)[0].dtype)
+
+    def step(query, key, value):
+        return layer(attend(layer(query), key, value).unflatten(-1, (4, 64)))
+
+    run, backend = compiled(step, choice(record, "inductor"), mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(4):
+            tensors = gpu(record)
+            output = run(*tensors).clone()
+            reference = step(*tensors)
+            assert relative(output, reference) < 2 * record.tolerance.error
+    assert backend.report.sites[0].chosen == record.name
+
+
+def test_inputs_are_left_alone(record):
+    tensors = gpu(record)
+    copies = [tensor.clone() for tensor in tensors]
+    right(record, *tensors)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True))
+
+
+def test_capture_is_refused_where_it_would_be_wrong(record):
+    """By hand, without Inductor's partitions: an error that says so, where the library would replay stale results."""
+    if "sage" not in record.name or "triton" in record.name or is_sage_1(record):
+        pytest.skip("can be captured: test_cuda_graphs")
+    run, _ = compiled(attend, choice(record))
+    tensors = gpu(record)
+    with torch.no_grad():
+        run(*tensors)
+        with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            run(*tensors)
+    torch.cuda.synchronize()
+
+
+def test_dynamic_lengths(record):
+    run = torch.compile(attend, backend=(backend := choice(record, "inductor")), fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for length in (64, 128, 192, 320):
+            tensors = gpu(record, q_len=length, kv_len=length + 64)
+            assert relative(run(*tensors), attend(*map(doubled, tensors))) < record.tolerance.error
+    assert {site.chosen for site in backend.report.sites} == {record.name}
+    assert len(backend.report.graphs) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*test_.*:UserWarning")
+def test_opcheck(record):
+    """PyTorch's own checks of the op, on the real kernel: schema, fake, strides, autograd."""
+    if record.source is None:
+        pytest.skip("an aten operator")
+    seen = []
+
+    def inner(graph_module, example_inputs):
+        def call(*inputs):
+            class Recorder(torch.fx.Interpreter):
+                def call_function(self, target, args, kwargs):
+                    if str(target).startswith("attnrewrite."):
+                        seen.append((target, args, kwargs))
+                    return super().call_function(target, args, kwargs)
+
+            return Recorder(graph_module).run(*inputs)
+
+        return call
+
+    backend = choice(record, inner)
+    for grad in (False, True) if record.backward else (False,):
+        torch.compiler.reset()
+        tensors = gpu(record, q_len=128, kv_len=128)
+        if grad:
+            tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        with torch.set_grad_enabled(grad):
+            torch.compile(attend, backend=backend, fullgraph=True)(*tensors)
+    assert len(seen) == (2 if record.backward else 1)
+    for target, args, kwargs in seen:
+        torch.library.opcheck(target, args, kwargs, rtol=record.tolerance.error, atol=record.tolerance.error)
