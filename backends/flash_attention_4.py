@@ -50,7 +50,7 @@ def fake(
 
 FLASH_4 = ops.register(
     "flash_4",
-    "(Tensor query, Tensor key, Tensor value, bool causal, float? scale, bool logsumexp) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor key, Tensor value, bool causal, float? scale, bool wants_logsumexp) -> (Tensor, Tensor)",
     forward,
     fake,
     flops=ops.products,

@@ -18,6 +18,12 @@ from .packing import Packing, pack, packing, unpack
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall) -> Tensor:
     query, key, value = pack(query, key, value, packed)
+    if call.needs_grad and packed.keys is not None:
+        # The backward leaves the gradients of keys behind the last sequence's end as they were in memory (2.11): where()
+        # makes zeros of them.
+        read = (torch.arange(key.shape[0], device=key.device) < packed.cu_seqlens_k[-1])[:, None, None]
+        zero = torch.zeros((), dtype=key.dtype, device=key.device)
+        key, value = torch.where(read, key, zero), torch.where(read, value, zero)
     output: Tensor = torch.ops.aten._flash_attention_forward.default(
         query, key, value, packed.cu_seqlens_q, packed.cu_seqlens_k, call.q_len, call.kv_len,
         call.dropout, call.mask.is_causal, False, scale=call.scale,

@@ -65,7 +65,8 @@ def fake(
 
 XFORMERS_OP = ops.register(
     "xformers",
-    "(Tensor query, Tensor key, Tensor value, Tensor? bias, bool causal, float? scale, bool logsumexp) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor key, Tensor value, Tensor? bias, bool causal, float? scale, bool wants_logsumexp) "
+    "-> (Tensor, Tensor)",
     forward,
     fake,
     flops=ops.products,

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import attnrewrite
+from attnrewrite.support import usable
 
 BATCH, HEADS, Q_LEN, KV_LEN, DIM = 2, 6, 300, 270, 64
 
@@ -57,7 +58,8 @@ def measure(kernel: str, dtype: torch.dtype, device: str, sizes: dict, given: di
         (of["kv_len"], of["kv_heads"], value_dim),
     )
     query, key, value = (torch.randn(BATCH, *shape, dtype=dtype, device=device).transpose(1, 2) for shape in shapes)
-    backend = attnrewrite.with_backend(kernel, inner="inductor" if kernel == "flex" else "eager")
+    inner = "inductor" if kernel == "flex" else "eager"
+    backend = attnrewrite.with_backend(kernel, inner=inner, numerics="quantised")
 
     def attend(query, key, value, arguments):
         output = F.scaled_dot_product_attention(query, key, value, **arguments)
@@ -75,24 +77,30 @@ def measure(kernel: str, dtype: torch.dtype, device: str, sizes: dict, given: di
     return ((output.double() - reference).norm() / reference.norm()).item()
 
 
+def runs_here(name: str, machine: attnrewrite.Machine) -> bool:
+    """Whether it is installed; kernels of the hub are those of packages, from elsewhere."""
+    refused, record = usable(name, machine)
+    return refused is None and not isinstance(record.source, attnrewrite.Hub)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = attnrewrite.machine_of(torch.device(device))
-    kernels = attnrewrite.names()
+    kernels = [name for name in attnrewrite.names() if runs_here(name, machine)]
     results: dict[str, dict[str, dict[str, float | str]]] = {}
     print(f"{machine}; python {platform.python_version()}")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         rows = results[str(dtype).removeprefix("torch.")] = {}
         print(
             f"\n{dtype}, ({BATCH}, {HEADS}, {Q_LEN}, {DIM}) x {KV_LEN}\n{'':<20}"
-            + "".join(f"{name:>18}" for name in kernels)
+            + "".join(f"{name:>32}" for name in kernels)
         )
         for case, (sizes, given) in cases(dtype, device).items():
             rows[case] = {kernel: measure(kernel, dtype, device, sizes, given) for kernel in kernels}
-            cells = (f"{cell:>18.1e}" if isinstance(cell, float) else f"{cell:>18}" for cell in rows[case].values())
+            cells = (f"{cell:>32.1e}" if isinstance(cell, float) else f"{cell:>32}" for cell in rows[case].values())
             print(f"{case:<20}" + "".join(cells), flush=True)
     if arguments.json:
         record = {

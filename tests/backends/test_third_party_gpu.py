@@ -100,7 +100,10 @@ def refused(record, code, *tensors, **arguments):
 
 
 def test_dtypes(record):
-    for name in sorted(record.dtypes):
+    dtypes = record.dtypes
+    if isinstance(record.source, Hub) and BUILDS[record.source.repository] == "fa3_fwd_interface":
+        dtypes = dtypes - {"float16"}  # built without
+    for name in sorted(dtypes):
         torch.compiler.reset()
         dtype = getattr(torch, name)
         right(record, *gpu(record, dtype=dtype), tolerance=2e-3 if dtype is torch.float32 else None)
@@ -115,6 +118,7 @@ def test_head_dims(record):
     for dim in sorted({20, 64, 72, 80, 96, 128, largest}):
         torch.compiler.reset()
         if dim <= largest and (record.head_dim.pad or dim % record.head_dim.multiple == 0):
+            print("head_dim", dim)
             right(record, *gpu(record, dim=dim))
     if record.head_dim.max is not None:
         torch.compiler.reset()
@@ -326,8 +330,8 @@ def test_capture_is_refused_where_it_would_be_wrong(record):
 def test_dynamic_lengths(record):
     run = torch.compile(attend, backend=(backend := choice(record, "inductor")), fullgraph=True, dynamic=True)
     with torch.no_grad():
-        for length in (64, 128, 192, 320):
-            tensors = gpu(record, q_len=length, kv_len=length + 64)
+        for length in (96, 160, 224, 352):
+            tensors = gpu(record, q_len=length, kv_len=length + 160)
             assert relative(run(*tensors), attend(*map(doubled, tensors))) < record.tolerance.error
     assert {site.chosen for site in backend.report.sites} == {record.name}
     assert len(backend.report.graphs) == 1
@@ -362,4 +366,6 @@ def test_opcheck(record):
             torch.compile(attend, backend=backend, fullgraph=True)(*tensors)
     assert len(seen) == (2 if record.backward else 1)
     for target, args, kwargs in seen:
+        if args[0].dtype is torch.float8_e4m3fn:
+            continue  # PyTorch's schema check multiplies tensors, which fp8 cannot
         torch.library.opcheck(target, args, kwargs, rtol=record.tolerance.error, atol=record.tolerance.error)
