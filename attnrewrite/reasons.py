@@ -104,11 +104,13 @@ def _capability(backend: Backend, call: AttentionCall, machine: Machine) -> Refu
     if backend.capability is None or machine.capability is None:
         return None
     first, last = backend.capability
-    if first <= machine.capability <= last:
+    if first <= machine.capability <= last and machine.capability not in backend.not_on:
         return None
+    gaps = ", ".join(f"{major}.{minor}" for major, minor in sorted(backend.not_on) if first <= (major, minor) <= last)
+    without = f" without {gaps}" if gaps else ""
     return Refused(
         Code.CAPABILITY,
-        f"{backend.name} runs on compute capability {first[0]}.{first[1]} to {last[0]}.{last[1]}, "
+        f"{backend.name} runs on compute capability {first[0]}.{first[1]} to {last[0]}.{last[1]}{without}, "
         f"this is {machine.capability[0]}.{machine.capability[1]}",
         "Choose a kernel made for this GPU",
     )

@@ -68,6 +68,7 @@ class Backend:
     dtypes: frozenset[str]
     summary: str = ""
     capability: tuple[tuple[int, int], tuple[int, int]] | None = None  # first and last, both included
+    not_on: frozenset[tuple[int, int]] = frozenset()  # capabilities between these that it has no kernel for
     head_dim: HeadDim = HeadDim()
     masks: frozenset[MaskKind] = frozenset({MaskKind.NONE})
     mask_dtypes: frozenset[str] = frozenset()  # of additive masks, besides the call's own dtype

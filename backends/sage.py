@@ -172,16 +172,6 @@ def as_many_queries_as_keys(call: AttentionCall, machine: Machine) -> Refused | 
     )
 
 
-def known_architecture(call: AttentionCall, machine: Machine) -> Refused | None:
-    """`sageattn` of 2.2 chooses among these and raises for others."""
-    if machine.capability in {(8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (12, 1)}:
-        return None
-    major, minor = machine.capability or (0, 0)
-    return Refused(
-        Code.CAPABILITY, f"sageattn has no kernel for compute capability {major}.{minor}", "Choose another kernel"
-    )
-
-
 def whole_blocks_of_keys(call: AttentionCall, machine: Machine) -> Refused | None:
     """SageAttention 1.x counts the missing keys of its last block of 64 as zeros."""
     if holds(call.kv_len % 64 == 0):
@@ -210,6 +200,7 @@ SAGE = Backend(
     summary="SageAttention: the variant that it chooses for the GPU",
     devices=frozenset({"cuda"}),
     capability=((8, 0), (12, 1)),
+    not_on=frozenset({(8, 7), (10, 0), (10, 3), (11, 0)}),  # `sageattn` raises there
     dtypes=frozenset({"float16", "bfloat16"}),
     head_dim=HeadDim(max=128, multiple=64, pad=True),
     masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT}),
@@ -217,7 +208,7 @@ SAGE = Backend(
     layout="bshd",
     numerics=Numerics.QUANTISED,
     tolerance=Tolerance(6e-2, "int8 scores and fp8 values: 3.9e-2 measured on Gaussian data"),
-    checks=(as_many_queries_as_keys, known_architecture),
+    checks=(as_many_queries_as_keys,),
     tested="sm_90",
     source=Package("sageattention", "sageattention"),
     requires={"sageattention": ">=2.1.1"},
@@ -230,21 +221,20 @@ SAGE_HUB = replace(
     requires={"kernels": ">=0.14"},
 )
 FP16 = Tolerance(3e-2, "int8 scores: 1.4e-2 measured on Gaussian data")
-SQUARE = (as_many_queries_as_keys,)
 FP16_TRITON = replace(
     SAGE, name="_sage_qk_int8_pv_fp16_triton", op=calls(FP16_TRITON_OP), summary="int8 scores, float16 values, Triton",
-    capability=((8, 0), (9, 0)), tolerance=FP16, checks=SQUARE,
+    capability=((8, 0), (9, 0)), tolerance=FP16,
 )  # fmt: skip
 FP16_CUDA = replace(
     FP16_TRITON, name="_sage_qk_int8_pv_fp16_cuda", op=calls(FP16_CUDA_OP), summary="int8 scores, float16 values, CUDA"
 )
 FP8_CUDA = replace(
     SAGE, name="_sage_qk_int8_pv_fp8_cuda", op=calls(FP8_CUDA_OP), summary="int8 scores, fp8 values",
-    capability=((8, 9), (12, 1)), checks=SQUARE,
+    capability=((8, 9), (12, 1)),
 )  # fmt: skip
 FP8_SM90 = replace(
     SAGE, name="_sage_qk_int8_pv_fp8_cuda_sm90", op=calls(FP8_SM90_OP), summary="int8 scores, fp8 values, for Hopper",
-    capability=((9, 0), (9, 0)), checks=SQUARE,
+    capability=((9, 0), (9, 0)),
 )  # fmt: skip
 VARLEN = replace(
     FP16_TRITON, name="sage_varlen", op=calls_varlen(VARLEN_OP), prepare=packing,
@@ -257,6 +247,7 @@ BLACKWELL = replace(
     op=calls_blackwell,
     summary="SageAttention 3: fp4, for Blackwell",
     capability=((10, 0), (12, 1)),
+    not_on=frozenset(),
     head_dim=HeadDim(max=128, multiple=64),
     gqa=False,
     layout="bhsd",

@@ -17,3 +17,6 @@ def fresh_compiler():
     torch.manual_seed(0)
     yield
     torch.compiler.reset()
+
+
+pytest_plugins = ["stand_ins"]

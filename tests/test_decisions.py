@@ -1,10 +1,25 @@
 """What each record takes and refuses, one change at a time; and what a decision asks about sizes."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import pytest
 import torch
+from decision_specs import (
+    ACCEPTED,
+    ADDITIVE,
+    BOOLEAN,
+    CALL,
+    CHANGES,
+    CPU,
+    DIMS,
+    HEADS,
+    LENGTHS,
+    LOWER,
+    SPECS,
+    UPPER,
+    gpu,
+)  # fmt: skip
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
@@ -29,318 +44,27 @@ from attnrewrite import (
 from attnrewrite.backends import RECORDS
 from attnrewrite.reports import GraphReport
 
-CALL = AttentionCall("blocks.0.attn", 2, 8, 8, 64, 64, 64, 64, dtype="bfloat16")
-CPU = Machine("cpu", packages={"torch": "2.13.0"})
-
-
-def gpu(*capability, cudnn="9.19.0", torch="2.13.0"):
-    packages = {"torch": torch} | ({"cudnn": cudnn} if cudnn else {})
-    return Machine("cuda", capability, packages)
-
-
-@dataclass(frozen=True)
-class Change:
-    """What is different from the baseline: fields of the call, another machine, the limit of numerics."""
-
-    call: dict = field(default_factory=dict)
-    machine: Machine | None = None
-    numerics: Numerics = Numerics.REORDERED
-
-
-def masked(kind, dtype=None, needs_grad=False, **call):
-    shape = (2, 1, 64, 64) if dtype else ()
-    return Change({"mask": Mask(kind, dtype, shape, needs_grad), **call})
-
-
-def dims(head_dim, machine=None, **call):
-    return Change({"head_dim": head_dim, "value_dim": head_dim, **call}, machine)
-
-
-UPPER, LOWER = MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT
-BOOLEAN, ADDITIVE = MaskKind.BOOLEAN, MaskKind.ADDITIVE
-
-CAPABILITIES = {"sm_37": (3, 7), "sm_75": (7, 5), "sm_80": (8, 0), "sm_89": (8, 9), "sm_100": (10, 0), "sm_121": (12, 1),
-                "sm_122": (12, 2), "sm_130": (13, 0)}  # fmt: skip
-DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "float8_e4m3fn", "int8")
-
-CHANGES = {
-    "nothing": Change(),
-    "on cpu": Change(machine=CPU),
-    "on cuda": Change(machine=gpu(9, 0)),
-    "on mps": Change(machine=Machine("mps")),
-    "on vulkan": Change(machine=Machine("vulkan")),
-    **{name: Change(machine=gpu(*capability)) for name, capability in CAPABILITIES.items()},
-    "without cudnn": Change(machine=gpu(9, 0, cudnn=None)),
-    "cudnn 8.9.7": Change(machine=gpu(9, 0, cudnn="8.9.7")),
-    "exact": Change(numerics=Numerics.EXACT),
-    "quantised": Change(numerics=Numerics.QUANTISED),
-    "obstacle": Change({"obstacle": "its tensors are nested"}),
-    "deterministic": Change({"deterministic": True}),
-    **{dtype: Change({"dtype": dtype}) for dtype in DTYPES},
-    "dropout": Change({"dropout": 0.25}),
-    "dropout of 0.1": Change({"dropout": 0.1}),
-    "gradient": Change({"needs_grad": True}),
-    "causal": masked(UPPER),
-    "causal, more keys": masked(UPPER, kv_len=96),
-    "causal, fewer keys": masked(UPPER, kv_len=32),
-    "lower-right": masked(LOWER),
-    "lower-right, more keys": masked(LOWER, kv_len=96),
-    "boolean": masked(BOOLEAN, "bool"),
-    "additive": masked(ADDITIVE, "bfloat16"),
-    "additive in float16": masked(ADDITIVE, "float16"),
-    "additive in float32": masked(ADDITIVE, "float32"),
-    "additive in float64": masked(ADDITIVE, "float64"),
-    "additive in int64": masked(ADDITIVE, "int64"),
-    "learned bias": masked(ADDITIVE, "bfloat16", needs_grad=True),
-    "wider values": Change({"value_dim": 128}),
-    "narrower values": Change({"value_dim": 32}),
-    "values of 8": Change({"value_dim": 8}),
-    "values of 264": Change({"value_dim": 264}),
-    "4 key heads": Change({"kv_heads": 4}),
-    "1 key head": Change({"kv_heads": 1}),
-    "3 heads a key head": Change({"heads": 12, "kv_heads": 4}),
-    **{f"dim {dim}": dims(dim) for dim in (1, 7, 8, 15, 16, 40, 128, 136, 256, 257, 512)},
-    "dim 136 on sm_80": dims(136, gpu(8, 0)),
-    "dim 136 on sm_100": dims(136, gpu(10, 0)),
-    "dim 136 on sm_120": dims(136, gpu(12, 0)),
-    "dim 256 on torch 2.11": dims(256, gpu(9, 0, torch="2.11.0")),
-    "dim 257 on torch 2.11": dims(257, gpu(9, 0, torch="2.11.0")),
-    "dim 136 on torch 2.11 with a gradient": dims(136, gpu(9, 0, torch="2.11.0"), needs_grad=True),
-    "dim 256 on cudnn 9.23": dims(256, gpu(10, 0, cudnn="9.23.0")),
-    "dim 256 on sm_120 with cudnn 9.23": dims(256, gpu(12, 0, cudnn="9.23.0")),
-    "dim 136 with a gradient": dims(136, needs_grad=True),
-    "dim 192 with a gradient on sm_89": dims(192, gpu(8, 9), needs_grad=True),
-    "dim 200 with a gradient on sm_89": dims(200, gpu(8, 9), needs_grad=True),
-    "dim 256 with a gradient on sm_89": dims(256, gpu(8, 9), needs_grad=True),
-    "dim 256 with a gradient and dropout on sm_89": dims(256, gpu(8, 9), needs_grad=True, dropout=0.25),
-    "batch 0": Change({"batch": 0}),
-    "q_len 0": Change({"q_len": 0}),
-    "kv_len 0": Change({"kv_len": 0}),
-    "q_len 1": Change({"q_len": 1}),
-    "kv_len 1": Change({"kv_len": 1}),
-}
-
-
-# -- what is refused, with the code and with both values of its detail; every other change is accepted
-
-
-ACCEPTED = ()
-
-
-def dtypes(taken, *refused):
-    return {dtype: (Code.DTYPE, taken, dtype) for dtype in refused}
-
-
-ON_GPU = [name for name, change in CHANGES.items() if change.machine and change.machine.device == "cuda"]
-NOT_CUDA = {f"on {device}": (Code.DEVICE, "cuda", device) for device in ("cpu", "mps", "vulkan")}
-NOT_CPU = {
-    **dict.fromkeys(ON_GPU, (Code.DEVICE, "runs on cpu", "on cuda")),
-    **{f"on {device}": (Code.DEVICE, "cpu", device) for device in ("mps", "vulkan")},
-}
-AMPERE_ON = {
-    name: (Code.CAPABILITY, "8.0 to 12.1", word)
-    for name, word in {"sm_37": "3.7", "sm_75": "7.5", "sm_122": "12.2", "sm_130": "13.0"}.items()
-}
-SWAPPED = {  # for every kernel that is not the call itself
-    "exact": (Code.NUMERICS, "reordered", "exact"),
-    "obstacle": (Code.CONTEXT, "its tensors are nested"),
-}
-EMPTY = {f"{size} 0": (Code.LENGTH, f"{size} of at least 1", "this is 0") for size in ("batch", "q_len", "kv_len")}
-NOT_REAL = ("complex64", "float8_e4m3fn", "int8")
-NO_DROPOUT = {
-    "dropout": (Code.DROPOUT, "no dropout", "p=0.25"),
-    "dropout of 0.1": (Code.DROPOUT, "no dropout", "p=0.1"),
-}
-NO_LEARNED_BIAS = {"learned bias": (Code.GRAD, "no gradient to the mask", "needs one")}
-UPPER_LEFT_ONLY = {
-    "lower-right, more keys": (Code.CAUSAL, "causal upper-left", "lower-right", "q_len is 64", "kv_len 96")
-}
-
-
-def mask_dtypes(*refused):
-    return {f"additive in {dtype}": (Code.MASK, "in bfloat16", f"is {dtype}") for dtype in refused}
-
-
-@dataclass(frozen=True)
-class Spec:
-    """The record's own machine; what it refuses; how many questions an accepted call asks where every size is a symbol
-    of its own; and which sizes must be no data."""
-
-    machine: Machine
-    refused: dict
-    questions: int
-    not_unbacked: tuple = ()
-
-
-LENGTHS = ("batch", "q_len", "kv_len")
-DIMS = ("head_dim", "value_dim")
-HEADS = ("heads", "kv_heads")
-
-SPECS = {
-    "native": Spec(
-        CPU,
-        {
-            "on vulkan": (Code.DEVICE, "cpu or cuda", "vulkan"),
-            **dtypes("bfloat16", "int8"),
-            **mask_dtypes("int64"),
-        },
-        questions=0,
-    ),
-    "_native_math": Spec(
-        CPU,
-        {
-            **SWAPPED,
-            "on vulkan": (Code.DEVICE, "cpu or cuda", "vulkan"),
-            **dtypes("bfloat16, float16, float32, float64", *NOT_REAL),
-            **mask_dtypes("float16", "float32", "float64", "int64"),
-            **UPPER_LEFT_ONLY,
-        },
-        questions=0,
-    ),
-    "_native_flash on cpu": Spec(
-        CPU,
-        {
-            **SWAPPED,
-            **NOT_CPU,
-            **EMPTY,
-            **NO_DROPOUT,
-            **NO_LEARNED_BIAS,
-            **UPPER_LEFT_ONLY,
-            **dtypes("bfloat16, float16, float32, float64", *NOT_REAL),
-            **mask_dtypes("float16", "float64", "int64"),
-            "wider values": (Code.VALUE_DIM, "value_dim is 128", "head_dim 64"),
-            "narrower values": (Code.VALUE_DIM, "value_dim is 32", "head_dim 64"),
-            "values of 8": (Code.VALUE_DIM, "value_dim is 8", "head_dim 64"),
-            "values of 264": (Code.VALUE_DIM, "value_dim is 264", "head_dim 64"),
-        },
-        questions=1,  # value_dim == head_dim
-        not_unbacked=(*DIMS, *LENGTHS),
-    ),
-    "_native_flash on cuda": Spec(
-        gpu(9, 0),
-        {
-            **SWAPPED,
-            **NOT_CUDA,
-            **AMPERE_ON,
-            **EMPTY,
-            **NO_LEARNED_BIAS,
-            **dtypes("bfloat16, float16", "float32", "float64", *NOT_REAL),
-            "causal, more keys": (Code.CAUSAL, "causal lower-right", "upper-left", "q_len is 64", "kv_len 96"),
-            "causal, fewer keys": (Code.CAUSAL, "causal lower-right", "upper-left", "q_len is 64", "kv_len 32"),
-            "boolean": (Code.MASK, "takes causal lower-right", "boolean (2, 1, 64, 64)"),
-            "additive": (Code.MASK, "takes causal lower-right", "additive (2, 1, 64, 64)"),
-            "additive in float16": (Code.MASK, "takes causal lower-right", "additive"),
-            "additive in float32": (Code.MASK, "takes causal lower-right", "additive"),
-            "additive in float64": (Code.MASK, "takes causal lower-right", "additive"),
-            "additive in int64": (Code.MASK, "takes causal lower-right", "additive"),
-            "wider values": (Code.VALUE_DIM, "value_dim is 128", "head_dim 64"),
-            "narrower values": (Code.VALUE_DIM, "value_dim is 32", "head_dim 64"),
-            "values of 8": (Code.VALUE_DIM, "value_dim is 8", "head_dim 64"),
-            "values of 264": (Code.VALUE_DIM, "value_dim is 264", "head_dim 64"),
-            "dim 257": (Code.HEAD_DIM, "up to 256", "this is 257"),
-            "dim 257 on torch 2.11": (Code.HEAD_DIM, "up to 256", "this is 257"),
-            "dim 512": (Code.HEAD_DIM, "up to 256", "this is 512"),
-            "dim 200 with a gradient on sm_89": (Code.HEAD_DIM, "up to 192", "this is 200"),
-            "dim 256 with a gradient and dropout on sm_89": (Code.HEAD_DIM, "up to 192", "this is 256"),
-        },
-        questions=2,  # value_dim == head_dim, head_dim <= 256
-        not_unbacked=(*DIMS, *LENGTHS),
-    ),
-    "_native_efficient on cuda": Spec(
-        gpu(9, 0),
-        {
-            **SWAPPED,
-            **NOT_CUDA,
-            **AMPERE_ON,
-            **EMPTY,
-            **UPPER_LEFT_ONLY,
-            **dtypes("bfloat16, float16, float32", "float64", *NOT_REAL),
-            **mask_dtypes("float16", "float32", "float64", "int64"),
-            "4 key heads": (Code.GQA, "there are 4", "and 8"),
-            "1 key head": (Code.GQA, "there are 1", "and 8"),
-            "3 heads a key head": (Code.GQA, "there are 4", "and 12"),
-        },
-        questions=1,  # heads == kv_heads
-        not_unbacked=(*HEADS, *LENGTHS),
-    ),
-    "_native_cudnn on cuda": Spec(
-        gpu(9, 0),
-        {
-            **SWAPPED,
-            **NOT_CUDA,
-            **AMPERE_ON,
-            **EMPTY,
-            **NO_LEARNED_BIAS,
-            **UPPER_LEFT_ONLY,
-            "without cudnn": (Code.MISSING, "cudnn>=9.0", "not installed"),
-            "cudnn 8.9.7": (Code.VERSION, "cudnn>=9.0", "8.9.7"),
-            "deterministic": (Code.DETERMINISTIC, "_native_cudnn is not", "use_deterministic_algorithms(True)"),
-            **dtypes("bfloat16, float16", "float32", "float64", *NOT_REAL),
-            "dropout of 0.1": (Code.DROPOUT, "1/16", "p=0.1"),
-            **mask_dtypes("float16", "float32", "float64", "int64"),
-            "values of 264": (Code.HEAD_DIM, "value_dim up to 128", "this is 264"),
-            **{
-                name: (Code.HEAD_DIM, "head_dim up to 128", f"this is {name.split()[1]}")
-                for name, change in CHANGES.items()
-                if name.startswith("dim ") and change.call["head_dim"] > 128
-            },
-            "dim 257 on torch 2.11": (Code.HEAD_DIM, "head_dim up to 256", "this is 257"),
-            "kv_len 1": (Code.LENGTH, "at least 2", "this is 1"),
-            **dict.fromkeys(("dim 256 on torch 2.11", "dim 256 on cudnn 9.23"), ACCEPTED),
-        },
-        questions=2,  # head_dim <= 128, value_dim <= 128; symbols are never 0 or 1
-        not_unbacked=(*DIMS, *LENGTHS),
-    ),
-    "flex on cuda": Spec(
-        gpu(9, 0),
-        {
-            **SWAPPED,
-            **NOT_CUDA,
-            **AMPERE_ON,
-            **EMPTY,
-            **NO_DROPOUT,
-            **NO_LEARNED_BIAS,
-            **UPPER_LEFT_ONLY,
-            "dim 256 with a gradient and dropout on sm_89": (Code.DROPOUT, "no dropout", "p=0.25"),
-            **dtypes("bfloat16, float16, float32", "float64", *NOT_REAL),
-            **mask_dtypes("float64", "int64"),
-            "values of 8": (Code.HEAD_DIM, "value_dim from 16", "this is 8"),
-            "dim 1": (Code.HEAD_DIM, "head_dim from 16", "this is 1"),
-            "dim 7": (Code.HEAD_DIM, "head_dim from 16", "this is 7"),
-            "dim 8": (Code.HEAD_DIM, "head_dim from 16", "this is 8"),
-            "dim 15": (Code.HEAD_DIM, "head_dim from 16", "this is 15"),
-            "3 heads a key head": (Code.GQA, "power of two", "12 share 4"),
-        },
-        questions=3,  # head_dim >= 16, value_dim >= 16, heads == kv_heads
-        not_unbacked=(*DIMS, *HEADS, *LENGTHS),
-    ),
-    "flex on cpu": Spec(
-        CPU,
-        {
-            **SWAPPED,
-            **NOT_CPU,
-            **EMPTY,
-            **NO_DROPOUT,
-            **NO_LEARNED_BIAS,
-            **UPPER_LEFT_ONLY,
-            **dtypes("bfloat16, float16, float32", "float64", *NOT_REAL),
-            **mask_dtypes("float64", "int64"),
-            "gradient": (Code.GRAD, "no backward on cpu", "needs a gradient"),
-            "dim 136 with a gradient": (Code.GRAD, "no backward on cpu", "needs a gradient"),
-        },
-        questions=0,
-        not_unbacked=LENGTHS,
-    ),
-}
-
 
 def key(record):
-    return record.name if len(record.devices) > 1 else f"{record.name} on {min(record.devices)}"
+    """The name; for several records of one name also the device, or the package, that tells them apart."""
+    if len(record.devices) > 1:
+        return record.name
+    text = f"{record.name} on {min(record.devices)}"
+    packages = {tuple(other.requires) for other in RECORDS if other.name == record.name} - {()}
+    if len([other for other in RECORDS if (other.name, other.devices) == (record.name, record.devices)]) > 1:
+        ((package, specifier),) = record.requires.items()
+        text += f" ({package})" if len(packages) > 1 else f" ({package}{specifier})"
+    return text
+
+
+def limit(record, change=None):
+    """The numerics that a decision is asked under: as far as the record goes, if the change does not say."""
+    return change.numerics if change and change.numerics is not None else max(Numerics.REORDERED, record.numerics)
 
 
 def decision_of(record, change):
     call, machine = replace(CALL, **change.call), change.machine or SPECS[key(record)].machine
-    return decide(record, replace(call, device=machine.device), machine, change.numerics)
+    return decide(record, replace(call, device=machine.device), machine, limit(record, change))
 
 
 each_record = pytest.mark.parametrize("record", RECORDS, ids=key)
@@ -353,23 +77,30 @@ def test_every_record_is_specified():
 
 def test_every_code_is_met():
     met = {refusal[0] for spec in SPECS.values() for refusal in spec.refused.values() if refusal}
-    assert met == set(Code) - {Code.UNBACKED}
+    assert met == set(Code) - {Code.UNBACKED, Code.BROKEN, Code.UNTRUSTED}  # the last two: where libraries are loaded
 
 
 @each_record
-@pytest.mark.parametrize("change", CHANGES)
-def test_one_change_gives_one_code(record, change):
+def test_one_change_gives_one_code(record):
+    wrong = {name: said for name in CHANGES if (said := wrong_about(record, name)) is not None}
+    assert wrong == {}
+
+
+def wrong_about(record, change):
+    """The decision on a changed call if it is not the one of the table, with its two values; None if it is."""
     decision = decision_of(record, CHANGES[change])
     expected = SPECS[key(record)].refused.get(change, ACCEPTED)
     if expected == ACCEPTED:
-        assert decision == Accepted()
-        return
+        return None if isinstance(decision, Accepted) else decision
     code, *values = expected
-    assert isinstance(decision, Refused)
-    assert decision.code is code, decision
-    assert [value for value in values if value not in decision.detail] == [], decision
-    assert decision.fix.strip()
-    assert str(decision) == f"{code.value}: {decision.detail}. {decision.fix}"
+    right = (
+        isinstance(decision, Refused)
+        and decision.code is code
+        and all(value in decision.detail for value in values)
+        and decision.fix.strip() != ""
+        and str(decision) == f"{code.value}: {decision.detail}. {decision.fix}"
+    )
+    return None if right else (decision, expected)
 
 
 @each_record
@@ -380,7 +111,7 @@ def test_packages(record):
         without = {name: version for name, version in machine.packages.items() if name != package}
         for version, code in ((None, Code.MISSING), ("0.0.1", Code.VERSION)):
             packages = without | ({package: version} if version else {})
-            refused = decide(record, CALL, replace(machine, packages=packages))
+            refused = decide(record, CALL, replace(machine, packages=packages), limit(record))
             assert refused.code is code
             assert f"{package}{specifier}" in refused.detail
             assert (version or "not installed") in refused.detail
@@ -478,13 +209,13 @@ def with_wrong_sizes(record, name):
     change = CHANGES[name]
     facts = {field: value for field, value in change.call.items() if field not in (*LENGTHS, *DIMS, *HEADS)}
     call, env = symbolic(replace(CALL, **facts), **WRONG_SIZES)
-    return decide(record, call, change.machine or SPECS[key(record)].machine, change.numerics), env.guards
+    return decide(record, call, change.machine or SPECS[key(record)].machine, limit(record, change)), env.guards
 
 
 @each_record
 def test_questions_of_an_accepted_call(record):
     call, env = symbolic(CALL)
-    assert decide(record, call, SPECS[key(record)].machine) == Accepted()
+    assert isinstance(decide(record, call, SPECS[key(record)].machine, limit(record)), Accepted)
     assert len(env.guards) == SPECS[key(record)].questions, env.guards
 
 
@@ -501,7 +232,7 @@ def test_the_first_refusal_is_the_last_question():
 def test_known_sizes_leave_no_guard(record):
     call, env = symbolic(CALL)
     call = replace(CALL, batch=call.batch)  # batch >= 1 is known of any symbol
-    assert decide(record, call, SPECS[key(record)].machine) == Accepted()
+    assert isinstance(decide(record, call, SPECS[key(record)].machine, limit(record)), Accepted)
     assert env.guards == []
 
 
@@ -512,9 +243,9 @@ def test_unbacked_sizes(record, size):
     spec = SPECS[key(record)]
     env = ShapeEnv()
     unknown = env.create_unbacked_symint()
-    decision = decide(record, replace(CALL, **{size: unknown}), spec.machine)
+    decision = decide(record, replace(CALL, **{size: unknown}), spec.machine, limit(record))
     if size not in spec.not_unbacked:
-        assert decision == Accepted()
+        assert isinstance(decision, Accepted)
         return
     assert decision.code is Code.UNBACKED
     assert str(unknown) in decision.detail
@@ -529,8 +260,9 @@ def test_unbacked_sizes_with_a_bound(record, size):
     env = ShapeEnv()
     unknown = env.create_unbacked_symint()
     torch._check(unknown >= 2)
+    torch._check(unknown % 64 == 0)  # SageAttention 1.x
     call = replace(CALL, **{size: unknown})
-    assert decide(record, call, SPECS[key(record)].machine) == Accepted()
+    assert isinstance(decide(record, call, SPECS[key(record)].machine, limit(record)), Accepted)
 
 
 @each_record
@@ -539,8 +271,13 @@ def test_unbacked_heads_with_a_bound(record):
     env = ShapeEnv()
     heads = env.create_unbacked_symint()
     torch._check(heads >= 2)
-    decision = decide(record, replace(CALL, heads=heads, kv_heads=1), SPECS[key(record)].machine)
-    expected = {"_native_efficient on cuda": Code.GQA, "flex on cuda": Code.UNBACKED}.get(key(record))
+    decision = decide(record, replace(CALL, heads=heads, kv_heads=1), SPECS[key(record)].machine, limit(record))
+    expected = {
+        "_native_efficient on cuda": Code.GQA,
+        "sage_blackwell_hub on cuda": Code.GQA,
+        "flex on cuda": Code.UNBACKED,
+        "_native_npu on npu": Code.UNBACKED,
+    }.get(key(record))
     assert getattr(decision, "code", None) is expected, decision
 
 
@@ -687,7 +424,8 @@ def test_the_report_of_a_compilation_through_json():
 
     run, backend = compiled(attend, "flex", dynamic=True)
     run(*qkv(), torch.rand(2, 1, 1, 11) > 0.4)
-    assert backend.report.sites[0].refusals[0][1].code is Code.MASK
+    # On torch before 2.13 flex takes no boolean mask on a CPU at all.
+    assert backend.report.sites[0].refusals[0][1].code in (Code.MASK, Code.VERSION)
     assert Report.from_json(backend.report.to_json()) == backend.report
 
 

@@ -1,0 +1,269 @@
+"""Every kernel of another package as its record declares it, through the compiled function, on stand-ins (tests/stand_ins)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import attend, doubled, qkv, relative
+from stand_ins import RECORDS, compiler, is_sage_1, name_of
+
+from attnrewrite import Code, MaskKind
+
+HALF = 1.2e-2  # rounding to bfloat16
+
+
+@pytest.fixture(params=RECORDS, ids=name_of)
+def record(request, stand_ins):
+    return stand_ins(request.param)
+
+
+def sizes(record, **given):
+    """SageAttention 1.x takes whole blocks of 64 keys."""
+    return {"q_len": 7, "kv_len": 64 if is_sage_1(record) else 11, "dim": 64, "dtype": torch.bfloat16} | given
+
+
+def tensors_for(record, **given):
+    return qkv(**sizes(record, **given))
+
+
+def run(record, *tensors, inner="eager", tolerance=HALF, numerics="quantised", cast=None, **arguments):
+    """The site, and the relative error against float64 of the unchanged function."""
+    backend = compiler(record, inner, numerics=numerics, cast=cast)
+    function = torch.compile(lambda *given: attend(*given, **arguments), backend=backend, fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        output = function(*tensors)
+    (site,) = backend.report.sites
+    error = relative(output, attend(*map(doubled, tensors), **arguments))
+    return site, error, output
+
+
+def right(record, *tensors, **arguments):
+    site, error, output = run(record, *tensors, **arguments)
+    assert site.chosen == record.name, site.refusals
+    limit = record.tolerance.error if record.name == "_flash_3_fp8" else HALF  # its casts are real ones
+    assert error < limit
+    return site, output
+
+
+def refused(record, code, *tensors, **arguments):
+    site, error, _ = run(record, *tensors, **arguments)
+    assert site.chosen is None
+    assert site.refusals[0][1].code is code
+    assert error < HALF
+
+
+def test_dtypes(record):
+    for name in sorted(record.dtypes):
+        torch.compiler.reset()
+        right(record, *tensors_for(record, dtype=getattr(torch, name)))
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_plain(record, inner):
+    site, _ = right(record, *tensors_for(record), inner=inner)
+    assert site.source is not None
+    assert str(record.source).split("@")[0] in site.source
+
+
+def test_causal(record):
+    right(record, *tensors_for(record, q_len=64, kv_len=64), is_causal=True)
+
+
+def test_causal_of_another_alignment(record):
+    tensors = tensors_for(record, q_len=7, kv_len=64)
+    if MaskKind.CAUSAL_UPPER_LEFT in record.masks and "sage" not in record.name:
+        right(record, *tensors, is_causal=True)
+    else:
+        refused(record, Code.CAUSAL, *tensors, is_causal=True)
+
+
+@pytest.mark.parametrize("scale", [0.3, 0.02])
+def test_scale(record, scale):
+    if record.name == "sage_blackwell_hub":
+        refused(record, Code.SCALE, *tensors_for(record), scale=scale)
+    else:
+        right(record, *tensors_for(record), scale=scale)
+
+
+@pytest.mark.parametrize("dim", [20, 72, 128])
+def test_head_dims(record, dim):
+    tensors = tensors_for(record, dim=dim)
+    multiple = record.head_dim.multiple
+    if dim % multiple and not record.head_dim.pad:
+        refused(record, Code.HEAD_DIM, *tensors)
+        return
+    site, _ = right(record, *tensors)
+    padded = -(-dim // multiple) * multiple
+    expected = [("pad_head_dim", dim, padded), ("pad_value_dim", dim, padded)] if padded != dim else []
+    assert [(step.name, step.before, step.after) for step in site.steps] == expected
+
+
+def test_grouped_heads(record):
+    tensors = tensors_for(record, heads=6, kv_heads=2)
+    if record.gqa:
+        right(record, *tensors, enable_gqa=True)
+    else:
+        refused(record, Code.GQA, *tensors, enable_gqa=True)
+
+
+def test_value_dim(record):
+    tensors = tensors_for(record, dim=128, value_dim=64)
+    if record.value_dim:
+        right(record, *tensors)
+    else:
+        refused(record, Code.VALUE_DIM, *tensors)
+
+
+def fused(dtype, kv_len):
+    return [x.transpose(1, 2) for x in torch.randn(2, kv_len, 3, 4, 64, dtype=dtype).unbind(2)]
+
+
+def heads_first(dtype, kv_len):
+    return [torch.randn(2, 4, size, 64, dtype=dtype) for size in (7, kv_len, kv_len)]
+
+
+def cut_out(dtype, kv_len):
+    return [torch.randn(2, 4, size, 72, dtype=dtype)[..., :64] for size in (7, kv_len, kv_len)]
+
+
+@pytest.mark.parametrize("layout", [fused, heads_first, cut_out])
+def test_layouts(record, layout):
+    right(record, *layout(torch.bfloat16, sizes(record)["kv_len"]))
+
+
+def padding(batch, kv_len):
+    """Keys anywhere: a hole, the left side cut off, and in the last batch none at all."""
+    mask = torch.rand(batch, kv_len) > 0.4
+    mask[0, :3] = False
+    mask[1, 0], mask[1, 5] = True, False
+    mask[-1] = False
+    return mask[:, None, None]
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_key_padding(record, expanded):
+    tensors = tensors_for(record, batch=3)
+    kv_len = tensors[1].shape[2]
+    mask = padding(3, kv_len)
+    mask = mask.expand(3, 4, 7, kv_len) if expanded else mask
+    if not record.masks & {MaskKind.KEY_PADDING, MaskKind.BOOLEAN}:
+        site, _, _ = run(record, *tensors, mask)
+        assert (site.chosen, site.refusals[0][1].code) == (None, Code.MASK)
+        return
+    site, output = right(record, *tensors, mask)
+    assert site.call.mask.kind is MaskKind.KEY_PADDING
+    assert output[-1].abs().max() == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 7, 11), (2, 1, 7, 11), (7, 11), (1, 4, 1, 11)])
+def test_dense_masks(record, shape):
+    tensors = tensors_for(record, kv_len=11)
+    boolean = torch.rand(*shape) > 0.4
+    boolean[..., 0] = True
+    for kind, mask in ((MaskKind.BOOLEAN, boolean), (MaskKind.ADDITIVE, 3 * torch.randn(*shape).bfloat16())):
+        torch.compiler.reset()
+        if kind in record.masks:
+            right(record, *tensors, mask)
+            right(record, *tensors, mask, scale=0.3)
+        else:
+            refused(record, Code.MASK, *tensors, mask)
+
+
+@pytest.mark.parametrize("case", ["plain", "causal", "grouped", "key padding", "mask"])
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_gradients(record, case, inner):
+    tensors = tensors_for(record, q_len=11, kv_len=11, heads=6, kv_heads=2 if case == "grouped" else 6)
+    masks = {"key padding": torch.rand(2, 1, 1, 11) > 0.4, "mask": torch.randn(2, 1, 11, 11).bfloat16()}
+    mask = [masks[case]] if case in masks else []
+    arguments = {"is_causal": case == "causal", "enable_gqa": case == "grouped"}
+    exact = [tensor.double().detach().requires_grad_() for tensor in tensors]
+    tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+    backend = compiler(record, inner)
+    function = torch.compile(lambda *given: attend(*given, **arguments), backend=backend, fullgraph=True)
+    function(*tensors, *mask).square().sum().backward()
+    attend(*exact, *map(doubled, mask), **arguments).square().sum().backward()
+    (site,) = backend.report.sites
+    if not record.backward:
+        assert site.refusals[0][1].code is Code.GRAD
+    elif case in ("plain", "causal") or (case == "grouped" and record.name != "xformers"):
+        assert site.chosen == record.name
+    else:
+        kind = site.call.mask.kind
+        taken = kind in record.masks or (kind is MaskKind.KEY_PADDING and MaskKind.BOOLEAN in record.masks)
+        assert (site.chosen == record.name) == (taken and case != "grouped")
+    for one, other in zip(tensors, exact, strict=True):
+        assert relative(one.grad, other.grad) < 3e-2
+
+
+def test_lengths_of_sage_1(stand_ins):
+    for record in filter(is_sage_1, map(stand_ins, RECORDS)):
+        torch.compiler.reset()
+        refused(record, Code.LENGTH, *tensors_for(record, kv_len=77))
+
+
+def test_inputs_are_left_alone(record):
+    tensors = tensors_for(record)
+    copies = [tensor.clone() for tensor in tensors]
+    right(record, *tensors)
+    assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True))
+
+
+def test_dynamic_lengths(record):
+    lengths = (128, 192, 256) if is_sage_1(record) else (33, 40, 51)
+    backend = compiler(record)
+    function = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for length in lengths:
+            tensors = qkv(q_len=length + 2, kv_len=length, dim=64, dtype=torch.bfloat16)
+            assert relative(function(*tensors), attend(*map(doubled, tensors))) < max(HALF, record.tolerance.error)
+    assert {site.chosen for site in backend.report.sites} == {record.name}
+    assert len(backend.report.graphs) == 1
+
+
+def test_a_mask_is_packed_once(record):
+    """Two sites that read one mask share its packing; a site with another mask has its own."""
+    if MaskKind.KEY_PADDING not in record.masks:
+        pytest.skip("packs nothing")
+    counted = []
+
+    def inner(graph_module, example_inputs):
+        counted.append(sum("argsort" in str(node.target) for node in graph_module.graph.nodes))
+        return graph_module.forward
+
+    def step(q, k, v, one, two):
+        for mask in (one, one, two):
+            q = F.scaled_dot_product_attention(q, k, v, mask)
+        return q
+
+    tensors, masks = tensors_for(record), [torch.rand(2, 1, 1, sizes(record)["kv_len"]) > 0.4 for _ in range(2)]
+    with torch.no_grad():
+        output = torch.compile(step, backend=compiler(record, inner), fullgraph=True)(*tensors, *masks)
+    assert counted == [2]
+    assert relative(output, step(*map(doubled, tensors), *masks)) < HALF
+
+
+def test_cast(record):
+    """float32 tensors are refused, or cast where the policy says so; the output is float32 again."""
+    tensors = tensors_for(record, dtype=torch.float32)
+    if "float32" in record.dtypes:
+        site, _ = right(record, *tensors, cast="bfloat16")
+        assert site.steps == ()
+        return
+    refused(record, Code.DTYPE, *tensors)
+    torch.compiler.reset()
+    site, output = right(record, *tensors, cast="bfloat16")
+    assert output.dtype is torch.float32
+    assert [str(step) for step in site.steps] == ["cast: float32 to bfloat16"]
+
+
+def test_numerics(record):
+    """Quantised kernels are asked for."""
+    site, _, _ = run(record, *tensors_for(record), numerics="reordered")
+    assert (site.chosen is None) == (record.numerics.name == "QUANTISED")
+
+
+def test_every_third_party_record_has_a_stand_in(stand_ins):
+    """A new record fails here until it has one."""
+    from attnrewrite.sources import load
+
+    for record in RECORDS:
+        assert load(record.source)

@@ -1,0 +1,45 @@
+"""Stands in for fa3-fwd 0.0.3: FlashAttention 3 without float16, backward, local windows."""
+
+import torch
+from reference_attention import alike, attention, half, packed, sequences
+
+DTYPES = (torch.bfloat16,)
+
+
+def flash_attn_func(
+    q, k, v, softmax_scale=None, causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None,
+    window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
+    return_attn_probs=False,
+):  # fmt: skip
+    assert q.dim() == 4
+    assert (qv, window_size, attention_chunk, softcap) == (None, (-1, -1), 0, 0.0)
+    fp8 = q.dtype is torch.float8_e4m3fn
+    half(q, k, v, dtypes=(torch.float8_e4m3fn,) if fp8 else DTYPES)
+    alike(q, k, v, 256, 16 if fp8 else 8)
+    scales = (q_descale, k_descale, v_descale)
+    if fp8:
+        assert all(scale.shape == (q.shape[0], k.shape[2]) and scale.dtype is torch.float32 for scale in scales)
+        wide = [
+            scale.repeat_interleave(x.shape[2] // k.shape[2], 1) for scale, x in zip(scales, (q, k, v), strict=True)
+        ]
+        q, k, v = (x.float() * scale[:, None, :, None] for x, scale in zip((q, k, v), wide, strict=True))
+    else:
+        assert scales == (None, None, None)
+    output, logsumexp = attention(q, k, v, softmax_scale, "lower-right" if causal else None)
+    output = output.to(torch.bfloat16 if fp8 else q.dtype).contiguous()
+    return (output, logsumexp) if return_attn_probs else output
+
+
+def flash_attn_varlen_func(
+    q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, seqused_q=None, seqused_k=None, softmax_scale=None,
+    causal=False, qv=None, q_descale=None, k_descale=None, v_descale=None, window_size=(-1, -1), attention_chunk=0,
+    softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False,
+):  # fmt: skip
+    assert q.dim() == 3
+    assert (seqused_q, seqused_k, qv, q_descale, window_size, softcap) == (None, None, None, None, (-1, -1), 0.0)
+    half(q, k, v, dtypes=DTYPES)
+    alike(q, k, v, 256, 8)
+    places = sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    output, logsumexp = packed(q, k, v, places, softmax_scale, "lower-right" if causal else None)
+    output = output.to(q.dtype)
+    return (output, logsumexp) if return_attn_probs else output

@@ -1,0 +1,61 @@
+"""What every stand-in computes: attention in float64, on tensors (batch, length, heads, dim)."""
+
+import torch
+
+
+def attention(query, key, value, scale=None, causal=None, bias=None):
+    """The output, float64, and the log-sum-exp, float32 (batch, heads, length). causal: "upper-left" or "lower-right".
+
+    A row without any key gives zeros, as the kernels do.
+    """
+    group = query.shape[2] // key.shape[2]
+    q, k, v = (tensor.double().transpose(1, 2) for tensor in (query, key, value))
+    k, v = (tensor.repeat_interleave(group, dim=1) for tensor in (k, v))
+    scores = q @ k.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if bias is not None:
+        scores = scores + bias.double()
+    if causal is not None:
+        offset = 0 if causal == "upper-left" else key.shape[1] - query.shape[1]
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + offset)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    logsumexp = scores.logsumexp(-1)
+    weights = torch.exp(scores - logsumexp[..., None].masked_fill(logsumexp[..., None] == float("-inf"), 0))
+    return (weights @ v).transpose(1, 2), logsumexp.float()
+
+
+def gradients(grad, query, key, value, scale, causal, bias=None):
+    with torch.enable_grad():
+        inputs = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
+        output, _ = attention(*inputs, scale, causal, bias)
+        return torch.autograd.grad(output, inputs, grad.double())
+
+
+def sequences(cu_q, cu_k, max_q, max_k):
+    """The slices of each sequence in packed queries and keys."""
+    for cu, longest in ((cu_q, max_q), (cu_k, max_k)):
+        assert cu.dtype is torch.int32 and cu.is_contiguous() and int(cu.diff().max()) <= longest
+    bounds = zip(cu_q.tolist(), cu_q[1:].tolist(), cu_k.tolist(), cu_k[1:].tolist(), strict=False)
+    return [(slice(a, b), slice(c, d)) for a, b, c, d in bounds]
+
+
+def packed(query, key, value, places, scale, causal):
+    """As `attention`, on packed tensors: keys that belong to no sequence must not matter."""
+    output = torch.zeros(*query.shape[:-1], value.shape[-1], dtype=torch.float64)
+    logsumexp = torch.zeros(query.shape[1], query.shape[0])
+    for q, k in places:
+        one, lse = attention(query[None, q], key[None, k], value[None, k], scale, causal)
+        output[q], logsumexp[:, q] = one[0], lse[0]
+    return output, logsumexp
+
+
+def half(*tensors, dtypes=(torch.float16, torch.bfloat16)):
+    assert len({tensor.dtype for tensor in tensors}) == 1 and tensors[0].dtype in dtypes, tensors[0].dtype
+    assert all(tensor.stride(-1) == 1 for tensor in tensors), "last dimension must be dense"
+
+
+def alike(query, key, value, widest, multiple):
+    """What FlashAttention checks of sizes."""
+    assert query.shape[-1] == key.shape[-1] == value.shape[-1] <= widest
+    assert query.shape[-1] % multiple == 0
+    assert key.shape[:-1] == value.shape[:-1]
+    assert query.shape[-2] % key.shape[-2] == 0
