@@ -1,8 +1,7 @@
 """`register`: the one place that makes a torch op of a third-party function.
 
-An op is what torch.compile, torch.export and CUDA graphs can hold: `torch.ops.attnrewrite.<name>`. Each takes two strings
-besides its own arguments: `source`, the text of a loaded library (`attnrewrite.sources`), and `site`, the module path that
-an error names.
+An op is what torch.compile, torch.export and CUDA graphs can hold: `torch.ops.attnrewrite.<name>`. Each takes three strings
+besides its own arguments, those of its `Origin`.
 
 Ops are made with `torch.library.Library`: 3 us a call, where `torch.library.custom_op` takes 11 (bench/op_overhead.py).
 """
@@ -27,6 +26,19 @@ Shape = Sequence[int]
 
 
 @dataclass(frozen=True)
+class Origin:
+    """Where a call of an op comes from: what its errors name. `source` is also what it runs: the text of a loaded library
+    (`attnrewrite.sources`)."""
+
+    backend: str  # "_flash_3_hub"
+    source: str  # "kernels-community/flash-attn3@<commit>"
+    site: str  # "blocks.0.attn1"
+
+
+STRINGS = "*, str backend, str source, str site"
+
+
+@dataclass(frozen=True)
 class Op:
     """A registered op. `forward` and `backward` know no autograd; `autograd` is both together, None without a backward."""
 
@@ -34,9 +46,9 @@ class Op:
     backward: Any = None
     autograd: Any = None
 
-    def __call__(self, *args: Any, needs_grad: bool, source: str, site: str) -> Any:
+    def __call__(self, *args: Any, needs_grad: bool, origin: Origin) -> Any:
         """Calls the op that a site needs. Inference goes to `forward`, with no autograd kernel in between."""
-        return (self.autograd if needs_grad else self.forward)(*args, source=source, site=site)
+        return (self.autograd if needs_grad else self.forward)(*args, **vars(origin))
 
 
 def register(
@@ -53,44 +65,43 @@ def register(
     """Makes `torch.ops.attnrewrite.<name>` of `real(library, *args)`.
 
     schema: "(Tensor query, Tensor key, Tensor value, ...) -> Tensor", or "-> (Tensor, Tensor)" for output and log-sum-exp
-        (float32); the two strings are added to it.
+        (float32); the three strings are added to it.
     fake(*args): the same result on fake tensors: shapes, dtypes, strides. What `real` returns must match it to the stride.
     backward(library, grad, output, logsumexp, *args): the gradients of query, key and value, dense in the order of
         dimensions of what they belong to (`torch.empty_like`).
     flops(*shapes and arguments, out_shape): the products of a call, for `torch.utils.flop_counter`.
     tags: more of PyTorch's tags, as `torch.Tag.cudagraph_unsafe`.
 
-    An exception of the library comes out as a `RuntimeError` that names the site, the source and the shapes.
+    An exception of the library comes out as a `RuntimeError` that names the site, the backend, its source and the shapes.
     """
     takes, returns = schema.removeprefix("(").split(") -> ")
-    strings = "*, str source, str site"
-    forward = _define(name, f"({takes}, {strings}) -> {returns}", real, fake, flops, tags)
+    forward = _define(name, f"({takes}, {STRINGS}) -> {returns}", real, fake, flops, tags)
     if backward is None:
         return Op(forward)
 
     def fake_backward(grad: Tensor, output: Tensor, logsumexp: Tensor, *args: Any) -> tuple[Tensor, ...]:
         return tuple(torch.empty_like(tensor) for tensor in args[:3])
 
-    backward_schema = f"(Tensor grad, Tensor output, Tensor logsumexp, {takes}, {strings}) -> (Tensor, Tensor, Tensor)"
+    backward_schema = f"(Tensor grad, Tensor output, Tensor logsumexp, {takes}, {STRINGS}) -> (Tensor, Tensor, Tensor)"
     assert backward_flops is not None
     back = _define(f"{name}_backward", backward_schema, backward, fake_backward, backward_flops, tags)
-    return Op(forward, back, _with_autograd(name, f"({takes}, {strings}) -> {returns}", forward, back))
+    return Op(forward, back, _with_autograd(name, f"({takes}, {STRINGS}) -> {returns}", forward, back))
 
 
 def _define(
     name: str, schema: str, real: Callable[..., Any], fake: Callable[..., Any], flops: Callable[..., int], tags: Any
 ) -> Any:
-    def run(*args: Any, source: str, site: str) -> Any:
+    def run(*args: Any, backend: str, source: str, site: str) -> Any:
         module = library(source)
         try:
             return real(module, *args)
         except Exception as error:
-            raise _named(error, args, source, site) from error
+            raise _named(error, args, Origin(backend, source, site)) from error
 
-    def fake_run(*args: Any, source: str, site: str) -> Any:
+    def fake_run(*args: Any, **_: str) -> Any:
         return fake(*args)
 
-    def count(*args: Any, source: str, site: str, out_shape: Any = None, **kwargs: Any) -> int:
+    def count(*args: Any, **_: Any) -> int:
         return flops(*args)
 
     LIBRARY.define(f"{name}{schema}", tags=TAGS + tags)
@@ -138,13 +149,13 @@ def _with_autograd(name: str, schema: str, forward: Any, backward: Any) -> Any:
     return getattr(getattr(torch.ops, NAMESPACE), full).default
 
 
-def _named(error: Exception, args: tuple[Any, ...], source: str, site: str) -> RuntimeError:
+def _named(error: Exception, args: tuple[Any, ...], origin: Origin) -> RuntimeError:
     shapes = ", ".join(
         f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}" for value in args if isinstance(value, Tensor)
     )
     return RuntimeError(
-        f"the kernel of {source} failed at attention site {site!r} on tensors {shapes}: {type(error).__name__}: {error}. "
-        f'Give this site another kernel: rules={{{site!r}: "native"}}'
+        f"{origin.backend} ({origin.source}) failed at attention site {origin.site!r} on tensors {shapes}: "
+        f"{type(error).__name__}: {error}. Give this site another kernel: rules={{{origin.site!r}: 'native'}}"
     )
 
 

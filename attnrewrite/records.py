@@ -54,7 +54,8 @@ class Backend:
     `op(query, key, value, prepared, *, call)` is a plain function of tensors that returns the output: it is run once on
     fake tensors, and what it calls is what lands in the graph. Tensors come and go in `layout`: "bhsd" for
     (batch, heads, length, dim), "bshd" for (batch, length, heads, dim); their last dimension has stride 1.
-    Where a record has a `source`, the library behind it is loaded when a plan chooses it, and `op` gets its text as `source=`.
+    Where a record has a `source`, the library behind it is loaded when a plan chooses it, and `op` gets an `ops.Origin` as
+    `origin=`, to hand on to the ops that `ops.register` made.
     `prepare(mask, key, call)` makes of the mask (None, or a tensor of rank 4) what the op wants; it is built once a mask
     and shared by all sites that read it, and comes to the op as `prepared`. Without it the mask itself comes.
 

@@ -12,6 +12,7 @@ from . import (
     npu,
     sage,
     xformers,
+    xla,
 )
 
 RECORDS: tuple[Backend, ...] = (
@@ -25,4 +26,5 @@ RECORDS: tuple[Backend, ...] = (
     *xformers.RECORDS,
     *aiter.RECORDS,
     *npu.RECORDS,
+    *xla.RECORDS,
 )

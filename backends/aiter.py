@@ -32,10 +32,8 @@ AITER = ops.register(
 )
 
 
-def aiter(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, source: str) -> Tensor:
-    output: Tensor = AITER(
-        query, key, value, call.mask.is_causal, call.scale, needs_grad=False, source=source, site=call.site
-    )
+def aiter(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin) -> Tensor:
+    output: Tensor = AITER(query, key, value, call.mask.is_causal, call.scale, needs_grad=False, origin=origin)
     return output
 
 

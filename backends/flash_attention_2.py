@@ -90,19 +90,19 @@ FLASH_2_VARLEN = ops.register(
 # -- what lands in the graph
 
 
-def flash(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, source: str) -> Tensor:
+def flash(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin) -> Tensor:
     output: Tensor = FLASH_2(
-        query, key, value, call.mask.is_causal, call.scale, needs_grad=call.needs_grad, source=source, site=call.site
+        query, key, value, call.mask.is_causal, call.scale, needs_grad=call.needs_grad, origin=origin
     )[0]
     return output
 
 
 def flash_varlen(
-    query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall, source: str
+    query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall, origin: ops.Origin
 ) -> Tensor:
     output: Tensor = FLASH_2_VARLEN(
         *pack(query, key, value, packed), packed.cu_seqlens_q, packed.cu_seqlens_k, call.q_len, call.kv_len,
-        call.mask.is_causal, call.scale, needs_grad=call.needs_grad, source=source, site=call.site,
+        call.mask.is_causal, call.scale, needs_grad=call.needs_grad, origin=origin,
     )[0]  # fmt: skip
     return unpack(output, call)
 

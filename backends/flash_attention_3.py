@@ -73,30 +73,30 @@ FLASH_3_VARLEN = ops.register(
 # -- what lands in the graph
 
 
-def flash_3(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, source: str) -> Tensor:
+def flash_3(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin) -> Tensor:
     output: Tensor = FLASH_3(
         query, key, value, call.mask.is_causal, call.scale, None, None, None,
-        needs_grad=False, source=source, site=call.site,
+        needs_grad=False, origin=origin,
     )  # fmt: skip
     return output
 
 
 def flash_3_varlen(
-    query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall, source: str
+    query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall, origin: ops.Origin
 ) -> Tensor:
     output: Tensor = FLASH_3_VARLEN(
         *pack(query, key, value, packed), packed.cu_seqlens_q, packed.cu_seqlens_k, call.q_len, call.kv_len,
-        call.mask.is_causal, call.scale, needs_grad=False, source=source, site=call.site,
+        call.mask.is_causal, call.scale, needs_grad=False, origin=origin,
     )  # fmt: skip
     return unpack(output, call)
 
 
-def flash_3_fp8(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, source: str) -> Tensor:
+def flash_3_fp8(
+    query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin
+) -> Tensor:
     """The casts are part of the graph, so that Inductor fuses them into what made the tensors."""
     quantised, scales = zip(*(_to_fp8(tensor, call.kv_heads) for tensor in (query, key, value)), strict=True)
-    output: Tensor = FLASH_3(
-        *quantised, call.mask.is_causal, call.scale, *scales, needs_grad=False, source=source, site=call.site
-    )
+    output: Tensor = FLASH_3(*quantised, call.mask.is_causal, call.scale, *scales, needs_grad=False, origin=origin)
     return output.to(query.dtype)
 
 

@@ -59,10 +59,10 @@ FLASH_4 = ops.register(
 )
 
 
-def flash_4(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, source: str) -> Tensor:
+def flash_4(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin) -> Tensor:
     output: Tensor = FLASH_4(
         query, key, value, call.mask.is_causal, call.scale, call.needs_grad,
-        needs_grad=call.needs_grad, source=source, site=call.site,
+        needs_grad=call.needs_grad, origin=origin,
     )[0]  # fmt: skip
     return output
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..calls import AttentionCall, MaskKind
 from ..decisions import Code, Refused
 from ..machines import Machine
@@ -44,7 +45,7 @@ def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
 
 
 def fusion_attention(
-    query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call: AttentionCall, source: str
+    query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call: AttentionCall, origin: ops.Origin
 ) -> Tensor:
     scale = float(call.head_dim) ** -0.5 if call.scale is None else call.scale
     if prepared.bias is not None:

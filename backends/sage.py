@@ -130,30 +130,30 @@ BLACKWELL_OP = ops.register(
 
 
 def calls(op: ops.Op) -> Callable[..., Tensor]:
-    def sage(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, source: str) -> Tensor:
-        output: Tensor = op(
-            query, key, value, call.mask.is_causal, call.scale, needs_grad=False, source=source, site=call.site
-        )
+    def sage(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin) -> Tensor:
+        output: Tensor = op(query, key, value, call.mask.is_causal, call.scale, needs_grad=False, origin=origin)
         return output
 
     return sage
 
 
 def calls_varlen(op: ops.Op) -> Callable[..., Tensor]:
-    def sage(query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall, source: str) -> Tensor:
+    def sage(
+        query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall, origin: ops.Origin
+    ) -> Tensor:
         output: Tensor = op(
             *pack(query, key, value, packed), packed.cu_seqlens_q, packed.cu_seqlens_k, call.q_len, call.kv_len,
-            call.mask.is_causal, call.scale, needs_grad=False, source=source, site=call.site,
+            call.mask.is_causal, call.scale, needs_grad=False, origin=origin,
         )  # fmt: skip
         return unpack(output, call)
 
     return sage
 
 
-def calls_blackwell(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, source: str) -> Tensor:
-    output: Tensor = BLACKWELL_OP(
-        query, key, value, call.mask.is_causal, needs_grad=False, source=source, site=call.site
-    )
+def calls_blackwell(
+    query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin
+) -> Tensor:
+    output: Tensor = BLACKWELL_OP(query, key, value, call.mask.is_causal, needs_grad=False, origin=origin)
     return output
 
 

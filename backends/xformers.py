@@ -76,11 +76,11 @@ XFORMERS_OP = ops.register(
 
 
 def xformers(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall, source: str
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall, origin: ops.Origin
 ) -> Tensor:
     output: Tensor = XFORMERS_OP(
         query, key, value, bias, call.mask.is_causal, call.scale, call.needs_grad,
-        needs_grad=call.needs_grad, source=source, site=call.site,
+        needs_grad=call.needs_grad, origin=origin,
     )[0]  # fmt: skip
     return output
 

@@ -12,6 +12,7 @@ from ..calls import AttentionCall
 from ..decisions import Accepted, Step
 from ..emitting import Emitter
 from ..graphs import value_of
+from ..ops import Origin
 from ..plans import Site
 from ..reasons import cast_to
 from ..records import Backend
@@ -93,8 +94,8 @@ def launch(
     query, key, value = (
         tensor if holds(tensor.stride(-1) == 1) else tensor.contiguous() for tensor in (query, key, value)
     )
-    given = {"call": call} if source is None else {"call": call, "source": source}
-    output: torch.Tensor = backend.op(query, key, value, prepared, **given)  # type: ignore[misc]
+    given: dict[str, Any] = {"origin": Origin(backend.name, source, call.site)} if source is not None else {}
+    output: torch.Tensor = backend.op(query, key, value, prepared, call=call, **given)  # type: ignore[misc]
     if backend.layout == "bshd":
         output = output.transpose(1, 2)
     if output.shape[-1] is not call.value_dim and not holds(output.shape[-1] == call.value_dim):

@@ -10,7 +10,7 @@ CPU = Machine("cpu", packages={"torch": "2.13.0"})
 
 PACKAGES = {"flash-attn": "2.8.3", "flash-attn-3": "3.0.0", "fa3-fwd": "0.0.3", "flash-attn-4": "4.0.0b36",
             "sageattention": "2.2.0", "xformers": "0.0.35", "kernels": "0.17.2", "torch-npu": "2.9.0",
-            "torch-xla": "2.9.0"}  # fmt: skip
+            "torch-xla": "2.9.0", "jax": "0.7.1"}  # fmt: skip
 
 
 def gpu(*capability, cudnn="9.19.0", torch="2.13.0", **others):
@@ -503,5 +503,10 @@ SPECS |= {
     "_native_npu on npu": elsewhere(
         "npu", Machine("npu", packages=PACKAGES), widest=768, multiple=1, masks=True,
         more={"257 heads": (Code.HEADS, "up to 256", "this is 257")}, asks=("heads",),
+    ),
+    "_native_xla on xla": elsewhere(
+        "xla", Machine("xla", packages=PACKAGES), names="bfloat16, float16, float32", widest=None, multiple=1,
+        masks=True, gqa=False, causal=UPPER_LEFT, more=mask_dtypes("float64", "int64") | {"additive in float16": ACCEPTED,
+        "additive in float32": ACCEPTED}, asks=("head_dim", "kv_len"),
     ),
 }  # fmt: skip

@@ -18,6 +18,7 @@ MODULES = (
     "sageattention",
     "xformers",
     "torch_npu",
+    "torch_xla",
     "reference_attention",
 )
 # What a repository of the kernels hub is made from.

@@ -1,0 +1,158 @@
+"""TPUs: `torch_xla.experimental.custom_kernel.flash_attention`, JAX's Pallas kernel. Tried with torch_xla 2.9.0 and jax 0.7.1.
+
+No TPU was at hand: the kernel was run in Pallas' interpret mode, and this record with a stand-in that does what it did there
+(docs/xla.md). Tensors are (batch, heads, length, dim). What it does otherwise than SDPA, and what is done about it here:
+
+* It scales its bias with the scores, softmax(sm_scale * (q k^T + ab)), and -inf in the bias gives NaN: the bias is divided by
+  the scale beforehand, in float32, and cut off at a finite value.
+* A row whose keys are all masked gives the mean of the values: it is set to zero, as in SDPA.
+* With more than 512 keys that are no multiple of 512 it counts the missing ones as zeros that take part, silently; with segment
+  ids it wants multiples of 128: keys are padded, and segment ids hide the padding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .. import ops
+from ..calls import AttentionCall, MaskKind
+from ..decisions import Code, Refused
+from ..machines import Machine
+from ..records import Backend
+from ..sizes import described, holds
+from ..sources import Package
+from .native import additive
+
+BLOCK, SMALL = 512, 128  # keys are read in blocks of 512; fewer in multiples of 128 where there are segment ids
+FAR = -1e30  # exp() of it is 0, and it can be scaled
+
+
+def forward(
+    library: Any, query: Tensor, key: Tensor, value: Tensor, q_ids: Tensor | None, kv_ids: Tensor | None,
+    bias: Tensor | None, causal: bool, scale: float,
+) -> Tensor:  # fmt: skip
+    output: Tensor = library.flash_attention(query, key, value, causal, q_ids, kv_ids, scale, ab=bias)
+    return output
+
+
+def fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return ops.dense_output(query, value)
+
+
+def products(query: ops.Shape, key: ops.Shape, value: ops.Shape, *_: Any) -> int:
+    return 2 * query[0] * query[1] * query[2] * key[2] * (query[3] + value[3])
+
+
+XLA_OP = ops.register(
+    "xla_flash",
+    "(Tensor query, Tensor key, Tensor value, Tensor? q_segment_ids, Tensor? kv_segment_ids, Tensor? bias, bool causal, "
+    "float scale) -> Tensor",
+    forward,
+    fake,
+    flops=products,
+)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """`missing`: how many keys the padding adds. Segment ids are int32: a query reads the keys of its own id."""
+
+    missing: Any = 0
+    q_ids: Tensor | None = None  # (batch, q_len), all 0
+    kv_ids: Tensor | None = None  # (batch, kv_len + missing), 0 for keys that take part, 1 for the others
+    bias: Tensor | None = None  # float32, divided by the scale; (batch, heads, q_len, kv_len + missing)
+    alive: Tensor | None = None  # rows that have a key: (batch or 1, heads or 1, q_len or 1, 1)
+
+
+def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
+    batch, heads, q_len, kv_len = (cast(int, size) for size in (call.batch, call.heads, call.q_len, call.kv_len))
+    padding = call.mask.kind is MaskKind.KEY_PADDING
+    missing = missing_keys(call)
+    bias = alive = kv_ids = None
+    if mask is not None and padding:
+        keep = mask.select(1, 0).select(1, 0).expand(batch, kv_len)
+        kv_ids = pad(torch.logical_not(keep).to(torch.int32), (0, missing), value=1)
+        alive = keep.any(-1)[:, None, None, None]
+    elif mask is not None:
+        wide = cast(Tensor, additive(mask, key, call)).float()
+        alive = (wide > float("-inf")).any(-1, keepdim=True)
+        bias = (wide / scale_of(call)).clamp(min=FAR).expand(batch, heads, q_len, kv_len)
+        bias = pad(bias, (0, missing))
+    if kv_ids is None and missing != 0:
+        kv_ids = pad(torch.zeros(batch, kv_len, dtype=torch.int32, device=key.device), (0, missing), value=1)
+    q_ids = None if kv_ids is None else torch.zeros(batch, q_len, dtype=torch.int32, device=key.device)
+    return Prepared(missing, q_ids, kv_ids, bias, alive)
+
+
+def missing_keys(call: AttentionCall) -> int:
+    """How many keys there are too few for whole blocks. Without a mask a short sequence is one block of any size."""
+    short = not holds(call.kv_len > BLOCK)
+    block = SMALL if short else BLOCK
+    if (short and not call.mask.is_tensor) or holds(call.kv_len % block == 0):
+        return 0
+    return cast(int, block - call.kv_len % block)
+
+
+def flash(
+    query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call: AttentionCall, origin: ops.Origin
+) -> Tensor:
+    if prepared.kv_ids is not None:
+        key, value = (pad(tensor, (0, 0, 0, prepared.missing)) for tensor in (key, value))
+    output: Tensor = XLA_OP(
+        query, key, value, prepared.q_ids, prepared.kv_ids, prepared.bias, call.mask.is_causal, scale_of(call),
+        needs_grad=False, origin=origin,
+    )  # fmt: skip
+    if prepared.alive is None:
+        return output
+    return torch.where(prepared.alive, output, torch.zeros((), dtype=output.dtype, device=output.device))
+
+
+def scale_of(call: AttentionCall) -> float:
+    return float(cast(int, call.head_dim)) ** -0.5 if call.scale is None else call.scale
+
+
+def a_bias_that_can_be_divided(call: AttentionCall, machine: Machine) -> Refused | None:
+    if call.scale != 0 or not call.mask.is_tensor:
+        return None
+    return Refused(Code.SCALE, "_native_xla takes no mask with a scale of 0", "Choose another kernel")
+
+
+def head_dim_of_long_sequences(call: AttentionCall, machine: Machine) -> Refused | None:
+    if holds(call.head_dim <= 128) or holds(call.head_dim % 128 == 0) or holds(call.kv_len <= BLOCK):
+        return None
+    return Refused(
+        Code.HEAD_DIM,
+        f"_native_xla takes head_dim up to 128 or multiples of it from {BLOCK + 1} keys on, this is "
+        f"{described(call.head_dim)} with {described(call.kv_len)} keys",
+        "Choose another kernel",
+    )
+
+
+def blocks_of_keys(call: AttentionCall, machine: Machine) -> Refused | None:
+    """`prepare` will ask this; asked here, a data-dependent kv_len is refused."""
+    missing_keys(call)
+    return None
+
+
+XLA = Backend(
+    name="_native_xla",
+    family="XLA",
+    op=flash,
+    summary="torch_xla's flash_attention (Pallas), for TPUs",
+    devices=frozenset({"xla"}),
+    dtypes=frozenset({"float16", "bfloat16", "float32"}),
+    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.BOOLEAN, MaskKind.ADDITIVE}),
+    mask_dtypes=frozenset({"float16", "bfloat16", "float32"}),
+    checks=(a_bias_that_can_be_divided, head_dim_of_long_sequences, blocks_of_keys),
+    prepare=prepare,
+    tested="stand-in",
+    source=Package("torch-xla", "torch_xla.experimental.custom_kernel"),
+    requires={"torch-xla": ">=2.9", "jax": ">=0.7"},
+)
+
+RECORDS = (XLA,)
