@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
@@ -15,7 +16,8 @@ import torch
 class Machine:
     """A device and the software on it.
 
-    `device` is PyTorch's device type, but "rocm" for an AMD GPU, whose kernels are others. `capability` is CUDA's compute
+    `device` is PyTorch's device type, but "rocm" for an AMD GPU and "tpu" for a TPU ("xla" is what else torch_xla runs on):
+    their kernels are others. `capability` is CUDA's compute
     capability, None elsewhere. `packages` maps a distribution's name to its version;
     "torch", "cuda" and "cudnn" are always among those that `here` reads. An H200 seen from a laptop:
 
@@ -73,6 +75,9 @@ def machine_of(device: torch.device) -> Machine:
 def _read(kind: str, index: int | None) -> Machine:
     packages = {"torch": torch.__version__.split("+")[0]}
     packages |= {name: version for name in _kernel_packages() if (version := installed(name))}
+    if kind == "xla":
+        hardware = str(sys.modules["torch_xla.runtime"].device_type())  # there is no such device without torch_xla
+        return Machine("tpu" if hardware == "TPU" else "xla", None, packages, f"XLA on {hardware}")
     if kind == "cuda" and torch.version.hip:
         return Machine("rocm", None, packages, torch.cuda.get_device_name(index))
     if kind != "cuda" or not torch.cuda.is_available():

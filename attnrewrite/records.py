@@ -84,7 +84,7 @@ class Backend:
     layout: str = "bhsd"
     numerics: Numerics = Numerics.REORDERED
     tolerance: Tolerance = Tolerance()
-    tested: str = ""  # the hardware that its parity tests passed on, or "stand-in"
+    tested: str = ""  # the hardware that its parity tests passed on, "interpreter" or "stand-in" (docs/backends.md)
     source: Source | None = None
     requires: Mapping[str, str] = field(default_factory=dict, hash=False)  # distribution -> version specifier
     checks: tuple[Check, ...] = ()

@@ -1,7 +1,7 @@
 """TPUs: `torch_xla.experimental.custom_kernel.flash_attention`, JAX's Pallas kernel. Tried with torch_xla 2.9.0 and jax 0.7.1.
 
 No TPU was at hand: the kernel was run in Pallas' interpret mode, and this record with a stand-in that does what it did there
-(docs/xla.md). Tensors are (batch, heads, length, dim). What it does otherwise than SDPA, and what is done about it here:
+(docs/xla-and-npu.md). Tensors are (batch, heads, length, dim). What it does otherwise than SDPA, and what is done about it here:
 
 * It scales its bias with the scores, softmax(sm_scale * (q k^T + ab)), and -inf in the bias gives NaN: the bias is divided by
   the scale beforehand, in float32, and cut off at a finite value.
@@ -144,13 +144,13 @@ XLA = Backend(
     family="XLA",
     op=flash,
     summary="torch_xla's flash_attention (Pallas), for TPUs",
-    devices=frozenset({"xla"}),
+    devices=frozenset({"tpu"}),
     dtypes=frozenset({"float16", "bfloat16", "float32"}),
     masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.BOOLEAN, MaskKind.ADDITIVE}),
     mask_dtypes=frozenset({"float16", "bfloat16", "float32"}),
     checks=(a_bias_that_can_be_divided, head_dim_of_long_sequences, blocks_of_keys),
     prepare=prepare,
-    tested="stand-in",
+    tested="interpreter",
     source=Package("torch-xla", "torch_xla.experimental.custom_kernel"),
     requires={"torch-xla": ">=2.9", "jax": ">=0.7"},
 )

@@ -55,6 +55,7 @@ CHANGES = {
     "on rocm": Change(machine=Machine("rocm", packages=PACKAGES)),
     "on npu": Change(machine=Machine("npu", packages=PACKAGES)),
     "on xla": Change(machine=Machine("xla", packages=PACKAGES)),
+    "on tpu": Change(machine=Machine("tpu", packages=PACKAGES)),
     "exact": Change(numerics=Numerics.EXACT),
     "reordered": Change(numerics=Numerics.REORDERED),
     "quantised": Change(numerics=Numerics.QUANTISED),
@@ -123,10 +124,12 @@ def dtypes(taken, *refused):
 
 
 ON_GPU = [name for name, change in CHANGES.items() if change.machine and change.machine.device == "cuda"]
-NOT_CUDA = {f"on {device}": (Code.DEVICE, "cuda", device) for device in ("cpu", "mps", "vulkan", "rocm", "npu", "xla")}
+NOT_CUDA = {
+    f"on {device}": (Code.DEVICE, "cuda", device) for device in ("cpu", "mps", "vulkan", "rocm", "npu", "xla", "tpu")
+}
 NOT_CPU = {
     **dict.fromkeys(ON_GPU, (Code.DEVICE, "runs on cpu", "on cuda")),
-    **{f"on {device}": (Code.DEVICE, "cpu", device) for device in ("mps", "vulkan", "rocm", "npu", "xla")},
+    **{f"on {device}": (Code.DEVICE, "cpu", device) for device in ("mps", "vulkan", "rocm", "npu", "xla", "tpu")},
 }
 AMPERE_ON = {
     name: (Code.CAPABILITY, "8.0 to 12.1", word)
@@ -504,8 +507,8 @@ SPECS |= {
         "npu", Machine("npu", packages=PACKAGES), widest=768, multiple=1, masks=True,
         more={"257 heads": (Code.HEADS, "up to 256", "this is 257")}, asks=("heads",),
     ),
-    "_native_xla on xla": elsewhere(
-        "xla", Machine("xla", packages=PACKAGES), names="bfloat16, float16, float32", widest=None, multiple=1,
+    "_native_xla on tpu": elsewhere(
+        "tpu", Machine("tpu", packages=PACKAGES), names="bfloat16, float16, float32", widest=None, multiple=1,
         masks=True, gqa=False, causal=UPPER_LEFT, more=mask_dtypes("float64", "int64") | {"additive in float16": ACCEPTED,
         "additive in float32": ACCEPTED}, asks=("head_dim", "kv_len"),
     ),

@@ -277,7 +277,7 @@ def test_unbacked_heads_with_a_bound(record):
     expected = {
         "_native_efficient on cuda": Code.GQA,
         "sage_blackwell_hub on cuda": Code.GQA,
-        "_native_xla on xla": Code.GQA,
+        "_native_xla on tpu": Code.GQA,
         "flex on cuda": Code.UNBACKED,
         "_native_npu on npu": Code.UNBACKED,
     }.get(key(record))
