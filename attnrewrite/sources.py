@@ -11,6 +11,7 @@ import importlib
 import os
 import re
 import shutil
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -77,8 +78,7 @@ class Hub:
     def fetch(self, trust: bool) -> tuple[str, ModuleType]:
         """The module and its source. Raises `SourceError` if it can be neither found nor loaded; a download that failed
         midway leaves nothing in the cache."""
-        import kernels
-
+        _, kernels = Package("kernels", "kernels").fetch(trust)
         which: dict[str, Any] = {"revision": self.revision} if self.revision else {"version": self.version}
         get, lock = kernels.get_kernel, os.environ.get(LOCK)
         if lock and not self.revision:
@@ -94,20 +94,25 @@ class Hub:
         return f"{self.repository}@{_commit(module)}", module
 
     def _refused(self, error: Exception) -> Refused:
+        """What `kernels` (0.17) raises, by its words: it has no exceptions of its own."""
         said = f"{self} does not load: {type(error).__name__}: {_first_line(error)}"
-        chain = [error, error.__cause__, error.__context__]
-        if "trust" in str(error):
-            fix = f"If you trust {self.repository.split('/')[0]}, pass trust_remote_code=True or set {TRUST}=1"
+        if "not from a trusted publisher" in str(error):
+            publisher = self.repository.split("/")[0]
+            fix = f"If you trust {publisher}, pass trust_remote_code=True or set {TRUST}=1"
             return Refused(Code.UNTRUSTED, said, fix)
-        if any(isinstance(each, ImportError | AttributeError | SyntaxError) for each in chain):
-            return Refused(
-                Code.BROKEN, said, "Ask for another revision, as in 'name@revision', or choose another kernel"
-            )
-        which = f"--revision {self.revision}" if self.revision else f"--version {self.version}"
+        other = "Ask for another revision, as in 'name@revision', or choose another kernel"
+        if isinstance(error, ImportError) or _raised_by_an_import(error):
+            return Refused(Code.BROKEN, said, other)
+        if "does not support the current device" in str(error):
+            return Refused(Code.CAPABILITY, said, other)
+        if "build variant" in str(error) or "requires kernels" in str(error):
+            return Refused(Code.VERSION, said, other)
+        # By the name of its branch: what is downloaded by its version is not found again offline (kernels 0.17.2).
+        install = f"kernels.install_kernel('{self.repository}', revision='{self.revision or f'v{self.version}'}')"
         return Refused(
             Code.MISSING,
             said,
-            f"Where there is a network: kernels download {self.repository} {which}; "
+            f'Where there is a network: python -c "import kernels; {install}"; then set HF_HUB_OFFLINE=1 where there is none; '
             f"or name a local folder: LOCAL_KERNELS={self.repository}=<folder>",
         )
 
@@ -175,6 +180,12 @@ def _cached(repository: str) -> set[Path]:
 
     folder = Path(CACHE_DIR or constants.HF_HUB_CACHE) / f"kernels--{repository.replace('/', '--')}"
     return {folder, *folder.rglob("*")} if folder.exists() else set()
+
+
+def _raised_by_an_import(error: BaseException) -> bool:
+    """Whether the code of a kernel ran into it, not the library that was fetching the kernel."""
+    frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return "exec_module" in frames
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """TPUs: `torch_xla.experimental.custom_kernel.flash_attention`, JAX's Pallas kernel. Tried with torch_xla 2.9.0 and jax 0.7.1.
 
 No TPU was at hand: the kernel was run in Pallas' interpret mode, and this record with a stand-in that does what it did there
-(docs/xla-and-npu.md). Tensors are (batch, heads, length, dim). What it does otherwise than SDPA, and what is done about it here:
+(docs/xla-and-npu.md). Tensors are (batch, heads, length, dim). What it does otherwise than SDPA, and what is done about it:
 
 * It scales its bias with the scores, softmax(sm_scale * (q k^T + ab)), and -inf in the bias gives NaN: the bias is divided by
   the scale beforehand, in float32, and cut off at a finite value.
