@@ -58,3 +58,20 @@ def check(backend, *tensors, inner="eager", dynamic=False, tolerance=None, funct
     error = relative(output, reference)
     assert error < (tolerance or TOLERANCE[tensors[0].dtype]), f"{site.chosen}: relative error {error:.2e}"
     return site
+
+
+def recorded(calls):
+    """An inner compiler that runs the graph as it is and notes every call of an op of attnrewrite: (op, args, kwargs)."""
+
+    class Recorder(torch.fx.Interpreter):
+        def call_function(self, target, args, kwargs):
+            if str(target).startswith("attnrewrite."):
+                calls.append((target, [_leaf(value) for value in args], kwargs))
+            return super().call_function(target, args, kwargs)
+
+    return lambda graph_module, example_inputs: lambda *inputs: Recorder(graph_module).run(*inputs)
+
+
+def _leaf(value):
+    """Without what it was computed from: opcheck reads the gradients of what it is given."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value

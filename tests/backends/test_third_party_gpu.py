@@ -1,12 +1,10 @@
 """Every kernel that another package brings, as its record declares it, on a GPU. CI has none: what this printed on an H200 is
 in bench/results/."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
-from parity import attend, check, compiled, doubled, qkv, relative
+from parity import attend, check, compiled, doubled, qkv, recorded, relative
+from stand_ins import local_kernels
 
 import attnrewrite
 from attnrewrite import Code, MaskKind, registry
@@ -35,26 +33,10 @@ BUILDS = {
 }
 
 
-def repository(folder, name, module):
-    """A kernel repository of one variant that holds nothing but the names of an installed module."""
-    variant = folder / "build/torch-cuda"
-    variant.mkdir(parents=True)
-    ident = name.rpartition("/")[2].replace("-", "_")
-    about = {"id": f"{ident}_local", "name": ident.replace("_", "-"), "version": 1, "license": "BSD-3-Clause",
-             "python-depends": [], "backend": {"type": "cuda", "archs": ["9.0a"]}}  # fmt: skip
-    (variant / "metadata.json").write_text(json.dumps(about))
-    (variant / "__init__.py").write_text(
-        f"import {module} as _module\nglobals().update({{k: getattr(_module, k) for k in dir(_module) if k[:2] != '__'}})\n"
-    )
-
-
 @pytest.fixture(autouse=True, scope="session")
 def local_hub(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("hub")
-    for name, module in BUILDS.items():
-        repository(folder / Path(name).name, name, module)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_KERNELS", ":".join(f"{name}={folder / Path(name).name}" for name in BUILDS))
+        patch.setenv("LOCAL_KERNELS", local_kernels(tmp_path_factory.mktemp("hub"), "cuda", BUILDS))
         yield
 
 
@@ -344,19 +326,7 @@ def test_opcheck(record):
         pytest.skip("an aten operator")
     seen = []
 
-    def inner(graph_module, example_inputs):
-        def call(*inputs):
-            class Recorder(torch.fx.Interpreter):
-                def call_function(self, target, args, kwargs):
-                    if str(target).startswith("attnrewrite."):
-                        seen.append((target, args, kwargs))
-                    return super().call_function(target, args, kwargs)
-
-            return Recorder(graph_module).run(*inputs)
-
-        return call
-
-    backend = choice(record, inner)
+    backend = choice(record, recorded(seen))
     for grad in (False, True) if record.backward else (False,):
         torch.compiler.reset()
         tensors = gpu(record, q_len=128, kv_len=128)

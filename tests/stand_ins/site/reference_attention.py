@@ -8,6 +8,26 @@ def attention(query, key, value, scale=None, causal=None, bias=None):
 
     A row without any key gives zeros, as the kernels do.
     """
+    *_, v, weights, logsumexp = _weights(query, key, value, scale, causal, bias)
+    return (weights @ v).transpose(1, 2), logsumexp.float()
+
+
+def gradients(grad, query, key, value, scale, causal, bias=None):
+    """Of query, key and value, float64. By hand: a kernel is called where autograd is off."""
+    q, k, v, weights, _ = _weights(query, key, value, scale, causal, bias)
+    grad = grad.double().transpose(1, 2)
+    of_weights = grad @ v.transpose(-2, -1)
+    of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True))
+    of_scores = of_scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    wide = (of_scores @ k, of_scores.transpose(-2, -1) @ q, weights.transpose(-2, -1) @ grad)
+    return tuple(
+        found.unflatten(1, (like.shape[2], -1)).sum(2).transpose(1, 2)
+        for found, like in zip(wide, (query, key, value), strict=True)
+    )
+
+
+def _weights(query, key, value, scale, causal, bias):
+    """Query, key and value as (batch, heads, length, dim) in float64, the softmax and the log-sum-exp of the scores."""
     group = query.shape[2] // key.shape[2]
     q, k, v = (tensor.double().transpose(1, 2) for tensor in (query, key, value))
     k, v = (tensor.repeat_interleave(group, dim=1) for tensor in (k, v))
@@ -20,14 +40,7 @@ def attention(query, key, value, scale=None, causal=None, bias=None):
         scores = scores.masked_fill(hidden, float("-inf"))
     logsumexp = scores.logsumexp(-1)
     weights = torch.exp(scores - logsumexp[..., None].masked_fill(logsumexp[..., None] == float("-inf"), 0))
-    return (weights @ v).transpose(1, 2), logsumexp.float()
-
-
-def gradients(grad, query, key, value, scale, causal, bias=None):
-    with torch.enable_grad():
-        inputs = [tensor.detach().double().requires_grad_() for tensor in (query, key, value)]
-        output, _ = attention(*inputs, scale, causal, bias)
-        return torch.autograd.grad(output, inputs, grad.double())
+    return q, k, v, weights, logsumexp
 
 
 def sequences(cu_q, cu_k, max_q, max_k):

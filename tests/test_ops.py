@@ -1,0 +1,180 @@
+"""`ops.register`: what it makes of each library's function, on stand-ins; and its errors."""
+
+import pytest
+import torch
+from parity import attend, qkv, recorded
+from stand_ins import RECORDS, compiler, is_sage_1, name_of
+from torch.utils.flop_counter import FlopCounterMode
+
+import attnrewrite
+from attnrewrite import Code, ops
+
+REGISTERED = [record for record in RECORDS if record.family != "Ascend"]  # its op is torch_npu's own
+
+
+def tensors_for(record, needs_grad=False):
+    sizes = {"q_len": 7, "kv_len": 64 if is_sage_1(record) else 11, "dim": 64, "dtype": torch.bfloat16}
+    return [
+        tensor.requires_grad_(needs_grad)
+        for tensor in qkv(batch=3, heads=6, kv_heads=6 if not record.gqa else 2, **sizes)
+    ]
+
+
+def calls_of(record, needs_grad=False):
+    """The calls of ops that one attention becomes."""
+    calls = []
+    with torch.set_grad_enabled(needs_grad):
+        gqa = record.gqa and not (needs_grad and record.name == "xformers")
+        tensors = tensors_for(record, needs_grad)
+        if not gqa:
+            tensors[1:] = [
+                x.detach().repeat_interleave(6 // x.shape[1], 1).requires_grad_(needs_grad) for x in tensors[1:]
+            ]
+        run = torch.compile(
+            lambda *given: attend(*given, enable_gqa=gqa), backend=compiler(record, recorded(calls)), fullgraph=True
+        )
+        run(*tensors)
+    return calls
+
+
+def once_an_op():
+    """One record for each op."""
+    seen = {}
+    for record in REGISTERED:
+        seen.setdefault((record.op, *(sorted(record.requires) if is_sage_1(record) else ())), record)
+    return list(seen.values())
+
+
+@pytest.fixture(params=once_an_op(), ids=name_of)
+def record(request, stand_ins):
+    return stand_ins(request.param)
+
+
+@pytest.mark.filterwarnings("ignore:.*test_.*:UserWarning")
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_opcheck(record, needs_grad):
+    """PyTorch's own checks: schema (no input is written to, none returned), fake against real to the stride, autograd,
+    AOTAutograd with static and dynamic sizes."""
+    if needs_grad and not record.backward:
+        pytest.skip("no backward: refused with GRAD")
+    ((op, args, kwargs),) = calls_of(record, needs_grad)
+    if args[0].dtype is torch.float8_e4m3fn:  # the check of the schema multiplies tensors, which fp8 cannot
+        torch.library.opcheck(op, args, kwargs, test_utils=("test_faketensor", "test_autograd_registration"))
+        return
+    assert op._schema.name.endswith("_autograd") == needs_grad
+    torch.library.opcheck(op, args, kwargs)
+
+
+def test_log_sum_exp_is_float32_and_right(record):
+    if not record.backward:
+        pytest.skip("returns none")
+    ((op, args, kwargs),) = calls_of(record, needs_grad=True)
+    with torch.no_grad():
+        _, found = op(*args, **kwargs)
+    query, key = args[:2]
+    group = query.shape[-2] // key.shape[-2]
+    if query.dim() == 3:  # packed: three sequences of 7 queries and 11 keys
+        query, key = query.unflatten(0, (3, -1)), key.unflatten(0, (3, -1))
+    query, key = (tensor.detach().double().transpose(1, 2) for tensor in (query, key))
+    scores = query @ key.repeat_interleave(group, 1).transpose(-2, -1) * query.shape[-1] ** -0.5
+    expected = scores.logsumexp(-1)
+    assert found.dtype is torch.float32
+    if found.dim() == 2:
+        expected = expected.transpose(0, 1).flatten(1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_products_are_counted(record):
+    """4 * batch * heads * q_len * kv_len * head_dim, as for SDPA: torch.utils.flop_counter knows the op."""
+    ((op, args, kwargs),) = calls_of(record)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        op(*args, **kwargs)
+    kv_len = 64 if is_sage_1(record) else 11
+    assert counter.get_total_flops() == 4 * 3 * 6 * 7 * kv_len * 64
+
+
+def test_products_of_the_backward_are_counted(record):
+    if not record.backward:
+        pytest.skip("no backward")
+    ((op, args, kwargs),) = calls_of(record, needs_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        output, _ = op(*args, **kwargs)
+        forward = counter.get_total_flops()
+        output.sum().backward()
+    assert counter.get_total_flops() == forward * 3.5  # two products forward, five backward
+
+
+def test_strings_name_the_call(record):
+    ((_, _, kwargs),) = calls_of(record)
+    assert set(kwargs) == {"backend", "source", "site"}
+    assert kwargs["backend"] == record.name
+    assert str(record.source).split("@")[0] in kwargs["source"]
+    assert kwargs["site"] == "attend"
+
+
+def test_a_kernel_that_raises_is_named(record):
+    """Site, backend, library, shapes and the remedy; the library's own error is the cause."""
+    ((op, args, kwargs),) = calls_of(record)
+    args = [args[0][..., :63], *args[1:]]  # no library takes it
+    with pytest.raises(RuntimeError) as caught, torch.no_grad():
+        op(*args, **{**kwargs, "site": "blocks.3.attn1"})
+    said = str(caught.value)
+    assert said.startswith(f"{record.name} ({kwargs['source']}) failed at attention site 'blocks.3.attn1' on tensors (")
+    assert f"{tuple(args[0].shape)} {str(args[0].dtype).removeprefix('torch.')}" in said
+    assert "rules={'blocks.3.attn1': 'native'}" in said
+    assert isinstance(caught.value.__cause__, Exception)
+
+
+def test_a_kernel_that_raises_in_a_compiled_model(stand_ins, monkeypatch):
+    """The user's own view of it: the message comes out whole."""
+    import flash_attn
+
+    def fails(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(flash_attn, "flash_attn_func", fails)
+    (record,) = attnrewrite.records_of("flash")
+    for inner in ("eager", "inductor"):
+        torch.compiler.reset()
+        with (
+            torch.no_grad(),
+            pytest.raises(RuntimeError, match=r"flash \(flash-attn 2\.8\.3\) failed at attention site 'attend'"),
+        ):
+            torch.compile(attend, backend=compiler(record, inner), fullgraph=True)(*qkv(dim=64, dtype=torch.bfloat16))
+
+
+def test_versions_do_not_share_compiled_code(stand_ins):
+    """The library's version is a constant of the graph: PyTorch's caches, which know an op by its name, see it."""
+    (record,) = attnrewrite.records_of("flash")
+    ((_, _, one),) = calls_of(record)
+    assert one["source"] == "flash-attn 2.8.3"
+
+
+def test_gradients_without_a_backward_are_refused(stand_ins):
+    """Never silently wrong: a record without a backward does not take a call that needs one."""
+    for record in REGISTERED:
+        if record.backward or is_sage_1(record):
+            continue
+        torch.compiler.reset()
+        backend = compiler(record)
+        torch.compile(attend, backend=backend, fullgraph=True)(
+            *qkv(dim=64, dtype=torch.bfloat16)[:2], qkv(dim=64, dtype=torch.bfloat16)[2].requires_grad_()
+        )
+        assert backend.report.sites[0].refusals[0][1].code is Code.GRAD
+
+
+def test_a_backward_of_another_shape_is_seen():
+    """opcheck above can fail: an op whose fake has other strides than what it returns."""
+    op = ops.register(
+        "test_wrong_fake",
+        "(Tensor query, Tensor key, Tensor value) -> Tensor",
+        lambda library, query, key, value: query.clone(memory_format=torch.contiguous_format),
+        lambda query, key, value: torch.empty_like(query),
+        flops=ops.products,
+    )
+    query = torch.randn(2, 5, 3, 8).transpose(1, 2)
+    kwargs = {"backend": "toy", "source": "torch 0", "site": "here"}
+    attnrewrite.sources._LIBRARIES["torch 0"] = torch
+    with pytest.raises(torch.testing._internal.optests.OpCheckError):
+        torch.library.opcheck(op.forward, (query, query, query), kwargs)
+    del attnrewrite.sources._LIBRARIES["torch 0"]
