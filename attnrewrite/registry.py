@@ -28,7 +28,7 @@ def records() -> tuple[Backend, ...]:
     found = list(RECORDS)
     for entry in sorted(metadata.entry_points(group=GROUP), key=lambda entry: entry.name):
         try:
-            found += _brought(entry.load(), {record.name for record in RECORDS})
+            found += _brought(entry.load(), {record.name for record in found})
         except Exception as error:
             warnings.warn(
                 f"the attention backends of the plug-in {entry.name!r} ({entry.value}) are left out: "
@@ -44,7 +44,7 @@ def _brought(given: object, taken: set[str]) -> tuple[Backend, ...]:
         if not isinstance(record, Backend):
             raise TypeError(f"{record!r} is no attnrewrite.Backend")
         if record.name in taken:
-            raise ValueError(f"the name {record.name!r} belongs to attnrewrite itself: choose another")
+            raise ValueError(f"the name {record.name!r} is taken by attnrewrite or another plug-in: choose another")
     return brought
 
 

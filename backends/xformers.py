@@ -97,6 +97,17 @@ def grouped_heads(call: AttentionCall, machine: Machine) -> Refused | None:
     )
 
 
+def not_deterministic_backward(call: AttentionCall, machine: Machine) -> Refused | None:
+    """xformers says so of its FlashAttention backwards (IS_DETERMINISTIC in fmha/flash.py) and raises."""
+    if not (call.deterministic and call.needs_grad):
+        return None
+    return Refused(
+        Code.DETERMINISTIC,
+        "the backward of xformers is not deterministic and torch.use_deterministic_algorithms(True) is on",
+        "Turn deterministic algorithms off, or choose another kernel",
+    )
+
+
 XFORMERS = Backend(
     name="xformers",
     family="xformers",
@@ -111,7 +122,7 @@ XFORMERS = Backend(
     value_dim=True,
     backward=True,
     layout="bshd",
-    checks=(grouped_heads,),
+    checks=(not_deterministic_backward, grouped_heads),
     prepare=aligned_bias,
     tested="sm_90",
     source=Package("xformers", "xformers.ops"),

@@ -108,6 +108,7 @@ CHANGES = {
     "scale 0.3": Change({"scale": 0.3}),
     "scale of its own": Change({"scale": 64**-0.5}),
     "257 heads": Change({"heads": 257, "kv_heads": 257}),
+    "deterministic, with a gradient": Change({"deterministic": True, "needs_grad": True}),
     "4 key heads and a gradient": Change({"kv_heads": 4, "needs_grad": True}),
     "4 key heads and a mask": masked(BOOLEAN, "bool", kv_heads=4),
 }
@@ -272,7 +273,10 @@ SPECS = {
             **UPPER_LEFT_ONLY,
             "without cudnn": (Code.MISSING, "cudnn>=9.0", "not installed"),
             "cudnn 8.9.7": (Code.VERSION, "cudnn>=9.0", "8.9.7"),
-            "deterministic": (Code.DETERMINISTIC, "_native_cudnn is not", "use_deterministic_algorithms(True)"),
+            **dict.fromkeys(
+                ("deterministic", "deterministic, with a gradient"),
+                (Code.DETERMINISTIC, "_native_cudnn is not", "use_deterministic_algorithms(True)"),
+            ),
             **dtypes("bfloat16, float16", "float32", "float64", *NOT_REAL),
             "dropout of 0.1": (Code.DROPOUT, "1/16", "p=0.1"),
             **mask_dtypes("float16", "float32", "float64", "int64"),
@@ -325,6 +329,7 @@ SPECS = {
             **mask_dtypes("float64", "int64"),
             "gradient": (Code.GRAD, "no backward on cpu", "needs a gradient"),
             "dim 136 with a gradient": (Code.GRAD, "no backward on cpu", "needs a gradient"),
+            "deterministic, with a gradient": (Code.GRAD, "no backward on cpu", "needs a gradient"),
             "4 key heads and a gradient": (Code.GRAD, "no backward on cpu", "needs a gradient"),
         },
         questions=0,
@@ -497,7 +502,8 @@ SPECS |= {
     "xformers on cuda": half_precision(
         H200, first=(8, 0), last=(9, 0), names="bfloat16, float16, float32", widest=None, backward=True,
         causal=UPPER_LEFT, masks=True, value_dim=True,
-        more={"4 key heads and a gradient": (Code.GQA, "without a gradient"),
+        more={"deterministic, with a gradient": (Code.DETERMINISTIC, "the backward of xformers", "algorithms(True)"),
+              "4 key heads and a gradient": (Code.GQA, "without a gradient"),
               "4 key heads and a mask": (Code.GQA, "without a mask")},
     ),
     "aiter_fa2_hub on rocm": elsewhere(

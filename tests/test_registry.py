@@ -1,0 +1,212 @@
+"""Kernels that other packages bring: by an entry point, as pip installs it, and by hand."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from parity import check, qkv
+
+import attnrewrite
+from attnrewrite import registry
+
+PYPROJECT = """
+[build-system]
+requires = ["setuptools"]
+build-backend = "setuptools.build_meta"
+
+[project]
+name = "tiny-attention"
+version = "1.2"
+
+[project.entry-points."attnrewrite.backends"]
+tiny = "tiny_attention.records:RECORDS"
+
+[tool.setuptools]
+packages = ["tiny_attention"]
+"""
+
+KERNEL = '''
+def softmax_attention(query, key, value, scale):
+    """(batch, length, heads, dim)"""
+    weights = (query.transpose(1, 2) @ key.permute(0, 2, 3, 1) * scale).softmax(-1)
+    return (weights @ value.transpose(1, 2)).transpose(1, 2).contiguous()
+'''
+
+# What CONTRIBUTING.md tells the author of a package to write.
+RECORDS = """
+from attnrewrite import Backend, HeadDim, MaskKind, Package, ops
+
+
+def forward(library, query, key, value, scale):
+    return library.softmax_attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def fake(query, key, value, scale):
+    return ops.dense_output(query, value)
+
+
+TINY_OP = ops.register(
+    "tiny", "(Tensor query, Tensor key, Tensor value, float? scale) -> Tensor", forward, fake, flops=ops.products
+)
+
+
+def tiny(query, key, value, mask, *, call, origin):
+    return TINY_OP(query, key, value, call.scale, needs_grad=False, origin=origin)
+
+
+RECORDS = (
+    Backend(
+        name="tiny", family="tests", op=tiny, summary="softmax by hand", devices=frozenset({"cpu"}),
+        dtypes=frozenset({"float32"}), head_dim=HeadDim(max=64), value_dim=True, layout="bshd",
+        source=Package("tiny-attention", "tiny_attention"), requires={"tiny-attention": ">=1.0"}, tested="CPU",
+    ),
+)
+"""
+
+USE = """
+import sys, torch, attnrewrite
+from attnrewrite.__main__ import main
+from parity import check, qkv, attend
+
+backend = attnrewrite.with_backend("tiny", "_native_math")
+main(["info"])
+main(["table"])
+for inner in ("eager", "inductor"):
+    torch.compiler.reset()
+    with torch.no_grad():
+        site = check("tiny", *qkv(dim=20, value_dim=24), inner=inner, scale=0.3)
+    assert (site.chosen, site.source) == ("tiny", "tiny-attention 1.2"), site
+torch.compiler.reset()
+with torch.no_grad():
+    wide = check(attnrewrite.with_backend("_native_math", rules={"cross": ["tiny", "_native_math"]}), *qkv(dim=72))
+(name, refused), = wide.refusals
+print("REFUSED", name, refused)
+"""
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder that pip has installed the package into."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
+    (source / "tiny_attention").mkdir()
+    (source / "pyproject.toml").write_text(PYPROJECT)
+    (source / "tiny_attention/__init__.py").write_text(KERNEL)
+    (source / "tiny_attention/records.py").write_text(RECORDS)
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*pip, "--target", str(target), str(source)], check=True, capture_output=True)
+    return target
+
+
+def test_an_installed_package_brings_a_kernel(installed):
+    """Nothing here knows it: it is in `info`, in the table, chosen by name, run, refused with a reason."""
+    paths = [str(installed), os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = subprocess.run([sys.executable, "-c", USE], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    assert [line.split(maxsplit=2) for line in lines if line.startswith("tiny ")] == [
+        ["tiny", "yes", "softmax by hand"]
+    ]
+    assert any(line.startswith("| `tiny` | cpu | float32 | to 64 | none | no | yes |") for line in lines)
+    assert "REFUSED tiny HEAD_DIM: tiny takes head_dim up to 64, this is 72" in done.stdout
+
+
+# -- entry points that are wrong
+
+
+@pytest.fixture
+def plug_in(monkeypatch, tmp_path):
+    """Installs a package of one module by hand; returns what the registry holds then."""
+
+    def install(name, code, target="RECORDS"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(code)
+        about = tmp_path / f"{name}-1.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(f"[attnrewrite.backends]\n{name} = {name}:{target}\n")
+
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.records.cache_clear()
+    yield install
+    registry.records.cache_clear()
+
+
+RECORD = (
+    "from attnrewrite import Backend\n"
+    "def op(query, key, value, mask, *, call): return query @ key.transpose(-2, -1) @ value\n"
+    "ONE = Backend('{}', 'tests', op, frozenset({{'cpu'}}), frozenset({{'float32'}}))\n"
+    "RECORDS = [ONE]\n"
+)
+
+
+@pytest.mark.parametrize("target", ["RECORDS", "ONE"])
+def test_one_record_or_several(plug_in, target):
+    plug_in("mine", RECORD.format("mine"), target)
+    assert attnrewrite.names()[-1] == "mine"
+    assert [record.name for record in attnrewrite.records_of("mine")] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import no_such_module", r"'broken' \(broken:RECORDS\) are left out: ModuleNotFoundError: .*no_such_module"),
+        ("RECORDS = ['flash']", r"left out: TypeError: 'flash' is no attnrewrite\.Backend"),
+        ("RECORDS = None", r"left out: TypeError"),
+        (RECORD.format("flash"), r"left out: ValueError: the name 'flash' is taken"),
+        ("OTHER = ()", r"left out: AttributeError"),
+    ],
+)
+def test_a_plug_in_that_fails_is_left_out(plug_in, code, said):
+    """With a warning that names it; everything else works."""
+    plug_in("broken", code)
+    plug_in("mine", RECORD.format("mine"))
+    with pytest.warns(UserWarning, match=said):
+        names = attnrewrite.names()
+    assert names[-1] == "mine"
+    assert len(names) == len({record.name for record in attnrewrite.backends.RECORDS}) + 1
+
+
+def test_two_plug_ins_of_one_name(plug_in):
+    plug_in("first", RECORD.format("mine"))
+    plug_in("second", RECORD.format("mine"))
+    with pytest.warns(UserWarning, match="'second' .* the name 'mine' is taken"):
+        assert len(attnrewrite.records_of("mine")) == 1
+
+
+# -- by hand
+
+
+def test_a_record_passed_straight_in():
+    def reversed_heads(query, key, value, mask, *, call):
+        weights = (query @ key.transpose(-2, -1) * (call.scale or call.head_dim**-0.5)).softmax(-1)
+        return weights @ value
+
+    record = attnrewrite.Backend("by_hand", "tests", reversed_heads, frozenset({"cpu"}), frozenset({"float32"}))
+    with torch.no_grad():
+        site = check(attnrewrite.with_backend(record, "native"), *qkv())
+    assert site.chosen == "by_hand"
+
+
+# -- names
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match=r"no attention backend is called 'flash3'; did you mean .*'_flash_3'"):
+        attnrewrite.with_backend("flash3")
+    with pytest.raises(ValueError, match="'flash@main' pins a revision, and flash is not from the kernels hub"):
+        attnrewrite.with_backend("flash@main")
+    with pytest.raises(ValueError, match="'flash_hub@' pins no revision"):
+        attnrewrite.with_backend("flash_hub@")
+
+
+def test_all_names_of_the_peer():
+    """diffusers 0.42.1, and those beyond it."""
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    peer = {name.value for name in AttentionBackendName}
+    assert len(peer) == 27
+    assert peer <= set(attnrewrite.names())
+    assert set(attnrewrite.names()) - peer == {"flash_4", "_flash_3_fp8", "_native_varlen"}
