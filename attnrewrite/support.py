@@ -22,7 +22,8 @@ one of the codes of `attnrewrite.Code`, and the next choice is asked.
 one take `is_causal` where q_len == kv_len. *key padding* is a boolean mask that is the same for every head and query;
 kernels that take boolean masks take it too. *tested*: the machine that the parity tests of `tests/backends/` passed on;
 "stand-in": a function of the library's signature that computes the reference, so that only the mapping of arguments is
-tested; "interpreter": the kernel, run on a CPU (docs/xla-and-npu.md). *error*: the relative error that these tests allow in
+tested; "interpreter": the kernel, run on a CPU (docs/xla-and-npu.md); "as a package": not the hub's build, but the package that
+it is made from, served from a local folder. *error*: the relative error that these tests allow in
 half precision.
 
 | backend | device | dtypes | head_dim | masks | GQA | value_dim | dropout | backward | numerics | error | needs | tested |

@@ -135,6 +135,7 @@ FROM_PYPI = replace(
 FROM_HUB = replace(
     FROM_SOURCE,
     name="_flash_3_hub",
+    tested="sm_90, as a package",
     source=Hub("kernels-community/flash-attn3", version=1),
     requires={"kernels": ">=0.14"},
 )

@@ -216,7 +216,7 @@ SAGE = Backend(
 SAGE_HUB = replace(
     SAGE,
     name="sage_hub",
-    tested="stand-in",
+    tested="sm_90, as a package",
     source=Hub("SageAttention/sage-attention", version=3),
     requires={"kernels": ">=0.14"},
 )
@@ -251,6 +251,7 @@ BLACKWELL = replace(
     head_dim=HeadDim(max=128, multiple=64),
     gqa=False,
     layout="bhsd",
+    tested="stand-in",
     tolerance=Tolerance(2e-1, "fp4; not measured: no Blackwell GPU was at hand"),
     checks=(as_many_queries_as_keys, its_own_scale),
     source=Hub("SageAttention/sage-blackwell", version=1),

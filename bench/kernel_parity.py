@@ -1,10 +1,10 @@
 """What each kernel of this machine computes, and how far it is from float64, through torch.compile.
 
-    python bench/kernel_parity.py [--json bench/results/kernel_parity_h200.json]
+    python bench/kernel_parity.py [--kernels flash sage] [--json bench/results/kernel_parity_h200.json]
 
 For every kernel and case: the relative error |out - ref| / |ref| (2-norms; the reference is float64 eager of the unchanged
-function), or the code of the refusal. Sizes all differ. flex is compiled by Inductor, which makes its kernel; the others are
-aten operators, called from the graph as it is.
+function), or the code of the refusal, or the error of a library that was built without this dtype or width. Sizes all differ. flex is compiled by Inductor, which makes its kernel; the others are
+operators, called from the graph as it is.
 """
 
 import argparse
@@ -65,7 +65,11 @@ def measure(kernel: str, dtype: torch.dtype, device: str, sizes: dict, given: di
         output = F.scaled_dot_product_attention(query, key, value, **arguments)
         return output.transpose(1, 2).flatten(2)
 
-    output = torch.compile(attend, backend=backend, fullgraph=True, dynamic=False)(query, key, value, given)
+    try:
+        output = torch.compile(attend, backend=backend, fullgraph=True, dynamic=False)(query, key, value, given)
+    except RuntimeError as error:
+        print(f"{kernel}: {error}")
+        return type(error).__name__
     (site,) = backend.report.sites
     if site.chosen is None:
         return site.refusals[0][1].code.value
@@ -85,11 +89,12 @@ def runs_here(name: str, machine: attnrewrite.Machine) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kernels", nargs="+", choices=attnrewrite.names(), default=attnrewrite.names())
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     machine = attnrewrite.machine_of(torch.device(device))
-    kernels = [name for name in attnrewrite.names() if runs_here(name, machine)]
+    kernels = [name for name in arguments.kernels if runs_here(name, machine)]
     results: dict[str, dict[str, dict[str, float | str]]] = {}
     print(f"{machine}; python {platform.python_version()}")
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

@@ -1,10 +1,12 @@
-"""Every kernel of another package as its record declares it, through the compiled function, on stand-ins (tests/stand_ins)."""
+"""Every kernel of another package as its record declares it, through the compiled function, on stand-ins (tests/stand_ins).
+
+`record` is each record; `kernel` one for each function that lands in a graph."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from parity import attend, doubled, qkv, relative
-from stand_ins import RECORDS, compiler, is_sage_1, name_of
+from stand_ins import KERNELS, RECORDS, compiler, is_sage_1, name_of
 
 from attnrewrite import Code, MaskKind
 
@@ -13,6 +15,11 @@ HALF = 1.2e-2  # rounding to bfloat16
 
 @pytest.fixture(params=RECORDS, ids=name_of)
 def record(request, stand_ins):
+    return stand_ins(request.param)
+
+
+@pytest.fixture(params=KERNELS, ids=name_of)
+def kernel(request, stand_ins):
     return stand_ins(request.param)
 
 
@@ -68,49 +75,49 @@ def test_causal(record):
     right(record, *tensors_for(record, q_len=64, kv_len=64), is_causal=True)
 
 
-def test_causal_of_another_alignment(record):
-    tensors = tensors_for(record, q_len=7, kv_len=64)
-    if MaskKind.CAUSAL_UPPER_LEFT in record.masks and "sage" not in record.name:
-        right(record, *tensors, is_causal=True)
+def test_causal_of_another_alignment(kernel):
+    tensors = tensors_for(kernel, q_len=7, kv_len=64)
+    if MaskKind.CAUSAL_UPPER_LEFT in kernel.masks and "sage" not in kernel.name:
+        right(kernel, *tensors, is_causal=True)
     else:
-        refused(record, Code.CAUSAL, *tensors, is_causal=True)
+        refused(kernel, Code.CAUSAL, *tensors, is_causal=True)
 
 
 @pytest.mark.parametrize("scale", [0.3, 0.02])
-def test_scale(record, scale):
-    if record.name == "sage_blackwell_hub":
-        refused(record, Code.SCALE, *tensors_for(record), scale=scale)
+def test_scale(kernel, scale):
+    if kernel.name == "sage_blackwell_hub":
+        refused(kernel, Code.SCALE, *tensors_for(kernel), scale=scale)
     else:
-        right(record, *tensors_for(record), scale=scale)
+        right(kernel, *tensors_for(kernel), scale=scale)
 
 
 @pytest.mark.parametrize("dim", [20, 72, 128])
-def test_head_dims(record, dim):
-    tensors = tensors_for(record, dim=dim)
-    multiple = record.head_dim.multiple
-    if dim % multiple and not record.head_dim.pad:
-        refused(record, Code.HEAD_DIM, *tensors)
+def test_head_dims(kernel, dim):
+    tensors = tensors_for(kernel, dim=dim)
+    multiple = kernel.head_dim.multiple
+    if dim % multiple and not kernel.head_dim.pad:
+        refused(kernel, Code.HEAD_DIM, *tensors)
         return
-    site, _ = right(record, *tensors)
+    site, _ = right(kernel, *tensors)
     padded = -(-dim // multiple) * multiple
     expected = [("pad_head_dim", dim, padded), ("pad_value_dim", dim, padded)] if padded != dim else []
     assert [(step.name, step.before, step.after) for step in site.steps] == expected
 
 
-def test_grouped_heads(record):
-    tensors = tensors_for(record, heads=6, kv_heads=2)
-    if record.gqa:
-        right(record, *tensors, enable_gqa=True)
+def test_grouped_heads(kernel):
+    tensors = tensors_for(kernel, heads=6, kv_heads=2)
+    if kernel.gqa:
+        right(kernel, *tensors, enable_gqa=True)
     else:
-        refused(record, Code.GQA, *tensors, enable_gqa=True)
+        refused(kernel, Code.GQA, *tensors, enable_gqa=True)
 
 
-def test_value_dim(record):
-    tensors = tensors_for(record, dim=128, value_dim=64)
-    if record.value_dim:
-        right(record, *tensors)
+def test_value_dim(kernel):
+    tensors = tensors_for(kernel, dim=128, value_dim=64)
+    if kernel.value_dim:
+        right(kernel, *tensors)
     else:
-        refused(record, Code.VALUE_DIM, *tensors)
+        refused(kernel, Code.VALUE_DIM, *tensors)
 
 
 def fused(dtype, kv_len):
@@ -126,8 +133,8 @@ def cut_out(dtype, kv_len):
 
 
 @pytest.mark.parametrize("layout", [fused, heads_first, cut_out])
-def test_layouts(record, layout):
-    right(record, *layout(torch.bfloat16, sizes(record)["kv_len"]))
+def test_layouts(kernel, layout):
+    right(kernel, *layout(torch.bfloat16, sizes(kernel)["kv_len"]))
 
 
 def padding(batch, kv_len):
@@ -155,41 +162,41 @@ def test_key_padding(record, expanded):
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 7, 11), (2, 1, 7, 11), (7, 11), (1, 4, 1, 11)])
-def test_dense_masks(record, shape):
-    tensors = tensors_for(record, kv_len=11)
+def test_dense_masks(kernel, shape):
+    tensors = tensors_for(kernel, kv_len=11)
     boolean = torch.rand(*shape) > 0.4
     boolean[..., 0] = True
     for kind, mask in ((MaskKind.BOOLEAN, boolean), (MaskKind.ADDITIVE, 3 * torch.randn(*shape).bfloat16())):
         torch.compiler.reset()
-        if kind in record.masks:
-            right(record, *tensors, mask)
-            right(record, *tensors, mask, scale=0.3)
+        if kind in kernel.masks:
+            right(kernel, *tensors, mask)
+            right(kernel, *tensors, mask, scale=0.3)
         else:
-            refused(record, Code.MASK, *tensors, mask)
+            refused(kernel, Code.MASK, *tensors, mask)
 
 
 @pytest.mark.parametrize("case", ["plain", "causal", "grouped", "key padding", "mask"])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_gradients(record, case, inner):
-    tensors = tensors_for(record, q_len=11, kv_len=11, heads=6, kv_heads=2 if case == "grouped" else 6)
+def test_gradients(kernel, case, inner):
+    tensors = tensors_for(kernel, q_len=11, kv_len=11, heads=6, kv_heads=2 if case == "grouped" else 6)
     masks = {"key padding": torch.rand(2, 1, 1, 11) > 0.4, "mask": torch.randn(2, 1, 11, 11).bfloat16()}
     mask = [masks[case]] if case in masks else []
     arguments = {"is_causal": case == "causal", "enable_gqa": case == "grouped"}
     exact = [tensor.double().detach().requires_grad_() for tensor in tensors]
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
-    backend = compiler(record, inner)
+    backend = compiler(kernel, inner)
     function = torch.compile(lambda *given: attend(*given, **arguments), backend=backend, fullgraph=True)
     function(*tensors, *mask).square().sum().backward()
     attend(*exact, *map(doubled, mask), **arguments).square().sum().backward()
     (site,) = backend.report.sites
-    if not record.backward:
+    if not kernel.backward:
         assert site.refusals[0][1].code is Code.GRAD
-    elif case in ("plain", "causal") or (case == "grouped" and record.name != "xformers"):
-        assert site.chosen == record.name
+    elif case in ("plain", "causal") or (case == "grouped" and kernel.name != "xformers"):
+        assert site.chosen == kernel.name
     else:
         kind = site.call.mask.kind
-        taken = kind in record.masks or (kind is MaskKind.KEY_PADDING and MaskKind.BOOLEAN in record.masks)
-        assert (site.chosen == record.name) == (taken and case != "grouped")
+        taken = kind in kernel.masks or (kind is MaskKind.KEY_PADDING and MaskKind.BOOLEAN in kernel.masks)
+        assert (site.chosen == kernel.name) == (taken and case != "grouped")
     for one, other in zip(tensors, exact, strict=True):
         assert relative(one.grad, other.grad) < 3e-2
 
@@ -200,28 +207,28 @@ def test_lengths_of_sage_1(stand_ins):
         refused(record, Code.LENGTH, *tensors_for(record, kv_len=77))
 
 
-def test_inputs_are_left_alone(record):
-    tensors = tensors_for(record)
+def test_inputs_are_left_alone(kernel):
+    tensors = tensors_for(kernel)
     copies = [tensor.clone() for tensor in tensors]
-    right(record, *tensors)
+    right(kernel, *tensors)
     assert all(torch.equal(tensor, copy) for tensor, copy in zip(tensors, copies, strict=True))
 
 
-def test_dynamic_lengths(record):
-    lengths = (128, 192, 256) if is_sage_1(record) else (33, 40, 51)
-    backend = compiler(record)
+def test_dynamic_lengths(kernel):
+    lengths = (128, 192, 256) if is_sage_1(kernel) else (33, 40, 51)
+    backend = compiler(kernel)
     function = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
     with torch.no_grad():
         for length in lengths:
             tensors = qkv(q_len=length + 2, kv_len=length, dim=64, dtype=torch.bfloat16)
-            assert relative(function(*tensors), attend(*map(doubled, tensors))) < max(HALF, record.tolerance.error)
-    assert {site.chosen for site in backend.report.sites} == {record.name}
+            assert relative(function(*tensors), attend(*map(doubled, tensors))) < max(HALF, kernel.tolerance.error)
+    assert {site.chosen for site in backend.report.sites} == {kernel.name}
     assert len(backend.report.graphs) == 1
 
 
-def test_a_mask_is_packed_once(record):
+def test_a_mask_is_packed_once(kernel):
     """Two sites that read one mask share its packing; a site with another mask has its own."""
-    if MaskKind.KEY_PADDING not in record.masks:
+    if MaskKind.KEY_PADDING not in kernel.masks:
         pytest.skip("packs nothing")
     counted = []
 
@@ -234,23 +241,23 @@ def test_a_mask_is_packed_once(record):
             q = F.scaled_dot_product_attention(q, k, v, mask)
         return q
 
-    tensors, masks = tensors_for(record), [torch.rand(2, 1, 1, sizes(record)["kv_len"]) > 0.4 for _ in range(2)]
+    tensors, masks = tensors_for(kernel), [torch.rand(2, 1, 1, sizes(kernel)["kv_len"]) > 0.4 for _ in range(2)]
     with torch.no_grad():
-        output = torch.compile(step, backend=compiler(record, inner), fullgraph=True)(*tensors, *masks)
+        output = torch.compile(step, backend=compiler(kernel, inner), fullgraph=True)(*tensors, *masks)
     assert counted == [2]
     assert relative(output, step(*map(doubled, tensors), *masks)) < HALF
 
 
-def test_cast(record):
+def test_cast(kernel):
     """float32 tensors are refused, or cast where the policy says so; the output is float32 again."""
-    tensors = tensors_for(record, dtype=torch.float32)
-    if "float32" in record.dtypes:
-        site, _ = right(record, *tensors, cast="bfloat16")
+    tensors = tensors_for(kernel, dtype=torch.float32)
+    if "float32" in kernel.dtypes:
+        site, _ = right(kernel, *tensors, cast="bfloat16")
         assert site.steps == ()
         return
-    refused(record, Code.DTYPE, *tensors)
+    refused(kernel, Code.DTYPE, *tensors)
     torch.compiler.reset()
-    site, output = right(record, *tensors, cast="bfloat16")
+    site, output = right(kernel, *tensors, cast="bfloat16")
     assert output.dtype is torch.float32
     assert [str(step) for step in site.steps] == ["cast: float32 to bfloat16"]
 

@@ -32,6 +32,8 @@ REPOSITORIES = {
 }
 
 RECORDS = [record for record in registry.records() if record.source is not None]
+# One record for each function that lands in a graph: hub and other builds of a library share theirs.
+KERNELS = list({record.op: record for record in reversed(RECORDS)}.values())[::-1]
 
 
 def name_of(record):
