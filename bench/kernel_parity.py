@@ -3,8 +3,8 @@
     python bench/kernel_parity.py [--kernels flash sage] [--json bench/results/kernel_parity_h200.json]
 
 For every kernel and case: the relative error |out - ref| / |ref| (2-norms; the reference is float64 eager of the unchanged
-function), or the code of the refusal, or the error of a library that was built without this dtype or width. Sizes all differ. flex is compiled by Inductor, which makes its kernel; the others are
-operators, called from the graph as it is.
+function), or the code of the refusal, or the error of a library that was built without this dtype or width. Sizes all differ.
+flex is compiled by Inductor, which makes its kernel; the others are operators, called from the graph as it is.
 """
 
 import argparse
