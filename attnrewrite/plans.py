@@ -13,7 +13,7 @@ from .machines import Machine
 from .policies import Policy
 from .reasons import decide
 from .records import Backend
-from .sources import Source, SourceError, load
+from .sources import Source, SourceError, library, load
 
 
 class AttentionRefusedError(RuntimeError):
@@ -109,14 +109,20 @@ def _site(call: AttentionCall, policy: Policy, machine: Machine, loaded: dict[So
         source: str | None = None
         if isinstance(decision, Accepted) and backend.source is not None and loaded is not None:
             found = _loaded(backend.source, policy.trust_remote_code, loaded)
-            if isinstance(found, Refused):
-                decision = found
+            refused = found if isinstance(found, Refused) else lacking(backend, found, machine)
+            if refused is not None:
+                decision = refused
             else:
-                source = found
+                source = str(found)
         taken.append((candidate.name, decision))
         if isinstance(decision, Accepted):
             return Site(call, tuple(taken), candidate.name, policy.rule_for(call), source, backend)
     return Site(call, tuple(taken), None, policy.rule_for(call))
+
+
+def lacking(backend: Backend, source: str, machine: Machine) -> Refused | None:
+    """Why the loaded library has no such kernel for this machine, None if it has."""
+    return backend.library_check(library(source), machine) if backend.library_check else None
 
 
 def _loaded(source: Source, trust: bool, loaded: dict[Source, str | Refused]) -> str | Refused:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,6 +46,7 @@ class Tolerance:
 
 
 Check = Callable[[AttentionCall, Machine], "Refused | None"]
+LibraryCheck = Callable[[ModuleType, Machine], "Refused | None"]
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,7 @@ class Backend:
     source: Source | None = None
     requires: Mapping[str, str] = field(default_factory=dict, hash=False)  # distribution -> version specifier
     checks: tuple[Check, ...] = ()
+    library_check: LibraryCheck | None = None  # asked once the source is loaded: a build may lack this kernel
     prepare: Callable[[torch.Tensor | None, torch.Tensor, AttentionCall], Any] | None = None
 
     def __str__(self) -> str:

@@ -7,6 +7,7 @@ import torch
 from .calls import AttentionCall, MaskKind
 from .decisions import Refused
 from .machines import Machine, machine_of
+from .plans import lacking
 from .policies import Candidate
 from .reasons import decide
 from .records import Backend, Numerics
@@ -104,7 +105,7 @@ def usable(name: str, machine: Machine) -> tuple[Refused | None, Backend]:
         return decision, record
     if isinstance(record.source, Package):
         try:
-            load(record.source)
+            return lacking(record, load(record.source), machine), record
         except SourceError as error:
             return error.refused, record
     return None, record

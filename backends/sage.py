@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .. import ops
 from ..calls import AttentionCall, MaskKind
 from ..decisions import Code, Refused
 from ..machines import Machine
-from ..records import Backend, HeadDim, Numerics, Tolerance
+from ..records import Backend, HeadDim, LibraryCheck, Numerics, Tolerance
 from ..sizes import described, holds
 from ..sources import Hub, Package
 from .packing import Packing, pack, packing, unpack
@@ -193,6 +194,32 @@ def its_own_scale(call: AttentionCall, machine: Machine) -> Refused | None:
     )
 
 
+# The package imports only those of its extensions that load, and says so in these flags of its module `core`.
+FLAGS = {
+    (8, 0): "SM80_ENABLED",
+    (8, 9): "SM89_ENABLED",
+    (9, 0): "SM90_ENABLED",
+    (12, 0): "SM89_ENABLED",
+    (12, 1): "SM89_ENABLED",
+}
+
+
+def built_with(flag: str | None = None) -> LibraryCheck:
+    """`flag`: the one that a kernel needs; None: the one of the variant that `sageattn` chooses for the GPU."""
+
+    def check(library: ModuleType, machine: Machine) -> Refused | None:
+        needed = flag or (FLAGS.get(machine.capability) if machine.capability else None)
+        if needed is None or getattr(getattr(library, "core", None), needed, True):
+            return None
+        return Refused(
+            Code.BROKEN,
+            f"this build of SageAttention has no kernel for it: its core.{needed} is False",
+            "Build it for this GPU (TORCH_CUDA_ARCH_LIST), or choose another kernel",
+        )
+
+    return check
+
+
 SAGE = Backend(
     name="sage",
     family="SageAttention",
@@ -209,6 +236,7 @@ SAGE = Backend(
     numerics=Numerics.QUANTISED,
     tolerance=Tolerance(6e-2, "int8 scores and fp8 values: 3.9e-2 measured on Gaussian data"),
     checks=(as_many_queries_as_keys,),
+    library_check=built_with(),
     tested="sm_90",
     source=Package("sageattention", "sageattention"),
     requires={"sageattention": ">=2.1.1"},
@@ -223,18 +251,19 @@ SAGE_HUB = replace(
 FP16 = Tolerance(3e-2, "int8 scores: 1.4e-2 measured on Gaussian data")
 FP16_TRITON = replace(
     SAGE, name="_sage_qk_int8_pv_fp16_triton", op=calls(FP16_TRITON_OP), summary="int8 scores, float16 values, Triton",
-    capability=((8, 0), (9, 0)), tolerance=FP16,
+    capability=((8, 0), (9, 0)), tolerance=FP16, library_check=None,
 )  # fmt: skip
 FP16_CUDA = replace(
-    FP16_TRITON, name="_sage_qk_int8_pv_fp16_cuda", op=calls(FP16_CUDA_OP), summary="int8 scores, float16 values, CUDA"
-)
+    FP16_TRITON, name="_sage_qk_int8_pv_fp16_cuda", op=calls(FP16_CUDA_OP), summary="int8 scores, float16 values, CUDA",
+    library_check=built_with("SM80_ENABLED"),
+)  # fmt: skip
 FP8_CUDA = replace(
     SAGE, name="_sage_qk_int8_pv_fp8_cuda", op=calls(FP8_CUDA_OP), summary="int8 scores, fp8 values",
-    capability=((8, 9), (12, 1)),
+    capability=((8, 9), (12, 1)), library_check=built_with("SM89_ENABLED"),
 )  # fmt: skip
 FP8_SM90 = replace(
     SAGE, name="_sage_qk_int8_pv_fp8_cuda_sm90", op=calls(FP8_SM90_OP), summary="int8 scores, fp8 values, for Hopper",
-    capability=((9, 0), (9, 0)),
+    capability=((9, 0), (9, 0)), library_check=built_with("SM90_ENABLED"),
 )  # fmt: skip
 VARLEN = replace(
     FP16_TRITON, name="sage_varlen", op=calls_varlen(VARLEN_OP), prepare=packing,
@@ -254,6 +283,7 @@ BLACKWELL = replace(
     tested="stand-in",
     tolerance=Tolerance(2e-1, "fp4; not measured: no Blackwell GPU was at hand"),
     checks=(as_many_queries_as_keys, its_own_scale),
+    library_check=None,
     source=Hub("SageAttention/sage-blackwell", version=1),
 )
 
@@ -267,6 +297,7 @@ def _pypi_1(record: Backend, op: Callable[..., Tensor]) -> Backend:
         masks=SAGE.masks,
         tolerance=FP16,
         checks=(as_many_queries_as_keys, whole_blocks_of_keys),
+        library_check=None,
         requires={"sageattention": ">=1.0.6,<2"},
     )
 

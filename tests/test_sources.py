@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -74,6 +75,32 @@ def test_a_broken_package_is_a_refusal(broken):
     assert refused.detail.startswith("flash-attn 2.8.3 does not import: ")
     assert broken in refused.detail
     assert "\n" not in refused.detail
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [("sage", "SM90_ENABLED"), ("_sage_qk_int8_pv_fp8_cuda_sm90", "SM90_ENABLED"),
+     ("_sage_qk_int8_pv_fp8_cuda", "SM89_ENABLED"), ("_sage_qk_int8_pv_fp16_cuda", "SM80_ENABLED"), ("sage_varlen", None)],
+)  # fmt: skip
+def test_a_build_without_this_kernel_is_a_refusal(stand_ins, monkeypatch, name, flag):
+    """SageAttention imports what its build has, in silence, and asserts when it is called (seen on an H200)."""
+    import sageattention
+
+    record = records_of(name)[0]
+    flags = dict.fromkeys(("SM80_ENABLED", "SM89_ENABLED", "SM90_ENABLED"), True)
+    monkeypatch.setattr(sageattention, "core", SimpleNamespace(**flags), raising=False)
+    assert run(choices(record)).chosen == name
+    assert usable(name, machine_for(record))[0] is None
+    torch.compiler.reset()
+    flags = {known: known != flag for known in flags} if flag else dict.fromkeys(flags, False)
+    monkeypatch.setattr(sageattention, "core", SimpleNamespace(**flags))
+    site = run(choices(record, "native"))
+    if flag is None:  # a Triton kernel: needs no extension
+        assert site.chosen == name
+        return
+    assert (site.chosen, site.refusals[0][1].code) == ("native", Code.BROKEN)
+    assert f"its core.{flag} is False" in site.refusals[0][1].detail
+    assert usable(name, machine_for(record))[0] == site.refusals[0][1]
 
 
 def test_info_survives_a_broken_package(broken):
