@@ -32,15 +32,16 @@ from .packing import Packing, pack, packing, unpack
 
 # -- the library's functions
 
+DEFAULT_STREAM = 0  # CUDA's handle of it
+
 
 def ordered(query: Tensor, run: Callable[[], Tensor]) -> Tensor:
     """Runs kernels that launch on the default stream, in the order of the current one."""
-    if not query.is_cuda:  # a stand-in
+    current = torch.cuda.current_stream(query.device) if query.is_cuda else None  # None: a stand-in
+    if current is None or current.cuda_stream == DEFAULT_STREAM:
         return run()
-    not_while_capturing()
-    current, default = torch.cuda.current_stream(query.device), torch.cuda.default_stream(query.device)
-    if current == default:
-        return run()
+    not_while_capturing()  # which is never on the default stream
+    default = torch.cuda.default_stream(query.device)
     default.wait_stream(current)
     with torch.cuda.stream(default):
         output = run()
