@@ -3,7 +3,8 @@
 An op is what torch.compile, torch.export and CUDA graphs can hold: `torch.ops.attnrewrite.<name>`. Each takes three strings
 besides its own arguments, those of its `Origin`.
 
-Ops are made with `torch.library.Library`: 3 us a call, where `torch.library.custom_op` takes 11 (bench/op_overhead.py).
+Ops are made with `torch.library.Library`, which costs less a call than `torch.library.custom_op`; bench/op_overhead.py prints
+what one adds to the library's own call.
 """
 
 from __future__ import annotations

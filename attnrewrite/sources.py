@@ -88,8 +88,9 @@ class Hub:
         try:
             module: ModuleType = get(self.repository, trust_remote_code=trust, **which)
         except Exception as error:
-            for path in sorted(_cached(self.repository) - before):
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+            if not _raised_by_an_import(error):  # then the download is whole
+                for path in sorted(_cached(self.repository) - before):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
             raise SourceError(self._refused(error)) from error
         return f"{self.repository}@{_commit(module)}", module
 
@@ -119,15 +120,19 @@ class Hub:
 
 Source = Package | Hub
 
-_LIBRARIES: dict[str, ModuleType] = {}  # by source: what has been loaded in this process
+# What has been loaded in this process: a later compilation asks no file and no network again.
+_TEXTS: dict[tuple[Source, bool], str] = {}  # by source and trust
+_LIBRARIES: dict[str, ModuleType] = {}  # by text
 
 
 def load(source: Source, trust: bool = False) -> str:
     """Loads a library, once a process, and returns the text that it is known by from now on. Raises `SourceError`."""
-    with _disable_current_modes():  # an import may make tensors: they are not part of the graph being rewritten
-        text, module = source.fetch(trust)
-    _LIBRARIES.setdefault(text, module)
-    return text
+    if (source, trust) not in _TEXTS:
+        with _disable_current_modes():  # an import may make tensors: they are not part of the graph being rewritten
+            text, module = source.fetch(trust)
+        _LIBRARIES.setdefault(text, module)
+        _TEXTS[source, trust] = text
+    return _TEXTS[source, trust]
 
 
 def library(text: str) -> ModuleType:

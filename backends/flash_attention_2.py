@@ -128,7 +128,7 @@ FLASH_VARLEN = replace(
     FLASH,
     name="flash_varlen",
     op=flash_varlen,
-    summary="FlashAttention 2 on packed keys: key padding costs nothing",
+    summary="FlashAttention 2 on packed keys, for key padding",
     masks=FLASH.masks | {MaskKind.KEY_PADDING},
     prepare=packing,
 )

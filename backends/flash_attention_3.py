@@ -146,7 +146,7 @@ def _varlen(record: Backend, name: str) -> Backend:
         record,
         name=name,
         op=flash_3_varlen,
-        summary="FlashAttention 3 on packed keys: key padding costs nothing",
+        summary="FlashAttention 3 on packed keys, for key padding",
         masks=record.masks | {MaskKind.KEY_PADDING},
         prepare=packing,
     )

@@ -35,7 +35,7 @@ NATIVE_VARLEN = replace(
     FLASH_CUDA,
     name="_native_varlen",
     op=varlen,
-    summary="FlashAttention 2 inside PyTorch on packed keys: key padding costs nothing",
+    summary="FlashAttention 2 inside PyTorch on packed keys, for key padding",
     masks=FLASH_CUDA.masks | {MaskKind.KEY_PADDING},
     layout="bshd",
     prepare=packing,

@@ -1,4 +1,4 @@
-"""Key padding without cost: keys and values that take part, packed one sequence behind the other, for variable-length kernels.
+"""Key padding: keys and values that take part, packed one sequence behind the other, for variable-length kernels.
 
 Everything stays on the device: no shape depends on data and nothing is read back, so that it holds under `fullgraph`, CUDA
 graphs and export. What is made of a mask is made once and shared by all sites that read it.

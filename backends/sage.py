@@ -268,7 +268,7 @@ FP8_SM90 = replace(
 )  # fmt: skip
 VARLEN = replace(
     FP16_TRITON, name="sage_varlen", op=calls_varlen(VARLEN_OP), prepare=packing,
-    summary="int8 scores, float16 values, on packed keys: key padding costs nothing",
+    summary="int8 scores, float16 values, on packed keys, for key padding",
     masks=SAGE.masks | {MaskKind.KEY_PADDING},
 )  # fmt: skip
 BLACKWELL = replace(

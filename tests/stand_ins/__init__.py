@@ -92,6 +92,7 @@ def forget():
     for name in [name for name in sys.modules if name.partition(".")[0] in MODULES]:
         del sys.modules[name]
     sources._LIBRARIES.clear()
+    sources._TEXTS.clear()
     machines._read.cache_clear()
 
 
