@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attnrewrite
 from attnrewrite import ops, sources
+from attnrewrite.machines import satisfies
 
 REGISTERED = [record for record in KERNELS if record.family != "Ascend"]  # its op is torch_npu's own
 
@@ -151,18 +152,28 @@ def test_versions_do_not_share_compiled_code(stand_ins, monkeypatch):
     assert hits == [0, 1, 0]
 
 
-def test_a_wrong_fake_would_be_seen():
-    """opcheck above can fail: an op whose fake has other strides than what it returns."""
+def wrong_strides(query, key, value):
+    return torch.empty_like(query)
+
+
+def wrong_dtype(query, key, value):
+    return query.new_empty(query.shape, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("fake", [wrong_strides, wrong_dtype])
+def test_a_wrong_fake_would_be_seen(fake, monkeypatch):
+    """opcheck above can fail. (Strides it compares from torch 2.13 on; Inductor's code asserts them in every version.)"""
+    if fake is wrong_strides and not satisfies(torch.__version__, ">=2.13"):
+        pytest.skip("opcheck compares strides from torch 2.13 on")
     op = ops.register(
-        "test_wrong_fake",
+        f"test_{fake.__name__}",
         "(Tensor query, Tensor key, Tensor value) -> Tensor",
         lambda library, query, key, value: query.clone(memory_format=torch.contiguous_format),
-        lambda query, key, value: torch.empty_like(query),
+        fake,
         flops=ops.products,
     )
     query = torch.randn(2, 5, 3, 8).transpose(1, 2)
-    kwargs = {"backend": "toy", "source": "torch 0", "site": "here"}
-    attnrewrite.sources._LIBRARIES["torch 0"] = torch
+    monkeypatch.setitem(sources._LIBRARIES, "torch 0", torch)
     with pytest.raises(torch.testing._internal.optests.OpCheckError):
+        kwargs = {"backend": "toy", "source": "torch 0", "site": "here"}
         torch.library.opcheck(op.forward, (query, query, query), kwargs)
-    del attnrewrite.sources._LIBRARIES["torch 0"]

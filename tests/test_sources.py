@@ -9,7 +9,17 @@ import pytest
 import torch
 from kernels_hub import COMMITS, LocalHub
 from parity import attend, doubled, qkv, relative
-from stand_ins import MODULES, RECORDS, REPOSITORIES, is_sage_1, local_kernels, machine_for, name_of, repository
+from stand_ins import (
+    MODULES,
+    RECORDS,
+    REPOSITORIES,
+    VARIANT,
+    is_sage_1,
+    local_kernels,
+    machine_for,
+    name_of,
+    repository,
+)
 
 import attnrewrite
 from attnrewrite import AttentionCompiler, Code, Hub, Package, Report, make_policy, records_of, sources
@@ -166,7 +176,7 @@ def hub(monkeypatch, tmp_path, stand_ins):
     for record in HUB:
         name = record.source.repository
         if not (tmp_path / "hub" / name).exists():
-            repository(tmp_path / "hub" / name, name, REPOSITORIES[name], "cpu")
+            repository(tmp_path / "hub" / name, name, REPOSITORIES[name])
     monkeypatch.delenv("LOCAL_KERNELS")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(http.time, "sleep", lambda seconds: None)  # between tries
@@ -264,7 +274,7 @@ def test_a_download_that_breaks_off_leaves_what_was_there(hub):
     before = cached(hub)
     assert before
     hub.broken.add("__init__.py")
-    path = hub.folder / FLASH_3.repository / "build/torch-cpu/__init__.py"
+    path = hub.folder / FLASH_3.repository / f"build/{VARIANT}/__init__.py"
     path.write_text(path.read_text() + "# another version")
     refusal(replace(FLASH_3, version=2), trust=True)
     assert cached(hub) == before
@@ -307,13 +317,13 @@ def test_a_local_folder(hub, monkeypatch, tmp_path):
     """Needs neither trust nor a network."""
     hub.offline()
     names = {"kernels-community/flash-attn3": "flash_attn_interface"}
-    monkeypatch.setenv("LOCAL_KERNELS", local_kernels(tmp_path / "local", "cpu", names))
+    monkeypatch.setenv("LOCAL_KERNELS", local_kernels(tmp_path / "local", names))
     site = run(choices(RECORD))
     assert (site.chosen, site.source) == ("_flash_3_hub", "kernels-community/flash-attn3@local:flash_attn3_local")
 
 
 def test_a_kernel_that_does_not_import(hub):
-    path = hub.folder / FLASH_3.repository / "build/torch-cpu/__init__.py"
+    path = hub.folder / FLASH_3.repository / f"build/{VARIANT}/__init__.py"
     for code, words in (
         ("import flash_attn_config", "No module named 'flash_attn_config'"),
         ("1 / 0", "division by zero"),
@@ -326,7 +336,7 @@ def test_a_kernel_that_does_not_import(hub):
 
 def test_no_build_for_this_machine(hub):
     folder = hub.folder / FLASH_3.repository / "build"
-    (folder / "torch-cpu").rename(folder / "torch210-cxx11-cu128-x86_64-linux")
+    (folder / VARIANT).rename(folder / "torch210-cxx11-cu128-x86_64-linux")
     refused = refusal(FLASH_3, trust=True)
     assert (refused.code, "Cannot find a build variant" in refused.detail) == (Code.VERSION, True)
 
@@ -339,7 +349,7 @@ def test_a_saved_program_gets_the_revision_it_was_made_with(hub, monkeypatch, tm
     sources._LIBRARIES.clear()
     sources._TEXTS.clear()
     names = {"kernels-community/flash-attn3": "flash_attn_interface"}
-    monkeypatch.setenv("LOCAL_KERNELS", local_kernels(tmp_path / "local", "cpu", names))
+    monkeypatch.setenv("LOCAL_KERNELS", local_kernels(tmp_path / "local", names))
     with pytest.raises(SourceError) as caught:
         library(text)
     refused = caught.value.refused

@@ -37,7 +37,7 @@ BUILDS = {
 @pytest.fixture(autouse=True, scope="session")
 def local_hub(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_KERNELS", local_kernels(tmp_path_factory.mktemp("hub"), "cuda", BUILDS))
+        patch.setenv("LOCAL_KERNELS", local_kernels(tmp_path_factory.mktemp("hub"), BUILDS))
         yield
 
 

@@ -67,23 +67,26 @@ def compiler(record, inner="eager", **options):
     return AttentionCompiler(make_policy([record], **options), inner, machine_for(record))
 
 
-def repository(folder, name, module, device):
+VARIANT = "torch-universal"  # a build that is Python alone, for any PyTorch
+
+
+def repository(folder, name, module):
     """A kernel repository of one variant that holds the names of an importable module."""
-    variant = folder / f"build/torch-{device}"
+    variant = folder / "build" / VARIANT
     variant.mkdir(parents=True)
     ident = name.rpartition("/")[2].replace("-", "_") + "_local"
     about = {"id": ident, "name": ident.replace("_", "-"), "version": 1, "license": "BSD-3-Clause",
-             "python-depends": [], "backend": {"type": device}}  # fmt: skip
+             "python-depends": [], "backend": {"type": "cpu"}}  # fmt: skip
     (variant / "metadata.json").write_text(json.dumps(about))
     (variant / "__init__.py").write_text(
         f"import {module} as _module\nglobals().update({{k: getattr(_module, k) for k in dir(_module) if k[:2] != '__'}})\n"
     )
 
 
-def local_kernels(folder, device, repositories=REPOSITORIES):
+def local_kernels(folder, repositories=REPOSITORIES):
     """Writes repositories into a folder; the value of LOCAL_KERNELS that names them."""
     for name, module in repositories.items():
-        repository(folder / name.rpartition("/")[2], name, module, device)
+        repository(folder / name.rpartition("/")[2], name, module)
     return ":".join(f"{name}={folder / name.rpartition('/')[2]}" for name in repositories)
 
 
@@ -101,7 +104,7 @@ def stand_ins(monkeypatch, tmp_path):
     """Puts all stand-ins where Python and the kernels library find them; `stand_ins(record)` puts those for a record."""
     forget()
     monkeypatch.syspath_prepend(HERE / "site")
-    monkeypatch.setenv("LOCAL_KERNELS", local_kernels(tmp_path, "cpu"))
+    monkeypatch.setenv("LOCAL_KERNELS", local_kernels(tmp_path))
 
     def install(record):
         if is_sage_1(record):
