@@ -7,6 +7,7 @@ import torch
 from parity import attend, qkv, recorded
 from stand_ins import KERNELS, compiler, is_sage_1, name_of
 from torch._dynamo.utils import counters
+from torch.testing._internal.optests import OpCheckError
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnrewrite
@@ -174,6 +175,6 @@ def test_a_wrong_fake_would_be_seen(fake, monkeypatch):
     )
     query = torch.randn(2, 5, 3, 8).transpose(1, 2)
     monkeypatch.setitem(sources._LIBRARIES, "torch 0", torch)
-    with pytest.raises(torch.testing._internal.optests.OpCheckError):
-        kwargs = {"backend": "toy", "source": "torch 0", "site": "here"}
+    kwargs = {"backend": "toy", "source": "torch 0", "site": "here"}
+    with pytest.raises(OpCheckError):
         torch.library.opcheck(op.forward, (query, query, query), kwargs)
