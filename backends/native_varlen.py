@@ -26,7 +26,7 @@ def varlen(query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: 
         key, value = torch.where(read, key, zero), torch.where(read, value, zero)
     output: Tensor = torch.ops.aten._flash_attention_forward.default(
         query, key, value, packed.cu_seqlens_q, packed.cu_seqlens_k, call.q_len, call.kv_len,
-        call.dropout, call.mask.is_causal, False, scale=call.scale,
+        0.0, call.mask.is_causal, False, scale=call.scale,
     )[0]  # fmt: skip
     return unpack(output, call)
 
@@ -37,6 +37,7 @@ NATIVE_VARLEN = replace(
     op=varlen,
     summary="FlashAttention 2 inside PyTorch on packed keys, for key padding",
     masks=FLASH_CUDA.masks | {MaskKind.KEY_PADDING},
+    dropout=False,  # the kernel has it; it was not tried
     layout="bshd",
     prepare=packing,
 )

@@ -459,7 +459,11 @@ def elsewhere(device, machine, **words):
 SPECS |= {
     "_native_varlen on cuda": Spec(
         H200,
-        {name: why for name, why in SPECS["_native_flash on cuda"].refused.items() if name != "key padding"},
+        {
+            **{name: why for name, why in SPECS["_native_flash on cuda"].refused.items() if name != "key padding"},
+            **NO_DROPOUT,
+            "dim 256 with a gradient and dropout on sm_89": (Code.DROPOUT, "no dropout", "p=0.25"),
+        },
         questions=3,
         not_unbacked=(*DIMS, *LENGTHS),
     ),
