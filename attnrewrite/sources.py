@@ -63,6 +63,7 @@ class Package:
 @dataclass(frozen=True)
 class Hub:
     """A repository of the kernels hub, loaded by the `kernels` library: from LOCAL_KERNELS, its cache, or the network.
+    Tried with kernels 0.17.2; 0.14 takes other arguments and trusts other publishers.
 
     `revision` (a branch, tag or commit) replaces `version`; so does the commit of a lock file, where the environment names
     one.
@@ -179,12 +180,12 @@ def _commit(module: ModuleType) -> str:
 
 
 def _cached(repository: str) -> set[Path]:
-    """What the hub's cache holds of a repository."""
+    """What the hub's cache holds of a repository: as a kernel, or as the model that it was before there were kernels."""
     from huggingface_hub import constants
-    from kernels.hf_hub import CACHE_DIR
 
-    folder = Path(CACHE_DIR or constants.HF_HUB_CACHE) / f"kernels--{repository.replace('/', '--')}"
-    return {folder, *folder.rglob("*")} if folder.exists() else set()
+    cache = Path(os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE)
+    folders = [cache / f"{kind}--{repository.replace('/', '--')}" for kind in ("kernels", "models")]
+    return {path for folder in folders if folder.exists() for path in (folder, *folder.rglob("*"))}
 
 
 def _raised_by_an_import(error: BaseException) -> bool:

@@ -50,7 +50,7 @@ AITER_FA2_HUB = Backend(
     layout="bshd",
     tested="stand-in",
     source=Hub("kernels-community/aiter-flash-attn-ck", version=1),
-    requires={"kernels": ">=0.14"},
+    requires={"kernels": ">=0.17"},
 )
 
 RECORDS = (AITER_FA2_HUB,)

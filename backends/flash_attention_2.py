@@ -134,7 +134,7 @@ FLASH_VARLEN = replace(
 )
 HUB = Hub("kernels-community/flash-attn2", version=3)
 FLASH_HUB, FLASH_VARLEN_HUB = (
-    replace(record, name=f"{record.name}_hub", tested="sm_90, as a package", source=HUB, requires={"kernels": ">=0.14"})
+    replace(record, name=f"{record.name}_hub", tested="sm_90, as a package", source=HUB, requires={"kernels": ">=0.17"})
     for record in (FLASH, FLASH_VARLEN)
 )
 

@@ -137,7 +137,7 @@ FROM_HUB = replace(
     name="_flash_3_hub",
     tested="sm_90, as a package",
     source=Hub("kernels-community/flash-attn3", version=1),
-    requires={"kernels": ">=0.14"},
+    requires={"kernels": ">=0.17"},
 )
 
 

@@ -99,7 +99,7 @@ FROM_HUB = replace(
     backward=False,  # its internals are not known
     tested="sm_90, as a package",
     source=Hub("kernels-community/flash-attn4", version=0),
-    requires={"kernels": ">=0.14"},
+    requires={"kernels": ">=0.17"},
 )
 
 RECORDS = (PACKAGE, FROM_HUB)

@@ -247,7 +247,7 @@ SAGE_HUB = replace(
     name="sage_hub",
     tested="sm_90, as a package",
     source=Hub("SageAttention/sage-attention", version=3),
-    requires={"kernels": ">=0.14"},
+    requires={"kernels": ">=0.17"},
 )
 FP16 = Tolerance(3e-2, "int8 scores: 1.4e-2 measured on Gaussian data")
 FP16_TRITON = replace(

@@ -169,7 +169,6 @@ def test_another_version_than_a_program_was_made_with(stand_ins):
 def hub(monkeypatch, tmp_path, stand_ins):
     """A hub on this machine with the repositories of all records, and an empty cache. No local folder is named."""
     import huggingface_hub.utils._http as http
-    import kernels.hf_hub
     import kernels.importer
     from huggingface_hub import constants
 
