@@ -37,20 +37,21 @@ class Code(str, Enum):
 
 @dataclass(frozen=True)
 class Step:
-    """What the swap does around a kernel to make it applicable, as "pad_head_dim" from 72 to 80."""
+    """What the swap does around a kernel to make it applicable, as "pad_head_dim" from 72 to 80, and what that costs."""
 
     name: str
     before: Size | str
     after: Size | str
+    cost: str = ""  # of a size that grows: how many times the products
 
     def described(self) -> Step:
-        return Step(self.name, described(self.before), described(self.after))
+        return Step(self.name, described(self.before), described(self.after), self.cost)
 
     def __str__(self) -> str:
-        cost = ""
+        cost = self.cost
         if isinstance(self.before, int) and isinstance(self.after, int):
-            cost = f", {self.after / self.before:.2f} times the products"
-        return f"{self.name}: {described(self.before)} to {described(self.after)}{cost}"
+            cost = f"{self.after / self.before:.2f} times the products"
+        return f"{self.name}: {described(self.before)} to {described(self.after)}" + (f", {cost}" if cost else "")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,8 @@ def decide(
         for check in backend.checks:
             if (refused := check(call, machine)) is not None:
                 return refused
-        return Accepted(steps + _paddings(backend, call))
+        own = backend.steps(call) if backend.steps else ()
+        return Accepted(steps + _paddings(backend, call) + own)
     except UnbackedSizeError as error:
         return Refused(
             Code.UNBACKED,

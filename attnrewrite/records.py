@@ -14,7 +14,7 @@ from .calls import AttentionCall, MaskKind
 from .machines import Machine
 
 if TYPE_CHECKING:
-    from .decisions import Refused
+    from .decisions import Refused, Step
     from .sources import Source
 
 
@@ -92,6 +92,7 @@ class Backend:
     checks: tuple[Check, ...] = ()
     library_check: LibraryCheck | None = None  # asked once the source is loaded: a build may lack this kernel
     prepare: Callable[[torch.Tensor | None, torch.Tensor, AttentionCall], Any] | None = None
+    steps: Callable[[AttentionCall], tuple[Step, ...]] | None = None  # what `prepare` and `op` do that costs something
 
     def __str__(self) -> str:
         return self.name

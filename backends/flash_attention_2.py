@@ -16,7 +16,7 @@ from .. import ops
 from ..calls import AttentionCall, MaskKind
 from ..records import Backend, HeadDim
 from ..sources import Hub, Package
-from .packing import Packing, pack, packing, unpack
+from .packing import Packing, pack, packing, packing_steps, unpack
 
 # -- the library's functions
 
@@ -131,6 +131,7 @@ FLASH_VARLEN = replace(
     summary="FlashAttention 2 on packed keys, for key padding",
     masks=FLASH.masks | {MaskKind.KEY_PADDING},
     prepare=packing,
+    steps=packing_steps,
 )
 HUB = Hub("kernels-community/flash-attn2", version=3)
 FLASH_HUB, FLASH_VARLEN_HUB = (

@@ -15,7 +15,7 @@ from .. import ops
 from ..calls import AttentionCall, MaskKind
 from ..records import Backend, HeadDim, Numerics, Tolerance
 from ..sources import Hub, Package
-from .packing import Packing, pack, packing, unpack
+from .packing import Packing, pack, packing, packing_steps, unpack
 
 FP8 = torch.float8_e4m3fn
 
@@ -149,6 +149,7 @@ def _varlen(record: Backend, name: str) -> Backend:
         summary="FlashAttention 3 on packed keys, for key padding",
         masks=record.masks | {MaskKind.KEY_PADDING},
         prepare=packing,
+        steps=packing_steps,
     )
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..calls import AttentionCall, MaskKind
 from .native import FLASH_CUDA
-from .packing import Packing, pack, packing, unpack
+from .packing import Packing, pack, packing, packing_steps, unpack
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall) -> Tensor:
@@ -40,6 +40,7 @@ NATIVE_VARLEN = replace(
     dropout=False,  # the kernel has it; it was not tried
     layout="bshd",
     prepare=packing,
+    steps=packing_steps,
 )
 
 RECORDS = (NATIVE_VARLEN,)

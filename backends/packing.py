@@ -12,7 +12,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall
+from ..calls import AttentionCall, MaskKind
+from ..decisions import Step
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class Packing:
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     keys: Tensor | None  # int64, batch * kv_len: those that take part first; None: all, as they lie
+
+
+def packing_steps(call: AttentionCall) -> tuple[Step, ...]:
+    if call.mask.kind is not MaskKind.KEY_PADDING:
+        return ()
+    return (Step("pack_keys", "key padding", "packed keys", "a copy of keys and values, and a sort for each mask"),)
 
 
 def packing(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Packing:

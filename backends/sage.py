@@ -28,7 +28,7 @@ from ..machines import Machine
 from ..records import Backend, HeadDim, LibraryCheck, Numerics, Tolerance
 from ..sizes import described, holds
 from ..sources import Hub, Package
-from .packing import Packing, pack, packing, unpack
+from .packing import Packing, pack, packing, packing_steps, unpack
 
 # -- the library's functions
 
@@ -267,7 +267,7 @@ FP8_SM90 = replace(
     capability=((9, 0), (9, 0)), library_check=built_with("SM90_ENABLED"),
 )  # fmt: skip
 VARLEN = replace(
-    FP16_TRITON, name="sage_varlen", op=calls_varlen(VARLEN_OP), prepare=packing,
+    FP16_TRITON, name="sage_varlen", op=calls_varlen(VARLEN_OP), prepare=packing, steps=packing_steps,
     summary="int8 scores, float16 values, on packed keys, for key padding",
     masks=SAGE.masks | {MaskKind.KEY_PADDING},
 )  # fmt: skip

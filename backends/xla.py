@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from .. import ops
 from ..calls import AttentionCall, MaskKind
-from ..decisions import Code, Refused
+from ..decisions import Code, Refused, Step
 from ..machines import Machine
 from ..records import Backend
 from ..sizes import described, holds
@@ -98,6 +98,12 @@ def missing_keys(call: AttentionCall) -> int:
     return cast(int, block - call.kv_len % block)
 
 
+def steps(call: AttentionCall) -> tuple[Step, ...]:
+    missing = missing_keys(call)
+    padded = not isinstance(missing, int) or missing > 0
+    return (Step("pad_keys", call.kv_len, call.kv_len + missing),) if padded else ()
+
+
 def flash(
     query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call: AttentionCall, origin: ops.Origin
 ) -> Tensor:
@@ -133,12 +139,6 @@ def head_dim_of_long_sequences(call: AttentionCall, machine: Machine) -> Refused
     )
 
 
-def blocks_of_keys(call: AttentionCall, machine: Machine) -> Refused | None:
-    """`prepare` will ask this; asked here, a data-dependent kv_len is refused."""
-    missing_keys(call)
-    return None
-
-
 XLA = Backend(
     name="_native_xla",
     family="XLA",
@@ -148,8 +148,9 @@ XLA = Backend(
     dtypes=frozenset({"float16", "bfloat16", "float32"}),
     masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.BOOLEAN, MaskKind.ADDITIVE}),
     mask_dtypes=frozenset({"float16", "bfloat16", "float32"}),
-    checks=(a_bias_that_can_be_divided, head_dim_of_long_sequences, blocks_of_keys),
+    checks=(a_bias_that_can_be_divided, head_dim_of_long_sequences),
     prepare=prepare,
+    steps=steps,
     tested="interpreter",
     source=Package("torch-xla", "torch_xla.experimental.custom_kernel"),
     requires={"torch-xla": ">=2.9", "jax": ">=0.7"},

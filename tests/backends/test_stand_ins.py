@@ -9,6 +9,7 @@ from parity import attend, doubled, qkv, relative
 from stand_ins import KERNELS, RECORDS, compiler, is_sage_1, name_of
 
 from attnrewrite import Code, MaskKind
+from attnrewrite.backends.packing import packing
 
 HALF = 1.2e-2  # rounding to bfloat16
 
@@ -137,6 +138,10 @@ def test_layouts(kernel, layout):
     right(kernel, *layout(torch.bfloat16, sizes(kernel)["kv_len"]))
 
 
+PACKS = ["pack_keys: key padding to packed keys, a copy of keys and values, and a sort for each mask"]
+STEPS = {"_native_xla": ["pad_keys: 11 to 128, 11.64 times the products"]}
+
+
 def padding(batch, kv_len):
     """Keys anywhere: a hole, the left side cut off, and in the last batch none at all."""
     mask = torch.rand(batch, kv_len) > 0.4
@@ -159,6 +164,7 @@ def test_key_padding(record, expanded):
     site, output = right(record, *tensors, mask)
     assert site.call.mask.kind is MaskKind.KEY_PADDING
     assert output[-1].abs().max() == 0
+    assert [str(step) for step in site.steps] == STEPS.get(record.name, PACKS if record.prepare is packing else [])
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 7, 11), (2, 1, 7, 11), (7, 11), (1, 4, 1, 11)])
