@@ -109,6 +109,8 @@ def _obstacle(given: dict[str, Any], query: Any, key: Any, value: Any, mask: Any
             return f"its {name} is computed in the graph"
     if mask is not None and given["is_causal"]:
         return "it has both attn_mask and is_causal=True"
+    if given["enable_gqa"] is True and query.dim() == 3:
+        return "it shares key heads among tensors of rank 3"
     for tensor in (query, key, value):
         if tensor.is_nested:
             return "its tensors are nested"

@@ -181,13 +181,18 @@ def test_dense_masks(kernel, shape):
             refused(kernel, Code.MASK, *tensors, mask)
 
 
-@pytest.mark.parametrize("case", ["plain", "causal", "grouped", "key padding", "mask"])
+@pytest.mark.parametrize("case", ["plain", "scale", "padded", "causal", "grouped", "key padding", "mask"])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_gradients(kernel, case, inner):
-    tensors = tensors_for(kernel, q_len=11, kv_len=11, heads=6, kv_heads=2 if case == "grouped" else 6)
+    kv_heads, dim = 2 if case == "grouped" else 6, 40 if case == "padded" else 64
+    tensors = tensors_for(kernel, q_len=11, kv_len=11, heads=6, kv_heads=kv_heads, dim=dim)
     masks = {"key padding": torch.rand(2, 1, 1, 11) > 0.4, "mask": torch.randn(2, 1, 11, 11).bfloat16()}
     mask = [masks[case]] if case in masks else []
-    arguments = {"is_causal": case == "causal", "enable_gqa": case == "grouped"}
+    arguments = {
+        "is_causal": case == "causal",
+        "enable_gqa": case == "grouped",
+        "scale": 0.3 if case == "scale" else None,
+    }
     exact = [tensor.double().detach().requires_grad_() for tensor in tensors]
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     backend = compiler(kernel, inner)
@@ -197,7 +202,7 @@ def test_gradients(kernel, case, inner):
     (site,) = backend.report.sites
     if not kernel.backward:
         assert site.refusals[0][1].code is Code.GRAD
-    elif case in ("plain", "causal") or (case == "grouped" and kernel.name != "xformers"):
+    elif case in ("plain", "scale", "padded", "causal") or (case == "grouped" and kernel.name != "xformers"):
         assert site.chosen == kernel.name
     else:
         kind = site.call.mask.kind

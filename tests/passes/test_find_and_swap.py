@@ -83,6 +83,14 @@ def test_last_dimension_with_a_stride(kernel):
     only_site(sdpa, query, key, value, backend=kernel)
 
 
+def test_grouped_heads_of_rank_3_stay():
+    """The first of three sizes is the heads then, and SDPA repeats it: such a call is left as it is."""
+    query, key, value = torch.randn(8, 7, 16), torch.randn(2, 11, 16), torch.randn(2, 11, 16)
+    run, backend = compiled(lambda *given: sdpa(*given, enable_gqa=True), "_native_math")
+    assert torch.equal(run(query, key, value), sdpa(query, key, value, enable_gqa=True))
+    assert backend.report.sites[0].refusals[0][1].code is attnrewrite.Code.CONTEXT
+
+
 @pytest.mark.parametrize("kernel", ["_native_flash", "_native_math", "flex"])
 def test_grouped_heads(kernel):
     query, key, value = qkv(heads=6, kv_heads=2)
