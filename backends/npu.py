@@ -24,7 +24,7 @@ from ..records import Backend, HeadDim
 from ..sizes import described, holds
 from ..sources import Package
 
-UPPER_LEFT, LOWER_RIGHT = 2, 3  # sparse_mode: causal by a compressed mask of 2048 x 2048
+UPPER_LEFT = 2  # sparse_mode: causal by a compressed mask of 2048 x 2048
 COMPRESSED = 2048
 
 
@@ -51,13 +51,12 @@ def fusion_attention(
     if prepared.bias is not None:
         # The operator would scale the bias too. (Dividing the bias beforehand overflows in float16: -10000 / 0.09.)
         query, scale = query * scale, 1.0
-    modes = {MaskKind.CAUSAL_UPPER_LEFT: UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT: LOWER_RIGHT}
     output: Tensor = torch.ops.npu.npu_fusion_attention.default(
         query, key, value, call.heads, "BSND",
         pse=prepared.bias,
         atten_mask=prepared.mask,
         scale=scale,
-        sparse_mode=modes.get(call.mask.kind, 0),
+        sparse_mode=UPPER_LEFT if call.mask.is_causal else 0,
         inner_precise=2 if call.mask.is_boolean else 0,  # 2: rows without any key are right
     )[0]  # fmt: skip
     return output
@@ -79,9 +78,7 @@ NPU = Backend(
     devices=frozenset({"npu"}),
     dtypes=frozenset({"float16", "bfloat16"}),
     head_dim=HeadDim(max=768),
-    masks=frozenset(
-        {MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT, MaskKind.BOOLEAN, MaskKind.ADDITIVE}
-    ),
+    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.BOOLEAN, MaskKind.ADDITIVE}),
     gqa=True,
     layout="bshd",
     checks=(at_most_256_heads,),

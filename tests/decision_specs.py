@@ -40,6 +40,7 @@ UPPER, LOWER = MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT
 BOOLEAN, ADDITIVE = MaskKind.BOOLEAN, MaskKind.ADDITIVE
 
 CAPABILITIES = {"sm_37": (3, 7), "sm_75": (7, 5), "sm_80": (8, 0), "sm_87": (8, 7), "sm_89": (8, 9), "sm_100": (10, 0),
+                "sm_103": (10, 3),
                 "sm_121": (12, 1), "sm_122": (12, 2), "sm_130": (13, 0)}  # fmt: skip
 DTYPES = ("float16", "bfloat16", "float32", "float64", "complex64", "float8_e4m3fn", "int8")
 
@@ -88,6 +89,7 @@ CHANGES = {
     **{f"dim {dim}": dims(dim) for dim in (1, 7, 8, 15, 16, 40, 128, 136, 256, 257, 512)},
     "dim 136 on sm_80": dims(136, gpu(8, 0)),
     "dim 136 on sm_100": dims(136, gpu(10, 0)),
+    "dim 136 on sm_110": dims(136, gpu(11, 0)),
     "dim 136 on sm_120": dims(136, gpu(12, 0)),
     "dim 256 on torch 2.11": dims(256, gpu(9, 0, torch="2.11.0")),
     "dim 257 on torch 2.11": dims(257, gpu(9, 0, torch="2.11.0")),
@@ -424,13 +426,14 @@ FLASH_2 = {"first": (8, 0), "last": (12, 1), "backward": True, "causal": LOWER_R
 FLASH_3 = {"first": (8, 0), "last": (9, 0), "causal": LOWER_RIGHT}
 FLASH_3_PYPI = {"first": (9, 0), "last": (9, 0), "names": "bfloat16", "causal": LOWER_RIGHT}
 ON_BLACKWELL = {"dim 136 on sm_100": (Code.HEAD_DIM, "up to 128", "this is 136"),
+                "dim 136 on sm_110": (Code.HEAD_DIM, "up to 128", "this is 136"),
                 "dim 256 on cudnn 9.23": (Code.HEAD_DIM, "up to 128", "this is 256")}  # fmt: skip
 FLASH_4 = {"first": (9, 0), "last": (11, 0), "causal": LOWER_RIGHT, "more": ON_BLACKWELL}
 SAGE = {"widest": 128, "multiple": 64, "causal": UPPER_LEFT, "square": True, "quantised": True}
 NO_ARCHITECTURE = {
     name: (Code.CAPABILITY, "without", "this is " + ".".join(map(str, capability(change))))
     for name, change in CHANGES.items()
-    if capability(change) in {(8, 7), (10, 0)}
+    if capability(change) in {(8, 7), (10, 0), (10, 3), (11, 0)}
 }
 BLOCKS = {"kv_len 1": (Code.LENGTH, "multiple of 64", "this is 1"), "kv_len 77": (Code.LENGTH, "of 64", "this is 77")}
 BLOCKS |= {"causal, more keys": (Code.CAUSAL, "96"), "causal, fewer keys": (Code.CAUSAL, "32")}
@@ -514,7 +517,7 @@ SPECS |= {
         "rocm", Machine("rocm", packages=PACKAGES), names="bfloat16", causal=LOWER_RIGHT
     ),
     "_native_npu on npu": elsewhere(
-        "npu", Machine("npu", packages=PACKAGES), widest=768, multiple=1, masks=True,
+        "npu", Machine("npu", packages=PACKAGES), widest=768, multiple=1, masks=True, causal=UPPER_LEFT,
         more={"257 heads": (Code.HEADS, "up to 256", "this is 257")}, asks=("heads",),
     ),
     "_native_xla on tpu": elsewhere(

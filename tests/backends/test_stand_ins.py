@@ -212,6 +212,34 @@ def test_gradients(kernel, case, inner):
         assert relative(one.grad, other.grad) < 3e-2
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_gradients_under_deterministic_algorithms(kernel, deterministic):
+    """The flag reaches the library's backward (the stand-ins check it), or the kernel is refused."""
+    if not kernel.backward:
+        pytest.skip("no backward: refused with GRAD")
+    backend = compiler(kernel)
+    tensors = [tensor.requires_grad_() for tensor in tensors_for(kernel)]
+    torch.compile(attend, backend=backend, fullgraph=True)(*tensors).sum().backward()
+    (site,) = backend.report.sites
+    if kernel.name == "xformers":
+        assert site.refusals[0][1].code is Code.DETERMINISTIC
+    else:
+        assert site.chosen == kernel.name
+
+
+def test_zeros(kernel):
+    """A head of zeros has no largest number to scale by: its values come out as they are, no NaN."""
+    query, key, value = tensors_for(kernel)
+    query[:, 1], key[:, 2] = 0, 0
+    right(kernel, query, key, value)
+
+
 def test_lengths_of_sage_1(stand_ins):
     for record in filter(is_sage_1, map(stand_ins, RECORDS)):
         torch.compiler.reset()

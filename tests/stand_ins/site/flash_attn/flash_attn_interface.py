@@ -36,7 +36,7 @@ def _flash_attn_backward(
     softcap, alibi_slopes, deterministic, rng_state=None,
 ):  # fmt: skip
     assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
-    assert isinstance(softmax_scale, float) and isinstance(deterministic, bool)
+    assert isinstance(softmax_scale, float) and deterministic is torch.are_deterministic_algorithms_enabled()
     expected = attention(q, k, v, softmax_scale, _causal(causal))[1]
     torch.testing.assert_close(softmax_lse, expected)  # saved by the forward
     for into, found in zip((dq, dk, dv), gradients(dout, q, k, v, softmax_scale, _causal(causal)), strict=True):
@@ -50,6 +50,7 @@ def _flash_attn_varlen_backward(
     zero_tensors=False,
 ):  # fmt: skip
     assert (dropout_p, window_size_left, window_size_right, softcap, alibi_slopes) == (0.0, -1, -1, 0.0, None)
+    assert deterministic is torch.are_deterministic_algorithms_enabled()
     for q_, k_ in sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k):
         given = (dout[None, q_], q[None, q_], k[None, k_], v[None, k_])
         for into, found in zip(

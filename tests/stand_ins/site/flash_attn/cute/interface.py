@@ -20,6 +20,7 @@ def _flash_attn_bwd(
     q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
     window_size_right=None, *, deterministic=False, dq=None, dk=None, dv=None,
 ):  # fmt: skip
+    assert deterministic is torch.are_deterministic_algorithms_enabled()
     causal = "lower-right" if causal else None
     torch.testing.assert_close(lse, attention(q, k, v, softmax_scale, causal)[1])
     for into, found in zip((dq, dk, dv), gradients(dout, q, k, v, softmax_scale, causal), strict=True):
