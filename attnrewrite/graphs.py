@@ -77,6 +77,48 @@ def with_transforms(module: GraphModule) -> Iterator[tuple[Node, str | None]]:
         yield node, f"it stands inside torch.func.{inside[-1]}" if inside else None
 
 
+# In place of what a tensor is, not of what it holds.
+RESHAPES = frozenset({"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_", "resize_as_",
+                      "as_strided_", "set_"})  # fmt: skip
+_IN_PLACE_OPERATORS = frozenset({"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior",
+                                 "ixor", "ilshift", "irshift"})  # fmt: skip
+
+
+def written_by(node: Node) -> tuple[Node, ...]:
+    """The arguments that a node writes into: of methods like `fill_`, `x[i] = y`, `x += y`, `out=`, `inplace=True`, and of
+    operators whose schema says so."""
+    given: list[Any] = [node.kwargs.get("out")]
+    if isinstance(node.target, torch._ops.OpOverload):
+        for place, argument in enumerate(node.target._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                given.append(node.args[place] if place < len(node.args) else node.kwargs.get(argument.name))
+    elif _writes_into_its_first(node):
+        given.append(node.args[0] if node.args else node.kwargs.get("input"))
+    return tuple(
+        each
+        for value in given
+        for each in (value if isinstance(value, list | tuple) else (value,))
+        if isinstance(each, Node)
+    )
+
+
+def _writes_into_its_first(node: Node) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if getattr(node.target, "__module__", "") == "_operator":  # and_, or_ and not_ write nothing
+        return name in _IN_PLACE_OPERATORS
+    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
+
+
+def storage_of(value: Any) -> int | None:
+    """The identity of the memory behind a tensor, None where there is none of its own."""
+    try:
+        return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    except (NotImplementedError, RuntimeError):  # sparse, wrapped by torch.func
+        return None
+
+
 def _attribute(module: torch.nn.Module, path: str) -> Any:
     value: Any = module
     for part in path.split("."):

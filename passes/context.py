@@ -7,17 +7,21 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from ..calls import AttentionCall
+from ..mask_building import Proof
 from ..plans import Site
 from ..records import Backend
 
 
 @dataclass
 class Found:
-    """One attention in a graph: its node and what it asks for; after planning also its site of the plan."""
+    """One attention in a graph: its node and what it asks for; after planning also its site of the plan.
+
+    proof: what `understand_masks` has read of its mask."""
 
     node: Node
     call: AttentionCall
     site: Site | None = None
+    proof: Proof | None = None
 
     @property
     def kernel(self) -> Backend | None:

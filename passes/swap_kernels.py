@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 from ..calls import AttentionCall
 from ..decisions import Accepted, Step
 from ..emitting import Emitter
-from ..graphs import value_of
+from ..graphs import storage_of, value_of, written_by
+from ..mask_building import built
 from ..ops import Origin
 from ..plans import Site
 from ..reasons import cast_to
@@ -47,8 +48,14 @@ def _swap(found: Found, site: Site, backend: Backend, emitter: Emitter, written:
         mask_node = given["attn_mask"]
         mask = emitter.tensor(mask_node) if isinstance(mask_node, Node) else None
         # A mask that the graph writes into may be another one at the next site: it is not shared.
-        shared = mask_node if mask is None or _storage(mask) not in written else (mask_node, call.site)
-        output = launch(backend, call, Accepted(site.steps), site.source, query, key, value, mask, shared, emitter)
+        shared = mask_node if mask is None or storage_of(mask) not in written else (mask_node, call.site)
+        accepted = Accepted(site.steps, site.form)
+        made = built(call, found.proof, site.form, mask, shared, emitter)
+        if made.alive is not None:
+            query = torch.where(made.alive, query, torch.zeros((), dtype=query.dtype, device=query.device))
+        output = launch(backend, made.call, accepted, site.source, query, key, value, made.mask, made.shared, emitter)
+        if made.queries is not None:
+            output = torch.where(made.queries, output, torch.zeros((), dtype=output.dtype, device=output.device))
         if (output.shape, output.dtype, output.device) != (old.shape, old.dtype, old.device):
             raise RuntimeError(
                 f"the op of attention backend {backend.name!r} returned {_form(output)} at site {call.site!r}, "
@@ -159,22 +166,8 @@ def _prepared_for(call: AttentionCall) -> str:
 
 def _written_to(graph_module: GraphModule) -> set[int]:
     """The storages that some node of the graph writes into: methods like `fill_`, `x[i] = y`, `x += y`, `out=`."""
-    written: set[int] = set()
-    for node in graph_module.graph.nodes:
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-        in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITES
-        for target in (*(node.args[:1] if in_place else ()), node.kwargs.get("out")):
-            if isinstance(value := value_of(target), torch.Tensor):
-                written.add(_storage(value))
-    return written
-
-
-_WRITES = {"setitem", "iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor"}
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    storage: int = tensor.untyped_storage()._cdata
-    return storage
+    nodes = (target for node in graph_module.graph.nodes for target in written_by(node))
+    return {storage for node in nodes if (storage := storage_of(value_of(node))) is not None}
 
 
 def _form(tensor: torch.Tensor) -> str:
