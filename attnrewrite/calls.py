@@ -35,7 +35,7 @@ class Mask:
     """kind: what is known of it. For a tensor its dtype name ("bool", "float32"), its shape as the model passes it, and whether
     it is learned; they stay where `understand_masks` has proven that the tensor is causal or hides nothing.
 
-    window: keys before and behind the query's own that a sliding window shows; None: all of them.
+    window: how many keys before and behind the query's own a sliding window shows; None: all of them.
     no_key: what a row gives that sees no key. "zeros": SDPA's answer for a boolean mask and for -inf. An additive mask of a
         finite number shifts all its scores alike: "all keys" as without a mask, or the "mean" of all values where the number
         is so large that the scores vanish beside it.
@@ -81,9 +81,9 @@ class Mask:
         if self.kind in (MaskKind.KEY_PADDING, MaskKind.CAUSAL_PADDING):
             sizes = (*self.shape[:1], self.shape[-1]) if len(self.shape) > 2 else self.shape[-1:]
         elif self.kind is MaskKind.SLIDING_WINDOW:
-            sizes = ("all" if size is None else size for size in self.window or ())
+            sizes = tuple("all" if size is None else size for size in self.window or ())
         elif self.kind in (MaskKind.BLOCKS, MaskKind.QUERY_KEY_PADDING):
-            return self.kind.value
+            return str(self.kind.value)
         return f"{self.kind.value} ({', '.join(str(described(size)) for size in sizes)})"
 
 
@@ -130,7 +130,7 @@ class AttentionCall:
         mask = data["mask"]
         window = tuple(mask["window"]) if mask.get("window") else None
         mask = Mask(
-            MaskKind(mask["kind"]), mask["dtype"], tuple(mask["shape"]), mask["needs_grad"], window,  # type: ignore[arg-type]
+            MaskKind(mask["kind"]), mask["dtype"], tuple(mask["shape"]), mask["needs_grad"], window,
             mask.get("no_key", "zeros"),
         )  # fmt: skip
         return AttentionCall(**{**data, "mask": mask})

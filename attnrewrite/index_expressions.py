@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
 import torch
 
@@ -55,7 +55,7 @@ class Quotient:
         return f"(({self.above}) // ({self.below}))"
 
 
-Atom = Union[Axis, Symbol, Quotient]
+Atom = Axis | Symbol | Quotient
 Product = tuple[Atom, ...]  # sorted; () is 1
 
 

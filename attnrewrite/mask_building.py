@@ -21,10 +21,11 @@ Home = tuple[Node, tuple[Index, ...]]  # a tensor that holds a value, and at whi
 
 @dataclass(frozen=True)
 class Proof:
-    """value: what an element of the mask is, one object for equal masks. For padding of queries and keys also the boolean
-    tensors of the graph that say which take part: all of them must."""
+    """value: what an element of the mask is, one object for equal masks; keep: when it lets a key take part, where that is
+    known. For padding of queries and keys also the boolean tensors of the graph that say which do: all of them must."""
 
     value: Value
+    keep: Value | None = None
     keys: tuple[Home, ...] = ()
     queries: tuple[Home, ...] = ()
 
@@ -53,25 +54,26 @@ def built(
         return Built(replace(call, mask=mask.given), given, shared)
     if given is None or not mask.is_tensor:
         return Built(replace(call, mask=mask if mask.kind is MaskKind.ADDITIVE else mask.bare), None, None)
-    if proof is None or mask.kind in (MaskKind.ADDITIVE, MaskKind.BOOLEAN):
+    if proof is None or proof.keep is None:
         return Built(call, given, shared)
-    kind = MaskKind.KEY_PADDING if form == "keys" else mask.kind
-    call = replace(call, mask=replace(mask.bare, kind=kind))
-    shared = (form, proof.value)
-    keep, alive = emitter.once(("keep", *shared), lambda: _keep(mask, proof, form, given, emitter))
+    shared = (form, proof.keep, mask.no_key)
+    keep, alive = emitter.once(("keep", shared), lambda: _keep(mask, proof, form, given, emitter))
     queries = None
     if form == "keys":
-        queries = emitter.once(("queries", *shared), lambda: _all_of(proof.queries, given.dim(), emitter))
-    return Built(call, keep, shared, alive, queries)
+        queries = emitter.once(("queries", shared), lambda: _all_of(proof.queries, given.dim(), emitter))
+    kind = MaskKind.KEY_PADDING if form == "keys" else mask.kind
+    seen = replace(mask.bare, kind=kind, shape=tuple(keep.shape))
+    return Built(replace(call, mask=seen), keep, shared, alive, queries)
 
 
 def _keep(mask: Mask, proof: Proof, form: str, given: Tensor, emitter: Emitter) -> tuple[Tensor, Tensor | None]:
     """True where a key takes part; and where queries must be zero for it, whether a row sees any key at all."""
     if form == "keys":
         return _all_of(proof.keys, given.dim(), emitter), None
-    alike = [dim for dim in range(-given.dim(), -1) if dim not in proof.value.axes and not is_one(given.shape[dim])]
-    for dim in alike:
-        given = given.narrow(dim, 0, 1)
+    assert proof.keep is not None
+    for dim in range(-given.dim(), -1):
+        if dim not in proof.keep.axes and not is_one(given.shape[dim]):
+            given = given.narrow(dim, 0, 1)
     keep = given if given.dtype == torch.bool else given == 0
     if mask.no_key == "zeros":
         return keep, None
@@ -88,7 +90,7 @@ def _all_of(homes: Sequence[Home], rank: int, emitter: Emitter) -> Tensor:
 
 def _arranged(tensor: Tensor, indices: tuple[Index, ...], rank: int) -> Tensor:
     """A view of `rank` dimensions in which each axis stands in its place."""
-    axes = []
+    axes: list[int] = []
     for dim in reversed(range(tensor.dim())):
         found = is_axis(indices[dim])
         if found is None:

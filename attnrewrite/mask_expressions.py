@@ -94,6 +94,13 @@ class Expressions:
         found.pop(self.true, None)
         if self.false in found or any(self.not_(each) in found for each in found):
             return self.false
+        for each in found:  # a & ~(a & b) is a & ~b
+            inner = each.parts[0].parts if each.kind == "not" and each.parts[0].kind == "and" else ()
+            left = [part for part in inner if part not in found]
+            if any(self.not_(part) in found for part in inner):
+                return self.and_(*(other for other in found if other is not each))
+            if len(left) < len(inner):
+                return self.and_(*(other for other in found if other is not each), self.not_(self.and_(*left)))
         if len(found) < 2:
             return next(iter(found), self.true)
         return self._make("and", tuple(sorted(found, key=self._order.__getitem__)), True)

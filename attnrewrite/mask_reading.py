@@ -7,13 +7,14 @@ followed write by write; another may be read where nothing is written into it an
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from .graphs import RESHAPES, storage_of, value_of, written_by
-from .index_expressions import Index, constant, index_of
+from .index_expressions import Index, constant, index_of, within
 from .mask_expressions import Expressions, Value, is_axis
 from .mask_rules import ELEMENTWISE, MOVES, assigned, base_name, name_of
 from .sizes import is_one, known
@@ -26,7 +27,9 @@ def is_plain(node: Node, indices: tuple[Index, ...]) -> bool:
     axes = [is_axis(index) for index in indices]
     named = [axis.dim for axis in axes if axis is not None]
     return len(set(named)) == len(named) and all(
-        (axis is not None and axis.extent == index_of(size)) or index.number is not None
+        axis.extent == index_of(size)
+        if axis is not None
+        else index.number is not None and within(index, index_of(size))
         for axis, index, size in zip(axes, indices, value_of(node).shape, strict=True)
     )
 
@@ -79,10 +82,8 @@ class Reader:
     def _read(self, node: Node, indices: tuple[Index, ...], at: float, writes: list[Any], before: int) -> Value | None:
         found = None
         if self._depth < DEEPEST and self._reads < MOST_READS:
-            try:
+            with suppress(Unstable):
                 found = self._derived(node, indices, at, writes[:before])
-            except Unstable:
-                pass
         value = value_of(node)
         if found is None and before == len(writes):
             places = zip(indices, value.shape, value.stride(), strict=True)

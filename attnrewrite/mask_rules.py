@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 
 Indices = tuple[Index, ...]
 
-_OPERATORS = {"and_": "bitwise_and", "or_": "bitwise_or", "invert": "bitwise_not", "iadd": "add_", "isub": "sub_", "imul": "mul_",
-              "iand": "bitwise_and_", "ior": "bitwise_or_", "truediv": "div", "floordiv": "floor_divide"}  # fmt: skip
+_OPERATORS = {
+    "and_": "bitwise_and", "or_": "bitwise_or", "invert": "bitwise_not", "truediv": "div", "floordiv": "floor_divide",
+    "iadd": "add_", "isub": "sub_", "imul": "mul_", "iand": "bitwise_and_", "ior": "bitwise_or_",
+}  # fmt: skip
 
 
 def name_of(node: Node) -> str:
@@ -101,7 +103,7 @@ def permuted(reader: Reader, node: Node, indices: Indices, at: float) -> Value |
     order = list(range(rank))
     if name in ("permute",):
         given = argument(node, 1, "dims")
-        dims = list(given) if isinstance(given, list | tuple) else list(node.args[1:])
+        dims: list[Any] = list(given) if isinstance(given, list | tuple) else list(node.args[1:])
         if len(dims) != rank:
             return None
         order = [dim % rank for dim in dims]
@@ -332,9 +334,8 @@ def number(number: int) -> Callable[..., Value | None]:
 
 def arange(reader: Reader, node: Node, indices: Indices, at: float) -> Value | None:
     given = [value_of(each) for each in node.args[:3]]
-    start, step = (given[0] if len(given) > 1 else node.kwargs.get("start", 0)), 1
-    step = given[2] if len(given) > 2 else node.kwargs.get("step", 1)
-    start = value_of(start)
+    start: Any = value_of(given[0] if len(given) > 1 else node.kwargs.get("start", 0))
+    step: Any = given[2] if len(given) > 2 else node.kwargs.get("step", 1)
     whole = isinstance(start, int | torch.SymInt) and isinstance(step, int) and not isinstance(start, bool)
     if not whole or value_of(node).dtype not in (torch.int32, torch.int64, torch.float32, torch.float64):
         return None
@@ -442,18 +443,12 @@ def assigned(reader: Reader, write: Node, indices: Indices, old: Value, at: floa
 
 
 _same_order = (
-    "view",
-    "reshape",
-    "_unsafe_view",
-    "view_as",
-    "reshape_as",
-    "flatten",
-    "unflatten",
-    "unsqueeze",
-    "squeeze",
-)
-_copies = ("contiguous", "clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "to", "_to_copy", "type", "type_as", "bool",
-           "float", "half", "bfloat16", "double", "int", "long", "cpu", "cuda", "positive")  # fmt: skip
+    "view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten", "unsqueeze", "squeeze",
+)  # fmt: skip
+_copies = (
+    "contiguous", "clone", "detach", "alias", "lift_fresh", "lift_fresh_copy", "to", "_to_copy", "type", "type_as", "bool",
+    "float", "half", "bfloat16", "double", "int", "long", "cpu", "cuda", "positive",
+)  # fmt: skip
 
 MOVES: dict[str, Callable[..., Value | None]] = {
     **dict.fromkeys(_same_order, reshaped),
@@ -481,8 +476,8 @@ MOVES: dict[str, Callable[..., Value | None]] = {
 _unary, _binary = ("input",), ("input", "other")
 ELEMENTWISE: dict[str, tuple[int, tuple[str, ...], Callable[..., Value | None]]] = {
     **{name: (2, _binary, compared(name)) for name in ("lt", "le", "gt", "ge", "eq", "ne")},
-    "bitwise_and": (2, _binary, conjunction),
-    "bitwise_or": (2, _binary, disjunction),
+    **dict.fromkeys(("bitwise_and", "__and__"), (2, _binary, conjunction)),
+    **dict.fromkeys(("bitwise_or", "__or__"), (2, _binary, disjunction)),
     "bitwise_not": (1, _unary, negation),
     "logical_and": (2, _binary, logical(conjunction)),
     "logical_or": (2, _binary, logical(disjunction)),

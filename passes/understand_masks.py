@@ -15,7 +15,6 @@ from ..index_expressions import Index, at_least_zero, axis, exchanged, index_of
 from ..mask_building import Home, Proof
 from ..mask_expressions import Expressions, Value
 from ..mask_reading import Reader, Unstable, is_plain
-from ..sizes import known
 from .context import Context, Found
 from .find_calls import arguments
 
@@ -61,7 +60,7 @@ def _understand(found: Found, node: Node, reader: Reader) -> bool:
         value = reader.expressions.cast(value, getattr(torch, given.dtype)) or value
     query: torch.Tensor = value_of(arguments(found.node)["query"])
     facts = _facts(value, found.call, query.dim(), reader)
-    found.proof = Proof(value, facts.keys, facts.queries)
+    found.proof = Proof(value, facts.keep, facts.keys, facts.queries)
     if facts.mask is None or facts.mask.kind is given.kind:
         return False
     found.call = replace(found.call, mask=facts.mask)
@@ -71,6 +70,7 @@ def _understand(found: Found, node: Node, reader: Reader) -> bool:
 @dataclass(frozen=True)
 class Facts:
     mask: Mask | None = None
+    keep: Value | None = None
     keys: tuple[Home, ...] = ()
     queries: tuple[Home, ...] = ()
 
@@ -89,7 +89,9 @@ def _facts(value: Value, call: AttentionCall, rank: int, reader: Reader) -> Fact
         return Facts()
     (fill,) = fills
 
-    keys, queries, rest = [], [], []
+    keys: list[Value] = []
+    queries: list[Value] = []
+    rest: list[Value] = []
     for part in value.parts if value.kind == "and" else (value,):
         if rank > 3 and -3 in part.axes:
             return Facts()
@@ -98,19 +100,19 @@ def _facts(value: Value, call: AttentionCall, rank: int, reader: Reader) -> Fact
     no_key = "zeros" if not finite else "all keys" if fill > VANISHING else "mean"
     mask = replace(call.mask, no_key=no_key)
     if not rest and not queries:
-        return Facts(replace(mask, kind=MaskKind.KEY_PADDING))
+        return Facts(replace(mask, kind=MaskKind.KEY_PADDING), value)
     if not rest and keys and not finite:
         homes = _homes(keys, reader), _homes(queries, reader)
-        return Facts(replace(mask, kind=MaskKind.QUERY_KEY_PADDING), *homes) if all(homes) else Facts()
+        return Facts(replace(mask, kind=MaskKind.QUERY_KEY_PADDING), value, *homes) if all(homes) else Facts()
     if queries or not rest:
         return Facts()
     kind, window = _structure(rest, call)
-    if kind is None or (finite and not _each_row_sees_a_key(kind, window, keys, call, no_key)):
+    if kind is None or (finite and not _each_row_sees_a_key(kind, keys, call, no_key)):
         return Facts()
     if keys:
         causal = kind in (MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT)
-        return Facts(replace(mask, kind=MaskKind.CAUSAL_PADDING)) if causal else Facts()
-    return Facts(replace(call.mask, kind=kind, window=window))
+        return Facts(replace(mask, kind=MaskKind.CAUSAL_PADDING), value) if causal else Facts()
+    return Facts(replace(call.mask, kind=kind, window=window), value)
 
 
 def hidden(value: Value, make: Expressions) -> tuple[Value, frozenset[float]] | None:
@@ -126,12 +128,13 @@ def hidden(value: Value, make: Expressions) -> tuple[Value, frozenset[float]] | 
 
 
 def _homes(values: list[Value], reader: Reader) -> tuple[Home, ...]:
-    """Boolean tensors of the graph that hold the values; () if one has none."""
-    homes = [reader.homes.get(value) for value in values]
-    found = tuple(
-        home for home in homes if home is not None and is_plain(*home) and value_of(home[0]).dtype == torch.bool
-    )
-    return found if len(found) == len(values) else ()
+    """Boolean tensors of the graph that hold the values, or all of them together; () where one has none."""
+    for wanted in ([reader.expressions.and_(*values)], values):
+        homes = [reader.homes.get(value) for value in wanted]
+        found = tuple(home for home in homes if home is not None and is_plain(*home))
+        if len(found) == len(wanted) and all(value_of(node).dtype == torch.bool for node, _ in found):
+            return found
+    return ()
 
 
 def _structure(parts: list[Value], call: AttentionCall) -> tuple[MaskKind | None, Any]:
@@ -152,10 +155,10 @@ def _structure(parts: list[Value], call: AttentionCall) -> tuple[MaskKind | None
         if behind == kv_len - q_len:
             return MaskKind.CAUSAL_LOWER_RIGHT, None
     numbers = tuple(None if bound is None else bound.number for bound in (before, behind))
-    whole = all(
-        number is not None for number, bound in zip(numbers, (before, behind), strict=True) if bound is not None
-    )
-    if whole and q_len == kv_len and known(call.q_len >= 1):
+    if q_len == kv_len and all(
+        bound is None or (number is not None and number >= 0)
+        for bound, number in zip((before, behind), numbers, strict=True)
+    ):
         return MaskKind.SLIDING_WINDOW, numbers
     return None, None
 
@@ -192,12 +195,10 @@ def _turned(index: Index) -> Index:
     return exchanged(index, QUERY, KEY)
 
 
-def _each_row_sees_a_key(kind: MaskKind, window: Any, keys: list[Value], call: AttentionCall, no_key: str) -> bool:
+def _each_row_sees_a_key(kind: MaskKind, keys: list[Value], call: AttentionCall, no_key: str) -> bool:
     """Or, for an additive mask of a finite number, whether what is built instead is right for a row that sees none."""
     if keys:
         return no_key == "all keys"
     if kind is MaskKind.CAUSAL_LOWER_RIGHT:
         return at_least_zero(index_of(call.kv_len) - index_of(call.q_len))
-    if kind is MaskKind.SLIDING_WINDOW:
-        return all(size is None or size >= 0 for size in window)
-    return kind is MaskKind.CAUSAL_UPPER_LEFT
+    return kind in (MaskKind.CAUSAL_UPPER_LEFT, MaskKind.SLIDING_WINDOW)
