@@ -66,12 +66,14 @@ class Index:
 
     def __init__(self, terms: Mapping[Product, int]) -> None:
         self.terms: dict[Product, int] = {product: factor for product, factor in terms.items() if factor}
-        self._hash = hash(frozenset(self.terms.items()))
+        self._hash: int | None = None
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Index) and self._hash == other._hash and self.terms == other.terms
+        return isinstance(other, Index) and self.terms == other.terms
 
     def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = hash(frozenset(self.terms.items()))
         return self._hash
 
     def __add__(self, other: Index | int) -> Index:

@@ -138,7 +138,7 @@ def sliced(reader: Reader, node: Node, indices: Indices, at: float) -> Value | N
 def _start(start: Any, size: Any) -> Index | None:
     if start is None:
         return constant(0)
-    if isinstance(start, Node):
+    if not isinstance(start, int | torch.SymInt):  # a tensor, or a list of places
         return None
     begin = index_of(start)
     if at_least_zero(begin):

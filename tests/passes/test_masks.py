@@ -1,16 +1,22 @@
 """What a mask means is proven from the graph alone, and what is swapped in computes what the mask says."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from parity import TOLERANCE, qkv, relative
 from stand_ins import compiler
+from torch.utils._pytree import tree_map
 
 import attnrewrite
 from attnrewrite import MaskKind, registry
 from attnrewrite.pipeline import rewrite_graph
 
 BATCH, HEADS, Q_LEN, KV_LEN = 3, 4, 7, 11
+CAUSAL_PADDING = "causal and key padding (3, 11)"
+DENSE, BY_HEAD, SQUARE = "boolean (3, 1, 7, 11)", "boolean (3, 4, 1, 11)", "boolean (3, 1, 11, 11)"
+ONE_ROW = "additive (3, 1, 1, 11)"
 inf = float("inf")
 
 
@@ -19,6 +25,11 @@ def valid(length=KV_LEN):
     keep = torch.ones(BATCH, length, dtype=torch.bool)
     keep[0, :3], keep[1, 4:6], keep[1, -1], keep[2] = False, False, False, False
     return keep
+
+
+def behind(m):
+    """Positions from a length on."""
+    return torch.arange(m.shape[1]) >= m.sum(1)[:, None]
 
 
 def joined(m):
@@ -56,7 +67,7 @@ KEY_PADDING = {
     "logical_not": lambda m, q: torch.logical_not(m.logical_not().view(m.shape[0], 1, 1, -1)),
     "ones": lambda m, q: m[:, None, None] & torch.ones(q.shape[2], m.shape[1], dtype=torch.bool),
     "lengths": lambda m, q: (torch.arange(m.shape[1]) < m.sum(-1, keepdim=True))[:, None, None],
-    "masked_fill of ones": lambda m, q: torch.ones_like(m).masked_fill(torch.arange(11) >= m.sum(1)[:, None], False)[:, None, None],
+    "masked_fill of ones": lambda m, q: torch.ones_like(m).masked_fill(behind(m), False)[:, None, None],
     "gathered": lambda m, q: m[torch.arange(BATCH)[:, None, None, None], torch.arange(KV_LEN)[None, None, None]],
     "int and back": lambda m, q: (m.int() * 3)[:, None, None] > 0,
     "two of them": lambda m, q: (m & (torch.arange(KV_LEN) != 9))[:, None, None],
@@ -65,10 +76,10 @@ KEY_PADDING = {
 }  # fmt: skip
 ADDITIVE = {
     "where": lambda m, q: torch.where(m, 0.0, -inf)[:, None, None],
-    "where of tensors": lambda m, q: torch.where(m[:, None, None], torch.zeros((), dtype=q.dtype), torch.tensor(-inf, dtype=q.dtype)),
+    "where of tensors": lambda m, q: torch.where(m[:, None, None], q.new_zeros(()), torch.tensor(-inf, dtype=q.dtype)),
     "masked_fill": lambda m, q: torch.zeros(m.shape, dtype=q.dtype).masked_fill(~m, -inf)[:, None, None],
     "masked_fill_": filled_in_place,
-    "log": lambda m, q: torch.zeros_like(m, dtype=q.dtype).masked_fill(m.logical_not(), -inf)[:, None, None].expand(-1, 4, 7, -1),
+    "expanded": lambda m, q: q.new_zeros(m.shape).masked_fill(m.logical_not(), -inf)[:, None, None].expand(-1, 4, 7, -1),
 }  # fmt: skip
 FINITE = {
     "-10000": lambda m, q: ((1 - m.to(q.dtype)) * -10000.0)[:, None, None],
@@ -95,8 +106,8 @@ OUTER = {
     "repeat, transpose": lambda m, q: (lambda r: r & r.transpose(2, 3))(m.view(BATCH, 1, 1, -1).repeat(1, 1, m.shape[1], 1)),
     "floats": lambda m, q: (m.float()[:, None, None] * m.float()[:, None, :, None]) > 0,
     "ints": lambda m, q: (m.long().unsqueeze(1) * m.long().unsqueeze(2)).bool()[:, None].expand(-1, 4, -1, -1),
-    "joined": lambda m, q: (lambda j: j[:, None, None] & j[:, None, :, None])(joined(m)),
-    "padded": lambda m, q: (lambda j: j[:, None, None] & j[:, None, :, None])(F.pad(m[:, 2:], (2, 0), value=False)),
+    "joined": lambda m, q: OUTER["and"](joined(m), q),
+    "padded": lambda m, q: OUTER["and"](F.pad(m[:, 2:], (2, 0), value=False), q),
     "of two": lambda m, q: m[:, None, None] & (m[:, None, :, None] & (m.flip(0)[:, None, :, None])),
     "additive": lambda m, q: torch.where(m[:, None, :, None] & m[:, None, None], 0.0, -inf),
 }  # fmt: skip
@@ -110,6 +121,10 @@ def positions(q_len, kv_len):
     return torch.arange(q_len)[:, None], torch.arange(kv_len)
 
 
+def ahead(q, k):
+    return torch.lt(*positions(q.shape[2], k.shape[2]))
+
+
 CAUSAL = {
     "tril": lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(),
     "triu": lambda q, k: ~torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).triu(diagonal=1),
@@ -118,7 +133,7 @@ CAUSAL = {
     "gt": lambda q, k: (torch.arange(k.shape[2])[None] - torch.arange(q.shape[2])[:, None]) < 0.5,
     "-inf": lambda q, k: upper(q.shape[2], k.shape[2])[None, None],
     "finfo.min": lambda q, k: torch.full((q.shape[2], k.shape[2]), lowest(q)).triu(1).expand(BATCH, 1, -1, -1),
-    "masked_fill_": lambda q, k: torch.zeros(q.shape[2], k.shape[2]).masked_fill_(torch.lt(*positions(q.shape[2], k.shape[2])), -inf),
+    "masked_fill_": lambda q, k: torch.zeros(q.shape[2], k.shape[2]).masked_fill_(ahead(q, k), -inf),
 }  # fmt: skip
 LOWER_RIGHT = {
     "tril": lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2]),
@@ -143,9 +158,9 @@ STRUCTURE = {
     "finite window": (lambda m, q: torch.where(distance(q).abs() > 4, -1e4, 0.0), "sliding window (4, 4)"),
     "triangles": (lambda m, q: torch.ones(11, 11, dtype=torch.bool).triu(-2).tril(1), "sliding window (2, 1)"),
     "documents of positions": (lambda m, q: (torch.arange(11) // 4)[:, None] == torch.arange(11) // 4, "blocks"),
-    "causal padding": (lambda m, q: (distance(q) >= 0) & m[:, None, None], "causal and key padding (3, 11)"),
-    "causal padding, -inf": (lambda m, q: upper(11, 11) + torch.where(m, 0.0, -inf)[:, None, None], "causal and key padding (3, 11)"),
-    "causal padding, finite": (lambda m, q: torch.where((distance(q) >= 0) & m[:, None, None], 0.0, -1e4), "causal and key padding (3, 11)"),
+    "causal padding": (lambda m, q: (distance(q) >= 0) & m[:, None, None], CAUSAL_PADDING),
+    "causal padding, -inf": (lambda m, q: upper(11, 11) + torch.where(m, 0.0, -inf)[:, None, None], CAUSAL_PADDING),
+    "causal padding, finite": (lambda m, q: torch.where((distance(q) >= 0) & m[:, None, None], 0.0, -1e4), CAUSAL_PADDING),
 }  # fmt: skip
 NOTHING = {
     "ones": lambda m, q: torch.ones(m.shape, dtype=torch.bool)[:, None, None],
@@ -237,7 +252,7 @@ def test_padding_of_queries_and_keys(kernel, spelling):
 @pytest.mark.parametrize("q_len", [Q_LEN, KV_LEN])
 @pytest.mark.parametrize("spelling", CAUSAL)
 def test_causal(kernel, spelling, q_len):
-    q, k, _ = tensors(kernel, q_len)
+    k = tensors(kernel, q_len)[1]
     taken = kernel != "flash_varlen" or q_len == KV_LEN
     right(kernel, lambda m, q: CAUSAL[spelling](q, k), "causal", q_len, chosen=taken)
 
@@ -276,24 +291,24 @@ def test_documents(kernel):
 NEAR = {
     "causal and one more": (lambda m, q: torch.ones(7, 11, dtype=torch.bool).tril(1), "boolean (7, 11)"),
     "upper triangle": (lambda m, q: torch.ones(7, 11, dtype=torch.bool).triu(), "boolean (7, 11)"),
-    "without the diagonal": (lambda m, q: torch.full((7, 11), -inf).triu(0).index_fill(1, torch.tensor(0), 0.0), "additive (7, 11)"),
+    "a list of keys": (lambda m, q: torch.full((7, 11), -inf).triu(0)[:, [0]], "additive (7, 1)"),
     "without the diagonal, square": (lambda m, q: torch.ones(11, 11, dtype=torch.bool).tril(-1), "boolean (11, 11)"),
     "flipped": (lambda m, q: torch.arange(7).flip(0)[:, None] >= torch.arange(11), "boolean (7, 11)"),
     "every second": (lambda m, q: 2 * torch.arange(7)[:, None] >= torch.arange(11), "boolean (7, 11)"),
     "rounded positions": (lambda m, q: torch.arange(7).bfloat16()[:, None] >= torch.arange(11).bfloat16(), "boolean (7, 11)"),
     "queries": (lambda m, q: m[:, None, :7, None], "boolean (3, 1, 7, 1)"),
-    "queries or keys": (lambda m, q: m[:, None, :7, None] | m[:, None, None], "boolean (3, 1, 7, 11)"),
-    "a first key": (lambda m, q: (m[:, None, :7, None] & m[:, None, None]) | (torch.arange(11) == 0), "boolean (3, 1, 7, 11)"),
-    "lengths of queries": (lambda m, q: (torch.arange(11) < torch.arange(3, 10)[:, None] * m.sum(-1)[:, None, None])[:, None], "boolean (3, 1, 7, 11)"),
-    "heads": (lambda m, q: m[:, None, None].repeat(1, 4, 1, 1) & (torch.arange(4) < 2)[:, None, None], "boolean (3, 4, 1, 11)"),
-    "transposed heads": (lambda m, q: m[0].repeat(3, 4, 1, 1).flatten(1, 2).view(3, 11, 4).transpose(1, 2)[:, :, None], "boolean (3, 4, 1, 11)"),
-    "small": (lambda m, q: (1 - m.float())[:, None, None] * -100, "additive (3, 1, 1, 11)"),
-    "ones and zeros": (lambda m, q: m.float()[:, None, None], "additive (3, 1, 1, 11)"),
-    "large and positive": (lambda m, q: m.float()[:, None, None] * 10000, "additive (3, 1, 1, 11)"),
-    "two numbers": (lambda m, q: torch.where(m, 0.0, -1e4)[:, None, None] + torch.where(torch.arange(11) > 5, -1e4, 0.0), "additive (3, 1, 1, 11)"),
+    "queries or keys": (lambda m, q: m[:, None, :7, None] | m[:, None, None], DENSE),
+    "a first key": (lambda m, q: (m[:, None, :7, None] & m[:, None, None]) | (torch.arange(11) == 0), DENSE),
+    "lengths of queries": (lambda m, q: (torch.arange(11) < (m[:, :7] + 3).cumsum(-1)[..., None])[:, None], DENSE),
+    "heads": (lambda m, q: m[:, None, None].repeat(1, 4, 1, 1) & (torch.arange(4) < 2)[:, None, None], BY_HEAD),
+    "heads and keys mixed": (lambda m, q: m[:, None].expand(-1, 4, -1).reshape(3, 11, 4).transpose(1, 2)[:, :, None], BY_HEAD),
+    "small": (lambda m, q: (1 - m.float())[:, None, None] * -100, ONE_ROW),
+    "ones and zeros": (lambda m, q: m.float()[:, None, None], ONE_ROW),
+    "large and positive": (lambda m, q: m.float()[:, None, None] * 10000, ONE_ROW),
+    "two numbers": (lambda m, q: torch.where(m, torch.where(behind(m), -1e4, 0.0), -2e4)[:, None, None], ONE_ROW),
     "finite outer": (lambda m, q: torch.where(m[:, None, :7, None] & m[:, None, None], 0.0, -1e4), "additive (3, 1, 7, 11)"),
-    "a bias too": (lambda m, q: torch.where(m, 0.0, -inf)[:, None, None] + 0.1 * torch.arange(11), "additive (3, 1, 1, 11)"),
-    "numbers": (lambda m, q: (1 - m.float().cumsum(-1))[:, None, None] * -10000, "additive (3, 1, 1, 11)"),
+    "a bias too": (lambda m, q: torch.where(m, 0.0, -inf)[:, None, None] + 0.1 * torch.arange(11), ONE_ROW),
+    "numbers": (lambda m, q: (1 - m.float().cumsum(-1))[:, None, None] * -10000, ONE_ROW),
 }  # fmt: skip
 
 
@@ -305,12 +320,13 @@ def test_near_misses(kernel, case):
     right(kernel, build, said, q_len, chosen=kernel != "flash_varlen")
 
 
+IDS = torch.randint(0, 3, (2, BATCH, KV_LEN))
 GIVEN = {
-    "additive": (lambda m, q: m[:, None, None].float(), torch.randn(BATCH, KV_LEN), "additive (3, 1, 1, 11)"),
-    "of ints": (lambda m, q: (1 - m.float())[:, None, None] * -10000, torch.randint(0, 2, (BATCH, KV_LEN)), "additive (3, 1, 1, 11)"),
-    "of floats": (lambda m, q: (1 - m)[:, None, None] * -10000, torch.rand(BATCH, KV_LEN), "additive (3, 1, 1, 11)"),
-    "documents and others": (lambda m, q: (m[0, :, None, :7, None] == m[1, :, None, None]), torch.randint(0, 3, (2, BATCH, KV_LEN)), "boolean (3, 1, 7, 11)"),
-    "not of a document": (lambda m, q: (m[:, None, :, None] != m[:, None, None]), torch.randint(0, 3, (BATCH, KV_LEN)), "boolean (3, 1, 11, 11)"),
+    "additive": (lambda m, q: m[:, None, None].float(), torch.randn(BATCH, KV_LEN), ONE_ROW),
+    "of ints": (lambda m, q: (1 - m.float())[:, None, None] * -10000, torch.randint(0, 2, (BATCH, KV_LEN)), ONE_ROW),
+    "of floats": (lambda m, q: (1 - m)[:, None, None] * -10000, torch.rand(BATCH, KV_LEN), ONE_ROW),
+    "two documents": (lambda m, q: m[0, :, None, :7, None] == m[1, :, None, None], IDS, DENSE),
+    "not of a document": (lambda m, q: m[:, None, :, None] != m[:, None, None], IDS[0], SQUARE),
     "ints as booleans": (lambda m, q: m.bool()[:, None, None], torch.randint(0, 2, (BATCH, KV_LEN)), "key padding (3, 11)"),
 }  # fmt: skip
 
@@ -520,7 +536,7 @@ def test_symbolic_sizes(kernel, spelling):
 @pytest.mark.parametrize("build", [KEY_PADDING["cat"], FINITE["-10000"], ADDITIVE["where"], OUTER["and"]])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_gradients(stand_ins, build, inner):
-    step, reference = attention(build)
+    step, _ = attention(build)
     given = [tensor.requires_grad_() for tensor in tensors("flash_varlen", KV_LEN)]
     exact = [tensor.detach().double().requires_grad_() for tensor in given]
     backend = backend_of("flash_varlen", inner)
@@ -574,3 +590,58 @@ def test_exported_graphs(spelling, decomposed):
         said = "additive (3, 1, 1, 11)"  # export lifts the constant out: it is a tensor from outside
     assert str(site.call.mask) == said
     assert site.chosen == "_native_math"
+
+
+# -- what real models ask for
+
+ZOO = {
+    # its refiner's mask lets every query see the first key: dense
+    "hunyuan_video": ["boolean (3, 2, 9, 9)", *["key padding (3, 33)"] * 3],
+    "qwen_image": ["key padding (2, 152)"] * 3,
+    # (1 - mask) * -10000 of a mask of whole numbers, which may be any
+    "pixart": ["additive (2, 3, 1, 11)"] * 2,
+    "ltx_video": ["additive (2, 3, 1, 10)"] * 2,
+    "allegro": ["key padding (2, 36)", "additive (2, 2, 1, 10)"] * 2,
+    "chroma": ["padding of queries and keys"] * 3,
+    "lumina2": ["key padding (3, 9)", *["key padding (3, 29)"] * 2],
+    "mochi": ["key padding (2, 10)"],
+    "clip_text": ["causal and key padding (4, 17)"] * 2,
+    "qwen2": ["causal and key padding (3, 135)"] * 2,
+    "t5_encoder": ["additive (2, 3, 141, 141)"] * 2,
+}
+
+
+@pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning")
+@pytest.mark.parametrize("name", ZOO)
+def test_masks_of_real_models(name):
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+    from model_zoo import MODELS
+
+    module, kwargs = MODELS[name]()
+    backend = attnrewrite.with_backend("_native_math", inner="eager")
+    with torch.no_grad():
+        torch.compile(module, backend=backend)(**kwargs)
+    said = [str(site.call.mask) for site in backend.report.sites]
+    assert [each for each in said if each != "none"] == ZOO[name]
+
+
+def test_qwen_image_sorts_once(stand_ins):
+    """Each of its blocks makes the mask anew."""
+    pytest.importorskip("diffusers")
+    from model_zoo import MODELS
+
+    module, kwargs = MODELS["qwen_image"]()
+    exact = copy.deepcopy(module)
+    counted = []
+    backend = backend_of("flash_varlen", counting(counted))
+    halved = tree_map(
+        lambda each: each.bfloat16() if torch.is_tensor(each) and each.is_floating_point() else each, kwargs
+    )
+    with torch.no_grad():
+        output = torch.compile(module.bfloat16(), backend=backend)(**halved)[0]
+        expected = exact(**kwargs)[0]
+    assert [site.chosen for site in backend.report.sites] == ["flash_varlen"] * 3
+    assert counted == [1]
+    assert relative(output, expected) < 5e-2  # a whole model in bfloat16
