@@ -42,7 +42,9 @@ def name_of(node: Node) -> str:
     if getattr(operator, name, None) is node.target:
         return _OPERATORS.get(name, name)
     # A user's function may be called `where` too.
-    known_as = (getattr(each, name, None) for each in (torch, torch.Tensor, torch.nn.functional, torch.ops.aten))
+    known_as = (
+        getattr(each, name, None) for each in (torch, torch.Tensor, torch.nn.functional, torch._C._nn, torch.ops.aten)
+    )
     return name if any(each is node.target for each in known_as) else ""
 
 
