@@ -88,18 +88,18 @@ def written_by(node: Node) -> tuple[Node, ...]:
     """The arguments that a node writes into: of methods like `fill_`, `x[i] = y`, `x += y`, `out=`, `inplace=True`, and of
     operators whose schema says so."""
     given: list[Any] = [node.kwargs.get("out")]
-    if isinstance(node.target, torch._ops.OpOverload):
-        for place, argument in enumerate(node.target._schema.arguments):
+    target = node.target
+    overloads = [target] if isinstance(target, torch._ops.OpOverload) else []
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(target, name) for name in target.overloads()]
+    for overload in overloads:
+        for place, argument in enumerate(overload._schema.arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 given.append(node.args[place] if place < len(node.args) else node.kwargs.get(argument.name))
-    elif _writes_into_its_first(node):
+    if not overloads and _writes_into_its_first(node):
         given.append(node.args[0] if node.args else node.kwargs.get("input"))
-    return tuple(
-        each
-        for value in given
-        for each in (value if isinstance(value, list | tuple) else (value,))
-        if isinstance(each, Node)
-    )
+    listed = (value if isinstance(value, list | tuple) else (value,) for value in given)
+    return tuple(dict.fromkeys(each for values in listed for each in values if isinstance(each, Node)))
 
 
 def _writes_into_its_first(node: Node) -> bool:

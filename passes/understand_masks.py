@@ -97,8 +97,11 @@ def _facts(value: Value, call: AttentionCall, rank: int, reader: Reader) -> Fact
             return Facts()
         (rest if {KEY, QUERY} <= part.axes else queries if QUERY in part.axes else keys).append(part)
     finite = fill != -math.inf
-    no_key = "zeros" if not finite else "all keys" if fill > VANISHING else "mean"
+    no_key = "mean" if fill <= VANISHING else "all keys"
+    no_key = no_key if finite else "zeros"
     mask = replace(call.mask, no_key=no_key)
+    if not rest and not queries and no_key == "mean" and call.needs_grad:
+        return Facts()  # queries of zeros give the mean, but not SDPA's gradient
     if not rest and not queries:
         return Facts(replace(mask, kind=MaskKind.KEY_PADDING), value)
     if not rest and keys and not finite:

@@ -551,6 +551,25 @@ def test_gradients(stand_ins, build, inner):
         assert relative(one.grad, other.grad) < 3e-2
 
 
+def test_the_mean_of_all_values_has_another_gradient(stand_ins):
+    """So a mask of finfo.min stays additive where a gradient is needed, and packed keys do not take it."""
+    step, _ = attention(FINITE["finfo.min"])
+    backend = backend_of("flash_varlen")
+    given = [tensor.requires_grad_() for tensor in tensors("flash_varlen")]
+    torch.compile(step, backend=backend, fullgraph=True)(*given, valid())
+    (site,) = backend.report.sites
+    assert (str(site.call.mask), site.chosen) == (ONE_ROW, None)
+
+
+def test_a_learned_mask_is_left_alone():
+    """Its gradient goes through the additive tensor."""
+    bias = torch.zeros((), requires_grad=True)
+    step, _ = attention(lambda m, q: torch.where(m, 0.0 * bias, -inf)[:, None, None])
+    backend = attnrewrite.with_backend("_native_math", inner="eager")
+    torch.compile(step, backend=backend, fullgraph=True)(*tensors("_native_math"), valid())
+    assert str(backend.report.sites[0].call.mask) == ONE_ROW
+
+
 class Exported(torch.nn.Module):
     def __init__(self, build):
         super().__init__()
