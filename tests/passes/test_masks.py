@@ -664,3 +664,16 @@ def test_qwen_image_sorts_once(stand_ins):
     assert [site.chosen for site in backend.report.sites] == ["flash_varlen"] * 3
     assert counted == [1]
     assert relative(output, expected) < 5e-2  # a whole model in bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kernel", "build", "said", "q_len"),
+    [
+        ("flex", FINITE["-10000 over heads"], "key padding (3, 11)", Q_LEN),
+        ("flex", STRUCTURE["window"][0], "sliding window (3, 3)", KV_LEN),
+        ("flash_varlen", FINITE["finfo.min"], "key padding (3, 11)", Q_LEN),
+        ("flash_varlen", OUTER["and"], "padding of queries and keys", KV_LEN),
+    ],
+)
+def test_under_inductor(stand_ins, kernel, build, said, q_len):
+    right(kernel, build, said, q_len, inner="inductor")
