@@ -106,6 +106,7 @@ def test_equal_booleans_are_one_object():
         (make.or_(a, make.not_(a)), make.true),
         (make.and_(a, make.not_(a)), make.false),
         (make.and_(a, make.or_(make.not_(a), b)), make.and_(a, b)),
+        (make.and_(a, make.or_(a, b)), a),
         (make.not_(make.at_least_zero(QUERY - KEY)), make.at_least_zero(KEY - QUERY - 1)),
         (make.select(a, make.false, make.true), make.not_(a)),
         (make.zero(QUERY - KEY), make.zero(KEY - QUERY)),

@@ -240,3 +240,9 @@ def test_views_are_read_through():
             nodes.add(each.parts[0].op)
         waiting += [part for part in each.parts if hasattr(part, "kind")]
     assert nodes == {"placeholder"}
+
+
+def test_an_input_that_is_expanded_is_the_same_along_it():
+    x = (torch.rand(3, 1, 1, 5) > 0.5).expand(3, 2, 4, 5)
+    value = check(lambda x: x.clone() & True, x)
+    assert value.axes == {-4, -1}
