@@ -34,7 +34,7 @@ def rewrite_graph(root: GraphModule, policy: Policy, machine: Machine | None = N
     """
     started = time.perf_counter()
     names: dict[str, int] = {}
-    graphs = [(module, Context(obstacle, names)) for module, obstacle in graphs_below(root)]
+    graphs = [(module, Context(surroundings, names)) for module, surroundings in graphs_below(root)]
     for module, context in graphs:
         for analysis in ANALYSES:
             analysis(module, context)

@@ -86,18 +86,12 @@ def _device(backend: Backend, call: AttentionCall, machine: Machine) -> Refused 
 def _packages(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
     for package, specifier in backend.requires.items():
         found = machine.packages.get(package)
+        install = backend.install.get(package, f'pip install "{package}{specifier}"')
         if found is None:
-            return Refused(
-                Code.MISSING,
-                f"{backend.name} needs {package}{specifier}, which is not installed",
-                f'pip install "{package}{specifier}"',
-            )
+            detail = f"{backend.name} needs {package}{specifier}, which is not installed"
+            return Refused(Code.MISSING, detail, install)
         if not satisfies(found, specifier):
-            return Refused(
-                Code.VERSION,
-                f"{backend.name} needs {package}{specifier}, found {found}",
-                f'pip install "{package}{specifier}"',
-            )
+            return Refused(Code.VERSION, f"{backend.name} needs {package}{specifier}, found {found}", install)
     return None
 
 
@@ -161,7 +155,7 @@ def _grad(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | 
             f"{backend.name} has no backward on {machine.device}, the call needs a gradient",
             "Run under torch.no_grad(), or choose another kernel for training",
         )
-    if call.mask.needs_grad and not backend.mask_grad:
+    if call.needs_grad and call.mask.needs_grad and not backend.mask_grad:
         return Refused(
             Code.GRAD,
             f"{backend.name} gives no gradient to the mask, which needs one",

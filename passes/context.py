@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from ..calls import AttentionCall
+from ..graphs import Surroundings
 from ..plans import Site
 from ..records import Backend
 
@@ -28,11 +29,11 @@ class Found:
 
 @dataclass
 class Context:
-    """`obstacle`: a reason, inherited from the caller of this graph, why its calls must stay as they are.
+    """`surroundings`: what this graph is called in.
 
     `names` counts site names over all graphs of one compilation, so that no two sites share one.
     """
 
-    obstacle: str | None = None
+    surroundings: Surroundings = field(default_factory=Surroundings)
     names: dict[str, int] = field(default_factory=dict)
     found: list[Found] = field(default_factory=list)

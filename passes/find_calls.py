@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..calls import AttentionCall, Mask, MaskKind
-from ..graphs import MHA, OPAQUE_TARGETS, SDPA_TARGETS, site_name, value_of, with_transforms
+from ..graphs import MHA, OPAQUE_TARGETS, SDPA_TARGETS, Surroundings, site_name, value_of, with_surroundings
 from ..sizes import Size, holds, known
 from .context import Context, Found
 
@@ -24,13 +24,11 @@ def find_calls(graph_module: GraphModule, context: Context) -> int:
     rank, and the fused multi-head kernels of `torch.nn`, which cannot be swapped and are reported with the reason.
     """
     origins = Origins()
-    for node, transform in with_transforms(graph_module):
+    for node, inside in with_surroundings(graph_module, context.surroundings):
         if node.op != "call_function":
             continue
         if node.target in SDPA_TARGETS:
-            context.found.append(
-                Found(node, _read(node, transform or context.obstacle, _unique(node, context), origins))
-            )
+            context.found.append(Found(node, _read(node, inside, _unique(node, context), origins)))
         elif node.target in OPAQUE_TARGETS:
             context.found.append(Found(node, _read_opaque(node, _unique(node, context))))
     return len(context.found)
@@ -58,12 +56,12 @@ def _unique(node: Node, context: Context) -> str:
     return name if context.names[name] == 1 else f"{name}#{context.names[name]}"
 
 
-def _read(node: Node, transform: str | None, site: str, origins: Origins) -> AttentionCall:
+def _read(node: Node, inside: Surroundings, site: str, origins: Origins) -> AttentionCall:
     given = arguments(node)
     query, key, value = (value_of(given[name]) for name in ("query", "key", "value"))
     output = value_of(node)
     mask = value_of(given["attn_mask"])
-    obstacle = transform or _obstacle(given, query, key, value, mask)
+    obstacle = inside.transform or _obstacle(given, query, key, value, mask)
 
     shaping = (query, key, value) if obstacle is None else (query,)  # sizes that stay as they are need not fit
     batch: Size = 1
@@ -87,7 +85,7 @@ def _read(node: Node, transform: str | None, site: str, origins: Origins) -> Att
         value_dim=value.shape[-1],
         dtype=_name(output.dtype),
         device=query.device.type,
-        mask=_mask(mask, given["is_causal"], query, output.dtype),
+        mask=_mask(mask, given["is_causal"], query, output.dtype, inside.autocasts(query.device.type)),
         scale=given["scale"] if not isinstance(given["scale"], Node) else None,
         dropout=float(given["dropout_p"]) if not isinstance(given["dropout_p"], Node) else 0.0,
         needs_grad=output.requires_grad,
@@ -126,15 +124,15 @@ def _obstacle(given: dict[str, Any], query: Any, key: Any, value: Any, mask: Any
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor}
 
 
-def _mask(mask: Any, is_causal: Any, query: torch.Tensor, computed: torch.dtype) -> Mask:
+def _mask(mask: Any, is_causal: Any, query: torch.Tensor, computed: torch.dtype, autocast: bool) -> Mask:
     if mask is None:
         return Mask(MaskKind.CAUSAL_UPPER_LEFT if is_causal is True else MaskKind.NONE)
     kind = MaskKind.ADDITIVE
     if mask.dtype == torch.bool:
         kind = MaskKind.KEY_PADDING if _is_key_padding(mask, query) else MaskKind.BOOLEAN
-    # Under autocast SDPA casts a floating mask with the rest.
-    autocast = query.dtype != computed and kind is MaskKind.ADDITIVE
-    return Mask(kind, _name(computed if autocast else mask.dtype), tuple(mask.shape), mask.requires_grad)
+    # SDPA's autocast takes a floating mask with the rest, and leaves float64 alone.
+    cast = autocast and kind is MaskKind.ADDITIVE and torch.float64 not in (mask.dtype, computed)
+    return Mask(kind, _name(computed if cast else mask.dtype), tuple(mask.shape), mask.requires_grad)
 
 
 def _is_key_padding(mask: torch.Tensor, query: torch.Tensor) -> bool:

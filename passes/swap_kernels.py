@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..calls import AttentionCall
+from ..calls import AttentionCall, Mask
 from ..decisions import Accepted, Step
 from ..emitting import Emitter
 from ..graphs import value_of
+from ..mutations import storage_of, written_storages
 from ..ops import Origin
 from ..plans import Site
 from ..reasons import cast_to
@@ -29,7 +30,7 @@ def swap_kernels(graph_module: GraphModule, context: Context) -> int:
                                      _scaled_dot_product_efficient_attention(q, k, v, bias, ...)[0]
     """
     emitter = Emitter(graph_module)
-    written = _written_to(graph_module)
+    written = written_storages(graph_module)
     swapped = 0
     for found in context.found:
         if found.site is not None and (kernel := found.kernel) is not None:
@@ -47,14 +48,14 @@ def _swap(found: Found, site: Site, backend: Backend, emitter: Emitter, written:
         mask_node = given["attn_mask"]
         mask = emitter.tensor(mask_node) if isinstance(mask_node, Node) else None
         # A mask that the graph writes into may be another one at the next site: it is not shared.
-        shared = mask_node if mask is None or _storage(mask) not in written else (mask_node, call.site)
+        shared = mask_node if mask is None or storage_of(mask) not in written else (mask_node, call.site)
         output = launch(backend, call, Accepted(site.steps), site.source, query, key, value, mask, shared, emitter)
         if (output.shape, output.dtype, output.device) != (old.shape, old.dtype, old.device):
             raise RuntimeError(
                 f"the op of attention backend {backend.name!r} returned {_form(output)} at site {call.site!r}, "
                 f"where SDPA gives {_form(old)}: the record or its op is wrong"
             )
-        if not same_strides(output, old) and strides_matter(node):
+        if not same_strides(output, old) and strides_matter(node, output, written):
             output = restrided(output, old)
     node.replace_all_uses_with(emitter.node(output))
     found.node = emitter.node(output)
@@ -84,11 +85,14 @@ def launch(
     key, value = (_rank4(tensor, call.batch, call.kv_heads, shape) for tensor in (key, value))
     call, query, key, value = _padded(accepted, call, query, key, value)
 
-    def prepare() -> Any:
-        wide = None if mask is None else _mask_rank4(_cast(mask, call.mask.dtype), call, shape)
-        return backend.prepare(wide, key, call) if backend.prepare else wide
+    # What a prepared mask may depend on besides the mask: it is shared, so no more than this is shown to `prepare`.
+    about = replace(call, site="", role="", layout="", scale=None, dropout=0.0)
 
-    prepared = emitter.once((backend.prepare, shared, _prepared_for(call)), prepare)
+    def prepare() -> Any:
+        wide = None if mask is None else _mask_rank4(_cast_mask(mask, call.mask, cast is not None), call, shape)
+        return backend.prepare(wide, key, about) if backend.prepare else wide
+
+    prepared = emitter.once((backend.prepare, shared, key.device, repr(about.described())), prepare)
     if backend.layout == "bshd":
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     query, key, value = (
@@ -110,6 +114,16 @@ def _cast(tensor: torch.Tensor, dtype: str | None) -> torch.Tensor:
     """Under autocast SDPA casts what is floating; an op of ours is not on autocast's list, so the cast is written out."""
     wanted = getattr(torch, str(dtype))
     return tensor if tensor.dtype == wanted else tensor.to(wanted)
+
+
+def _cast_mask(mask: torch.Tensor, wanted: Mask, chosen: bool) -> torch.Tensor:
+    """As SDPA does under autocast; where the policy chose the cast, what was finite stays so: in a row that is masked with
+    finfo.min throughout -inf would leave no key at all."""
+    dtype = getattr(torch, str(wanted.dtype))
+    if chosen and mask.is_floating_point() and mask.dtype != dtype:
+        limit = torch.finfo(dtype).max
+        mask = torch.where(mask.isinf(), mask, mask.clamp(-limit, limit))
+    return _cast(mask, wanted.dtype)
 
 
 def _rank4(tensor: torch.Tensor, batch: Any, heads: Any, shape: Any) -> torch.Tensor:
@@ -150,31 +164,6 @@ def _padded(
     if heads is not None and call.scale is None:
         call = replace(call, scale=float(call.head_dim) ** -0.5)
     return call, pad(query, heads), pad(key, heads), pad(value, values)
-
-
-def _prepared_for(call: AttentionCall) -> str:
-    """What a prepared mask depends on besides the mask: all of the call but its name and the tensors' own matters."""
-    return repr(replace(call, site="", role="", layout="", scale=None, dropout=0.0).described())
-
-
-def _written_to(graph_module: GraphModule) -> set[int]:
-    """The storages that some node of the graph writes into: methods like `fill_`, `x[i] = y`, `x += y`, `out=`."""
-    written: set[int] = set()
-    for node in graph_module.graph.nodes:
-        name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-        in_place = (name.endswith("_") and not name.endswith("__")) or name in _WRITES
-        for target in (*(node.args[:1] if in_place else ()), node.kwargs.get("out")):
-            if isinstance(value := value_of(target), torch.Tensor):
-                written.add(_storage(value))
-    return written
-
-
-_WRITES = {"setitem", "iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor"}
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    storage: int = tensor.untyped_storage()._cdata
-    return storage
 
 
 def _form(tensor: torch.Tensor) -> str:

@@ -115,7 +115,15 @@ def test_packages(record):
             assert refused.code is code
             assert f"{package}{specifier}" in refused.detail
             assert (version or "not installed") in refused.detail
-            assert refused.fix == f'pip install "{package}{specifier}"'
+            assert refused.fix == record.install.get(package, f'pip install "{package}{specifier}"')
+
+
+def test_what_pip_does_not_have_says_how_to_get_it():
+    """On PyPI there is no flash-attn-3, no cudnn, and of sageattention 1.x alone."""
+    for record in RECORDS:
+        for package, specifier in record.requires.items():
+            known = package in {"flash-attn-3", "cudnn"} or (package == "sageattention" and "<2" not in specifier)
+            assert (package in record.install) == known, record
 
 
 TOY = Backend(
