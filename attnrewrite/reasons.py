@@ -155,7 +155,7 @@ def _grad(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | 
             f"{backend.name} has no backward on {machine.device}, the call needs a gradient",
             "Run under torch.no_grad(), or choose another kernel for training",
         )
-    if call.needs_grad and call.mask.needs_grad and not backend.mask_grad:
+    if call.mask.needs_grad and not backend.mask_grad:
         return Refused(
             Code.GRAD,
             f"{backend.name} gives no gradient to the mask, which needs one",

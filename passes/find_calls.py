@@ -85,7 +85,7 @@ def _read(node: Node, inside: Surroundings, site: str, origins: Origins) -> Atte
         value_dim=value.shape[-1],
         dtype=_name(output.dtype),
         device=query.device.type,
-        mask=_mask(mask, given["is_causal"], query, output.dtype, inside.autocasts(query.device.type)),
+        mask=_mask(mask, given["is_causal"], query, output, inside.autocasts(query.device.type)),
         scale=given["scale"] if not isinstance(given["scale"], Node) else None,
         dropout=float(given["dropout_p"]) if not isinstance(given["dropout_p"], Node) else 0.0,
         needs_grad=output.requires_grad,
@@ -124,15 +124,16 @@ def _obstacle(given: dict[str, Any], query: Any, key: Any, value: Any, mask: Any
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor}
 
 
-def _mask(mask: Any, is_causal: Any, query: torch.Tensor, computed: torch.dtype, autocast: bool) -> Mask:
+def _mask(mask: Any, is_causal: Any, query: torch.Tensor, output: torch.Tensor, autocast: bool) -> Mask:
     if mask is None:
         return Mask(MaskKind.CAUSAL_UPPER_LEFT if is_causal is True else MaskKind.NONE)
     kind = MaskKind.ADDITIVE
     if mask.dtype == torch.bool:
         kind = MaskKind.KEY_PADDING if _is_key_padding(mask, query) else MaskKind.BOOLEAN
     # SDPA's autocast takes a floating mask with the rest, and leaves float64 alone.
-    cast = autocast and kind is MaskKind.ADDITIVE and torch.float64 not in (mask.dtype, computed)
-    return Mask(kind, _name(computed if cast else mask.dtype), tuple(mask.shape), mask.requires_grad)
+    cast = autocast and kind is MaskKind.ADDITIVE and torch.float64 not in (mask.dtype, output.dtype)
+    learned = mask.requires_grad and output.requires_grad  # under no_grad a parameter requires one too
+    return Mask(kind, _name(output.dtype if cast else mask.dtype), tuple(mask.shape), learned)
 
 
 def _is_key_padding(mask: torch.Tensor, query: torch.Tensor) -> bool:

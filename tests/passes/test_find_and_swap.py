@@ -1,6 +1,7 @@
 """Every form in which scaled_dot_product_attention is called is found, and read right."""
 
 import operator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnrewrite
-from attnrewrite import Machine, MaskKind, make_policy
+from attnrewrite import Machine, MaskKind, make_policy, records_of
 from attnrewrite.pipeline import rewrite_graph
 
 sdpa = F.scaled_dot_product_attention
@@ -206,9 +207,9 @@ def test_a_mask_under_autocast_is_cast_with_tensors_that_need_no_cast():
 
     def step(q, k, v, m):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            first = inside(q, k, v, m)
             with torch.autocast("cpu", enabled=False):
-                second = inside(q, k, v, m)
+                first = inside(q, k, v, m)
+            second = inside(q, k, v, m)
         return first, second, inside(q, k, v, m)
 
     class Step(torch.nn.Module):
@@ -506,25 +507,19 @@ def test_what_passes_strides_on(tail):
 def test_a_copy_that_would_be_a_view():
     """The CPU kernel's (B, S, H, D) memory makes of this reshape a view, math's (B, H, S, D) a copy: a write shows which."""
 
-    def step(q, k, v):
+    def step(q, k, v, weight):
         output = sdpa(q, k, v)
-        flat = output.reshape(2, 4, -1)
-        flat.add_(1.0)
-        return output * 2
+        output.reshape(2, 4, -1).add_(1.0)
+        return F.linear(output, weight)
 
-    query, key, value = qkv()
+    tensors = (*qkv(), torch.randn(5, 16))
     run, _ = compiled(step, "_native_math")
-    assert relative(run(query, key, value), step(query, key, value)) < 1e-5
+    assert relative(run(*tensors), step(*tensors)) < 1e-5
 
 
 def test_no_copy_where_nobody_would_notice():
-    """What models do behind attention: math's (B, H, S, D) memory is reshaped and projected as it is."""
-
-    def step(q, k, v, weight):
-        return F.linear(sdpa(q, k, v).transpose(1, 2).reshape(2, 7, 64), weight)
-
-    names = graph_of(step, *qkv(), torch.randn(5, 64), backend="_native_math")
-    assert "contiguous" not in names
+    """What models do behind attention gives a dense tensor, whether it copies math's (B, H, S, D) memory or not."""
+    assert "contiguous" not in graph_of(attend, *qkv(), backend="_native_math")
 
 
 def test_returned_output_keeps_its_strides():
@@ -609,7 +604,8 @@ def test_every_kind_of_write_is_noticed(write):
 
     query, key, value = qkv()
     mask = torch.randn(2, 1, 7, 11)
-    run, backend = compiled(step, "flex" if write == "aten" else "_native_math")
+    copies = replace(records_of("_native_math")[0], prepare=lambda mask, key, call: mask.clone())
+    run, backend = compiled(step, copies)
     assert relative(run(query, key, value, mask), step(query, key, value, mask)) < 1e-5
     assert all(site.chosen for site in backend.report.sites)
 
@@ -630,6 +626,17 @@ def test_what_is_only_read_is_shared():
         return first + 2 * sdpa(q, k, v, mask) + seen
 
     assert biases(step, *qkv(), torch.rand(2, 1, 7, 11) > 0.5) == 1
+
+
+def test_a_learned_bias_that_nobody_trains():
+    """Under no_grad a parameter still says that it requires a gradient."""
+    bias = torch.nn.Parameter(torch.randn(2, 1, 7, 11))
+    for mode, chosen in ((torch.no_grad(), "_native_flash"), (torch.enable_grad(), None)):
+        torch.compiler.reset()
+        run, backend = compiled(lambda q, k, v: sdpa(q, k, v, bias), "_native_flash")
+        with mode:
+            assert relative(run(*(tensors := qkv())), sdpa(*tensors, bias)) < 1e-5
+        assert backend.report.sites[0].chosen == chosen
 
 
 def test_two_devices_in_one_graph():
