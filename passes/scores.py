@@ -1,0 +1,289 @@
+"""From a softmax back to the product of queries and keys, and on to the product with the values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..axes import Axes, Layout
+from ..graphs import value_of
+from ..spellings import argument, first, is_number, keeps_order, permutation, same_shape, spelled, written_by
+from .products import Product, output_layouts, read_product
+
+DEPTH = 40  # operations between softmax and product
+Back = Callable[[Any, "Layout | None"], "Scores | None"]
+Narrow = Callable[[Any], "Layout | None"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing that happens to the scores between the product and the softmax.
+
+    scale: times `amount` ** `power`. add: plus `amount` * tensor. keep, drop: `amount` where the tensor is False, or True.
+    """
+
+    how: str
+    amount: Any  # a number, or a node of one
+    tensor: Node | None = None
+    layout: Layout = ()
+    reader: Node | None = None  # the node that reads the tensor
+    power: int = 1
+
+
+@dataclass(frozen=True)
+class Scores:
+    """product: q k^T, whose value has `layout`. steps: from there to the softmax. nodes: all in between, both included."""
+
+    product: Product
+    layout: Layout
+    steps: tuple[Step, ...] = ()
+    nodes: tuple[Node, ...] = ()
+    obstacle: str | None = None
+
+    def then(self, node: Node, *steps: Step, obstacle: str | None = None) -> Scores:
+        return replace(self, steps=self.steps + steps, nodes=(*self.nodes, node), obstacle=self.obstacle or obstacle)
+
+
+@dataclass(frozen=True)
+class Values:
+    """product: weights @ v, whose value has `layout`; `value` has `value_layout`. nodes: from the softmax to the product."""
+
+    product: Product
+    value: Node
+    value_layout: Layout
+    layout: Layout
+    summed: Any
+    width: Any
+    dropout: Any = 0.0
+    nodes: tuple[Node, ...] = ()
+
+
+class Writes:
+    """Where the nodes of a graph stand, and what they write into."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.position: dict[Node, int] = {}
+        self._writers: dict[int, list[Node]] = {}
+        self._edits: dict[Node, list[Node]] = {}
+        for position, node in enumerate(graph_module.graph.nodes):
+            self.position[node] = position
+            for target in written_by(node):
+                self._edits.setdefault(target, []).append(node)
+                if isinstance(value := value_of(target), torch.Tensor):
+                    self._writers.setdefault(storage(value), []).append(node)
+
+    def current(self, node: Node, reader: Node) -> Node:
+        """The node whose result `node` holds when `reader` reads it: after `x.mul_(2)`, that of mul_."""
+        before = [edit for edit in self._edits.get(node, ()) if self.position[edit] < self.position[reader]]
+        return before[-1] if before else node
+
+    def writers(self, node: Node) -> list[Node]:
+        """All that write into the memory of a node's value."""
+        value = value_of(node)
+        return self._writers.get(storage(value), []) if isinstance(value, torch.Tensor) else []
+
+    def unchanged(self, node: Node, reader: Node, later: Node) -> bool:
+        """Whether `later` finds the same in a node as `reader` did."""
+        start, end = self.position[reader], self.position[later]
+        return not any(start < self.position[writer] < end for writer in self.writers(node))
+
+    def written(self, node: Node) -> bool:
+        return bool(self.writers(node))
+
+
+def storage(tensor: torch.Tensor) -> int:
+    found: int = tensor.untyped_storage()._cdata
+    return found
+
+
+def find_scores(
+    node: Node, layout: Layout, reader: Node, axes: Axes, writes: Writes, depth: int = DEPTH
+) -> Scores | None:
+    """Walks from what `reader` reads as `node`, whose value has `layout`, back to a product. None where there is none, or
+    something on the way is not understood."""
+    node = writes.current(node, reader)
+    value = value_of(node)
+    if depth == 0 or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return None
+    product = read_product(node)
+    if product is not None:
+        scores = Scores(product, layout, nodes=(node,))
+        if product.alpha != 1:
+            scores = replace(scores, steps=(Step("scale", product.alpha),))
+        if product.added is not None:
+            added = axes.broadcast(layout, value_of(product.added).shape, value.shape)
+            step = Step("add", product.beta, product.added, added or (), node)
+            return replace(scores, steps=(*scores.steps, step)) if added is not None else None
+        return scores
+
+    def back(source: Any, expected: Layout | None) -> Scores | None:
+        if not isinstance(source, Node) or expected is None:
+            return None
+        return find_scores(source, expected, node, axes, writes, depth - 1)
+
+    def narrow(source: Any) -> Layout | None:
+        known = value_of(source)
+        return axes.broadcast(layout, known.shape, value.shape) if isinstance(known, torch.Tensor) else None
+
+    name = spelled(node)
+    source = first(node)
+    if name == "to":
+        found = back(source, layout) if value_of(source).device == value.device else None
+        return found.then(node) if found else None
+    if name == "tanh":
+        found = back(source, layout)
+        return found.then(node, obstacle="its scores are capped (tanh)") if found else None
+    if name in ("mul", "div"):
+        return _scaled(node, name, back, narrow)
+    if name in ("add", "sub"):
+        return _added(node, name, back, narrow)
+    if name == "masked_fill":
+        found = back(source, narrow(source))
+        return found and _filled(found, node, "drop", argument(node, 1, "mask"), argument(node, 2, "value"), narrow)
+    if name == "where":
+        condition, one, other = (argument(node, *at) for at in ((0, "condition"), (1, "input", "self"), (2, "other")))
+        for how, source, fill in (("keep", one, other), ("drop", other, one)):
+            if is_number(fill) and isinstance(source, Node):
+                found = back(source, narrow(source))
+                return found and _filled(found, node, how, condition, fill, narrow)
+        return None
+    found = back(source, before(node, layout, axes))
+    return found.then(node) if found else None
+
+
+def before(node: Node, layout: Layout, axes: Axes) -> Layout | None:
+    """The layout of the first argument of a view, a copy or a permutation, None if the node is something else."""
+    source = value_of(first(node))
+    if not isinstance(source, torch.Tensor) or source.dtype != value_of(node).dtype:
+        return None
+    if keeps_order(node):
+        return axes.reshaped(layout, source.shape)
+    name = spelled(node)
+    if name == "expand" and same_shape(source, value_of(node)):
+        return layout
+    if name in ("transpose", "permute", "t", "movedim", "getattr") and (order := permutation(node)) is not None:
+        return tuple(layout[order.index(dim)] for dim in range(len(order)))
+    return None
+
+
+def after(node: Node, layout: Layout, axes: Axes) -> Layout | None:
+    """The other way round: the layout of the node where its first argument has `layout`."""
+    source, value = value_of(first(node)), value_of(node)
+    if not isinstance(value, torch.Tensor) or source.dtype != value.dtype:
+        return None
+    if keeps_order(node):
+        return axes.reshaped(layout, value.shape)
+    name = spelled(node)
+    if name == "expand" and same_shape(source, value):
+        return layout
+    if name in ("transpose", "permute", "t", "movedim", "getattr") and (order := permutation(node)) is not None:
+        return tuple(layout[dim] for dim in order)
+    return None
+
+
+def _scaled(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | None:
+    one, other = first(node), argument(node, 1, "other")
+    if node.kwargs.get("rounding_mode") is not None:
+        return None
+    power = -1 if name == "div" else 1
+    pairs = ((one, other),) if name == "div" else ((one, other), (other, one))
+    for source, factor in pairs:
+        if is_number(factor) and isinstance(source, Node):
+            found = back(source, narrow(source))
+            return found.then(node, Step("scale", factor, power=power)) if found else None
+    for source, _ in pairs:
+        if found := back(source, narrow(source)):
+            return found.then(node, obstacle="its scores are multiplied by a tensor")
+    return None
+
+
+def _added(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | None:
+    one, other = first(node), argument(node, 1, "other")
+    alpha = argument(node, 2, "alpha", default=1)
+    if not is_number(alpha) or isinstance(alpha, Node):
+        return None
+    sign = -alpha if name == "sub" else alpha
+    if is_number(other) and isinstance(one, Node) and (found := back(one, narrow(one))):
+        return found.then(node)  # the same for every score: the softmax does not see it
+    pairs = [(one, other, sign)] + ([(other, one, 1)] if sign == 1 else [])
+    for source, tensor, factor in pairs:
+        layout = narrow(tensor)
+        if isinstance(tensor, Node) and layout is not None and (found := back(source, narrow(source))):
+            step = Step("add", factor, tensor, layout, node)
+            return found.then(node, step)
+    return None
+
+
+def _filled(found: Scores, node: Node, how: str, mask: Any, fill: Any, narrow: Narrow) -> Scores | None:
+    value = value_of(mask)
+    if not isinstance(mask, Node) or not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
+        return None
+    layout = narrow(mask)
+    if layout is None or not is_number(fill):
+        return None
+    return found.then(node, Step(how, fill, mask, layout, node))
+
+
+def readers(node: Node) -> Iterator[Node]:
+    """The users of a node that read its values, not only its form."""
+    for user in node.users:
+        if spelled(user) not in ("_assert_tensor_metadata", "sym_size", "size", "sym_stride", "dim", "sym_numel"):
+            yield user
+
+
+def find_values(node: Node, layout: Layout, axes: Axes, depth: int = DEPTH) -> Values | None:
+    """Walks from the weights, whose value has `layout`, to the product with the values. None where there is none."""
+    if depth == 0:
+        return None
+    for user in readers(node):
+        found = _find_values(user, node, layout, axes, depth)
+        if found is not None:
+            return replace(found, nodes=(user, *found.nodes))
+    return None
+
+
+def _find_values(user: Node, node: Node, layout: Layout, axes: Axes, depth: int) -> Values | None:
+    product = read_product(user)
+    if product is not None:
+        if product.added is not None or product.alpha != 1 or product.left is product.right:
+            return None
+        if node not in (product.left, product.right):
+            return None
+        placed = output_layouts(product, node, layout, axes)
+        if placed is None:
+            return None
+        others, output, summed, width = placed
+        value = product.right if node is product.left else product.left
+        return Values(product, value, others, output, summed, width)
+    if node is not first(user):
+        return None
+    name = spelled(user)
+    if name == "to":
+        same = value_of(user).device == value_of(node).device and value_of(user).is_floating_point()
+        return find_values(user, layout, axes, depth - 1) if same else None
+    if name in ("dropout", "native_dropout"):
+        return _dropped(user, name, layout, axes, depth)
+    behind = after(user, layout, axes)
+    return find_values(user, behind, axes, depth - 1) if behind is not None else None
+
+
+def _dropped(user: Node, name: str, layout: Layout, axes: Axes, depth: int) -> Values | None:
+    probability = argument(user, 1, "p", default=0.5)
+    train = argument(user, 2, "training", "train", default=True)
+    if isinstance(train, Node) or not is_number(probability):
+        return None
+    output = user
+    if name == "native_dropout":
+        kept = [each for each in user.users if each.users]
+        if len(kept) != 1 or kept[0].args[1] != 0:
+            return None
+        output = kept[0]
+    found = find_values(output, layout, axes, depth - 1)
+    if found is None or (train is not False and found.dropout != 0.0):
+        return None
+    nodes = found.nodes if output is user else (output, *found.nodes)
+    return replace(found, dropout=probability if train is not False else found.dropout, nodes=nodes)
