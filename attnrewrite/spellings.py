@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from .graphs import value_of
-from .sizes import known
+from .sizes import UnbackedSizeError, known
 
 _OWNERS = (torch, F, operator, torch.special, builtins)
 _SAME = {
@@ -25,6 +25,7 @@ _SAME = {
     "_to_copy": "to", "bitwise_not": "logical_not", "invert": "logical_not", "_softmax": "softmax",
     "_safe_softmax": "softmax", "mm": "matmul", "bmm": "matmul", "tile": "repeat",
 }  # fmt: skip
+TURNS = frozenset({"transpose", "permute", "movedim", "getattr", "mT", "adjoint", "t", "T", "numpy_T"})
 _IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor", "setitem"})
 
 
@@ -97,14 +98,10 @@ def permutation(node: Node) -> tuple[int, ...] | None:
     rank = value.dim()
     name = spelled(node)
     given: Sequence[Any] = ()
-    if name == "getattr":
-        if node.args[1] not in ("mT", "T", "mH", "H") or rank < 2 or (node.args[1] in ("T", "H") and rank != 2):
-            return None
-        if value.is_complex():
-            return None
-        given = (-2, -1)
-    elif name == "t":
-        given = (0, 1) if rank == 2 else ()
+    if name == "getattr":  # x.mT
+        name = str(node.args[1])
+    if name in ("mT", "adjoint") or (name in ("T", "t", "numpy_T") and rank == 2):
+        given = (-2, -1) if rank > 1 and not value.is_complex() else ()
     elif name == "transpose":
         given = (argument(node, 1, "dim0", "axis0"), argument(node, 2, "dim1", "axis1"))
     elif name == "permute":
@@ -157,12 +154,17 @@ def is_number(value: Any) -> bool:
 
 
 def number(value: Any) -> float:
-    """The number. For one that Dynamo has made symbolic, reading it makes a guard."""
+    """The number. For one that Dynamo has made symbolic, reading it makes a guard; `UnbackedSizeError` where none can."""
     if not isinstance(value, Node):
         return float(value)
     held = value_of(value)
     if isinstance(held, torch.SymInt | torch.SymFloat | int | float):
-        return float(held)
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+        try:
+            return float(held)
+        except GuardOnDataDependentSymNode as error:
+            raise UnbackedSizeError(str(held)) from error
     constant = _constant(value, 8)
     assert constant is not None
     return float(constant)

@@ -9,13 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 from ..axes import applied
 from ..calls import AttentionCall, Mask, MaskKind
 from ..emitting import EMITTED
-from ..graphs import MHA, OPAQUE_TARGETS, SDPA_TARGETS, site_name, value_of, with_transforms
+from ..graphs import MHA, OPAQUE_TARGETS, SDPA_TARGETS, site_name, value_of, values_only, with_transforms
 from ..sizes import Size, holds, known
 from ..spellings import spelled
 from .context import Context, Found, MaskTerm, Operand, Operands
@@ -132,7 +131,7 @@ def _found(site: Recognised, obstacle: str | None, name: str, origins: Origins) 
             scores.device.type, needs_grad=output.requires_grad, obstacle=obstacle, form="operations",
         )  # fmt: skip
         return Found(site.node, call)
-    with torch.no_grad(), enable_python_dispatcher():
+    with values_only(output):
         tensors = [applied(value_of(each.node), each.views) for each in (operands.query, operands.key, operands.value)]
     query, key, _ = tensors
     head_dim = query.shape[-1]

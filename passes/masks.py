@@ -7,11 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._dispatch.python import enable_python_dispatcher
 
 from ..axes import applied
 from ..calls import Mask, MaskKind
-from ..graphs import value_of
+from ..graphs import value_of, values_only
 from ..sizes import known
 from .context import MaskTerm, Operand
 
@@ -24,7 +23,7 @@ def mask_of(terms: Sequence[MaskTerm], dtype: torch.dtype, query: torch.Tensor) 
     def tensor(operand: Operand) -> torch.Tensor:
         return applied(value_of(operand.node), operand.views)
 
-    with torch.no_grad(), enable_python_dispatcher():
+    with values_only(query):
         mask = build_mask(terms, dtype, tensor)
     assert mask is not None
     needs_grad = any(term.how == "add" and value_of(term.tensor.node).requires_grad for term in terms)

@@ -78,6 +78,8 @@ def _back(at: Candidate, axes: Axes, scales: bool, narrow: Any, repeats: bool, f
                 return None
         if not isinstance(source, Node) or not is_number(factor) or node.kwargs.get("rounding_mode") is not None:
             return None
+        if not isinstance(value_of(source), torch.Tensor):
+            return None
         if value_of(source).shape != value.shape or value_of(source).dtype != value.dtype:
             return None
         power = -1 if name == "div" else 1

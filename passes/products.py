@@ -34,9 +34,21 @@ class Product:
         left, right, output = self.letters
         return "".join(letter for letter in left if letter in right and letter not in output)
 
+    @property
+    def batched(self) -> bool:
+        """Whether both have every dimension of the output but one."""
+        left, right, output = self.letters
+        return all(len(set(output) - set(each)) == 1 for each in (left, right))
+
 
 def read_product(node: Node) -> Product | None:
     """The product that a node computes; None where it computes none, or one that is not of two matrices."""
+    found = _read(node)
+    values = [] if found is None else [value_of(each) for each in (node, found.left, found.right)]
+    return found if all(isinstance(value, torch.Tensor) for value in values) else None
+
+
+def _read(node: Node) -> Product | None:
     name = spelled(node)
     if name not in PRODUCTS or "out" in node.kwargs:
         return None

@@ -16,8 +16,8 @@ import torch
 from torch.fx import Node
 
 from ..axes import Axes, Axis, Layout, applied
-from ..graphs import value_of
-from ..sizes import known
+from ..graphs import value_of, values_only
+from ..sizes import UnbackedSizeError, known
 from ..spellings import argument, first, number, spelled
 from .context import MaskTerm, Operand, Operands
 from .operands import Candidate, best, candidates
@@ -51,6 +51,8 @@ def recognise(softmax: Node, writes: Writes) -> Recognised | None:
     source, dim = first(softmax), argument(softmax, 1, "dim")
     value = value_of(softmax)
     if not isinstance(source, Node) or not isinstance(value, torch.Tensor) or not isinstance(dim, int):
+        return None
+    if value.is_nested or value.layout != torch.strided:
         return None
     axes = Axes()
     weights = axes.fresh(value.shape)
@@ -175,7 +177,7 @@ class _Site:
                 for amount, power in each.scales:
                     scale *= number(amount) ** power
             dropout = number(self.values.dropout)
-        except (ZeroDivisionError, torch.fx.experimental.symbolic_shapes.GuardOnDataDependentSymNode):
+        except (ZeroDivisionError, UnbackedSizeError):
             return None
         if terms is None or not 0 <= dropout < 1:
             return None
@@ -335,9 +337,8 @@ class _Site:
 
 def _fits(operands: Operands) -> bool:
     """Whether the sizes of query, key and value fit, as far as SDPA asks."""
-    from torch._dispatch.python import enable_python_dispatcher
 
-    with torch.no_grad(), enable_python_dispatcher():
+    with values_only(value_of(operands.query.node)):
         query, key, value = (
             applied(value_of(each.node), each.views) for each in (operands.query, operands.key, operands.value)
         )

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from ..axes import Axes, Layout
 from ..graphs import value_of
-from ..spellings import argument, first, is_number, keeps_order, permutation, same_shape, spelled, written_by
+from ..spellings import TURNS, argument, first, is_number, keeps_order, permutation, same_shape, spelled, written_by
 from .products import Product, output_layouts, read_product
 
 DEPTH = 40  # operations between softmax and product
@@ -96,7 +96,11 @@ class Writes:
 
 
 def storage(tensor: torch.Tensor) -> int:
-    found: int = tensor.untyped_storage()._cdata
+    """A number for the memory of a tensor: views of one memory have the same."""
+    try:
+        found: int = tensor.untyped_storage()._cdata
+    except NotImplementedError:  # inside a transform of torch.func
+        return id(tensor)
     return found
 
 
@@ -132,7 +136,7 @@ def find_scores(
     name = spelled(node)
     source = first(node)
     if name == "to":
-        found = back(source, layout) if value_of(source).device == value.device else None
+        found = back(source, narrow(source)) if _stays_on(node) else None
         return found.then(node) if found else None
     if name == "tanh":
         found = back(source, layout)
@@ -146,6 +150,8 @@ def find_scores(
         return found and _filled(found, node, "drop", argument(node, 1, "mask"), argument(node, 2, "value"), narrow)
     if name == "where":
         condition, one, other = (argument(node, *at) for at in ((0, "condition"), (1, "input", "self"), (2, "other")))
+        if node.op == "call_method":  # x.where(condition, other)
+            condition, one, other = argument(node, 1, "condition"), node.args[0], argument(node, 2, "other")
         for how, source, fill in (("keep", one, other), ("drop", other, one)):
             if is_number(fill) and isinstance(source, Node):
                 found = back(source, narrow(source))
@@ -158,14 +164,14 @@ def find_scores(
 def before(node: Node, layout: Layout, axes: Axes) -> Layout | None:
     """The layout of the first argument of a view, a copy or a permutation, None if the node is something else."""
     source = value_of(first(node))
-    if not isinstance(source, torch.Tensor) or source.dtype != value_of(node).dtype:
+    if not isinstance(source, torch.Tensor) or source.dtype != value_of(node).dtype or written_by(node):
         return None
     if keeps_order(node):
         return axes.reshaped(layout, source.shape)
     name = spelled(node)
     if name == "expand" and same_shape(source, value_of(node)):
         return layout
-    if name in ("transpose", "permute", "t", "movedim", "getattr") and (order := permutation(node)) is not None:
+    if name in TURNS and (order := permutation(node)) is not None:
         return tuple(layout[order.index(dim)] for dim in range(len(order)))
     return None
 
@@ -173,16 +179,23 @@ def before(node: Node, layout: Layout, axes: Axes) -> Layout | None:
 def after(node: Node, layout: Layout, axes: Axes) -> Layout | None:
     """The other way round: the layout of the node where its first argument has `layout`."""
     source, value = value_of(first(node)), value_of(node)
-    if not isinstance(value, torch.Tensor) or source.dtype != value.dtype:
+    if not isinstance(value, torch.Tensor) or source.dtype != value.dtype or written_by(node):
         return None
     if keeps_order(node):
         return axes.reshaped(layout, value.shape)
     name = spelled(node)
     if name == "expand" and same_shape(source, value):
         return layout
-    if name in ("transpose", "permute", "t", "movedim", "getattr") and (order := permutation(node)) is not None:
+    if name in TURNS and (order := permutation(node)) is not None:
         return tuple(layout[dim] for dim in order)
     return None
+
+
+def _stays_on(node: Node) -> bool:
+    """Whether a cast is one between floating dtypes on one device."""
+    source, value = value_of(first(node)), value_of(node)
+    both = isinstance(source, torch.Tensor) and isinstance(value, torch.Tensor)
+    return both and source.device == value.device and source.is_floating_point() and value.is_floating_point()
 
 
 def _scaled(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | None:
@@ -210,12 +223,14 @@ def _added(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | None:
     if is_number(other) and isinstance(one, Node) and (found := back(one, narrow(one))):
         return found.then(node)  # the same for every score: the softmax does not see it
     pairs = [(one, other, sign)] + ([(other, one, 1)] if sign == 1 else [])
+    both = []
     for source, tensor, factor in pairs:
         layout = narrow(tensor)
         if isinstance(tensor, Node) and layout is not None and (found := back(source, narrow(source))):
-            step = Step("add", factor, tensor, layout, node)
-            return found.then(node, step)
-    return None
+            both.append(found.then(node, Step("add", factor, tensor, layout, node)))
+    # Where both are products, one is a bias by relative positions: whose keys are no batch's own.
+    both.sort(key=lambda each: not each.product.batched)
+    return both[0] if both else None
 
 
 def _filled(found: Scores, node: Node, how: str, mask: Any, fill: Any, narrow: Narrow) -> Scores | None:
@@ -228,11 +243,16 @@ def _filled(found: Scores, node: Node, how: str, mask: Any, fill: Any, narrow: N
     return found.then(node, Step(how, fill, mask, layout, node))
 
 
+# What reads the form of a tensor and not its values.
+_FORM = frozenset(
+    {"_assert_tensor_metadata", "sym_size", "size", "sym_stride", "sym_numel", "dim", "full_like", "zeros_like", "ones_like",
+     "empty_like", "new_full", "new_zeros", "new_ones", "new_empty", "new_tensor"}
+)  # fmt: skip
+
+
 def readers(node: Node) -> Iterator[Node]:
-    """The users of a node that read its values, not only its form."""
-    for user in node.users:
-        if spelled(user) not in ("_assert_tensor_metadata", "sym_size", "size", "sym_stride", "dim", "sym_numel"):
-            yield user
+    """The users of a node that read its values."""
+    return (user for user in node.users if spelled(user) not in _FORM)
 
 
 def find_values(node: Node, layout: Layout, axes: Axes, depth: int = DEPTH) -> Values | None:
@@ -263,8 +283,7 @@ def _find_values(user: Node, node: Node, layout: Layout, axes: Axes, depth: int)
         return None
     name = spelled(user)
     if name == "to":
-        same = value_of(user).device == value_of(node).device and value_of(user).is_floating_point()
-        return find_values(user, layout, axes, depth - 1) if same else None
+        return find_values(user, layout, axes, depth - 1) if _stays_on(user) else None
     if name in ("dropout", "native_dropout"):
         return _dropped(user, name, layout, axes, depth)
     behind = after(user, layout, axes)
