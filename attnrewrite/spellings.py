@@ -135,6 +135,13 @@ def keeps_order(node: Node) -> bool:
     return False
 
 
+def stays_on(node: Node) -> bool:
+    """Whether a cast is one between floating dtypes on one device."""
+    source, value = value_of(first(node)), value_of(node)
+    both = isinstance(source, torch.Tensor) and isinstance(value, torch.Tensor)
+    return both and source.device == value.device and source.is_floating_point() and value.is_floating_point()
+
+
 def same_shape(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two shapes are the same as far as is known without a guard."""
     return one.dim() == other.dim() and all(known(a == b) for a, b in zip(one.shape, other.shape, strict=True))

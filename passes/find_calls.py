@@ -21,7 +21,7 @@ from .context import Context, Found, MaskTerm, Operand, Operands
 from .fused_kernels import FUSED_TARGETS, LOWER_RIGHT, fused_arguments
 from .masks import is_key_padding, mask_of
 from .recognise import Recognised, recognise
-from .scores import Writes
+from .writes import Writes
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _LINEAR = frozenset({torch._C._nn.linear, torch.ops.aten.linear.default, torch.conv2d, torch.conv1d, torch.conv3d})

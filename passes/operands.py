@@ -11,8 +11,9 @@ from torch.fx import Node
 from ..axes import Atom, Axes, Layout, Views
 from ..graphs import value_of
 from ..sizes import is_one
-from ..spellings import argument, first, integers, is_number, spelled, written_by
-from .scores import DEPTH, Writes, before
+from ..spellings import argument, first, integers, is_number, same_shape, spelled, written_by
+from .scores import DEPTH, before
+from .writes import Writes
 
 
 @dataclass(frozen=True)
@@ -71,19 +72,7 @@ def _back(at: Candidate, axes: Axes, scales: bool, narrow: Any, repeats: bool, f
     if name is None or (name == "getattr" and not isinstance(source, Node)):
         return None
     if name in ("mul", "div") and scales:
-        factor = argument(node, 1, "other")
-        if (name == "mul" and not isinstance(source, Node)) or (is_number(source) and not is_number(factor)):
-            source, factor = factor, source
-            if name == "div":
-                return None
-        if not isinstance(source, Node) or not is_number(factor) or node.kwargs.get("rounding_mode") is not None:
-            return None
-        if not isinstance(value_of(source), torch.Tensor):
-            return None
-        if value_of(source).shape != value.shape or value_of(source).dtype != value.dtype:
-            return None
-        power = -1 if name == "div" else 1
-        return _step(at, source, at.layout, scales=(*at.scales, (factor, power)), work=at.work + 1)
+        return _unscaled(at, name)
     if not isinstance(source, Node) or not isinstance(value_of(source), torch.Tensor):
         return None
     if name == "to":
@@ -103,6 +92,19 @@ def _back(at: Candidate, axes: Axes, scales: bool, narrow: Any, repeats: bool, f
     if repeats and (layout := _unrepeated(node, name, at.layout, axes)) is not None:
         return _step(at, source, layout, repeats=at.repeats + 1, work=at.work + 1)
     return None
+
+
+def _unscaled(at: Candidate, name: str) -> Candidate | None:
+    source, factor = first(at.node), argument(at.node, 1, "other")
+    if name == "mul" and is_number(source):
+        source, factor = factor, source
+    tensor, value = value_of(source), value_of(at.node)
+    if not isinstance(source, Node) or not isinstance(tensor, torch.Tensor) or not is_number(factor):
+        return None
+    if not same_shape(tensor, value) or tensor.dtype != value.dtype or at.node.kwargs.get("rounding_mode") is not None:
+        return None
+    scales = (*at.scales, (factor, -1 if name == "div" else 1))
+    return _step(at, source, at.layout, scales=scales, work=at.work + 1)
 
 
 def _step(at: Candidate, source: Node, layout: Layout, **changes: Any) -> Candidate:

@@ -20,9 +20,12 @@ from ..graphs import value_of, values_only
 from ..sizes import UnbackedSizeError, known
 from ..spellings import argument, first, number, spelled
 from .context import MaskTerm, Operand, Operands
+from .forms import Form, Sides, find_form
 from .operands import Candidate, best, candidates
 from .products import operand_layouts
-from .scores import Scores, Step, Values, Writes, find_scores, find_values, readers
+from .scores import Scores, Step, find_scores
+from .values import Values, find_values, readers
+from .writes import Writes
 
 HALF = frozenset({torch.float16, torch.bfloat16})
 # What a finite fill must be below to count as a mask: weights of exp(-1e4) are zero in every dtype.
@@ -61,43 +64,6 @@ def recognise(softmax: Node, writes: Writes) -> Recognised | None:
     if scores is None or values is None:
         return None
     return _Site(softmax, weights, dim % value.dim(), scores, values, axes, writes).read()
-
-
-@dataclass(frozen=True)
-class _Form:
-    """SDPA's form of this attention. batch: its dimensions before the heads; keys share `shared` of the heads' atoms."""
-
-    batch: Layout
-    heads: Layout  # none, or one dimension
-    shared: Axis
-    queries: Axis
-    keys: Axis
-    inner: Axis
-    width: Axis
-
-    @property
-    def query(self) -> Layout:
-        return (*self.batch, *self.heads, self.queries, self.inner)
-
-    @property
-    def few(self) -> Layout:
-        return tuple(tuple(atom for atom in axis if atom not in self.shared) for axis in self.heads)
-
-    @property
-    def key(self) -> Layout:
-        return (*self.batch, *self.few, self.keys, self.inner)
-
-    @property
-    def value(self) -> Layout:
-        return (*self.batch, *self.few, self.keys, self.width)
-
-    @property
-    def mask(self) -> Layout:
-        return (*self.batch, *self.heads, self.queries, self.keys)
-
-    @property
-    def output(self) -> Layout:
-        return (*self.batch, *self.heads, self.queries, self.width)
 
 
 @dataclass
@@ -159,7 +125,10 @@ class _Site:
         keys = [each for each in keys if bool(each.casts) == exact]
         dtype = out if exact else torch.promote_types(computed, out)
 
-        form = self._form(queries, keys, values, masks, inner)
+        sides = Sides(
+            self.weights, self.dim, self.values.layout, inner, self.values.width, queries, keys, values, masks
+        )
+        form = find_form(sides, self.axes)
         if form is None:
             return None
         shared = set(form.shared)
@@ -191,98 +160,15 @@ class _Site:
             Operand(value_at.node, value_views),
             terms,
             result,
-            bool(form.shared) and len(form.batch) > 0,
+            bool(form.shared),
         )
         if not _fits(operands):
             return None
         chain = (*self._chain(), *used, *query_at.passed, *key_at.passed, *value_at.passed)
         return Recognised(end, self.softmax, operands, scale, dropout, dtype, obstacle, chain)
 
-    def _form(
-        self,
-        queries: list[Candidate],
-        keys: list[Candidate],
-        values: list[Candidate],
-        masks: list[list[Candidate]],
-        inner: Axis,
-    ) -> _Form | None:
-        """Which atoms are batch, heads, queries and keys."""
-        atoms = self.axes.atoms
-        key_axis = atoms(self.weights[self.dim])
-        asked, answered = queries[0].atoms(self.axes), keys[0].atoms(self.axes)
-        resolved = self.axes.resolved(self.weights)
-        own = asked - answered - set(key_axis) - set(atoms(inner))
-        query_axis: Axis = ()
-        for dim, axis in enumerate(resolved):
-            if dim != self.dim and own & set(axis):
-                query_axis = tuple(atom for atom in axis if atom in own)
-        lead = tuple(atom for axis in resolved for atom in axis if atom not in query_axis and atom not in key_axis)
-        if not query_axis and not set(lead) <= asked:
-            return None  # one learned vector that pools
-        batch, heads = self._lead(lead, query_axis, key_axis, queries)
-
-        lacks = [set(lead) - found[-1].atoms(self.axes) for found in (keys, values)]
-        before = [set(lead) - found[0].atoms(self.axes) for found in (keys, values)]
-        shared: Axis = ()
-        for atom in reversed(lead):
-            if atom not in lacks[0] & lacks[1]:
-                break
-            shared = (atom, *shared)
-        if (
-            heads
-            and batch
-            and shared[-len(heads[0]) :] == heads[0]
-            and len(shared) == len(heads[0])
-            and len(batch[-1]) > 0
-        ):
-            axes = self._lead_axes(self.weights, query_axis, key_axis)
-            if len(axes) > 2:  # (batch, groups, heads of a group): the heads are both
-                heads = ((*axes[-2], *heads[0]),)
-                batch = (tuple(atom for axis in batch for atom in axis if atom not in axes[-2]),)
-        inside = set(heads[0]) if heads else set()
-        shared = tuple(atom for atom in shared if atom in inside)
-        undone = [now - then for now, then in zip(lacks, before, strict=True)]
-        if any(not each <= set(shared) for each in undone) or not batch:
-            shared = ()
-        if len(batch) == 1:
-            whole = set(batch[0])
-            held = [each[-1].atoms(self.axes) & whole for each in masks]
-            held += [found[0].atoms(self.axes) & whole for found in (queries, keys, values)]
-            if any(each and each != whole for each in held):
-                batch = tuple((atom,) for atom in batch[0])
-        return _Form(batch, heads, shared, query_axis, key_axis, atoms(inner), atoms(self.values.width))
-
-    def _lead(self, lead: Axis, queries: Axis, keys: Axis, candidates_: list[Candidate]) -> tuple[Layout, Layout]:
-        """The batch and the heads among the atoms before (queries, keys), as the dimensions of some tensor tell them; where
-        none does, the last atom is the heads."""
-        for layout in (self.weights, self.values.layout, *(each.layout for each in candidates_)):
-            axes = self._lead_axes(layout, queries, keys)
-            if len(axes) > 1 and tuple(atom for axis in axes for atom in axis) == lead:
-                return (tuple(atom for axis in axes[:-1] for atom in axis),), (axes[-1],)
-        if len(lead) > 1:
-            return (lead[:-1],), (lead[-1:],)
-        return (), ((lead,) if len(self.weights) > 2 else ())
-
-    def _lead_axes(self, layout: Layout, queries: Axis, keys: Axis) -> list[Axis]:
-        other = {*queries, *keys, *self.axes.atoms(self.values.width)}
-        other |= {atom for axis in self._inner() for atom in self.axes.atoms(axis)}
-        axes = []
-        for axis in self.axes.resolved(layout):
-            rest = tuple(atom for atom in axis if atom not in other)
-            if rest or not axis:
-                axes.append(rest)
-        if not queries and () in axes:  # a single query has no atom of its own
-            axes.reverse()
-            axes.remove(())
-            axes.reverse()
-        return axes
-
-    def _inner(self) -> Layout:
-        placed = operand_layouts(self.scores.product, self.scores.layout, self.axes)
-        return (placed[2],) if placed else ()
-
     def _masks(
-        self, steps: list[Step], found: list[list[Candidate]], form: _Form, obstacle: str | None
+        self, steps: list[Step], found: list[list[Candidate]], form: Form, obstacle: str | None
     ) -> tuple[tuple[MaskTerm, ...] | None, float, str | None, list[Node]]:
         """The terms of the mask, the scale of the product, an obstacle, and the nodes that were passed on the way."""
         scale, terms, used = 1.0, [], []
@@ -337,7 +223,6 @@ class _Site:
 
 def _fits(operands: Operands) -> bool:
     """Whether the sizes of query, key and value fit, as far as SDPA asks."""
-
     with values_only(value_of(operands.query.node)):
         query, key, value = (
             applied(value_of(each.node), each.views) for each in (operands.query, operands.key, operands.value)

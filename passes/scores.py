@@ -1,18 +1,30 @@
-"""From a softmax back to the product of queries and keys, and on to the product with the values."""
+"""From a softmax back to the product of queries and keys."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from ..axes import Axes, Layout
 from ..graphs import value_of
-from ..spellings import TURNS, argument, first, is_number, keeps_order, permutation, same_shape, spelled, written_by
-from .products import Product, output_layouts, read_product
+from ..spellings import (
+    TURNS,
+    argument,
+    first,
+    is_number,
+    keeps_order,
+    permutation,
+    same_shape,
+    spelled,
+    stays_on,
+    written_by,
+)
+from .products import Product, read_product
+from .writes import Writes
 
 DEPTH = 40  # operations between softmax and product
 Back = Callable[[Any, "Layout | None"], "Scores | None"]
@@ -48,62 +60,6 @@ class Scores:
         return replace(self, steps=self.steps + steps, nodes=(*self.nodes, node), obstacle=self.obstacle or obstacle)
 
 
-@dataclass(frozen=True)
-class Values:
-    """product: weights @ v, whose value has `layout`; `value` has `value_layout`. nodes: from the softmax to the product."""
-
-    product: Product
-    value: Node
-    value_layout: Layout
-    layout: Layout
-    summed: Any
-    width: Any
-    dropout: Any = 0.0
-    nodes: tuple[Node, ...] = ()
-
-
-class Writes:
-    """Where the nodes of a graph stand, and what they write into."""
-
-    def __init__(self, graph_module: GraphModule) -> None:
-        self.position: dict[Node, int] = {}
-        self._writers: dict[int, list[Node]] = {}
-        self._edits: dict[Node, list[Node]] = {}
-        for position, node in enumerate(graph_module.graph.nodes):
-            self.position[node] = position
-            for target in written_by(node):
-                self._edits.setdefault(target, []).append(node)
-                if isinstance(value := value_of(target), torch.Tensor):
-                    self._writers.setdefault(storage(value), []).append(node)
-
-    def current(self, node: Node, reader: Node) -> Node:
-        """The node whose result `node` holds when `reader` reads it: after `x.mul_(2)`, that of mul_."""
-        before = [edit for edit in self._edits.get(node, ()) if self.position[edit] < self.position[reader]]
-        return before[-1] if before else node
-
-    def writers(self, node: Node) -> list[Node]:
-        """All that write into the memory of a node's value."""
-        value = value_of(node)
-        return self._writers.get(storage(value), []) if isinstance(value, torch.Tensor) else []
-
-    def unchanged(self, node: Node, reader: Node, later: Node) -> bool:
-        """Whether `later` finds the same in a node as `reader` did."""
-        start, end = self.position[reader], self.position[later]
-        return not any(start < self.position[writer] < end for writer in self.writers(node))
-
-    def written(self, node: Node) -> bool:
-        return bool(self.writers(node))
-
-
-def storage(tensor: torch.Tensor) -> int:
-    """A number for the memory of a tensor: views of one memory have the same."""
-    try:
-        found: int = tensor.untyped_storage()._cdata
-    except NotImplementedError:  # inside a transform of torch.func
-        return id(tensor)
-    return found
-
-
 def find_scores(
     node: Node, layout: Layout, reader: Node, axes: Axes, writes: Writes, depth: int = DEPTH
 ) -> Scores | None:
@@ -136,7 +92,7 @@ def find_scores(
     name = spelled(node)
     source = first(node)
     if name == "to":
-        found = back(source, narrow(source)) if _stays_on(node) else None
+        found = back(source, narrow(source)) if stays_on(node) else None
         return found.then(node) if found else None
     if name == "tanh":
         found = back(source, layout)
@@ -174,28 +130,6 @@ def before(node: Node, layout: Layout, axes: Axes) -> Layout | None:
     if name in TURNS and (order := permutation(node)) is not None:
         return tuple(layout[order.index(dim)] for dim in range(len(order)))
     return None
-
-
-def after(node: Node, layout: Layout, axes: Axes) -> Layout | None:
-    """The other way round: the layout of the node where its first argument has `layout`."""
-    source, value = value_of(first(node)), value_of(node)
-    if not isinstance(value, torch.Tensor) or source.dtype != value.dtype or written_by(node):
-        return None
-    if keeps_order(node):
-        return axes.reshaped(layout, value.shape)
-    name = spelled(node)
-    if name == "expand" and same_shape(source, value):
-        return layout
-    if name in TURNS and (order := permutation(node)) is not None:
-        return tuple(layout[dim] for dim in order)
-    return None
-
-
-def _stays_on(node: Node) -> bool:
-    """Whether a cast is one between floating dtypes on one device."""
-    source, value = value_of(first(node)), value_of(node)
-    both = isinstance(source, torch.Tensor) and isinstance(value, torch.Tensor)
-    return both and source.device == value.device and source.is_floating_point() and value.is_floating_point()
 
 
 def _scaled(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | None:
@@ -241,68 +175,3 @@ def _filled(found: Scores, node: Node, how: str, mask: Any, fill: Any, narrow: N
     if layout is None or not is_number(fill):
         return None
     return found.then(node, Step(how, fill, mask, layout, node))
-
-
-# What reads the form of a tensor and not its values.
-_FORM = frozenset(
-    {"_assert_tensor_metadata", "sym_size", "size", "sym_stride", "sym_numel", "dim", "full_like", "zeros_like", "ones_like",
-     "empty_like", "new_full", "new_zeros", "new_ones", "new_empty", "new_tensor"}
-)  # fmt: skip
-
-
-def readers(node: Node) -> Iterator[Node]:
-    """The users of a node that read its values."""
-    return (user for user in node.users if spelled(user) not in _FORM)
-
-
-def find_values(node: Node, layout: Layout, axes: Axes, depth: int = DEPTH) -> Values | None:
-    """Walks from the weights, whose value has `layout`, to the product with the values. None where there is none."""
-    if depth == 0:
-        return None
-    for user in readers(node):
-        found = _find_values(user, node, layout, axes, depth)
-        if found is not None:
-            return replace(found, nodes=(user, *found.nodes))
-    return None
-
-
-def _find_values(user: Node, node: Node, layout: Layout, axes: Axes, depth: int) -> Values | None:
-    product = read_product(user)
-    if product is not None:
-        if product.added is not None or product.alpha != 1 or product.left is product.right:
-            return None
-        if node not in (product.left, product.right):
-            return None
-        placed = output_layouts(product, node, layout, axes)
-        if placed is None:
-            return None
-        others, output, summed, width = placed
-        value = product.right if node is product.left else product.left
-        return Values(product, value, others, output, summed, width)
-    if node is not first(user):
-        return None
-    name = spelled(user)
-    if name == "to":
-        return find_values(user, layout, axes, depth - 1) if _stays_on(user) else None
-    if name in ("dropout", "native_dropout"):
-        return _dropped(user, name, layout, axes, depth)
-    behind = after(user, layout, axes)
-    return find_values(user, behind, axes, depth - 1) if behind is not None else None
-
-
-def _dropped(user: Node, name: str, layout: Layout, axes: Axes, depth: int) -> Values | None:
-    probability = argument(user, 1, "p", default=0.5)
-    train = argument(user, 2, "training", "train", default=True)
-    if isinstance(train, Node) or not is_number(probability):
-        return None
-    output = user
-    if name == "native_dropout":
-        kept = [each for each in user.users if each.users]
-        if len(kept) != 1 or kept[0].args[1] != 0:
-            return None
-        output = kept[0]
-    found = find_values(output, layout, axes, depth - 1)
-    if found is None or (train is not False and found.dropout != 0.0):
-        return None
-    nodes = found.nodes if output is user else (output, *found.nodes)
-    return replace(found, dropout=probability if train is not False else found.dropout, nodes=nodes)

@@ -24,7 +24,7 @@ from ..strides import restrided, same_strides, strides_matter
 from .context import Context, Found, Operand, Operands
 from .find_calls import leading
 from .masks import build_mask
-from .scores import storage
+from .writes import storage
 
 CHECK = "_assert_tensor_metadata"  # torch.export writes one behind each cast
 

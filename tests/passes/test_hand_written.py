@@ -736,6 +736,38 @@ def test_a_kernel_that_pytorch_has_chosen(kernel, mask):
     assert relative(output, step(*map(doubled, tensors))) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch.export's own
+@pytest.mark.parametrize("kernel", ["_native_math", "native"])
+@pytest.mark.parametrize("form", ["plain", "boolean", "bias", "causal", "grouped"])
+def test_sdpa_that_was_decomposed(form, kernel):
+    """Core ATen has no SDPA: what it becomes there gives rows without any key zeros."""
+
+    class Attend(nn.Module):
+        def forward(self, q, k, v, m):
+            mask = {"boolean": m, "bias": m.to(q.dtype)}.get(form)
+            return F.scaled_dot_product_attention(
+                q, k, v, mask, is_causal=form == "causal", enable_gqa=form == "grouped", scale=0.3
+            )
+
+    tensors = qkv(kv_heads=2 if form == "grouped" else 4)
+    mask = keep(2, 1, 7, 11)
+    mask[1, :, 3] = False
+    program = torch.export.export(Attend(), (*tensors, mask)).run_decompositions()
+    assert "scaled_dot_product" not in str(program.graph)
+    graph_module = program.module()
+    outcome = rewrite_graph(graph_module, attnrewrite.with_backend(kernel).policy)
+    (site,) = outcome.plan.sites
+    assert (site.chosen, site.call.kv_heads, site.call.scale) == (
+        kernel,
+        2 if form == "grouped" else 4,
+        pytest.approx(0.3),
+    )
+    reference = Attend()(*map(doubled, tensors), mask)
+    assert relative(graph_module(*tensors, mask), reference) < 1e-5
+    assert softmaxes(graph_module.graph) == []
+    assert not [node for node in graph_module.graph.nodes if "eq" in node.name or "any" in node.name]
+
+
 def test_a_kernel_whose_log_sum_exp_is_used_stays():
     def step(q, k, v):
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v)
