@@ -26,7 +26,8 @@ from ..spellings import (
 from .products import Product, read_product
 from .writes import Writes
 
-DEPTH = 40  # operations between softmax and product
+DEPTH = 40  # operations between a product and the softmax
+VISITS = 200  # nodes that are tried on the way back, masks included
 Back = Callable[[Any, "Layout | None"], "Scores | None"]
 Narrow = Callable[[Any], "Layout | None"]
 
@@ -61,14 +62,16 @@ class Scores:
 
 
 def find_scores(
-    node: Node, layout: Layout, reader: Node, axes: Axes, writes: Writes, depth: int = DEPTH
+    node: Node, layout: Layout, reader: Node, axes: Axes, writes: Writes, seen: set[Node] | None = None
 ) -> Scores | None:
     """Walks from what `reader` reads as `node`, whose value has `layout`, back to a product. None where there is none, or
-    something on the way is not understood."""
+    something on the way is not understood. `seen`: the nodes that were tried before; each is walked once."""
     node = writes.current(node, reader)
     value = value_of(node)
-    if depth == 0 or not isinstance(value, torch.Tensor) or not value.is_floating_point():
+    seen = set() if seen is None else seen
+    if node in seen or len(seen) > VISITS or not isinstance(value, torch.Tensor) or not value.is_floating_point():
         return None
+    seen.add(node)
     product = read_product(node)
     if product is not None:
         scores = Scores(product, layout, nodes=(node,))
@@ -83,7 +86,7 @@ def find_scores(
     def back(source: Any, expected: Layout | None) -> Scores | None:
         if not isinstance(source, Node) or expected is None:
             return None
-        return find_scores(source, expected, node, axes, writes, depth - 1)
+        return find_scores(source, expected, node, axes, writes, seen)
 
     def narrow(source: Any) -> Layout | None:
         known = value_of(source)

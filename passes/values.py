@@ -67,7 +67,10 @@ _FORM = frozenset(
 
 def readers(node: Node) -> Iterator[Node]:
     """The users of a node that read its values."""
-    return (user for user in node.users if spelled(user) not in _FORM)
+    for user in node.users:
+        like = spelled(user) in ("view", "expand", "to") and node not in (user.args[:1] or (None,))  # x.expand_as(node)
+        if spelled(user) not in _FORM and not like:
+            yield user
 
 
 def find_values(node: Node, layout: Layout, axes: Axes, depth: int = DEPTH) -> Values | None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from hand_written_models import MODELS
+import transformers
+from hand_written_models import IDS, MODELS, PADDING, quiet
 from parity import TOLERANCE, compiled, doubled, qkv, relative
 from torch import nn
 
@@ -85,6 +86,51 @@ def test_exported_models(name, decomposed, kernel):
     assert {site.chosen for site in outcome.plan.sites} == {kernel}
     assert outcome.unchanged == 0
     assert softmaxes(graph_module.graph) == []
+
+
+SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "vocab_size": 50}
+OTHERS = {
+    "BertModel": (SMALL, 3),
+    "BloomModel": ({"hidden_size": 24, "n_layer": 1, "n_head": 3, "vocab_size": 50}, 3),  # baddbmm with its position bias
+    "DebertaV2Model": ({**SMALL, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]}, 3),
+    "FalconModel": (SMALL, 1),  # one key head
+    "GPT2Model": ({"n_embd": 24, "n_layer": 1, "n_head": 3, "vocab_size": 50}, 3),
+    "GPTNeoModel": (
+        {"hidden_size": 24, "num_layers": 1, "num_heads": 3, "vocab_size": 50, "attention_types": [[["local"], 1]],
+         "window_size": 4}, 3,
+    ),
+    "MptModel": ({"d_model": 24, "n_layers": 1, "n_heads": 4, "vocab_size": 50}, 4),
+    "XLMModel": ({"emb_dim": 24, "n_layers": 1, "n_heads": 3, "vocab_size": 50}, 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_models_of_transformers(name):
+    """As they come, with what they have around their attention."""
+    options, kv_heads = OTHERS[name]
+    config = quiet(getattr(transformers, name.replace("Model", "Config"))(**options))
+    module = getattr(transformers, name)(config).eval()
+    graphs = []
+    backend = attnrewrite.with_backend("_native_math", inner=seen(graphs))
+    with torch.no_grad(), torch._dynamo.config.patch(capture_scalar_outputs=True):
+        run = torch.compile(module, backend=backend)
+        output = run(IDS, attention_mask=PADDING, return_dict=False)[0]
+        expected = module(IDS, attention_mask=PADDING, return_dict=False)[0]
+    assert relative(output, expected) < 1e-5
+    (site,) = backend.report.sites
+    assert (site.chosen, site.call.kv_heads) == ("_native_math", kv_heads)
+    assert not any(softmaxes(graph.graph) for graph in graphs)
+
+
+def test_capped_scores_stay():
+    config = transformers.Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8)
+    module = transformers.Gemma2Model(quiet(config)).eval()
+    backend = attnrewrite.with_backend("_native_math", inner="eager")
+    with torch.no_grad():
+        output = torch.compile(module, backend=backend)(IDS, attention_mask=PADDING, use_cache=False)[0]
+        assert torch.equal(output, module(IDS, attention_mask=PADDING, use_cache=False)[0])
+    (site,) = backend.report.sites
+    assert site.refusals[0][1].detail == "its scores are capped (tanh)"
 
 
 def weights_of(scores):
@@ -788,3 +834,17 @@ def test_a_graph_is_rewritten_once():
     run, _ = compiled(lambda q, k, v: (q @ k.mT / 4).softmax(-1) @ v, "_native_flash", inner=seen(graphs))
     run(*qkv())
     assert not rewrite_graph(graphs[0], attnrewrite.with_backend("_native_math").policy).plan.sites
+
+
+def test_a_sum_of_sums_is_walked_once():
+    """Scores that are added to themselves, again and again, are a tree of a million leaves."""
+
+    def step(q, k, v):
+        scores = q @ k.mT
+        for _ in range(20):
+            scores = scores * 0.3 + scores * 0.2
+        return scores.softmax(-1) @ v
+
+    (site,), same = stays(step, *qkv())
+    assert "its attention scores are used elsewhere" in site.refusals[0][1].detail
+    assert same
