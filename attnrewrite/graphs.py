@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 SDPA = torch._C._nn.scaled_dot_product_attention
@@ -45,6 +47,13 @@ def value_of(node: Any) -> Any:
     if not isinstance(node, Node):
         return node
     return node.meta.get("example_value", node.meta.get("val"))
+
+
+@contextmanager
+def values_only(value: torch.Tensor) -> Iterator[None]:
+    """What runs inside computes with fake values such as `value`, sizes symbolic or not, and traces nothing."""
+    with torch.no_grad(), enable_python_dispatcher(), getattr(value, "fake_mode", None) or nullcontext():
+        yield
 
 
 @dataclass(frozen=True)
