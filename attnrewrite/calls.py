@@ -15,19 +15,38 @@ class MaskKind(str, Enum):
     NONE = "none"
     CAUSAL_UPPER_LEFT = "causal"  # row i sees keys 0..i: what SDPA's is_causal means
     CAUSAL_LOWER_RIGHT = "causal lower-right"  # row i sees keys 0..i + kv_len - q_len: FlashAttention >= 2.1
-    KEY_PADDING = "key padding"  # a boolean tensor that is the same for every head and query: its shape says so
+    KEY_PADDING = "key padding"  # the same for every head and query: by its shape, or by how the graph makes it
+    QUERY_KEY_PADDING = "padding of queries and keys"  # a key takes part for a query if neither is padding
+    CAUSAL_PADDING = "causal and key padding"  # causal of either alignment, and some keys are padding
+    SLIDING_WINDOW = "sliding window"  # row i sees keys i - left .. i + right; q_len == kv_len
+    BLOCKS = "blocks"  # a query sees the keys of its own document
     BOOLEAN = "boolean"  # a tensor; True: this key takes part
     ADDITIVE = "additive"  # a tensor that is added to the scaled scores
 
 
+_BOOLEAN = frozenset(
+    {MaskKind.BOOLEAN, MaskKind.KEY_PADDING, MaskKind.QUERY_KEY_PADDING, MaskKind.CAUSAL_PADDING, MaskKind.SLIDING_WINDOW,
+     MaskKind.BLOCKS}
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Mask:
-    """kind; for a tensor its dtype name ("bool", "float32"), its shape as the model passes it, and whether it is learned."""
+    """kind: what is known of it. For a tensor its dtype name ("bool", "float32"), its shape as the model passes it, and whether
+    it is learned; they stay where `understand_masks` has proven that the tensor is causal or hides nothing.
+
+    window: how many keys before and behind the query's own a sliding window shows; None: all of them.
+    no_key: what a row gives that sees no key. "zeros": SDPA's answer for a boolean mask and for -inf. An additive mask of a
+        finite number shifts all its scores alike: "all keys" as without a mask, or the "mean" of all values where the number
+        is so large that the scores vanish beside it.
+    """
 
     kind: MaskKind = MaskKind.NONE
     dtype: str | None = None
     shape: tuple[Size, ...] = ()
     needs_grad: bool = False
+    window: tuple[Size | None, Size | None] | None = None
+    no_key: str = "zeros"
 
     @property
     def is_tensor(self) -> bool:
@@ -35,7 +54,20 @@ class Mask:
 
     @property
     def is_boolean(self) -> bool:
-        return self.kind in (MaskKind.BOOLEAN, MaskKind.KEY_PADDING)
+        return self.kind in _BOOLEAN
+
+    @property
+    def given(self) -> Mask | None:
+        """The tensor that the model passes, whatever is known of it; None where it passes none."""
+        if self.dtype is None:
+            return None
+        kind = MaskKind.BOOLEAN if self.dtype == "bool" else MaskKind.ADDITIVE
+        return Mask(kind, self.dtype, self.shape, self.needs_grad)
+
+    @property
+    def bare(self) -> Mask:
+        """As a kernel gets it that takes what is proven: a tensor is boolean then, and causal or no mask have none."""
+        return replace(self, dtype="bool") if self.is_boolean else replace(self, dtype=None, shape=())
 
     @property
     def is_causal(self) -> bool:
@@ -45,8 +77,14 @@ class Mask:
     def __str__(self) -> str:
         if not self.is_tensor:
             return self.kind.value
-        shape = ", ".join(str(described(size)) for size in self.shape)
-        return f"{self.kind.value} ({shape})"
+        sizes: tuple[Any, ...] = self.shape
+        if self.kind in (MaskKind.KEY_PADDING, MaskKind.CAUSAL_PADDING):
+            sizes = (*self.shape[:1], self.shape[-1]) if len(self.shape) > 2 else self.shape[-1:]
+        elif self.kind is MaskKind.SLIDING_WINDOW:
+            sizes = tuple("all" if size is None else size for size in self.window or ())
+        elif self.kind in (MaskKind.BLOCKS, MaskKind.QUERY_KEY_PADDING):
+            return str(self.kind.value)
+        return f"{self.kind.value} ({', '.join(str(described(size)) for size in sizes)})"
 
 
 @dataclass(frozen=True)
@@ -82,7 +120,8 @@ class AttentionCall:
         """The same call with its symbolic sizes as text, for reports: it keeps no tracing state alive."""
         sizes: dict[str, Any] = {name: described(getattr(self, name)) for name in SIZES}
         shape: Any = tuple(described(size) for size in self.mask.shape)
-        return replace(self, mask=replace(self.mask, shape=shape), **sizes)
+        window: Any = self.mask.window and tuple(None if size is None else described(size) for size in self.mask.window)
+        return replace(self, mask=replace(self.mask, shape=shape, window=window), **sizes)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self.described())
@@ -90,7 +129,11 @@ class AttentionCall:
     @staticmethod
     def from_json(data: dict[str, Any]) -> AttentionCall:
         mask = data["mask"]
-        mask = Mask(MaskKind(mask["kind"]), mask["dtype"], tuple(mask["shape"]), mask["needs_grad"])
+        window = tuple(mask["window"]) if mask.get("window") else None
+        mask = Mask(
+            MaskKind(mask["kind"]), mask["dtype"], tuple(mask["shape"]), mask["needs_grad"], window,
+            mask.get("no_key", "zeros"),
+        )  # fmt: skip
         return AttentionCall(**{**data, "mask": mask})
 
 

@@ -56,12 +56,13 @@ class Step:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The kernel may take the call, after these steps."""
+    """The kernel may take the call, after these steps. form: as what it takes the mask, one of `reasons.forms`."""
 
     steps: tuple[Step, ...] = ()
+    form: str = "proven"
 
     def described(self) -> Accepted:
-        return Accepted(tuple(step.described() for step in self.steps))
+        return Accepted(tuple(step.described() for step in self.steps), self.form)
 
     def step(self, name: str) -> Step | None:
         return next((step for step in self.steps if step.name == name), None)
@@ -87,11 +88,11 @@ Decision = Accepted | Refused
 
 def to_json(decision: Decision) -> dict[str, Any]:
     if isinstance(decision, Accepted):
-        return {"accepted": True, "steps": [asdict(step) for step in decision.described().steps]}
+        return {"accepted": True, "form": decision.form, "steps": [asdict(step) for step in decision.described().steps]}
     return {"accepted": False, **asdict(decision)}
 
 
 def from_json(data: dict[str, Any]) -> Decision:
     if data["accepted"]:
-        return Accepted(tuple(Step(**step) for step in data.get("steps", ())))
+        return Accepted(tuple(Step(**step) for step in data.get("steps", ())), data.get("form", "proven"))
     return Refused(Code(data["code"]), data["detail"], data["fix"])

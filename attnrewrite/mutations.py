@@ -17,6 +17,21 @@ _WRITES = frozenset(
      "irshift"}
 )  # fmt: skip
 _WRITING_METHODS = frozenset(f"__{name}__" for name in _WRITES)
+# In place of what a tensor is, not of what it holds.
+RESHAPES = frozenset(
+    {
+        "unsqueeze_",
+        "squeeze_",
+        "t_",
+        "transpose_",
+        "swapaxes_",
+        "swapdims_",
+        "resize_",
+        "resize_as_",
+        "as_strided_",
+        "set_",
+    }
+)
 # Functions of these modules say by their name, `inplace=` or `out=` that they write. Of others nothing is known.
 _KNOWN_MODULES = frozenset({"torch", "_operator", "operator", "math", "builtins"})
 
@@ -89,7 +104,11 @@ def _written_by(node: Node) -> Iterator[Any]:
         if _in_place(name) or name in _WRITING_METHODS:
             yield node.args[0]
     elif node.op == "call_module":
-        yield from (*node.args, *node.kwargs.values())
+        owner = node.graph.owning_module
+        module = owner.get_submodule(str(node.target)) if owner is not None else None
+        # PyTorch's own say so by `inplace`; among them is what `ExportedProgram.module()` checks its inputs with.
+        if not type(module).__module__.startswith("torch.") or getattr(module, "inplace", False):
+            yield from (*node.args, *node.kwargs.values())
     elif node.op == "call_function":
         yield from _written_by_function(node.target, node.args, node.kwargs)
 

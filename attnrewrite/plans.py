@@ -46,6 +46,12 @@ class Site:
         last = self.decisions[-1][1] if self.decisions else None
         return last.steps if isinstance(last, Accepted) else ()
 
+    @property
+    def form(self) -> str:
+        """As what the chosen kernel takes the mask, one of `reasons.forms`."""
+        last = self.decisions[-1][1] if self.decisions else None
+        return last.form if isinstance(last, Accepted) else "given"
+
     def described(self) -> Site:
         taken = tuple((name, decision.described()) for name, decision in self.decisions)
         return replace(self, call=self.call.described(), decisions=taken, backend=None)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from .calls import AttentionCall, MaskKind
+from .calls import AttentionCall, Mask, MaskKind
 from .decisions import Accepted, Code, Decision, Refused, Step
 from .machines import Machine, satisfies
 from .records import Backend, Numerics
@@ -42,14 +42,15 @@ def decide(
         steps = (Step("cast", call.dtype, cast),)
         call = cast_to(cast, call)
     try:
-        for reason in REASONS:
-            if (refused := reason(backend, call, machine)) is not None:
-                return refused
-        for check in backend.checks:
-            if (refused := check(call, machine)) is not None:
-                return refused
-        own = backend.steps(call) if backend.steps else ()
-        return Accepted(steps + _paddings(backend, call) + own)
+        first: Refused | None = None
+        for form, mask in forms(backend, call.mask):
+            asked = replace(call, mask=mask)
+            if (refused := _refusal(backend, asked, machine)) is None:
+                own = backend.steps(asked) if backend.steps else ()
+                return Accepted(steps + _paddings(backend, asked) + own, form)
+            first = first or refused
+        assert first is not None  # there is at least one form
+        return first
     except UnbackedSizeError as error:
         return Refused(
             Code.UNBACKED,
@@ -58,9 +59,37 @@ def decide(
         )
 
 
+def forms(backend: Backend, mask: Mask) -> Iterator[tuple[str, Mask]]:
+    """As what a kernel may take a mask, the best first: what is known of a mask never takes a kernel from it.
+
+    "proven": as what it is known to be; where that is a tensor, a boolean one. "keys": padding of queries and keys as key
+    padding, with the rows of padded queries set to zero behind the kernel. "given": the model's own tensor.
+    """
+    has = backend.masks
+    causal = mask.is_causal and bool(has & {MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT})
+    if mask.kind in has or causal or mask.given is None or mask.given.kind is mask.kind:
+        yield "proven", mask if mask.kind is MaskKind.ADDITIVE else mask.bare
+    elif mask.kind is MaskKind.QUERY_KEY_PADDING and MaskKind.KEY_PADDING in has:
+        yield "keys", replace(mask.bare, kind=MaskKind.KEY_PADDING)
+    elif mask.given.kind not in has:
+        yield "proven", mask  # refused, by its name
+    if mask.given is not None and mask.given.kind is not mask.kind and mask.given.kind in has:
+        yield "given", mask.given
+
+
+def _refusal(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    for reason in REASONS:
+        if (refused := reason(backend, call, machine)) is not None:
+            return refused
+    for check in backend.checks:
+        if (refused := check(call, machine)) is not None:
+            return refused
+    return None
+
+
 def cast_to(dtype: str, call: AttentionCall) -> AttentionCall:
     """The call with its tensors, a bias among them, cast to a dtype."""
-    mask = replace(call.mask, dtype=dtype) if call.mask.kind is MaskKind.ADDITIVE else call.mask
+    mask = call.mask if call.mask.dtype in (None, "bool") else replace(call.mask, dtype=dtype)
     return replace(call, dtype=dtype, mask=mask)
 
 
@@ -171,8 +200,6 @@ def _mask(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | 
     kind = call.mask.kind
     if call.mask.is_causal and backend.masks & {MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT}:
         return None  # which of the two is a question about sizes: _causal
-    if kind is MaskKind.KEY_PADDING and MaskKind.BOOLEAN in backend.masks:
-        return None
     if kind not in backend.masks:
         taken = ", ".join(sorted(word.value for word in backend.masks if word is not MaskKind.NONE)) or "no mask"
         return Refused(

@@ -20,8 +20,10 @@ Generated from the records by `python -m attnrewrite table`; do not edit. A call
 one of the codes of `attnrewrite.Code`, and the next choice is asked.
 
 *causal* is SDPA's `is_causal`, aligned upper-left; *causal lower-right* is FlashAttention's: kernels that have only this
-one take `is_causal` where q_len == kv_len. *key padding* is a boolean mask that is the same for every head and query;
-kernels that take boolean masks take it too. *tested*: the machine that the parity tests of `tests/backends/` passed on;
+one take `is_causal` where q_len == kv_len. *key padding* is a mask that is the same for every head and query: a boolean tensor
+of such a shape, or a boolean or additive one that the graph makes so; a kernel with it takes padding of queries and keys too.
+What is known of a mask takes no kernel away: one that takes boolean or additive masks gets the model's own tensor.
+*tested*: the machine that the parity tests of `tests/backends/` passed on;
 "stand-in": a function of the library's signature that computes the reference, so that only the mapping of arguments is
 tested; "interpreter": the kernel, run on a CPU (docs/xla-and-npu.md); "as a package": not the hub's build, but the package that
 it is made from, served from a local folder. *error*: the relative error that these tests allow in

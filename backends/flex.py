@@ -250,7 +250,7 @@ FLEX_CUDA = Backend(
     capability=((8, 0), (12, 1)),
     dtypes=frozenset({"float16", "bfloat16", "float32"}),
     head_dim=HeadDim(minimum=16),
-    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.BOOLEAN, MaskKind.ADDITIVE}),
+    masks=frozenset(MaskKind) - {MaskKind.CAUSAL_LOWER_RIGHT, MaskKind.QUERY_KEY_PADDING},
     mask_dtypes=frozenset({"float16", "bfloat16", "float32"}),
     gqa=True,
     value_dim=True,

@@ -140,7 +140,9 @@ XLA = Backend(
     summary="torch_xla's flash_attention (Pallas), for TPUs",
     devices=frozenset({"tpu"}),
     dtypes=frozenset({"float16", "bfloat16", "float32"}),
-    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.BOOLEAN, MaskKind.ADDITIVE}),
+    masks=frozenset(
+        {MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.KEY_PADDING, MaskKind.BOOLEAN, MaskKind.ADDITIVE}
+    ),
     mask_dtypes=frozenset({"float16", "bfloat16", "float32"}),
     checks=(head_dim_of_long_sequences,),
     prepare=prepare,

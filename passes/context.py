@@ -10,6 +10,7 @@ from torch.fx import Node
 from ..axes import Views
 from ..calls import AttentionCall
 from ..graphs import Surroundings
+from ..mask_building import Proof
 from ..plans import Site
 from ..records import Backend
 
@@ -63,7 +64,7 @@ class Found:
     plan.
 
     `chain`: the nodes that a swap may leave without a reader, so that they go with it. `operands` None: the call can only
-    stay as it is.
+    stay as it is. `proof`: what `understand_masks` has read of its mask.
     """
 
     node: Node
@@ -71,6 +72,7 @@ class Found:
     operands: Operands | None = None
     chain: tuple[Node, ...] = ()
     site: Site | None = None
+    proof: Proof | None = None
 
     @property
     def kernel(self) -> Backend | None:

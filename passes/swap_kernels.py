@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..calls import AttentionCall, Mask
 from ..decisions import Accepted, Step
 from ..emitting import Emitter
 from ..graphs import SDPA, value_of
+from ..mask_building import built
 from ..mutations import storage_of, written_storages
 from ..ops import Origin
 from ..plans import Site
@@ -61,11 +62,19 @@ def _swap(
 
     with emitter.before(node, call.needs_grad, old):
         query, key, value = (tensor(each) for each in (operands.query, operands.key, operands.value))
-        mask, shared = _mask(operands, call, tensor, emitter, written)
+        given, shared = _mask(operands, call, tensor, emitter, written)
+        made = built(call, found.proof, site.form, given, shared, emitter)
+        if made.alive is not None:
+            query = torch.where(made.alive, query, torch.zeros((), dtype=query.dtype, device=query.device))
         if backend.op is None:
-            output = _native(call, query, key, value, mask, emitter)
+            output = _native(made.call, query, key, value, made.mask, emitter)
         else:
-            output = launch(backend, call, Accepted(site.steps), site.source, query, key, value, mask, shared, emitter)
+            accepted = Accepted(site.steps, site.form)
+            output = launch(
+                backend, made.call, accepted, site.source, query, key, value, made.mask, made.shared, emitter
+            )
+        if made.queries is not None:
+            output = torch.where(made.queries, output, torch.zeros((), dtype=output.dtype, device=output.device))
         output = applied(output, operands.result)
         if not _same_form(output, old):
             raise RuntimeError(
@@ -87,8 +96,8 @@ def _swap(
 
 def _mask(
     operands: Operands, call: AttentionCall, tensor: Any, emitter: Emitter, written: set[int]
-) -> tuple[torch.Tensor | None, Any]:
-    """The mask as one tensor, and the key under which sites share what it becomes."""
+) -> tuple[Callable[[], torch.Tensor] | None, Any]:
+    """What makes the mask one tensor, and the key under which sites share what it becomes."""
     if not operands.mask:
         return None, None
     nodes = [term.tensor.node for term in operands.mask]
@@ -102,9 +111,15 @@ def _mask(
         shared = (shared, call.site)
     (first, *rest) = operands.mask
     if not rest and not first.tensor.views and call.form != "operations":
-        return emitter.tensor(first.tensor.node), shared
-    built = emitter.once(("mask", shared), lambda: build_mask(operands.mask, getattr(torch, call.dtype), tensor))
-    return built, shared
+        return lambda: emitter.tensor(first.tensor.node), shared
+
+    def build() -> torch.Tensor:
+        mask: torch.Tensor = emitter.once(
+            ("mask", shared), lambda: build_mask(operands.mask, getattr(torch, call.dtype), tensor)
+        )
+        return mask
+
+    return build, shared
 
 
 def _native(
@@ -119,6 +134,8 @@ def _native(
     query, key, value = (_cast(each, call.dtype) for each in (query, key, value))
     sdpa = SDPA if emitter.key == "example_value" else torch.ops.aten.scaled_dot_product_attention.default
     arguments: dict[str, Any] = {"dropout_p": call.dropout, "scale": call.scale}
+    if call.mask.is_causal:
+        arguments["is_causal"] = True
     if query.dim() > 3 and not known(call.heads == call.kv_heads):
         arguments["enable_gqa"] = True
     output: torch.Tensor = sdpa(query, key, value, mask, **arguments)

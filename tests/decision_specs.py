@@ -226,7 +226,7 @@ SPECS = {
             "causal, fewer keys": (Code.CAUSAL, "causal lower-right", "upper-left", "q_len is 64", "kv_len 32"),
             "boolean": (Code.MASK, "takes causal lower-right", "boolean (2, 1, 64, 64)"),
             "4 key heads and a mask": (Code.MASK, "takes causal lower-right", "boolean (2, 1, 64, 64)"),
-            "key padding": (Code.MASK, "takes causal lower-right", "key padding (2, 1, 1, 64)"),
+            "key padding": (Code.MASK, "takes causal lower-right", "key padding (2, 64)"),
             "additive": (Code.MASK, "takes causal lower-right", "additive (2, 1, 64, 64)"),
             "additive in float16": (Code.MASK, "takes causal lower-right", "additive"),
             "additive in float32": (Code.MASK, "takes causal lower-right", "additive"),
@@ -397,7 +397,7 @@ def half_precision(
         for name in with_mask(BOOLEAN, ADDITIVE):
             refused[name] = (Code.MASK, CHANGES[name].call["mask"].kind.value)
         if not padding:
-            refused["key padding"] = (Code.MASK, "key padding (2, 1, 1, 64)")
+            refused["key padding"] = (Code.MASK, "key padding (2, 64)")
     else:
         refused |= mask_dtypes("float16", "float32", "float64", "int64")
     refused |= NO_LEARNED_BIAS

@@ -1,0 +1,242 @@
+"""What a mask means, as far as the graph proves it: causal, key padding, a window, documents, or nothing at all."""
+
+from __future__ import annotations
+
+import math
+import operator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from ..axes import applied
+from ..calls import AttentionCall, Mask, MaskKind
+from ..graphs import value_of, values_only
+from ..index_expressions import Index, at_least_zero, axis, exchanged, index_of
+from ..mask_building import Home, Proof
+from ..mask_expressions import Expressions, Value, rounded
+from ..mask_reading import Reader, Unstable, is_plain
+from ..mask_views import before_views
+from .context import Context, Found, MaskTerm, Operand, Operands
+
+# A number that hides a key, as the models have it: -10000 (-9984 in bfloat16), -1e9, finfo.min. A key behind it takes part
+# only if its score is larger than all others by about as much. Smaller numbers are biases.
+FAR = -5000.0
+# From here on a score vanishes beside the number, even in float64: all keys are alike then.
+VANISHING = -1e18
+
+KEY, QUERY = -1, -2
+
+
+def understand_masks(graph_module: GraphModule, context: Context) -> int:
+    """Says of each found call what its mask is (`call.mask`), and keeps what that is read from (`found.proof`). The graph stays
+    as it is. Nothing is assumed of the values of a tensor that comes from outside.
+
+    where(ones(S, S).tril() == 1, 0, -inf)      ->  causal
+    (1 - (lengths[:, None] > arange(S)).to(dtype))[:, None, None] * -10000  ->  key padding
+    """
+    reader: Reader | None = None
+    understood = 0
+    for found in context.found:
+        mask = found.call.mask
+        if found.call.obstacle is not None or not mask.is_tensor or mask.needs_grad:
+            continue
+        if found.operands is not None and found.operands.mask:
+            reader = reader or Reader(graph_module)
+            understood += _understand(found, found.operands, reader)
+    return understood
+
+
+def _understand(found: Found, operands: Operands, reader: Reader) -> bool:
+    try:
+        value = _together(operands.mask, found, reader)
+    except Unstable:
+        return False
+    if value is None:
+        return False
+    given = found.call.mask
+    query = _viewed(operands.query)
+    facts = _facts(value, found.call, query.dim(), reader)
+    found.proof = Proof(value, facts.keep, facts.keys, facts.queries)
+    if facts.mask is None or facts.mask.kind is given.kind:
+        return False
+    found.call = replace(found.call, mask=facts.mask)
+    return True
+
+
+def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Value | None:
+    """An element of the mask that `masks.build_mask` makes of the terms; None where it is not known."""
+    make, wanted = reader.expressions, getattr(torch, str(found.call.mask.dtype))
+    total: Value | None = None
+    for term in terms:
+        viewed = _viewed(term.tensor)
+        indices: tuple[Index, ...] = tuple(
+            axis(dim - viewed.dim(), index_of(size)) for dim, size in enumerate(viewed.shape)
+        )
+        value: Value | None = reader.element(
+            term.tensor.node, before_views(value_of(term.tensor.node), term.tensor.views, indices), found.node
+        )
+        assert value is not None
+        if term.how == "add":
+            if viewed.dtype != wanted:  # under autocast SDPA casts it, and -3.4e38 becomes -inf
+                value = make.cast(value, wanted) or (value if len(terms) == 1 and term.amount == 1 else None)
+            if value is not None and term.amount != 1:
+                value = make.arithmetic(operator.mul, (value, make.constant(term.amount)), wanted)
+            if value is not None and total is not None:
+                value = make.arithmetic(operator.add, (total, value), wanted)
+            if value is None:
+                return None
+            total = value
+            continue
+        keep = value if term.how == "keep" else make.not_(value)
+        if wanted == torch.bool:
+            total = keep if total is None else make.and_(total, keep)
+        else:
+            total = make.select(keep, total or make.constant(0.0), make.constant(rounded(term.amount, wanted)))
+    return total
+
+
+def _viewed(operand: Operand) -> torch.Tensor:
+    with values_only(value_of(operand.node)):
+        return applied(value_of(operand.node), operand.views)
+
+
+@dataclass(frozen=True)
+class Facts:
+    mask: Mask | None = None
+    keep: Value | None = None
+    keys: tuple[Home, ...] = ()
+    queries: tuple[Home, ...] = ()
+
+
+def _facts(value: Value, call: AttentionCall, rank: int, reader: Reader) -> Facts:
+    make = reader.expressions
+    fills: frozenset[float] = frozenset({-math.inf})
+    if not value.boolean:
+        parts = hidden(value, make)
+        if parts is None:
+            return Facts()
+        value, fills = parts
+    if value is make.true:
+        return Facts(replace(call.mask, kind=MaskKind.NONE))
+    if value is make.false or len(fills) != 1 or not max(fills) <= FAR:
+        return Facts()
+    (fill,) = fills
+
+    keys: list[Value] = []
+    queries: list[Value] = []
+    rest: list[Value] = []
+    for part in value.parts if value.kind == "and" else (value,):
+        if rank > 3 and -3 in part.axes:
+            return Facts()
+        (rest if {KEY, QUERY} <= part.axes else queries if QUERY in part.axes else keys).append(part)
+    finite = fill != -math.inf
+    no_key = "mean" if fill <= VANISHING else "all keys"
+    no_key = no_key if finite else "zeros"
+    mask = replace(call.mask, no_key=no_key)
+    if not rest and not queries and no_key == "mean" and call.needs_grad:
+        return Facts()  # queries of zeros give the mean, but not SDPA's gradient
+    if not rest and not queries:
+        return Facts(replace(mask, kind=MaskKind.KEY_PADDING), value)
+    if not rest and keys and not finite:
+        homes = _homes(keys, reader), _homes(queries, reader)
+        return Facts(replace(mask, kind=MaskKind.QUERY_KEY_PADDING), value, *homes) if all(homes) else Facts()
+    if queries or not rest:
+        return Facts()
+    kind, window = _structure(rest, call)
+    if kind is None or (finite and not _each_row_sees_a_key(kind, keys, call, no_key)):
+        return Facts()
+    if keys:
+        causal = kind in (MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT)
+        return Facts(replace(mask, kind=MaskKind.CAUSAL_PADDING), value) if causal else Facts()
+    return Facts(replace(call.mask, kind=kind, window=window), value)
+
+
+def hidden(value: Value, make: Expressions) -> tuple[Value, frozenset[float]] | None:
+    """Where an additive mask is zero, and the numbers that it has elsewhere; None if it is not made of constants."""
+    if value.kind == "constant":
+        zero = value.number == 0
+        return make.constant(zero), frozenset(() if zero else (float(value.number),))
+    if value.kind != "select":
+        return None
+    condition, a, b = value.parts
+    yes, no = hidden(a, make), hidden(b, make)
+    return None if yes is None or no is None else (make.select(condition, yes[0], no[0]), yes[1] | no[1])
+
+
+def _homes(values: list[Value], reader: Reader) -> tuple[Home, ...]:
+    """Boolean tensors of the graph that hold the values, or all of them together; () where one has none."""
+    for wanted in ([reader.expressions.and_(*values)], values):
+        homes = [reader.homes.get(value) for value in wanted]
+        found = tuple(home for home in homes if home is not None and is_plain(*home))
+        if len(found) == len(wanted) and all(value_of(node).dtype == torch.bool for node, _ in found):
+            return found
+    return ()
+
+
+def _structure(parts: list[Value], call: AttentionCall) -> tuple[MaskKind | None, Any]:
+    """What conditions on query and key together say."""
+    if len(parts) == 1 and _same_document(parts[0]):
+        return MaskKind.BLOCKS, None
+    bounds: dict[bool, Index] = {}  # key <= query + bounds[True], key >= query - bounds[False]
+    for part in parts:
+        bound = _bound(part)
+        if bound is None or bound[0] in bounds:
+            return None, None
+        bounds[bound[0]] = bound[1]
+    behind, before = bounds.get(True), bounds.get(False)
+    q_len, kv_len = index_of(call.q_len), index_of(call.kv_len)
+    if before is None and behind is not None:
+        if behind.number == 0:
+            return MaskKind.CAUSAL_UPPER_LEFT, None
+        if behind == kv_len - q_len:
+            return MaskKind.CAUSAL_LOWER_RIGHT, None
+    numbers = tuple(None if bound is None else bound.number for bound in (before, behind))
+    if q_len == kv_len and all(
+        bound is None or (number is not None and number >= 0)
+        for bound, number in zip((before, behind), numbers, strict=True)
+    ):
+        return MaskKind.SLIDING_WINDOW, numbers
+    return None, None
+
+
+def _bound(part: Value) -> tuple[bool, Index] | None:
+    """(True, c) of key <= query + c, (False, c) of key >= query - c."""
+    if part.kind != "at_least_zero":
+        return None
+    index: Index = part.parts[0]
+    axes = {each.dim: each for each in index.axes()}
+    if set(axes) != {KEY, QUERY}:
+        return None
+    difference = Index({(axes[QUERY],): 1}) - Index({(axes[KEY],): 1})
+    for behind, direction in ((True, difference), (False, -difference)):
+        rest = index - direction
+        if not list(rest.axes()):
+            return behind, rest
+    return None
+
+
+def _same_document(part: Value) -> bool:
+    """ids[query] == ids[key]: of a tensor, or of positions, as in query // 77 == key // 77."""
+    if part.kind == "compare" and part.parts[0] == "eq":
+        one, other = part.parts[1:]
+        if one.kind == other.kind == "read" and one.parts[0] is other.parts[0]:
+            return tuple(map(_turned, one.parts[1])) == other.parts[1] and QUERY in one.axes ^ other.axes
+    if part.kind == "zero":
+        index: Index = part.parts[0]
+        return _turned(index) == -index
+    return False
+
+
+def _turned(index: Index) -> Index:
+    return exchanged(index, QUERY, KEY)
+
+
+def _each_row_sees_a_key(kind: MaskKind, keys: list[Value], call: AttentionCall, no_key: str) -> bool:
+    """Or, for an additive mask of a finite number, whether what is built instead is right for a row that sees none."""
+    if keys:
+        return no_key == "all keys"
+    if kind is MaskKind.CAUSAL_LOWER_RIGHT:
+        return at_least_zero(index_of(call.kv_len) - index_of(call.q_len))
+    return kind in (MaskKind.CAUSAL_UPPER_LEFT, MaskKind.SLIDING_WINDOW)
