@@ -21,13 +21,12 @@ class Sides:
     queries: list[Candidate]
     keys: list[Candidate]
     values: list[Candidate]
-    masks: list[list[Candidate]]
 
 
 @dataclass(frozen=True)
 class Form:
-    """SDPA's form of this attention: (*batch, heads, queries, inner) and so on. `heads` has no dimension where all are of
-    rank 3; several query heads read one key head along the atoms `shared`."""
+    """SDPA's form of this attention: (batch, heads, queries, inner) and so on. `batch` has no dimension where all are of
+    rank 3, and neither has `heads` where they are of rank 2; several query heads read one key head along the atoms `shared`."""
 
     batch: Layout
     heads: Layout
@@ -84,11 +83,8 @@ def find_form(sides: Sides, axes: Axes) -> Form | None:
         return Form((), tuple(groups), (), queries, keys, inner, width)
     *before, heads = groups
     shared = tuple(atom for atom in shared if atom in heads)
-    if not _undone(sides, axes, lead) <= set(shared):
-        shared = ()
     batch = tuple(atom for axis in before for atom in axis)
-    whole = _held(sides, axes, batch)
-    return Form((batch,) if whole else tuple((atom,) for atom in batch), (heads,), shared, queries, keys, inner, width)
+    return Form((batch,), (heads,), shared, queries, keys, inner, width)
 
 
 def _groups(sides: Sides, axes: Axes, lead: Axis, other: set[Atom], has_queries: bool) -> list[Axis]:
@@ -124,20 +120,3 @@ def _shared(sides: Sides, axes: Axes, lead: Axis) -> Axis:
     while count < len(lead) and lead[-1 - count] not in had:
         count += 1
     return lead[len(lead) - count :]
-
-
-def _undone(sides: Sides, axes: Axes, lead: Axis) -> set[Atom]:
-    """The atoms that keys or values were repeated over."""
-    return {
-        atom
-        for found in (sides.keys, sides.values)
-        for atom in found[0].atoms(axes) - found[-1].atoms(axes)
-        if atom in lead
-    }
-
-
-def _held(sides: Sides, axes: Axes, batch: Axis) -> bool:
-    """Whether each tensor has all atoms of the batch or none, so that they may be one dimension."""
-    nearest = (sides.queries[0], sides.keys[0], sides.values[0])
-    held = [each.atoms(axes) & set(batch) for each in (*nearest, *(found[-1] for found in sides.masks))]
-    return all(not each or each == set(batch) for each in held)

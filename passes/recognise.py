@@ -125,9 +125,7 @@ class _Site:
         keys = [each for each in keys if bool(each.casts) == exact]
         dtype = out if exact else torch.promote_types(computed, out)
 
-        sides = Sides(
-            self.weights, self.dim, self.values.layout, inner, self.values.width, queries, keys, values, masks
-        )
+        sides = Sides(self.weights, self.dim, self.values.layout, inner, self.values.width, queries, keys, values)
         form = find_form(sides, self.axes)
         if form is None:
             return None

@@ -848,3 +848,50 @@ def test_a_sum_of_sums_is_walked_once():
     (site,), same = stays(step, *qkv())
     assert "its attention scores are used elsewhere" in site.refusals[0][1].detail
     assert same
+
+
+@pytest.mark.parametrize("kernel", ["_native_math", "native"])
+@pytest.mark.parametrize("how", ["tiled heads", "keys of one batch", "values of one batch"])
+def test_repetitions_that_are_no_groups(how, kernel):
+    """Head i reads key head i % 2 where heads are tiled; SDPA's groups are i // 2."""
+
+    def step(q, k, v):
+        if how == "tiled heads":
+            k, v = k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1)
+        elif how == "keys of one batch":
+            k = k[:1].expand(2, -1, -1, -1)
+        else:
+            v = v[:1].expand(2, -1, -1, -1)
+        return (q @ k.mT / 4).softmax(-1) @ v
+
+    site = only_site(step, *qkv(kv_heads=2 if how == "tiled heads" else 4), backend=kernel)
+    assert (site.call.batch, site.call.heads, site.call.kv_heads) == (2, 4, 4)
+
+
+@pytest.mark.parametrize("kernel", ["_native_math", "native", "flex"])
+@pytest.mark.parametrize("folded_", [False, True])
+def test_a_bias_of_part_of_the_batch(folded_, kernel):
+    """Windows in the batch, each with a bias of its own, as in Swin."""
+
+    def step(q, k, v, m):
+        scores = q @ k.mT / 4
+        scores = (scores.view(3, 5, 4, 7, 11) + m).view(15, 4, 7, 11) if folded_ else scores + m
+        return scores.softmax(-1) @ v
+
+    lead = (15, 4) if folded_ else (3, 5, 4)
+    tensors = torch.randn(*lead, 7, 16), torch.randn(*lead, 11, 16), torch.randn(*lead, 11, 16)
+    site = only_site(step, *tensors, torch.randn(5, 1, 7, 11), backend=kernel)
+    assert (site.call.batch, site.call.heads) == (15, 4)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_bias_that_is_a_product_too(first):
+    """Relative positions: queries times a table. The keys are those of the other product."""
+
+    def step(q, k, v, table):
+        bias, scores = torch.einsum("bhqd,qkd->bhqk", q, table), q @ k.mT
+        return (bias + scores if first else scores + bias).softmax(-1) @ v
+
+    site = only_site(step, *qkv(), torch.randn(7, 11, 16))
+    assert sizes(site) == (2, 4, 4, 7, 11, 16, 16)
+    assert site.call.mask.shape == (2, 4, 7, 11)
