@@ -431,6 +431,10 @@ WRITTEN = {
         (first, then(narrowed), then(widened)),
         ["key padding (3, 11)", "key padding (3, 11)", "none"],
     ),
+    "out": (
+        (first, then(lambda x, m: torch.logical_and(x, behind(m), out=x)), then(lambda x, m: x.logical_or_(~x))),
+        ["key padding (3, 11)", "key padding (3, 11)", "none"],
+    ),
     "copied": ((first, then(lambda x, m: x.copy_(m.flip(0)))), ["key padding (3, 11)"] * 2),
     "the input": ((lambda m, held: m[:, None, None], lambda m, held: m.fill_(True)[:, None, None]), None),
     "another": ((first, then(lambda x, m: x.copy_(m.flip(0)), lambda held: held["x"].logical_not()[:, None, None])), None),
