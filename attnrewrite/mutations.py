@@ -153,7 +153,7 @@ def _is_known(target: Any) -> bool:
 def _says_inplace(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if "inplace" in kwargs:
         return bool(kwargs["inplace"])
-    if True not in args:
+    if not any(each is True for each in args):  # 1 is no flag
         return False
     try:
         return bool(inspect.signature(target).bind(*args, **kwargs).arguments.get("inplace", False))

@@ -29,10 +29,11 @@ from attnrewrite.machines import machine_of
 MODELS = ("hunyuan_video", "qwen_image", "ltx_video", "lumina2")
 PLAIN = "torch.compile"
 PEER = {"peer, _flash_3": "_flash_3", "peer, _flash_varlen_3": "_flash_varlen_3"}
+# The choices for sites that a tensor masks, and for the others.
 OURS = {
-    "_native_varlen": ("_native_varlen", "native"),
-    "_flash_varlen_3": ("_flash_varlen_3", "_flash_3", "native"),
-    "flash_varlen": ("flash_varlen", "flash", "native"),
+    "PyTorch alone": (["_native_varlen", "native"], ["native"]),
+    "FA2": (["flash_varlen", "native"], ["flash", "native"]),
+    "FA3": (["_flash_varlen_3", "native"], ["_flash_3", "native"]),
 }
 
 
@@ -51,8 +52,8 @@ def variants(denoiser: denoisers.Denoiser) -> dict[str, Callable[[], torch.Tenso
 
     steps = {PLAIN: plain}
     steps |= {name: of_the_peer(backend, denoiser.compile("inductor")) for name, backend in PEER.items()}
-    for name, choices in OURS.items():
-        steps[name] = denoiser.compile(attnrewrite.with_backend(*choices))
+    for name, (masked, others) in OURS.items():
+        steps[name] = denoiser.compile(attnrewrite.with_backend(*others, rules={"masked": masked}))
     return steps
 
 

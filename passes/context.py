@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
+import torch
 from torch.fx import Node
 
-from ..axes import Views
+from ..axes import Views, applied
 from ..calls import AttentionCall
-from ..graphs import Surroundings
+from ..graphs import Surroundings, value_of, values_only
 from ..mask_building import Proof
 from ..plans import Site
 from ..records import Backend
@@ -21,6 +23,15 @@ class Operand:
 
     node: Node
     views: Views = ()
+
+    @cached_property
+    def value(self) -> torch.Tensor:
+        """The fake tensor in that form."""
+        given: torch.Tensor = value_of(self.node)
+        if not self.views:
+            return given
+        with values_only(given):
+            return applied(given, self.views)
 
 
 @dataclass(frozen=True)

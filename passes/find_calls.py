@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..axes import applied
 from ..calls import AttentionCall, Mask, MaskKind
 from ..emitting import EMITTED
 from ..graphs import (
@@ -21,7 +20,6 @@ from ..graphs import (
     Surroundings,
     site_name,
     value_of,
-    values_only,
     with_surroundings,
 )
 from ..mutations import Writes
@@ -139,8 +137,7 @@ def _found(site: Recognised, inside: Surroundings, name: str, origins: Origins) 
             scores.device.type, needs_grad=output.requires_grad, obstacle=obstacle, form="operations",
         )  # fmt: skip
         return Found(site.node, call)
-    with values_only(output):
-        tensors = [applied(value_of(each.node), each.views) for each in (operands.query, operands.key, operands.value)]
+    tensors = [each.value for each in (operands.query, operands.key, operands.value)]
     query, key, _ = tensors
     head_dim = query.shape[-1]
     standard = isinstance(head_dim, int) and head_dim > 0 and math.isclose(site.scale, head_dim**-0.5, rel_tol=1e-12)
@@ -149,7 +146,7 @@ def _found(site: Recognised, inside: Surroundings, name: str, origins: Origins) 
         tensors,
         output,
         site.dtype,
-        mask_of(operands.mask, site.dtype, query),
+        mask_of(operands.mask, site.dtype, query, output),
         grouped=operands.grouped,
         scale=None if standard else site.scale,
         dropout=site.dropout,

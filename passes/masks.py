@@ -8,25 +8,23 @@ from typing import Any
 
 import torch
 
-from ..axes import applied
 from ..calls import Mask, MaskKind
 from ..graphs import value_of, values_only
 from ..sizes import known
 from .context import MaskTerm, Operand
 
 
-def mask_of(terms: Sequence[MaskTerm], dtype: torch.dtype, query: torch.Tensor) -> Mask:
+def mask_of(terms: Sequence[MaskTerm], dtype: torch.dtype, query: torch.Tensor, output: torch.Tensor) -> Mask:
     """What the terms are together, for products in `dtype`."""
     if not terms:
         return Mask()
-
-    def tensor(operand: Operand) -> torch.Tensor:
-        return applied(value_of(operand.node), operand.views)
-
+    (first, *rest) = terms
+    plain = not rest and first.how == "add" and first.amount == 1 and first.tensor.value.dtype == dtype
     with values_only(query):
-        mask = build_mask(terms, dtype, tensor)
+        mask = first.tensor.value if plain else build_mask(terms, dtype, lambda operand: operand.value)
     assert mask is not None
-    needs_grad = any(term.how == "add" and value_of(term.tensor.node).requires_grad for term in terms)
+    learned = any(term.how == "add" and value_of(term.tensor.node).requires_grad for term in terms)
+    needs_grad = learned and output.requires_grad  # under no_grad a parameter requires one too
     kind = MaskKind.ADDITIVE
     if mask.dtype == torch.bool:
         kind = MaskKind.KEY_PADDING if is_key_padding(mask, query) else MaskKind.BOOLEAN

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..axes import Axes, Axis, Layout, applied
-from ..graphs import value_of, values_only
+from ..axes import Axes, Axis, Layout
+from ..graphs import value_of
 from ..mutations import Writes
 from ..sizes import UnbackedSizeError, known
 from ..spellings import argument, first, number, spelled
@@ -221,9 +221,6 @@ class _Site:
 
 def _fits(operands: Operands) -> bool:
     """Whether the sizes of query, key and value fit, as far as SDPA asks."""
-    with values_only(value_of(operands.query.node)):
-        query, key, value = (
-            applied(value_of(each.node), each.views) for each in (operands.query, operands.key, operands.value)
-        )
+    query, key, value = (each.value for each in (operands.query, operands.key, operands.value))
     same = query.dim() == key.dim() == value.dim()
     return same and known(query.shape[-1] == key.shape[-1]) and known(key.shape[-2] == value.shape[-2])

@@ -10,15 +10,14 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from ..axes import applied
 from ..calls import AttentionCall, Mask, MaskKind
-from ..graphs import value_of, values_only
+from ..graphs import value_of
 from ..index_expressions import Index, at_least_zero, axis, exchanged, index_of
 from ..mask_building import Home, Proof
 from ..mask_expressions import Expressions, Value, rounded
 from ..mask_reading import Reader, Unstable, is_plain
 from ..mask_views import before_views
-from .context import Context, Found, MaskTerm, Operand, Operands
+from .context import Context, Found, MaskTerm, Operands
 
 # A number that hides a key, as the models have it: -10000 (-9984 in bfloat16), -1e9, finfo.min. A key behind it takes part
 # only if its score is larger than all others by about as much. Smaller numbers are biases.
@@ -56,7 +55,7 @@ def _understand(found: Found, operands: Operands, reader: Reader) -> bool:
     if value is None:
         return False
     given = found.call.mask
-    query = _viewed(operands.query)
+    query = operands.query.value
     facts = _facts(value, found.call, query.dim(), reader)
     found.proof = Proof(value, facts.keep, facts.keys, facts.queries)
     if facts.mask is None or facts.mask.kind is given.kind:
@@ -70,7 +69,7 @@ def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Valu
     make, wanted = reader.expressions, getattr(torch, str(found.call.mask.dtype))
     total: Value | None = None
     for term in terms:
-        viewed = _viewed(term.tensor)
+        viewed = term.tensor.value
         indices: tuple[Index, ...] = tuple(
             axis(dim - viewed.dim(), index_of(size)) for dim, size in enumerate(viewed.shape)
         )
@@ -95,11 +94,6 @@ def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Valu
         else:
             total = make.select(keep, total or make.constant(0.0), make.constant(rounded(term.amount, wanted)))
     return total
-
-
-def _viewed(operand: Operand) -> torch.Tensor:
-    with values_only(value_of(operand.node)):
-        return applied(value_of(operand.node), operand.views)
 
 
 @dataclass(frozen=True)

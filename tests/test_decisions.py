@@ -399,6 +399,14 @@ def test_rules_of_a_plan():
     ]
 
 
+def test_rules_by_mask():
+    """A mask that is dropped, or causal, is none that a kernel has to read."""
+    kinds = (MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.KEY_PADDING, MaskKind.ADDITIVE)
+    calls = [replace(CALL, mask=Mask(kind, "bfloat16", (2, 1, 1, 64))) for kind in kinds]
+    for rule, expected in (("masked", [None, None, "masked", "masked"]), ("unmasked", ["unmasked"] * 2 + [None] * 2)):
+        assert [site.rule for site in a_plan(*calls, rules={rule: "_native_math"}).sites] == expected
+
+
 def test_a_strict_plan_names_sites_and_reasons():
     hopeless = replace(CALL, site="the.site", dtype="int8")
     with pytest.raises(AttentionRefusedError, match="1 of 2 attention sites") as caught:

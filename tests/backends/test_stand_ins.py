@@ -336,7 +336,7 @@ def test_dynamic_lengths(kernel):
 
 def test_a_mask_is_packed_once(kernel):
     """Two sites that read one mask share its packing; a site with another mask has its own."""
-    if kernel.prepare is not packing:
+    if kernel.prepare is not packing or MaskKind.KEY_PADDING not in kernel.masks:
         pytest.skip("packs nothing")
     counted = []
 
