@@ -114,6 +114,7 @@ class AttentionCall:
     role: str = "self"  # "cross" where keys come from another tensor than queries
     deterministic: bool = False  # torch.use_deterministic_algorithms(True) is on
     obstacle: str | None = None  # why nothing but the call as it stands can be right here
+    form: str = "sdpa"  # "operations": spelled out in the graph; "kernel": a kernel that PyTorch has chosen
 
     def described(self) -> AttentionCall:
         """The same call with its symbolic sizes as text, for reports: it keeps no tracing state alive."""

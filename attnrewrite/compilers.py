@@ -109,8 +109,8 @@ def with_backend(
 
     choices: names (`python -m attnrewrite info` lists them) or `Backend` records, in order of preference. An attention
         that none may take stays as it is, and `.report` says why. "name@revision" pins a kernel of the hub.
-    rules: other choices for some sites: a glob over module paths ("*.attn2"), "self" or "cross", to a name, a record or a
-        sequence of them. The first rule that matches a site holds for it.
+    rules: other choices for some sites: a glob over module paths ("*.attn2"), "self", "cross", "masked" (by a tensor) or
+        "unmasked", to a name, a record or a sequence of them. The first rule that matches a site holds for it.
     inner: the compiler that gets the graph then: a name of `torch._dynamo.list_backends(None)` or a callable
         `(graph_module, example_inputs, **kwargs)`. It receives torch.compile's `mode` and `options`.
     strict: raise `AttentionRefusedError` instead of leaving a site as it is. It comes out of the compiled model's first call

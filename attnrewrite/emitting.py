@@ -48,11 +48,11 @@ class Emitter(TorchFunctionMode):
         return self._nodes[id(tensor)]
 
     @contextmanager
-    def before(self, node: Node, needs_grad: bool) -> Iterator[None]:
-        """What runs inside is emitted before `node`, as part of the same module and source line."""
+    def before(self, node: Node, needs_grad: bool, value: torch.Tensor) -> Iterator[None]:
+        """What runs inside is emitted before `node`, as part of the same module and source line. `value`: one of its."""
         self._meta = {key: node.meta[key] for key in INHERITED_META if key in node.meta}
         self._symbols = {}
-        fake_mode = value_of(node).fake_mode
+        fake_mode = value.fake_mode  # type: ignore[attr-defined]
         with (
             self.graph.inserting_before(node),
             torch.set_grad_enabled(needs_grad),

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 
 SDPA = torch._C._nn.scaled_dot_product_attention
@@ -30,6 +33,7 @@ INHERITED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn
 # torch.func's transforms stand in a Dynamo graph as calls that enter and leave a nesting level.
 _ENTERS = {"_vmap_increment_nesting": "vmap", "_grad_increment_nesting": "grad", "_jvp_increment_nesting": "jvp"}
 _LEAVES = {"_vmap_decrement_nesting", "_grad_decrement_nesting", "_jvp_decrement_nesting"}
+_CHANGES = _ENTERS.keys() | _LEAVES | {"_enter_autocast", "_exit_autocast"}
 
 
 def value_key(graph_module: GraphModule) -> str:
@@ -45,78 +49,72 @@ def value_of(node: Any) -> Any:
     return node.meta.get("example_value", node.meta.get("val"))
 
 
-def graphs_below(root: GraphModule, obstacle: str | None = None) -> Iterator[tuple[GraphModule, str | None]]:
-    """`root` and every graph that it calls (bodies of checkpoints, branches of cond, repeated regions), each once.
+@contextmanager
+def values_only(value: torch.Tensor) -> Iterator[None]:
+    """What runs inside computes with fake values such as `value`, sizes symbolic or not, and traces nothing."""
+    with torch.no_grad(), enable_python_dispatcher(), getattr(value, "fake_mode", None) or nullcontext():
+        yield
 
-    With each comes the torch.func transform that it is called under, if any.
-    """
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a node stands in: the innermost torch.func transform, and the autocast regions, each (device type, enabled)."""
+
+    transform: str | None = None
+    autocast: tuple[tuple[str, bool], ...] = ()
+
+    def autocasts(self, device: str) -> bool:
+        """Whether autocast is on for a device: what the graph says last of it, or what it is compiled under."""
+        said = [enabled for kind, enabled in self.autocast if kind == device]
+        return said[-1] if said else torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def graphs_below(root: GraphModule) -> Iterator[tuple[GraphModule, Surroundings]]:
+    """`root` and every graph that it calls (bodies of checkpoints, branches of cond, repeated regions), each once, with
+    what it is called in."""
     seen: set[int] = set()
-    waiting: list[tuple[GraphModule, str | None]] = [(root, obstacle)]
+    waiting: list[tuple[GraphModule, Surroundings]] = [(root, Surroundings())]
     while waiting:
         module, inherited = waiting.pop()
         if id(module) in seen:
             continue
         seen.add(id(module))
         yield module, inherited
-        for node, transform in with_transforms(module):
+        for node, inside in with_surroundings(module, inherited):
             if node.op in ("get_attr", "call_module"):
                 child = _attribute(module, str(node.target))
                 if isinstance(child, GraphModule):
-                    waiting.append((child, transform or inherited))
+                    waiting.append((child, _around_the_call(node, inside)))
 
 
-def with_transforms(module: GraphModule) -> Iterator[tuple[Node, str | None]]:
-    """The nodes in order, each with the innermost torch.func transform that it stands in."""
-    inside: list[str] = []
+def with_surroundings(module: GraphModule, outer: Surroundings) -> Iterator[tuple[Node, Surroundings]]:
+    """The nodes in order, each with what it stands in."""
+    transforms: list[str] = []
+    regions: dict[Node, tuple[str, bool]] = {}
+    now = outer
     for node in module.graph.nodes:
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
         if name in _ENTERS:
-            inside.append(_ENTERS[name])
-        elif name in _LEAVES and inside:
-            inside.pop()
-        yield node, f"it stands inside torch.func.{inside[-1]}" if inside else None
+            transforms.append(_ENTERS[name])
+        elif name in _LEAVES and transforms:
+            transforms.pop()
+        elif name == "_enter_autocast":
+            regions[node] = (node.args[0], node.args[2])
+        elif name == "_exit_autocast":
+            regions.pop(node.args[0], None)
+        if name in _CHANGES:
+            transform = f"it stands inside torch.func.{transforms[-1]}" if transforms else outer.transform
+            now = Surroundings(transform, (*outer.autocast, *regions.values()))
+        yield node, now
 
 
-# In place of what a tensor is, not of what it holds.
-RESHAPES = frozenset({"unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_", "resize_as_",
-                      "as_strided_", "set_"})  # fmt: skip
-_IN_PLACE_OPERATORS = frozenset({"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior",
-                                 "ixor", "ilshift", "irshift"})  # fmt: skip
-
-
-def written_by(node: Node) -> tuple[Node, ...]:
-    """The arguments that a node writes into: of methods like `fill_`, `x[i] = y`, `x += y`, `out=`, `inplace=True`, and of
-    operators whose schema says so."""
-    given: list[Any] = [node.kwargs.get("out")]
-    target = node.target
-    overloads = [target] if isinstance(target, torch._ops.OpOverload) else []
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        overloads = [getattr(target, name) for name in target.overloads()]
-    for overload in overloads:
-        for place, argument in enumerate(overload._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                given.append(node.args[place] if place < len(node.args) else node.kwargs.get(argument.name))
-    if not overloads and _writes_into_its_first(node):
-        given.append(node.args[0] if node.args else node.kwargs.get("input"))
-    listed = (value if isinstance(value, list | tuple) else (value,) for value in given)
-    return tuple(dict.fromkeys(each for values in listed for each in values if isinstance(each, Node)))
-
-
-def _writes_into_its_first(node: Node) -> bool:
-    if node.op not in ("call_function", "call_method"):
-        return False
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    if getattr(node.target, "__module__", "") == "_operator":  # and_, or_ and not_ write nothing
-        return name in _IN_PLACE_OPERATORS
-    return (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
-
-
-def storage_of(value: Any) -> int | None:
-    """The identity of the memory behind a tensor, None where there is none of its own."""
-    try:
-        return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
-    except (NotImplementedError, RuntimeError):  # sparse, wrapped by torch.func
-        return None
+def _around_the_call(graph: Node, inside: Surroundings) -> Surroundings:
+    """An exported program keeps an autocast region as an operator that calls a graph."""
+    for user in graph.users:
+        if getattr(user.target, "__name__", "") == "wrap_with_autocast":
+            device, _, enabled = user.args[:3]
+            return replace(inside, autocast=(*inside.autocast, (str(device), bool(enabled))))
+    return inside
 
 
 def _attribute(module: torch.nn.Module, path: str) -> Any:

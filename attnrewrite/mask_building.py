@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -43,34 +43,43 @@ class Built:
 
 
 def built(
-    call: AttentionCall, proof: Proof | None, form: str, given: Tensor | None, shared: Any, emitter: Emitter
+    call: AttentionCall,
+    proof: Proof | None,
+    form: str,
+    given: Callable[[], Tensor] | None,
+    shared: Any,
+    emitter: Emitter,
 ) -> Built:
-    """form: one of `reasons.forms`. given: the model's tensor; `shared` its key where nothing is proven of it."""
+    """form: one of `reasons.forms`. given: what gives the model's tensor; `shared` its key where nothing is proven of it."""
     mask = call.mask
     if proof is not None:
         shared = proof.value
     if form == "given":
         assert mask.given is not None
-        return Built(replace(call, mask=mask.given), given, shared)
+        return Built(replace(call, mask=mask.given), given and given(), shared)
     if given is None or not mask.is_tensor:
         return Built(replace(call, mask=mask if mask.kind is MaskKind.ADDITIVE else mask.bare), None, None)
     if proof is None or proof.keep is None:
-        return Built(call, given, shared)
+        return Built(call, given(), shared)
+    rank = len(mask.shape)
     shared = (form, proof.keep, mask.no_key)
-    keep, alive = emitter.once(("keep", shared), lambda: _keep(mask, proof, form, given, emitter))
+    keep, alive = emitter.once(("keep", shared), lambda: _keep(mask, proof, form, given, rank, emitter))
     queries = None
     if form == "keys":
-        queries = emitter.once(("queries", shared), lambda: _all_of(proof.queries, given.dim(), emitter))
+        queries = emitter.once(("queries", shared), lambda: _all_of(proof.queries, rank, emitter))
     kind = MaskKind.KEY_PADDING if form == "keys" else mask.kind
     seen = replace(mask.bare, kind=kind, shape=tuple(keep.shape))
     return Built(replace(call, mask=seen), keep, shared, alive, queries)
 
 
-def _keep(mask: Mask, proof: Proof, form: str, given: Tensor, emitter: Emitter) -> tuple[Tensor, Tensor | None]:
+def _keep(
+    mask: Mask, proof: Proof, form: str, model: Callable[[], Tensor], rank: int, emitter: Emitter
+) -> tuple[Tensor, Tensor | None]:
     """True where a key takes part; and where queries must be zero for it, whether a row sees any key at all."""
     if form == "keys":
-        return _all_of(proof.keys, given.dim(), emitter), None
+        return _all_of(proof.keys, rank, emitter), None
     assert proof.keep is not None
+    given = model()
     for dim in range(-given.dim(), -1):
         if dim not in proof.keep.axes and not is_one(given.shape[dim]):
             given = given.narrow(dim, 0, 1)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from .graphs import RESHAPES, storage_of, value_of, written_by
+from .graphs import value_of
 from .index_expressions import Index, constant, index_of, within
 from .mask_expressions import Expressions, Value, is_axis
 from .mask_rules import ELEMENTWISE, MOVES, assigned, base_name, name_of
+from .mutations import RESHAPES, storage_of, written_by
 from .sizes import is_one, known
 
 DEEPEST, MOST_READS = 120, 4000  # of one mask: what is more involved is no mask that a kernel has a word for

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
+from .emitting import EMITTED
 from .graphs import OPAQUE_TARGETS, SDPA_TARGETS, graphs_below, value_of
 from .machines import Machine, machine_of
 from .passes import ANALYSES, REWRITES, Context
 from .passes.context import Found
+from .passes.fused_kernels import FUSED_TARGETS
 from .plans import Plan, make_plan
 from .policies import Policy
 
@@ -34,7 +37,7 @@ def rewrite_graph(root: GraphModule, policy: Policy, machine: Machine | None = N
     """
     started = time.perf_counter()
     names: dict[str, int] = {}
-    graphs = [(module, Context(obstacle, names)) for module, obstacle in graphs_below(root)]
+    graphs = [(module, Context(surroundings, names)) for module, surroundings in graphs_below(root)]
     for module, context in graphs:
         for analysis in ANALYSES:
             analysis(module, context)
@@ -53,7 +56,7 @@ def rewrite_graph(root: GraphModule, policy: Policy, machine: Machine | None = N
                     rewrite(module, context)
                 module.graph.lint()
                 module.recompile()
-    left = sum(_stands(module) for module, _ in graphs)
+    left = sum(_stands(module, context) for module, context in graphs)
     expected = len(found) - (sum(each.kernel is not None for each in found) if swap else 0)
     if left != expected:
         raise RuntimeError(
@@ -64,14 +67,21 @@ def rewrite_graph(root: GraphModule, policy: Policy, machine: Machine | None = N
 
 
 def _machine(found: Found) -> Machine:
-    first = found.node.args[0] if found.node.args else found.node.kwargs["query"]
+    if found.operands is not None:
+        first: Any = found.operands.query.node
+    else:
+        tensors = [node for node in found.node.all_input_nodes if isinstance(value_of(node), torch.Tensor)]
+        first = tensors[0]
     device: torch.device = value_of(first).device
     return machine_of(device)
 
 
-def _stands(module: GraphModule) -> int:
-    return sum(
-        node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS
+def _stands(module: GraphModule, context: Context) -> int:
+    """Attention that is in the graph: calls, kernels that were there before, and what was found spelled out and still is."""
+    calls = sum(
+        node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS or node.target in FUSED_TARGETS
         for node in module.graph.nodes
-        if node.op == "call_function"
+        if node.op == "call_function" and EMITTED not in node.meta
     )
+    spelled_out = [found.node for found in context.found if found.call.form == "operations"]
+    return calls + sum(EMITTED not in node.meta for node in spelled_out)

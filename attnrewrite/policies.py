@@ -35,8 +35,9 @@ class Candidate:
 class Policy:
     """`choices` in order of preference; `rules` as pairs of a pattern and its own choices, of which the first match holds.
 
-    A pattern is "self", "cross" or a glob over site names. `cast` is the dtype that a call may be cast to for a kernel that
-    does not take its own; `trust_remote_code` loads hub kernels of publishers that the hub does not vouch for.
+    A pattern is "self", "cross", "masked", "unmasked" or a glob over site names. `cast` is the dtype that a call may be cast
+    to for a kernel that does not take its own; `trust_remote_code` loads hub kernels of publishers that the hub does not vouch
+    for.
     """
 
     choices: tuple[Candidate, ...]
@@ -62,6 +63,8 @@ class Policy:
 def matches(pattern: str, call: AttentionCall) -> bool:
     if pattern in ("self", "cross"):
         return call.role == pattern
+    if pattern in ("masked", "unmasked"):
+        return call.mask.is_tensor == (pattern == "masked")
     return fnmatch.fnmatchcase(call.site, pattern)
 
 

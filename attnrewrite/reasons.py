@@ -28,11 +28,14 @@ def decide(
     Stops at the first refusal. Facts that are static come first, questions about sizes last, because a question
     about a symbolic size becomes a guard (see `holds`).
     """
-    if backend.numerics > limit:
+    numerics = backend.numerics
+    if call.form == "operations":
+        numerics = max(numerics, Numerics.REORDERED)  # no kernel keeps the order of operations
+    if numerics > limit:
         return Refused(
             Code.NUMERICS,
-            f"{backend.name} is {backend.numerics.name.lower()}, the limit is {limit.name.lower()}",
-            f'Pass numerics="{backend.numerics.name.lower()}" if that is acceptable',
+            f"{backend.name} is {numerics.name.lower()}, the limit is {limit.name.lower()}",
+            f'Pass numerics="{numerics.name.lower()}" if that is acceptable',
         )
     steps: tuple[Step, ...] = ()
     if cast in backend.dtypes and call.dtype in CASTABLE - backend.dtypes:
@@ -115,18 +118,12 @@ def _device(backend: Backend, call: AttentionCall, machine: Machine) -> Refused 
 def _packages(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
     for package, specifier in backend.requires.items():
         found = machine.packages.get(package)
+        install = backend.install.get(package, f'pip install "{package}{specifier}"')
         if found is None:
-            return Refused(
-                Code.MISSING,
-                f"{backend.name} needs {package}{specifier}, which is not installed",
-                f'pip install "{package}{specifier}"',
-            )
+            detail = f"{backend.name} needs {package}{specifier}, which is not installed"
+            return Refused(Code.MISSING, detail, install)
         if not satisfies(found, specifier):
-            return Refused(
-                Code.VERSION,
-                f"{backend.name} needs {package}{specifier}, found {found}",
-                f'pip install "{package}{specifier}"',
-            )
+            return Refused(Code.VERSION, f"{backend.name} needs {package}{specifier}, found {found}", install)
     return None
 
 
@@ -147,8 +144,8 @@ def _capability(backend: Backend, call: AttentionCall, machine: Machine) -> Refu
 
 
 def _context(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    if call.obstacle is None or backend.any_context:
-        return None
+    if call.obstacle is None or (backend.any_context and call.form != "operations"):
+        return None  # for what is spelled out no choice means to stay
     return Refused(Code.CONTEXT, call.obstacle, "The call stays as it is; nothing is lost but the choice")
 
 

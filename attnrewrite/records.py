@@ -89,6 +89,9 @@ class Backend:
     tested: str = ""  # the hardware that its parity tests passed on, "interpreter" or "stand-in" (docs/backends.md)
     source: Source | None = None
     requires: Mapping[str, str] = field(default_factory=dict, hash=False)  # distribution -> version specifier
+    install: Mapping[str, str] = field(
+        default_factory=dict, hash=False
+    )  # distribution -> how, where `pip install` does not
     checks: tuple[Check, ...] = ()
     library_check: LibraryCheck | None = None  # asked once the source is loaded: a build may lack this kernel
     prepare: Callable[[torch.Tensor | None, torch.Tensor, AttentionCall], Any] | None = None

@@ -12,6 +12,8 @@ import os
 import re
 import shutil
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -85,14 +87,15 @@ class Hub:
         if lock and not self.revision:
             get, which = kernels.get_locked_kernel, {"lockfile": Path(lock)}
         trust = trust or os.environ.get(TRUST, "").lower() in ("1", "true", "yes")
-        before = _cached(self.repository)
-        try:
-            module: ModuleType = get(self.repository, trust_remote_code=trust, **which)
-        except Exception as error:
-            if not _raised_by_an_import(error):  # then the download is whole
-                for path in sorted(_cached(self.repository) - before):
-                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-            raise SourceError(self._refused(error)) from error
+        with _alone(self.repository):
+            before = _cached(self.repository)
+            try:
+                module: ModuleType = get(self.repository, trust_remote_code=trust, **which)
+            except Exception as error:
+                if not _raised_by_an_import(error):  # then the download is whole
+                    for path in sorted(_cached(self.repository) - before):
+                        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+                raise SourceError(self._refused(error)) from error
         return f"{self.repository}@{_commit(module)}", module
 
     def _refused(self, error: Exception) -> Refused:
@@ -179,13 +182,35 @@ def _commit(module: ModuleType) -> str:
     return found[1] if found else f"local:{module.__name__}"
 
 
+@contextmanager
+def _alone(repository: str) -> Iterator[None]:
+    """One process at a time, as with the ranks of one job: what is new in the cache after a download broke off is then
+    this process's own. Where the cache cannot be written to nothing is downloaded either."""
+    import filelock
+
+    lock = filelock.FileLock(_cache() / ".locks" / f"attnrewrite--{repository.replace('/', '--')}.lock")
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def _cached(repository: str) -> set[Path]:
     """What the hub's cache holds of a repository: as a kernel, or as the model that it was before there were kernels."""
+    folders = [_cache() / f"{kind}--{repository.replace('/', '--')}" for kind in ("kernels", "models")]
+    return {path for folder in folders if folder.exists() for path in (folder, *folder.rglob("*"))}
+
+
+def _cache() -> Path:
     from huggingface_hub import constants
 
-    cache = Path(os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE)
-    folders = [cache / f"{kind}--{repository.replace('/', '--')}" for kind in ("kernels", "models")]
-    return {path for folder in folders if folder.exists() for path in (folder, *folder.rglob("*"))}
+    return Path(os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE)
 
 
 def _raised_by_an_import(error: BaseException) -> bool:

@@ -122,6 +122,10 @@ FROM_SOURCE = Backend(
     tested="stand-in",
     source=Package("flash-attn-3", "flash_attn_interface"),
     requires={"flash-attn-3": ">=3.0.0b1"},
+    install={
+        "flash-attn-3": "Build hopper/ of https://github.com/Dao-AILab/flash-attention; "
+        'or, for Hopper and bfloat16, pip install "fa3-fwd>=0.0.3"'
+    },
 )
 # The wheel on PyPI: Hopper and bfloat16 alone.
 FROM_PYPI = replace(

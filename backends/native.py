@@ -37,13 +37,13 @@ def aligned_bias(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tenso
         return None
     if is_one(bias.shape[-1]):
         bias = bias.expand(*bias.shape[:-1], call.kv_len)
-    if not holds(call.kv_len % 16 == 0):
+    if not holds(call.kv_len % 16 == 0):  # padding copies, so that the last stride is 1 too
         missing: Any = (0, 16 - call.kv_len % 16)
         bias = torch.nn.functional.pad(bias, missing)[..., : call.kv_len]
-    elif not all(
+    elif not known(bias.stride(-1) == 1) or not all(
         size == 1 or known(stride % 16 == 0) for size, stride in zip(bias.shape, bias.stride()[:-1], strict=False)
     ):
-        bias = bias.contiguous()
+        bias = bias.clone(memory_format=torch.contiguous_format)
     return bias.expand(call.batch, call.heads, call.q_len, call.kv_len)
 
 
@@ -261,6 +261,7 @@ CUDNN = Backend(
     backward=True,
     deterministic=False,
     requires={"cudnn": ">=9.0"},
+    install={"cudnn": "Use a build of PyTorch with cuDNN 9 or newer"},
     checks=(cudnn_dropout, cudnn_head_dim, cudnn_length),
     prepare=full_bias,
     tested="sm_90",

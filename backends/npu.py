@@ -6,7 +6,8 @@ the same schema that computes what this document says:
     softmax(masked(scale * (pse + query key^T), atten_mask)) value
 
 So, unlike SDPA's, a bias is scaled with the scores, a mask is True where a key does *not* take part, and the scale is 1 if it
-is not given.
+is not given. Rows without any key are right with `inner_precise=2` and a mask; of a bias of -inf nothing is said, so it is cut
+off at a finite value, and rows of nothing else are set to zero.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ..calls import AttentionCall, MaskKind
 from ..decisions import Code, Refused
 from ..machines import Machine
 from ..records import Backend, HeadDim
-from ..sizes import described, holds
+from ..sizes import described, holds, is_one
 from ..sources import Package
 
 UPPER_LEFT = 2  # sparse_mode: causal by a compressed mask of 2048 x 2048
@@ -31,7 +32,8 @@ COMPRESSED = 2048
 @dataclass(frozen=True)
 class Prepared:
     mask: Tensor | None = None  # bool, True: masked out; (batch or 1, heads or 1, q_len, kv_len), or the compressed one
-    bias: Tensor | None = None  # (batch or 1, heads, q_len, kv_len)
+    bias: Tensor | None = None  # finite; (batch or 1, heads, q_len, kv_len)
+    alive: Tensor | None = None  # of a bias, rows that have a key: (batch or 1, q_len or 1, heads or 1, 1)
 
 
 def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
@@ -40,8 +42,12 @@ def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
     if mask is None:
         return Prepared()
     if call.mask.is_boolean:
-        return Prepared(mask=torch.logical_not(mask).expand(*mask.shape[:2], call.q_len, call.kv_len).contiguous())
-    return Prepared(bias=mask.expand(mask.shape[0], call.heads, call.q_len, call.kv_len).contiguous())
+        # A batch of 1 with several heads is no shape that the operator documents.
+        batch = mask.shape[0] if is_one(mask.shape[1]) else call.batch
+        return Prepared(mask=torch.logical_not(mask).expand(batch, -1, call.q_len, call.kv_len).contiguous())
+    alive = (mask > float("-inf")).any(-1, keepdim=True).transpose(1, 2)
+    bias = mask.clamp(min=torch.finfo(mask.dtype).min)
+    return Prepared(bias=bias.expand(-1, call.heads, call.q_len, call.kv_len).contiguous(), alive=alive)
 
 
 def fusion_attention(
@@ -59,7 +65,9 @@ def fusion_attention(
         sparse_mode=UPPER_LEFT if call.mask.is_causal else 0,
         inner_precise=2 if call.mask.is_boolean else 0,  # 2: rows without any key are right
     )[0]  # fmt: skip
-    return output
+    if prepared.alive is None:
+        return output
+    return torch.where(prepared.alive, output, torch.zeros((), dtype=output.dtype, device=output.device))
 
 
 def at_most_256_heads(call: AttentionCall, machine: Machine) -> Refused | None:

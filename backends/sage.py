@@ -241,6 +241,7 @@ SAGE = Backend(
     tested="sm_90",
     source=Package("sageattention", "sageattention"),
     requires={"sageattention": ">=2.1.1"},
+    install={"sageattention": "Build https://github.com/thu-ml/SageAttention; on PyPI there is 1.x alone"},
 )
 SAGE_HUB = replace(
     SAGE,
@@ -300,6 +301,7 @@ def _pypi_1(record: Backend, op: Callable[..., Tensor]) -> Backend:
         checks=(as_many_queries_as_keys, whole_blocks_of_keys),
         library_check=None,
         requires={"sageattention": ">=1.0.6,<2"},
+        install={},
     )
 
 

@@ -18,7 +18,7 @@ from ..machines import Machine
 from ..records import Backend, HeadDim
 from ..sizes import holds
 from ..sources import Package
-from .native import aligned_bias
+from .native import aligned_bias, rows_of_the_bias
 
 
 def forward(
@@ -122,7 +122,7 @@ XFORMERS = Backend(
     value_dim=True,
     backward=True,
     layout="bshd",
-    checks=(not_deterministic_backward, grouped_heads),
+    checks=(not_deterministic_backward, grouped_heads, rows_of_the_bias),
     prepare=aligned_bias,
     tested="sm_90",
     source=Package("xformers", "xformers.ops"),

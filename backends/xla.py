@@ -3,8 +3,9 @@
 No TPU was at hand: the kernel was run in Pallas' interpret mode, and this record with a stand-in that does what it did there
 (docs/xla-and-npu.md). Tensors are (batch, heads, length, dim). What it does otherwise than SDPA, and what is done about it:
 
-* It scales its bias with the scores, softmax(sm_scale * (q k^T + ab)), and -inf in the bias gives NaN: the bias is divided by
-  the scale beforehand, in float32, and cut off at a finite value.
+* It scales its bias with the scores, softmax(sm_scale * (q k^T + ab)): where there is a bias the scale goes into the query.
+  (Divided by the scale beforehand, a bias overflows, and its sign turns with that of the scale.)
+* -inf in the bias gives NaN: the bias is cut off at a finite value.
 * A row whose keys are all masked gives the mean of the values: it is set to zero, as in SDPA.
 * With more than 512 keys that are no multiple of 512 it counts the missing ones as zeros that take part, silently; with segment
   ids it wants multiples of 128: keys are padded, and segment ids hide the padding.
@@ -29,7 +30,7 @@ from ..sources import Package
 from .native import additive
 
 BLOCK, SMALL = 512, 128  # keys are read in blocks of 512; fewer in multiples of 128 where there are segment ids
-FAR = -1e30  # exp() of it is 0, and it can be scaled
+FAR = -1e30  # exp() of it is 0
 
 
 def forward(
@@ -65,7 +66,7 @@ class Prepared:
     missing: Any = 0
     q_ids: Tensor | None = None  # (batch, q_len), all 0
     kv_ids: Tensor | None = None  # (batch, kv_len + missing), 0 for keys that take part, 1 for the others
-    bias: Tensor | None = None  # float32, divided by the scale; (batch, heads, q_len, kv_len + missing)
+    bias: Tensor | None = None  # float32, finite; (batch, heads, q_len, kv_len + missing)
     alive: Tensor | None = None  # rows that have a key: (batch or 1, heads or 1, q_len or 1, 1)
 
 
@@ -81,7 +82,7 @@ def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
     elif mask is not None:
         wide = cast(Tensor, additive(mask, key, call)).float()
         alive = (wide > float("-inf")).any(-1, keepdim=True)
-        bias = (wide / scale_of(call)).clamp(min=FAR).expand(batch, heads, q_len, kv_len)
+        bias = wide.clamp(min=FAR).expand(batch, heads, q_len, kv_len)
         bias = pad(bias, (0, missing))
     if kv_ids is None and missing != 0:
         kv_ids = pad(torch.zeros(batch, kv_len, dtype=torch.int32, device=key.device), (0, missing), value=1)
@@ -109,23 +110,16 @@ def flash(
 ) -> Tensor:
     if prepared.kv_ids is not None:
         key, value = (pad(tensor, (0, 0, 0, prepared.missing)) for tensor in (key, value))
+    scale = float(cast(int, call.head_dim)) ** -0.5 if call.scale is None else call.scale
+    if prepared.bias is not None:
+        query, scale = query * scale, 1.0
     output: Tensor = XLA_OP(
-        query, key, value, prepared.q_ids, prepared.kv_ids, prepared.bias, call.mask.is_causal, scale_of(call),
+        query, key, value, prepared.q_ids, prepared.kv_ids, prepared.bias, call.mask.is_causal, scale,
         needs_grad=False, origin=origin,
     )  # fmt: skip
     if prepared.alive is None:
         return output
     return torch.where(prepared.alive, output, torch.zeros((), dtype=output.dtype, device=output.device))
-
-
-def scale_of(call: AttentionCall) -> float:
-    return float(cast(int, call.head_dim)) ** -0.5 if call.scale is None else call.scale
-
-
-def a_bias_that_can_be_divided(call: AttentionCall, machine: Machine) -> Refused | None:
-    if call.scale != 0 or not call.mask.is_tensor:
-        return None
-    return Refused(Code.SCALE, "_native_xla takes no mask with a scale of 0", "Choose another kernel")
 
 
 def head_dim_of_long_sequences(call: AttentionCall, machine: Machine) -> Refused | None:
@@ -150,7 +144,7 @@ XLA = Backend(
         {MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.KEY_PADDING, MaskKind.BOOLEAN, MaskKind.ADDITIVE}
     ),
     mask_dtypes=frozenset({"float16", "bfloat16", "float32"}),
-    checks=(a_bias_that_can_be_divided, head_dim_of_long_sequences),
+    checks=(head_dim_of_long_sequences,),
     prepare=prepare,
     steps=steps,
     tested="interpreter",

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from ..calls import AttentionCall, Mask, MaskKind
-from ..graphs import MHA, OPAQUE_TARGETS, SDPA_TARGETS, site_name, value_of, with_transforms
+from ..emitting import EMITTED
+from ..graphs import (
+    MHA,
+    OPAQUE_TARGETS,
+    SDPA_TARGETS,
+    Surroundings,
+    site_name,
+    value_of,
+    with_surroundings,
+)
+from ..mutations import Writes
 from ..sizes import Size, holds, known
-from .context import Context, Found
+from ..spellings import spelled
+from .context import Context, Found, MaskTerm, Operand, Operands
+from .fused_kernels import FUSED_TARGETS, LOWER_RIGHT, fused_arguments
+from .masks import is_key_padding, mask_of
+from .recognise import Recognised, recognise
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 _LINEAR = frozenset({torch._C._nn.linear, torch.ops.aten.linear.default, torch.conv2d, torch.conv1d, torch.conv3d})
@@ -20,20 +37,38 @@ _LINEAR = frozenset({torch._C._nn.linear, torch.ops.aten.linear.default, torch.c
 def find_calls(graph_module: GraphModule, context: Context) -> int:
     """Fills `context.found`, in the order of the graph.
 
-    Every call form counts: positional, keyword or mixed arguments, ranks 2 to 5 and above, grouped heads, masks of any
-    rank, and the fused multi-head kernels of `torch.nn`, which cannot be swapped and are reported with the reason.
+    Every form counts: SDPA's positional, keyword or mixed arguments, ranks 2 to 5 and above, grouped heads, masks of any
+    rank; attention that is spelled out in tensor operations (recognise.py); the kernels that PyTorch has chosen in a program
+    that was lowered before (fused_kernels.py); and the fused multi-head kernels of `torch.nn`, which cannot be swapped and
+    are reported with the reason.
     """
     origins = Origins()
-    for node, transform in with_transforms(graph_module):
-        if node.op != "call_function":
+    spelled_out = _spelled_out(graph_module)
+    for node, inside in with_surroundings(graph_module, context.surroundings):
+        if node.op not in ("call_function", "call_method"):
             continue
-        if node.target in SDPA_TARGETS:
-            context.found.append(
-                Found(node, _read(node, transform or context.obstacle, _unique(node, context), origins))
-            )
+        if node in spelled_out:
+            context.found.append(_found(spelled_out[node], inside, _unique(node, context), origins))
+        elif node.target in SDPA_TARGETS:
+            call, operands = _read(node, inside, _unique(node, context), origins)
+            context.found.append(Found(node, call, operands))
+        elif node.target in FUSED_TARGETS and EMITTED not in node.meta:
+            context.found.append(_read_fused(node, inside, _unique(node, context), origins))
         elif node.target in OPAQUE_TARGETS:
             context.found.append(Found(node, _read_opaque(node, _unique(node, context))))
     return len(context.found)
+
+
+def _spelled_out(graph_module: GraphModule) -> dict[Node, Recognised]:
+    """What `recognise` finds, by the node that gives the output."""
+    found: dict[Node, Recognised] = {}
+    writes = None
+    for node in graph_module.graph.nodes:
+        if node.op in ("call_function", "call_method") and spelled(node) == "softmax":
+            writes = writes or Writes(graph_module)
+            if (site := recognise(node, writes)) is not None:
+                found[site.node] = site
+    return found
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -58,19 +93,116 @@ def _unique(node: Node, context: Context) -> str:
     return name if context.names[name] == 1 else f"{name}#{context.names[name]}"
 
 
-def _read(node: Node, transform: str | None, site: str, origins: Origins) -> AttentionCall:
+def _read(node: Node, inside: Surroundings, site: str, origins: Origins) -> tuple[AttentionCall, Operands | None]:
     given = arguments(node)
     query, key, value = (value_of(given[name]) for name in ("query", "key", "value"))
-    output = value_of(node)
     mask = value_of(given["attn_mask"])
-    obstacle = transform or _obstacle(given, query, key, value, mask)
+    obstacle = inside.transform or _obstacle(given, query, key, value, mask)
+    terms: tuple[MaskTerm, ...] = ()
+    if isinstance(given["attn_mask"], Node):
+        boolean = mask.dtype == torch.bool
+        terms = (MaskTerm(Operand(given["attn_mask"]), *(("keep", -math.inf) if boolean else ("add", 1.0))),)
+    operands = None
+    if all(isinstance(given[name], Node) for name in ("query", "key", "value")):
+        of_query, of_key, of_value = (Operand(given[name]) for name in ("query", "key", "value"))
+        operands = Operands(of_query, of_key, of_value, terms, grouped=given["enable_gqa"] is True)
+    output = value_of(node)
+    return _call(
+        site,
+        (query, key, value),
+        output,
+        output.dtype,
+        _mask(mask, given["is_causal"], query, output, inside.autocasts(query.device.type)),
+        grouped=bool(given["enable_gqa"]),
+        scale=given["scale"] if not isinstance(given["scale"], Node) else None,
+        dropout=float(given["dropout_p"]) if not isinstance(given["dropout_p"], Node) else 0.0,
+        role=_role(given["query"], given["key"], query, key, origins),
+        obstacle=obstacle,
+    ), operands
 
+
+def _found(site: Recognised, inside: Surroundings, name: str, origins: Origins) -> Found:
+    """What was recognised, as a call."""
+    output = value_of(site.node)
+    obstacle = inside.transform or site.obstacle
+    operands = site.operands
+    if operands is None:
+        scores = value_of(site.softmax)
+        batch: Size = 1
+        for size in scores.shape[:-3]:
+            batch = batch * size
+        heads: Size = scores.shape[-3] if scores.dim() > 2 else 1
+        call = AttentionCall(
+            name, batch, heads, heads, scores.shape[-2], scores.shape[-1], *site.sizes, _name(site.dtype),
+            scores.device.type, needs_grad=output.requires_grad, obstacle=obstacle, form="operations",
+        )  # fmt: skip
+        return Found(site.node, call)
+    tensors = [each.value for each in (operands.query, operands.key, operands.value)]
+    query, key, _ = tensors
+    head_dim = query.shape[-1]
+    standard = isinstance(head_dim, int) and head_dim > 0 and math.isclose(site.scale, head_dim**-0.5, rel_tol=1e-12)
+    call = _call(
+        name,
+        tensors,
+        output,
+        site.dtype,
+        mask_of(operands.mask, site.dtype, query, output),
+        grouped=operands.grouped,
+        scale=None if standard else site.scale,
+        dropout=site.dropout,
+        role=_role(operands.query.node, operands.key.node, query, key, origins),
+        obstacle=obstacle or _subclass(tensors),
+    )
+    return Found(site.node, replace(call, form="operations"), operands, site.chain)
+
+
+def _read_fused(node: Node, inside: Surroundings, site: str, origins: Origins) -> Found:
+    """A kernel that PyTorch has chosen: the call that it was."""
+    given = fused_arguments(node)
+    query, key, value = (value_of(given[name]) for name in ("query", "key", "value"))
+    bias = given["bias"]
+    mask = value_of(bias)
+    output = value_of(node)[0]
+    terms = (MaskTerm(Operand(bias), "add", 1.0),) if isinstance(bias, Node) else ()
+    found = _mask(mask, given["is_causal"], query, output, autocast=False)
+    if given["is_causal"] is True and node.target in LOWER_RIGHT:
+        found = Mask(MaskKind.CAUSAL_LOWER_RIGHT)
+    of_query, of_key, of_value = (Operand(given[name]) for name in ("query", "key", "value"))
+    operands = Operands(of_query, of_key, of_value, terms, grouped=True)
+    call = _call(
+        site,
+        (query, key, value),
+        output,
+        output.dtype,
+        found,
+        grouped=True,
+        scale=given["scale"],
+        dropout=float(given["dropout_p"]),
+        role=_role(given["query"], given["key"], query, key, origins),
+        obstacle=inside.transform or given["obstacle"] or _subclass((query, key, value)),
+    )
+    return Found(node, replace(call, form="kernel"), operands)
+
+
+def _call(
+    site: str,
+    tensors: Sequence[torch.Tensor],
+    output: torch.Tensor,
+    dtype: torch.dtype,
+    mask: Mask,
+    grouped: bool,
+    scale: float | None,
+    dropout: float,
+    role: str,
+    obstacle: str | None,
+) -> AttentionCall:
+    query, key, value = tensors
     shaping = (query, key, value) if obstacle is None else (query,)  # sizes that stay as they are need not fit
     batch: Size = 1
     for size in leading(*shaping):
         batch = batch * size
     heads: tuple[Size, ...] = tuple(tensor.shape[-3] if tensor.dim() > 3 else 1 for tensor in (query, key, value))
-    if obstacle is None and not given["enable_gqa"]:  # heads broadcast as matmul does
+    if obstacle is None and not grouped:  # heads broadcast as matmul does
         everywhere = torch.broadcast_shapes(*((size,) for size in heads))[0]
         heads = (everywhere, everywhere, everywhere)
     elif obstacle is None and not holds(heads[1] == heads[2]):
@@ -85,14 +217,14 @@ def _read(node: Node, transform: str | None, site: str, origins: Origins) -> Att
         kv_len=key.shape[-2],
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
-        dtype=_name(output.dtype),
+        dtype=_name(dtype),
         device=query.device.type,
-        mask=_mask(mask, given["is_causal"], query, output.dtype),
-        scale=given["scale"] if not isinstance(given["scale"], Node) else None,
-        dropout=float(given["dropout_p"]) if not isinstance(given["dropout_p"], Node) else 0.0,
+        mask=mask,
+        scale=scale,
+        dropout=dropout,
         needs_grad=output.requires_grad,
         layout=_layout(query),
-        role=_role(given, query, key, origins),
+        role=role,
         deterministic=torch.are_deterministic_algorithms_enabled(),
         obstacle=obstacle,
     )
@@ -111,11 +243,16 @@ def _obstacle(given: dict[str, Any], query: Any, key: Any, value: Any, mask: Any
         return "it has both attn_mask and is_causal=True"
     if given["enable_gqa"] is True and query.dim() == 3:
         return "it shares key heads among tensors of rank 3"
-    for tensor in (query, key, value):
+    return _subclass((query, key, value))
+
+
+def _subclass(tensors: Sequence[torch.Tensor]) -> str | None:
+    ranks = [tensor.dim() for tensor in tensors]
+    for tensor in tensors:
         if tensor.is_nested:
             return "its tensors are nested"
-        if tensor.dim() != query.dim():
-            return f"its tensors have different ranks ({query.dim()}, {key.dim()}, {value.dim()})"
+        if tensor.dim() != ranks[0]:
+            return f"its tensors have different ranks ({', '.join(map(str, ranks))})"
         if type(tensor) not in _PLAIN:
             return f"it works on a tensor subclass ({type(tensor).__name__})"
         if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -126,21 +263,16 @@ def _obstacle(given: dict[str, Any], query: Any, key: Any, value: Any, mask: Any
 _PLAIN = {torch.Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor}
 
 
-def _mask(mask: Any, is_causal: Any, query: torch.Tensor, computed: torch.dtype) -> Mask:
+def _mask(mask: Any, is_causal: Any, query: torch.Tensor, output: torch.Tensor, autocast: bool) -> Mask:
     if mask is None:
         return Mask(MaskKind.CAUSAL_UPPER_LEFT if is_causal is True else MaskKind.NONE)
     kind = MaskKind.ADDITIVE
     if mask.dtype == torch.bool:
-        kind = MaskKind.KEY_PADDING if _is_key_padding(mask, query) else MaskKind.BOOLEAN
-    # Under autocast SDPA casts a floating mask with the rest.
-    autocast = query.dtype != computed and kind is MaskKind.ADDITIVE
-    return Mask(kind, _name(computed if autocast else mask.dtype), tuple(mask.shape), mask.requires_grad)
-
-
-def _is_key_padding(mask: torch.Tensor, query: torch.Tensor) -> bool:
-    """Whether a boolean mask is the same for every head and query by its shape and strides alone."""
-    shared = (-2, -3) if query.dim() > 3 else (-2,)
-    return all(known(mask.shape[dim] == 1) or known(mask.stride(dim) == 0) for dim in shared if -dim <= mask.dim())
+        kind = MaskKind.KEY_PADDING if is_key_padding(mask, query) else MaskKind.BOOLEAN
+    # SDPA's autocast takes a floating mask with the rest, and leaves float64 alone.
+    cast = autocast and kind is MaskKind.ADDITIVE and torch.float64 not in (mask.dtype, output.dtype)
+    learned = mask.requires_grad and output.requires_grad  # under no_grad a parameter requires one too
+    return Mask(kind, _name(output.dtype if cast else mask.dtype), tuple(mask.shape), learned)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -160,12 +292,12 @@ def _layout(query: torch.Tensor) -> str:
     return "strided"
 
 
-def _role(given: dict[str, Any], query: torch.Tensor, key: torch.Tensor, origins: Origins) -> str:
+def _role(asking: Any, answering: Any, query: torch.Tensor, key: torch.Tensor, origins: Origins) -> str:
     """self or cross: whether keys are projected from a tensor that queries are projected from too.
 
     Where no projection is in the graph, lengths decide.
     """
-    asked, answered = origins.of(given["query"]), origins.of(given["key"])
+    asked, answered = origins.of(asking), origins.of(answering)
     if asked and answered:
         return "self" if asked & answered else "cross"
     return "self" if known(query.shape[-2] == key.shape[-2]) else "cross"

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from ..calls import AttentionCall
+from ..axes import applied
+from ..calls import AttentionCall, Mask
 from ..decisions import Accepted, Step
 from ..emitting import Emitter
-from ..graphs import storage_of, value_of, written_by
+from ..graphs import SDPA, value_of
 from ..mask_building import built
+from ..mutations import storage_of, written_storages
 from ..ops import Origin
 from ..plans import Site
 from ..reasons import cast_to
 from ..records import Backend
-from ..sizes import holds
+from ..sizes import holds, known
+from ..spellings import spelled
 from ..strides import restrided, same_strides, strides_matter
-from .context import Context, Found
-from .find_calls import arguments, leading
+from .context import Context, Found, Operand, Operands
+from .find_calls import leading
+from .masks import build_mask
+
+CHECK = "_assert_tensor_metadata"  # torch.export writes one behind each cast
 
 
 def swap_kernels(graph_module: GraphModule, context: Context) -> int:
@@ -28,44 +35,122 @@ def swap_kernels(graph_module: GraphModule, context: Context) -> int:
 
     sdpa(q, k, v, boolean_mask)  ->  bias = where(mask, 0, -inf)  [once for all sites that read this mask]
                                      _scaled_dot_product_efficient_attention(q, k, v, bias, ...)[0]
+
+    softmax(q @ k.mT * scale) @ v  ->  the same; `native` makes it scaled_dot_product_attention(q, k, v, scale=scale).
     """
     emitter = Emitter(graph_module)
-    written = _written_to(graph_module)
+    written = written_storages(graph_module)
+    moved: dict[Node, Node] = {}  # the output of one attention may be an operand of the next
     swapped = 0
     for found in context.found:
-        if found.site is not None and (kernel := found.kernel) is not None:
-            _swap(found, found.site, kernel, emitter, written)
+        if found.site is not None and (kernel := found.kernel) is not None and found.operands is not None:
+            moved |= _swap(found, found.site, found.operands.moved(moved), kernel, emitter, written)
             swapped += 1
     return swapped
 
 
-def _swap(found: Found, site: Site, backend: Backend, emitter: Emitter, written: set[int]) -> None:
+def _swap(
+    found: Found, site: Site, operands: Operands, backend: Backend, emitter: Emitter, written: set[int]
+) -> dict[Node, Node]:
+    """Returns, for each node that held the attention's output, the one that does now."""
     node, call = found.node, found.call
-    given = arguments(node)
-    old: torch.Tensor = value_of(node)
-    with emitter.before(node, call.needs_grad):
-        query, key, value = (emitter.tensor(given[name]) for name in ("query", "key", "value"))
-        mask_node = given["attn_mask"]
-        mask = emitter.tensor(mask_node) if isinstance(mask_node, Node) else None
-        # A mask that the graph writes into may be another one at the next site: it is not shared.
-        shared = mask_node if mask is None or storage_of(mask) not in written else (mask_node, call.site)
-        accepted = Accepted(site.steps, site.form)
-        made = built(call, found.proof, site.form, mask, shared, emitter)
+    fused = call.form == "kernel"
+    old: torch.Tensor = value_of(node)[0] if fused else value_of(node)
+
+    def tensor(operand: Operand) -> torch.Tensor:
+        return applied(emitter.tensor(operand.node), operand.views)
+
+    with emitter.before(node, call.needs_grad, old):
+        query, key, value = (tensor(each) for each in (operands.query, operands.key, operands.value))
+        given, shared = _mask(operands, call, tensor, emitter, written)
+        made = built(call, found.proof, site.form, given, shared, emitter)
         if made.alive is not None:
             query = torch.where(made.alive, query, torch.zeros((), dtype=query.dtype, device=query.device))
-        output = launch(backend, made.call, accepted, site.source, query, key, value, made.mask, made.shared, emitter)
+        if backend.op is None:
+            output = _native(made.call, query, key, value, made.mask, emitter)
+        else:
+            accepted = Accepted(site.steps, site.form)
+            output = launch(
+                backend, made.call, accepted, site.source, query, key, value, made.mask, made.shared, emitter
+            )
         if made.queries is not None:
             output = torch.where(made.queries, output, torch.zeros((), dtype=output.dtype, device=output.device))
-        if (output.shape, output.dtype, output.device) != (old.shape, old.dtype, old.device):
+        output = applied(output, operands.result)
+        if not _same_form(output, old):
             raise RuntimeError(
                 f"the op of attention backend {backend.name!r} returned {_form(output)} at site {call.site!r}, "
                 f"where SDPA gives {_form(old)}: the record or its op is wrong"
             )
-        if not same_strides(output, old) and strides_matter(node):
+        outputs = [user for user in node.users if user.args[1] == 0] if fused else [node]
+        if not same_strides(output, old) and any(strides_matter(each, output, written) for each in outputs):
             output = restrided(output, old)
-    node.replace_all_uses_with(emitter.node(output))
+    for each in outputs:
+        each.replace_all_uses_with(emitter.node(output))
     found.node = emitter.node(output)
+    for user in list(node.users):  # members of a kernel's tuple, which nobody reads any more
+        emitter.graph.erase_node(user)
     emitter.graph.erase_node(node)
+    _erase([each for each in found.chain if each is not node], emitter.graph)
+    return {each: found.node for each in outputs}
+
+
+def _mask(
+    operands: Operands, call: AttentionCall, tensor: Any, emitter: Emitter, written: set[int]
+) -> tuple[Callable[[], torch.Tensor] | None, Any]:
+    """What makes the mask one tensor, and the key under which sites share what it becomes."""
+    if not operands.mask:
+        return None, None
+    nodes = [term.tensor.node for term in operands.mask]
+    shared: Any = (
+        tuple(nodes),
+        repr([(term.tensor.views, term.how, term.amount) for term in operands.mask]),
+        call.dtype,
+    )
+    # A mask that the graph writes into may be another one at the next site: it is not shared.
+    if any(storage_of(value_of(node)) in written for node in nodes):
+        shared = (shared, call.site)
+    (first, *rest) = operands.mask
+    if not rest and not first.tensor.views and call.form != "operations":
+        return lambda: emitter.tensor(first.tensor.node), shared
+
+    def build() -> torch.Tensor:
+        mask: torch.Tensor = emitter.once(
+            ("mask", shared), lambda: build_mask(operands.mask, getattr(torch, call.dtype), tensor)
+        )
+        return mask
+
+    return build, shared
+
+
+def _native(
+    call: AttentionCall,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    emitter: Any,
+) -> torch.Tensor:
+    """One call of PyTorch, which then chooses, where the model has spelled the attention out."""
+    query, key, value = (_cast(each, call.dtype) for each in (query, key, value))
+    sdpa = SDPA if emitter.key == "example_value" else torch.ops.aten.scaled_dot_product_attention.default
+    arguments: dict[str, Any] = {"dropout_p": call.dropout, "scale": call.scale}
+    if call.mask.is_causal:
+        arguments["is_causal"] = True
+    if query.dim() > 3 and not known(call.heads == call.kv_heads):
+        arguments["enable_gqa"] = True
+    output: torch.Tensor = sdpa(query, key, value, mask, **arguments)
+    return output
+
+
+def _erase(chain: Sequence[Node], graph: Graph) -> None:
+    """Erases what only the swapped attention was computed by: of `chain`, the nodes that nobody reads any more."""
+    waiting = [node for node in dict.fromkeys(chain) if node.op != "placeholder"]
+    while dead := [node for node in waiting if all(spelled(user) == CHECK for user in node.users)]:
+        for node in dead:
+            for check in list(node.users):
+                graph.erase_node(check)
+            graph.erase_node(node)
+        waiting = [node for node in waiting if node not in dead]
 
 
 def launch(
@@ -91,11 +176,14 @@ def launch(
     key, value = (_rank4(tensor, call.batch, call.kv_heads, shape) for tensor in (key, value))
     call, query, key, value = _padded(accepted, call, query, key, value)
 
-    def prepare() -> Any:
-        wide = None if mask is None else _mask_rank4(_cast(mask, call.mask.dtype), call, shape)
-        return backend.prepare(wide, key, call) if backend.prepare else wide
+    # What a prepared mask may depend on besides the mask: it is shared, so no more than this is shown to `prepare`.
+    about = replace(call, site="", role="", layout="", scale=None, dropout=0.0)
 
-    prepared = emitter.once((backend.prepare, shared, _prepared_for(call)), prepare)
+    def prepare() -> Any:
+        wide = None if mask is None else _mask_rank4(_cast_mask(mask, call.mask, cast is not None), call, shape)
+        return backend.prepare(wide, key, about) if backend.prepare else wide
+
+    prepared = emitter.once((backend.prepare, shared, key.device, repr(about.described())), prepare)
     if backend.layout == "bshd":
         query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     query, key, value = (
@@ -117,6 +205,16 @@ def _cast(tensor: torch.Tensor, dtype: str | None) -> torch.Tensor:
     """Under autocast SDPA casts what is floating; an op of ours is not on autocast's list, so the cast is written out."""
     wanted = getattr(torch, str(dtype))
     return tensor if tensor.dtype == wanted else tensor.to(wanted)
+
+
+def _cast_mask(mask: torch.Tensor, wanted: Mask, chosen: bool) -> torch.Tensor:
+    """As SDPA does under autocast; where the policy chose the cast, what was finite stays so: in a row that is masked with
+    finfo.min throughout -inf would leave no key at all."""
+    dtype = getattr(torch, str(wanted.dtype))
+    if chosen and mask.is_floating_point() and mask.dtype != dtype:
+        limit = torch.finfo(dtype).max
+        mask = torch.where(mask.isinf(), mask, mask.clamp(-limit, limit))
+    return _cast(mask, wanted.dtype)
 
 
 def _rank4(tensor: torch.Tensor, batch: Any, heads: Any, shape: Any) -> torch.Tensor:
@@ -159,15 +257,8 @@ def _padded(
     return call, pad(query, heads), pad(key, heads), pad(value, values)
 
 
-def _prepared_for(call: AttentionCall) -> str:
-    """What a prepared mask depends on besides the mask: all of the call but its name and the tensors' own matters."""
-    return repr(replace(call, site="", role="", layout="", scale=None, dropout=0.0).described())
-
-
-def _written_to(graph_module: GraphModule) -> set[int]:
-    """The storages that some node of the graph writes into: methods like `fill_`, `x[i] = y`, `x += y`, `out=`."""
-    nodes = (target for node in graph_module.graph.nodes for target in written_by(node))
-    return {storage for node in nodes if (storage := storage_of(value_of(node))) is not None}
+def _same_form(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
 def _form(tensor: torch.Tensor) -> str:

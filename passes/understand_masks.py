@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from ..calls import AttentionCall, Mask, MaskKind
 from ..graphs import value_of
 from ..index_expressions import Index, at_least_zero, axis, exchanged, index_of
 from ..mask_building import Home, Proof
-from ..mask_expressions import Expressions, Value
+from ..mask_expressions import Expressions, Value, rounded
 from ..mask_reading import Reader, Unstable, is_plain
-from .context import Context, Found
-from .find_calls import arguments
+from ..mask_views import before_views
+from .context import Context, Found, MaskTerm, Operands
 
 # A number that hides a key, as the models have it: -10000 (-9984 in bfloat16), -1e9, finfo.min. A key behind it takes part
 # only if its score is larger than all others by about as much. Smaller numbers are biases.
@@ -40,31 +41,59 @@ def understand_masks(graph_module: GraphModule, context: Context) -> int:
         mask = found.call.mask
         if found.call.obstacle is not None or not mask.is_tensor or mask.needs_grad:
             continue
-        node = arguments(found.node)["attn_mask"]
-        if isinstance(node, Node):
+        if found.operands is not None and found.operands.mask:
             reader = reader or Reader(graph_module)
-            understood += _understand(found, node, reader)
+            understood += _understand(found, found.operands, reader)
     return understood
 
 
-def _understand(found: Found, node: Node, reader: Reader) -> bool:
-    tensor: torch.Tensor = value_of(node)
-    rank = tensor.dim()
-    indices = tuple(axis(dim - rank, index_of(size)) for dim, size in enumerate(tensor.shape))
+def _understand(found: Found, operands: Operands, reader: Reader) -> bool:
     try:
-        value = reader.element(node, indices, found.node)
+        value = _together(operands.mask, found, reader)
     except Unstable:
         return False
+    if value is None:
+        return False
     given = found.call.mask
-    if tensor.dtype != torch.bool and given.dtype is not None:  # under autocast SDPA casts it, and -3.4e38 becomes -inf
-        value = reader.expressions.cast(value, getattr(torch, given.dtype)) or value
-    query: torch.Tensor = value_of(arguments(found.node)["query"])
+    query = operands.query.value
     facts = _facts(value, found.call, query.dim(), reader)
     found.proof = Proof(value, facts.keep, facts.keys, facts.queries)
     if facts.mask is None or facts.mask.kind is given.kind:
         return False
     found.call = replace(found.call, mask=facts.mask)
     return True
+
+
+def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Value | None:
+    """An element of the mask that `masks.build_mask` makes of the terms; None where it is not known."""
+    make, wanted = reader.expressions, getattr(torch, str(found.call.mask.dtype))
+    total: Value | None = None
+    for term in terms:
+        viewed = term.tensor.value
+        indices: tuple[Index, ...] = tuple(
+            axis(dim - viewed.dim(), index_of(size)) for dim, size in enumerate(viewed.shape)
+        )
+        value: Value | None = reader.element(
+            term.tensor.node, before_views(value_of(term.tensor.node), term.tensor.views, indices), found.node
+        )
+        assert value is not None
+        if term.how == "add":
+            if viewed.dtype != wanted:  # under autocast SDPA casts it, and -3.4e38 becomes -inf
+                value = make.cast(value, wanted) or (value if len(terms) == 1 and term.amount == 1 else None)
+            if value is not None and term.amount != 1:
+                value = make.arithmetic(operator.mul, (value, make.constant(term.amount)), wanted)
+            if value is not None and total is not None:
+                value = make.arithmetic(operator.add, (total, value), wanted)
+            if value is None:
+                return None
+            total = value
+            continue
+        keep = value if term.how == "keep" else make.not_(value)
+        if wanted == torch.bool:
+            total = keep if total is None else make.and_(total, keep)
+        else:
+            total = make.select(keep, total or make.constant(0.0), make.constant(rounded(term.amount, wanted)))
+    return total
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,15 @@ def test_packages(record):
             assert refused.code is code
             assert f"{package}{specifier}" in refused.detail
             assert (version or "not installed") in refused.detail
-            assert refused.fix == f'pip install "{package}{specifier}"'
+            assert refused.fix == record.install.get(package, f'pip install "{package}{specifier}"')
+
+
+def test_what_pip_does_not_have_says_how_to_get_it():
+    """On PyPI there is no flash-attn-3, no cudnn, and of sageattention 1.x alone."""
+    for record in RECORDS:
+        for package, specifier in record.requires.items():
+            known = package in {"flash-attn-3", "cudnn"} or (package == "sageattention" and "<2" not in specifier)
+            assert (package in record.install) == known, record
 
 
 TOY = Backend(
@@ -389,6 +397,14 @@ def test_rules_of_a_plan():
         ("_native_math", "cross"),
         ("flex", "head.*"),
     ]
+
+
+def test_rules_by_mask():
+    """A mask that is dropped, or causal, is none that a kernel has to read."""
+    kinds = (MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.KEY_PADDING, MaskKind.ADDITIVE)
+    calls = [replace(CALL, mask=Mask(kind, "bfloat16", (2, 1, 1, 64))) for kind in kinds]
+    for rule, expected in (("masked", [None, None, "masked", "masked"]), ("unmasked", ["unmasked"] * 2 + [None] * 2)):
+        assert [site.rule for site in a_plan(*calls, rules={rule: "_native_math"}).sites] == expected
 
 
 def test_a_strict_plan_names_sites_and_reasons():

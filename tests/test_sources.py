@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -331,6 +332,38 @@ def test_a_kernel_that_does_not_import(hub):
         refused = refusal(FLASH_3, trust=True)
         assert (refused.code, words in refused.detail) == (Code.BROKEN, True)
         shutil.rmtree(hub.cache)  # the download was whole, and stayed
+
+
+def test_a_download_that_breaks_off_beside_another(hub, monkeypatch):
+    """Two ranks of one job: what is new in the cache when one fails may be the other's."""
+    import kernels
+
+    started, done = threading.Event(), threading.Event()
+    whole = hub.cache / "kernels--publisher--name/snapshots/abc/kernel.so"
+
+    def fails(repository, **_):
+        started.set()
+        done.wait(0.5)  # for nothing, if the other waits for its turn
+        raise ConnectionError("connection reset")
+
+    def succeeds(repository, **_):
+        whole.parent.mkdir(parents=True)
+        whole.write_text("a kernel")
+        done.set()
+        return SimpleNamespace(__file__=str(whole))
+
+    def other():
+        started.wait(5)
+        monkeypatch.setattr(kernels, "get_kernel", succeeds)
+        Hub("publisher/name", 1).fetch(True)
+
+    monkeypatch.setattr(kernels, "get_kernel", fails)
+    thread = threading.Thread(target=other)
+    thread.start()
+    with pytest.raises(SourceError, match="connection reset"):
+        Hub("publisher/name", 1).fetch(True)
+    thread.join()
+    assert whole.exists()
 
 
 def test_no_build_for_this_machine(hub):

@@ -42,3 +42,26 @@ def test_a_command_is_asked_for(capsys):
     with pytest.raises(SystemExit):
         main([])
     assert "info" in capsys.readouterr().err
+
+
+def test_explain_names_what_the_masks_of_the_bundled_model_are(capsys):
+    main(["explain", "--backend", "_native_math,flex"])
+    printed = capsys.readouterr().out
+    for site, words in {
+        "causal": "causal",
+        "prompt": "key padding (2, 12)",
+        "spelled_out": "key padding (2, 12)",
+        "joint": "key padding (2, 52)",
+        "outer": "padding of queries and keys",
+        "positions": "additive (4, 40, 40)",
+    }.items():
+        (line,) = [line for line in printed.splitlines() if line.startswith(f"{site} ")]
+        assert words in line
+        assert line.endswith("_native_math")
+
+
+def test_explain_of_an_unknown_kernel(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["explain", "--backend", "_flash_9"])
+    assert caught.value.code == 2
+    assert "no attention backend is called '_flash_9'" in capsys.readouterr().err

@@ -166,6 +166,38 @@ def test_the_same_kernel_as_sdpa_chooses(kernel, choice):
         assert torch.equal(compiled(attend, kernel)[0](*tensors, *mask), expected)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "choice"),
+    [
+        ("_native_flash", SDPBackend.FLASH_ATTENTION),
+        ("_native_efficient", SDPBackend.EFFICIENT_ATTENTION),
+        ("_native_cudnn", SDPBackend.CUDNN_ATTENTION),
+    ],
+)
+def test_dropout(kernel, choice):
+    """From one seed the very weights are dropped that eager SDPA drops under sdpa_kernel, forward and backward."""
+
+    def grads(function):
+        leaves = [tensor.detach().requires_grad_() for tensor in tensors]
+        torch.manual_seed(3)
+        output = function(*leaves)
+        output.square().sum().backward()
+        return [output, *(leaf.grad for leaf in leaves)]
+
+    def dropped(*given):
+        return attend(*given, dropout_p=0.25)
+
+    tensors = gpu()
+    with sdpa_kernel(choice):
+        expected, undropped = grads(dropped), grads(attend)
+    run, backend = compiled(dropped, kernel)
+    found = grads(run)
+    assert backend.report.sites[0].chosen == kernel
+    assert relative(found[0], undropped[0]) > 0.1
+    for one, other in zip(found, expected, strict=True):
+        assert relative(one, other) < 1e-2
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_cuda_graphs(kernel):
     """mode="reduce-overhead" replays with new inputs."""

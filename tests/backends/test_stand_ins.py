@@ -181,6 +181,75 @@ def test_dense_masks(kernel, shape):
             refused(kernel, Code.MASK, *tensors, mask)
 
 
+def test_masks_with_strides(kernel):
+    """A mask that is a view, or expanded, along its last dimension."""
+    if MaskKind.ADDITIVE not in kernel.masks:
+        pytest.skip("takes no mask")
+    tensors = tensors_for(kernel, kv_len=32)
+    wide = torch.randn(2, 4, 7, 64, dtype=torch.bfloat16)
+    for mask in (wide[..., ::2], wide[:1, :1, :1, ::2], wide[:, :1, :, :1], wide[:, :1, :, :1].expand(2, 1, 7, 32)):
+        right(kernel, *tensors, mask)
+
+
+@pytest.mark.parametrize("fill", ["-inf", "lowest"])
+def test_rows_without_a_key(kernel, fill):
+    """A bias of -inf throughout gives zeros, the lowest number throughout the mean of the values."""
+    if MaskKind.ADDITIVE not in kernel.masks:
+        pytest.skip("takes no mask")
+    mask = torch.zeros(2, 1, 7, 11, dtype=torch.bfloat16)
+    mask[0, :, :, :4] = mask[1, :, :3] = float("-inf") if fill == "-inf" else torch.finfo(torch.bfloat16).min
+    _, output = right(kernel, *tensors_for(kernel, kv_len=11), mask)
+    assert (output[1, :3].abs().max() == 0) == (fill == "-inf")
+
+
+def test_one_mask_and_two_scales(kernel):
+    """What a mask becomes is shared by sites, whatever their scales are."""
+    if MaskKind.ADDITIVE not in kernel.masks:
+        pytest.skip("takes no mask")
+
+    def step(q, k, v, mask):
+        return (
+            attend(q, k, v, mask, scale=0.125)
+            + 2 * attend(q, k, v, mask, scale=1.0)
+            + attend(q, k, v, mask, scale=-0.3)
+        )
+
+    tensors = (*tensors_for(kernel), torch.randn(2, 1, 7, 11).bfloat16())
+    backend = compiler(kernel)
+    with torch.no_grad():
+        output = torch.compile(step, backend=backend, fullgraph=True)(*tensors)
+    assert {site.chosen for site in backend.report.sites} == {kernel.name}
+    assert relative(output, step(*map(doubled, tensors))) < HALF
+
+
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
+def test_lengths_that_the_data_decides(kernel):
+    """Right, or refused with the size in question: no guard can be made of it, and nothing fails."""
+
+    def keys(q, k, mask, index):
+        where = index.nonzero().squeeze(1)
+        torch._check(where.shape[0] >= 2)
+        return F.scaled_dot_product_attention(q, k[:, :, where], k[:, :, where], mask[..., where])
+
+    def queries(q, k, mask, index):
+        where = index.nonzero().squeeze(1)
+        torch._check(where.shape[0] >= 2)
+        return F.scaled_dot_product_attention(k[:, :, where], q, q)
+
+    query, key, _ = tensors_for(kernel, kv_len=64)
+    mask, index = torch.rand(2, 1, 7, 64) > 0.4, torch.tensor([1, 0, 0, 1] * 16)
+    for function in (keys, queries):
+        torch.compiler.reset()
+        backend = compiler(kernel)
+        with torch.no_grad():
+            output = torch.compile(function, backend=backend, fullgraph=True)(query, key, mask, index)
+        (site,) = backend.report.sites
+        expected = function(query.double(), key.double(), mask, index)
+        assert site.chosen or site.refusals[0][1].code in (Code.UNBACKED, Code.MASK, Code.LENGTH)
+        assert relative(output, expected) < max(HALF, kernel.tolerance.error)
+        assert output.stride() == function(query, key, mask, index).stride()
+
+
 @pytest.mark.parametrize("case", ["plain", "scale", "padded", "causal", "grouped", "key padding", "mask"])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_gradients(kernel, case, inner):
@@ -299,6 +368,16 @@ def test_cast(kernel):
     site, output = right(kernel, *tensors, cast="bfloat16")
     assert output.dtype is torch.float32
     assert [str(step) for step in site.steps] == ["cast: float32 to bfloat16"]
+
+
+@pytest.mark.parametrize("fill", [torch.finfo(torch.float32).min, float("-inf")])
+def test_cast_of_a_mask(kernel, fill):
+    """What is finite stays finite: the lowest float32 is -inf in bfloat16, and its rows would have no key at all."""
+    if MaskKind.ADDITIVE not in kernel.masks or "float32" in kernel.dtypes:
+        pytest.skip("casts no mask")
+    mask = torch.zeros(2, 1, 7, 11)
+    mask[0, :, :, :4] = mask[1, :, :3] = fill
+    right(kernel, *tensors_for(kernel, dtype=torch.float32), mask, cast="bfloat16")
 
 
 def test_numerics(record):

@@ -216,7 +216,7 @@ def test_dense_masks(record, shape):
             refused(record, Code.MASK, *gpu(record, kv_len=141), mask)
 
 
-@pytest.mark.parametrize("case", ["plain", "causal", "grouped", "key padding", "strided"])
+@pytest.mark.parametrize("case", ["plain", "scale", "padded", "causal", "grouped", "key padding", "strided"])
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 def test_gradients(record, case, inner):
     if not record.backward:
@@ -225,11 +225,13 @@ def test_gradients(record, case, inner):
         case == "grouped" and record.name == "xformers"
     ):
         pytest.skip("refused: tests/test_decisions.py")
-    tensors = gpu(record, q_len=128, kv_len=128, heads=8, kv_heads=2 if case == "grouped" else 8)
+    kv_heads, dim = 2 if case == "grouped" else 8, 60 if case == "padded" else 64
+    tensors = gpu(record, q_len=128, kv_len=128, heads=8, kv_heads=kv_heads, dim=dim)
     if case == "strided":
         tensors = layouts()["fused qkv"](2, 128, 128, 4, 64, torch.bfloat16)
     mask = [torch.rand(2, 1, 1, 128, device="cuda") > 0.3] if case == "key padding" else []
-    arguments = {"is_causal": case == "causal", "enable_gqa": case == "grouped"}
+    scale = 0.3 if case == "scale" else None
+    arguments = {"is_causal": case == "causal", "enable_gqa": case == "grouped", "scale": scale}
     exact = [tensor.double().detach().requires_grad_() for tensor in tensors]
     tensors = [tensor.detach().requires_grad_() for tensor in tensors]
     run, backend = compiled(lambda *given: attend(*given, **arguments), choice(record, inner))

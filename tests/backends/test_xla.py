@@ -119,6 +119,16 @@ def test_parity(interpreted, mask, kv_len):
     assert error < 1e-5
 
 
+@pytest.mark.parametrize("scale", [None, -0.3, 0.0])
+def test_a_mask_that_hides_whole_blocks(interpreted, scale):
+    """As a sliding window does: the first keys a row reads are all hidden. Whatever the sign of the scale."""
+    mask = torch.zeros(2, 1, 7, 1100)
+    mask[0, :, :, :600] = mask[:, :, 3, :512] = mask[1, :, 5] = float("-inf")
+    error, site = run(on_a_tpu(), *qkv(kv_len=1100, dim=20), mask, scale=scale)
+    assert site.chosen == "_native_xla", site.refusals
+    assert error < 1e-5
+
+
 @pytest.mark.parametrize("lengths", [(7, 11), (11, 7), (600, 600), (9, 1030)])
 def test_causal(interpreted, lengths):
     error, site = run(on_a_tpu(), *qkv(q_len=lengths[0], kv_len=lengths[1], heads=2, dim=20), is_causal=True)

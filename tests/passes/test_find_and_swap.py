@@ -1,14 +1,19 @@
 """Every form in which scaled_dot_product_attention is called is found, and read right."""
 
+import operator
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from parity import attend, compiled, qkv, relative, skip_if_fenced
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnrewrite
-from attnrewrite import MaskKind
+from attnrewrite import Machine, MaskKind, make_policy, records_of
+from attnrewrite.pipeline import rewrite_graph
 
 sdpa = F.scaled_dot_product_attention
 
@@ -191,6 +196,34 @@ def test_autocast_region(kernel, inner):
     assert relative(output, sdpa(*rounded)) < 1.2e-2
     (site,) = backend.report.sites
     assert (site.chosen, site.call.dtype, site.call.mask.dtype) == (kernel, "bfloat16", "bfloat16")
+
+
+def test_a_mask_under_autocast_is_cast_with_tensors_that_need_no_cast():
+    """The dtypes of the call do not show that autocast is on; the regions of the graph do, also of graphs below."""
+    mask = torch.randn(2, 1, 7, 11)
+
+    def inside(q, k, v, m):
+        return sdpa(q, k, v, m) + torch.utils.checkpoint.checkpoint(sdpa, q, k, v, m, use_reentrant=False)
+
+    def step(q, k, v, m):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast("cpu", enabled=False):
+                first = inside(q, k, v, m)
+            second = inside(q, k, v, m)
+        return first, second, inside(q, k, v, m)
+
+    class Step(torch.nn.Module):
+        def forward(self, *given):
+            return step(*given)
+
+    tensors = qkv(dtype=torch.bfloat16)
+    run, backend = compiled(step, "_native_math")
+    run(*tensors, mask)
+    dtypes = ["bfloat16"] * 2 + ["float32"] * 4
+    assert sorted(site.call.mask.dtype for site in backend.report.sites) == dtypes
+    exported = torch.export.export(Step(), (*tensors, mask))
+    plan = rewrite_graph(exported.graph_module, make_policy(["_native_math"]), swap=False).plan
+    assert sorted(site.call.mask.dtype for site in plan.sites) == dtypes
 
 
 def test_autocast_around_the_compiled_function():
@@ -446,6 +479,49 @@ def test_view_behind_a_kernel_of_another_layout():
     only_site(step, query, key, value, backend="_native_math")
 
 
+@pytest.mark.parametrize(
+    "tail",
+    [
+        lambda x: x.clone().as_strided((2, 7, 64), (448, 64, 1)),
+        lambda x: x.transpose(1, 2).reshape(2, 7, 4, 16).view(2, 7, 64),
+        lambda x: x.flatten(0, 0).transpose(1, 2).view(2, 7, 64),
+        lambda x: torch.einsum("bhsd->bshd", x).view(2, 7, 64),
+        lambda x: torch.cat([x.transpose(1, 2)], -1).add(1).transpose(1, 2).clone(),
+    ],
+    ids=["clone", "reshape", "flatten", "einsum", "cat"],
+)
+def test_what_passes_strides_on(tail):
+    """Something behind the attention keeps the order of memory for a reader behind it."""
+
+    def step(q, k, v):
+        return tail(sdpa(q, k, v))
+
+    query, key, value = qkv()
+    run, backend = compiled(step, "_native_math")
+    output, expected = run(query, key, value), step(query, key, value)
+    assert backend.report.sites[0].chosen == "_native_math"
+    assert relative(output, expected) < 1e-5
+    assert output.stride() == expected.stride()
+
+
+def test_a_copy_that_would_be_a_view():
+    """The CPU kernel's (B, S, H, D) memory makes of this reshape a view, math's (B, H, S, D) a copy: a write shows which."""
+
+    def step(q, k, v, weight):
+        output = sdpa(q, k, v)
+        output.reshape(2, 4, -1).add_(1.0)
+        return F.linear(output, weight)
+
+    tensors = (*qkv(), torch.randn(5, 16))
+    run, _ = compiled(step, "_native_math")
+    assert relative(run(*tensors), step(*tensors)) < 1e-5
+
+
+def test_no_copy_where_nobody_would_notice():
+    """What models do behind attention gives a dense tensor, whether it copies math's (B, H, S, D) memory or not."""
+    assert "contiguous" not in graph_of(attend, *qkv(), backend="_native_math")
+
+
 def test_returned_output_keeps_its_strides():
     query, key, value = qkv()
     run, _ = compiled(sdpa, "_native_math")
@@ -486,6 +562,104 @@ def test_a_mask_that_is_written_to_is_read_again():
     query, key, value = qkv()
     mask = torch.rand(2, 1, 7, 11) > 0.5
     assert relative(only(query, key, value, mask), step(query, key, value, mask)) < 1e-5
+
+
+@torch.library.custom_op("attnrewrite_tests::hide", mutates_args=("mask",))
+def hide(mask: torch.Tensor) -> None:
+    mask[..., 3:] = 0
+
+
+@hide.register_fake
+def _(mask):
+    return None
+
+
+@torch.compiler.allow_in_graph
+def hide_unseen(mask):
+    mask[..., 3:] = 0
+    return mask
+
+
+WRITES = {
+    "custom op": hide,
+    "allowed in graph": hide_unseen,
+    "inplace=": lambda mask: F.relu(mask, inplace=True),
+    "inplace by position": lambda mask: F.elu(mask, 1.0, True),
+    "foreach": lambda mask: torch._foreach_mul_([mask], -3.0),
+    "out=": lambda mask: torch.add(mask, 5.0, out=mask),
+    "+=": lambda mask: operator.iadd(mask, torch.arange(11.0)),
+    "function": torch.relu_,
+    "of a view": lambda mask: mask[..., 2:].mul_(-2),
+    "aten": lambda mask: torch.ops.aten.mul_(mask, -3.0),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_every_kind_of_write_is_noticed(write):
+    def step(q, k, v, mask):
+        mask = mask.clone()
+        first = sdpa(q, k, v, mask)
+        WRITES[write](mask)
+        return first + 2 * sdpa(q, k, v, mask)
+
+    query, key, value = qkv()
+    mask = torch.randn(2, 1, 7, 11)
+    copies = replace(records_of("_native_math")[0], prepare=lambda mask, key, call: mask.clone())
+    run, backend = compiled(step, copies)
+    assert relative(run(query, key, value, mask), step(query, key, value, mask)) < 1e-5
+    assert all(site.chosen for site in backend.report.sites)
+
+
+def biases(step, *tensors):
+    """How many boolean masks become a bias in the graph."""
+    return graph_of(step, *tensors, backend="_native_math").count("where")
+
+
+def test_what_is_only_read_is_shared():
+    """The other way round: an op that writes elsewhere, and functions that write nothing, leave one bias for both sites."""
+
+    def step(q, k, v, mask):
+        first = sdpa(q, k, v, mask)
+        F.relu(first, inplace=True)
+        hide(first)
+        seen = torch.ops.aten.logical_not(mask).sum() + F.dropout(first, 0.5, False).sum()
+        return first + 2 * sdpa(q, k, v, mask) + seen
+
+    assert biases(step, *qkv(), torch.rand(2, 1, 7, 11) > 0.5) == 1
+
+
+def test_a_learned_bias_that_nobody_trains():
+    """Under no_grad a parameter still says that it requires a gradient."""
+    bias = torch.nn.Parameter(torch.randn(2, 1, 7, 11))
+    for mode, chosen in ((torch.no_grad(), "_native_flash"), (torch.enable_grad(), None)):
+        torch.compiler.reset()
+        run, backend = compiled(lambda q, k, v: sdpa(q, k, v, bias), "_native_flash")
+        with mode:
+            assert relative(run(*(tensors := qkv())), sdpa(*tensors, bias)) < 1e-5
+        assert backend.report.sites[0].chosen == chosen
+
+
+@pytest.mark.skipif(
+    torch.cuda.device_count() == 1, reason="a fake tensor on a second GPU needs one where there is a first"
+)
+def test_two_devices_in_one_graph():
+    """What is built once is built on the device where it is read."""
+    graph, mode = torch.fx.Graph(), FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        values = [torch.empty(2, 4, 7, 64, dtype=torch.bfloat16, device=f"cuda:{index}") for index in (0, 1)]
+        for index, value in enumerate(values):
+            node = graph.placeholder(f"x{index}")
+            node.meta["example_value"] = value
+            node = graph.call_function(sdpa, (node, node, node))
+            node.meta["example_value"] = value.clone()
+    graph.output(())
+    module = torch.fx.GraphModule(torch.nn.Module(), graph)
+    machine = Machine("cuda", (9, 0), {"torch": torch.__version__})
+    plan = rewrite_graph(module, make_policy(["_native_varlen"]), machine).plan
+    assert [site.chosen for site in plan.sites] == ["_native_varlen"] * 2
+    for node in module.graph.nodes:
+        read = [source.meta["example_value"] for source in node.all_input_nodes]
+        assert len({value.device for value in read if isinstance(value, torch.Tensor)}) < 2
 
 
 def test_transposes_of_the_model_are_its_own():

@@ -39,7 +39,7 @@ def _weights(query, key, value, scale, causal, bias):
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + offset)
         scores = scores.masked_fill(hidden, float("-inf"))
     logsumexp = scores.logsumexp(-1)
-    weights = torch.exp(scores - logsumexp[..., None].masked_fill(logsumexp[..., None] == float("-inf"), 0))
+    weights = scores.softmax(-1).masked_fill(logsumexp[..., None] == float("-inf"), 0)
     return q, k, v, weights, logsumexp
 
 

@@ -20,17 +20,22 @@ if not hasattr(torch.ops.npu, "npu_fusion_attention"):
         actual_seq_kvlen=None, sparse_mode=0, **_,
     ):  # fmt: skip
         batch, q_len, heads, _dim = query.shape
-        shapes = {(b, n, q_len, key.shape[1]) for b in (1, batch) for n in (1, heads)}
+        last = (q_len, key.shape[1])
+        masks, biases = (
+            {(batch, heads, *last), (batch, 1, *last), (1, 1, *last)},
+            {(batch, heads, *last), (1, heads, *last)},
+        )
         assert input_layout == "BSND" and head_num == heads and key.shape == value.shape
         assert keep_prob == 1.0 and pre_tockens == next_tockens == 2147483647
         bias = torch.zeros(1, 1, q_len, key.shape[1], dtype=torch.float64)
         if pse is not None:
-            assert pse.dtype == query.dtype and pse.shape in shapes and pse.shape[1] == heads
+            assert pse.dtype == query.dtype and pse.shape in biases
+            assert bool((pse > float("-inf")).any(-1).all()), "rows without any key need inner_precise=2 and atten_mask"
             bias = bias + pse.double() * scale  # softmax(scale * (pse + q k^T))
         if sparse_mode in (2, 3):
             torch.testing.assert_close(atten_mask, torch.ones(2048, 2048).triu(1).bool())
         elif atten_mask is not None:
-            assert sparse_mode == 0 and atten_mask.dtype is torch.bool and atten_mask.shape in shapes
+            assert sparse_mode == 0 and atten_mask.dtype is torch.bool and atten_mask.shape in masks
             bias = bias.masked_fill(atten_mask, float("-inf"))  # True: masked out
             if inner_precise != 2:
                 assert not bool(atten_mask.all(-1).any()), "rows without any key need inner_precise=2"

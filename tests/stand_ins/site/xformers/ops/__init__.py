@@ -20,6 +20,7 @@ def _given(query, key, value, attn_bias, p):
         assert attn_bias.dtype == query.dtype, "a bias of another dtype"
         assert attn_bias.shape == (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
         assert all(stride % 8 == 0 for stride in attn_bias.stride()[:-1]), "rows of the bias must be aligned"
+        assert attn_bias.stride(-1) == 1, "rows of the bias must be dense"
         return (query, key, value), None, attn_bias
     return (query, key, value), "upper-left" if isinstance(attn_bias, LowerTriangularMask) else None, None
 

@@ -1,0 +1,190 @@
+"""Which axes of an attention the dimensions of a tensor run over, through views, permutations, expansions and products.
+
+An `Atom` is one axis that is never mixed with another: the batch, the heads, the queries, the keys. A layout says for each
+dimension of a tensor which atoms it runs over, outermost first: heads folded into the batch are one dimension of two atoms,
+and a dimension of size 1 has none. Atoms are told apart by identity, never by size, so that equal ones are not mixed up.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from .sizes import Size, is_one, known
+
+# (method, arguments) pairs that are applied to a tensor one after the other: ("transpose", (-2, -1)).
+Views = tuple[tuple[str, tuple[Any, ...]], ...]
+
+
+class Atom:
+    """One axis. It has a size and its identity."""
+
+    def __init__(self, size: Size) -> None:
+        self.size = size
+
+
+Axis = tuple[Atom, ...]
+Layout = tuple[Axis, ...]
+
+
+class Axes:
+    """The atoms of one attention. A view may show that what was taken for one atom is two: then every layout is finer."""
+
+    def __init__(self) -> None:
+        self._parts: dict[Atom, Axis] = {}
+
+    def fresh(self, shape: Sequence[Size]) -> Layout:
+        return tuple((Atom(size),) for size in shape)
+
+    def atoms(self, axis: Iterable[Atom]) -> Axis:
+        """The finest atoms of an axis that are larger than 1."""
+        found: list[Atom] = []
+        for atom in axis:
+            if atom in self._parts:
+                found += self.atoms(self._parts[atom])
+            elif not is_one(atom.size):
+                found.append(atom)
+        return tuple(found)
+
+    def resolved(self, layout: Layout) -> Layout:
+        return tuple(self.atoms(axis) for axis in layout)
+
+    def reshaped(self, layout: Layout, shape: Sequence[Size]) -> Layout | None:
+        """The layout after a view to `shape`, or before one from `shape`: the elements keep their order. None where a
+        dimension would hold a part of an atom that no size tells."""
+        waiting = list(reversed([atom for axis in layout for atom in self.atoms(axis)]))
+        result: list[Axis] = []
+        for size in shape:
+            axis: list[Atom] = []
+            rest = size
+            while not is_one(rest):
+                if not waiting:
+                    return None
+                atom = waiting.pop()
+                if known(atom.size == rest):
+                    axis.append(atom)
+                    break
+                if _divides(atom.size, rest):
+                    axis.append(atom)
+                    rest = rest // atom.size
+                elif _divides(rest, atom.size):
+                    outer, inner = Atom(rest), Atom(atom.size // rest)
+                    self._parts[atom] = (outer, inner)
+                    axis.append(outer)
+                    waiting.append(inner)
+                    break
+                else:
+                    return None
+            result.append(tuple(axis))
+        return None if waiting else tuple(result)
+
+    def broadcast(self, layout: Layout, shape: Sequence[Size], wide: Sequence[Size]) -> Layout | None:
+        """The layout of a tensor of `shape` that broadcasts to `wide`, which has `layout`."""
+        missing = len(wide) - len(shape)
+        if missing < 0:
+            return None
+        result: list[Axis] = []
+        for axis, size, full in zip(layout[missing:], shape, wide[missing:], strict=True):
+            if is_one(size):
+                result.append(())
+            elif known(size == full):
+                result.append(axis)
+            else:
+                return None
+        return tuple(result)
+
+    def views(self, source: Layout, target: Layout) -> Views | None:
+        """What turns a tensor of one layout into the other. A dimension of which the tensor lacks all atoms gets size 1;
+        one of which it lacks some is expanded over them. None where the tensor has an atom that the target lacks."""
+        have, want = self.resolved(source), self.resolved(target)
+        if have == want:
+            return ()
+        present = {atom for axis in have for atom in axis}
+        if len(present) != sum(map(len, have)) or not present <= {atom for axis in want for atom in axis}:
+            return None
+        steps: list[tuple[str, tuple[Any, ...]]] = []
+        ones = tuple(dim for dim, axis in enumerate(have) if not axis)
+        if ones:
+            steps.append(("squeeze", (ones,)))
+        # 1. Split dimensions into runs of atoms that stay together.
+        runs = [self._runs(axis, want) for axis in have if axis]
+        for dim in reversed(range(len(runs))):
+            if len(runs[dim]) > 1:
+                steps.append(("unflatten", (dim, tuple(_size(run) for run in runs[dim]))))
+        flat = [run for axis in runs for run in axis]
+        # 2. Put them into the target's order.
+        starts = {run[0]: run for run in flat}
+        order = [starts[atom] for axis in want for atom in axis if atom in starts]
+        moves = [flat.index(run) for run in order]
+        moved = [dim for dim, source_dim in enumerate(moves) if dim != source_dim]
+        if len(moved) == 2:
+            steps.append(("transpose", (moved[0] - len(moves), moved[1] - len(moves))))
+        elif moved:
+            steps.append(("permute", (tuple(moves),)))
+        # 3. Put together, or fill in, what is one dimension there.
+        return tuple(steps) + self._joined(order, want)
+
+    def _joined(self, order: list[Axis], want: Layout) -> Views:
+        steps: list[tuple[str, tuple[Any, ...]]] = []
+        waiting = list(order)
+        for dim, axis in enumerate(want):
+            mine = [run for run in waiting if run[0] in axis]
+            waiting = waiting[len(mine) :]
+            if not mine:
+                steps.append(("unsqueeze", (dim,)))
+            elif len(mine) > 1 or mine[0] != axis:
+                held = {atom for run in mine for atom in run}
+                pieces = self._pieces(axis, mine)
+                for position, piece in enumerate(pieces):
+                    if piece[0] not in held:
+                        steps.append(("unsqueeze", (dim + position,)))
+                if any(piece[0] not in held for piece in pieces):
+                    sizes = tuple(_size(piece) for piece in pieces)
+                    # Of the dimensions before and after, -1 keeps the size.
+                    after = len(waiting)
+                    steps.append(("expand", ((-1,) * dim + sizes + (-1,) * after,)))
+                steps.append(("flatten", (dim, dim + len(pieces) - 1)))
+        return tuple(steps)
+
+    @staticmethod
+    def _pieces(axis: Axis, runs: list[Axis]) -> list[Axis]:
+        """The runs, and between them, one by one, the atoms of the axis that are in none."""
+        first = {run[0]: run for run in runs}
+        inside = {atom for run in runs for atom in run[1:]}
+        return [first.get(atom, (atom,)) for atom in axis if atom not in inside]
+
+    @staticmethod
+    def _runs(axis: Axis, want: Layout) -> list[Axis]:
+        """An axis in pieces whose atoms follow one another in one dimension of the target too."""
+        following = {(one, two) for each in want for one, two in itertools.pairwise(each)}
+        runs: list[Axis] = []
+        for atom in axis:
+            if runs and (runs[-1][-1], atom) in following:
+                runs[-1] = (*runs[-1], atom)
+            else:
+                runs.append((atom,))
+        return runs
+
+
+def applied(tensor: torch.Tensor, views: Views) -> torch.Tensor:
+    """The tensor after the views."""
+    for name, arguments in views:
+        tensor = getattr(tensor, name)(*arguments)
+    return tensor
+
+
+def _size(axis: Axis) -> Size:
+    size: Size = 1
+    for atom in axis:
+        size = size * atom.size
+    return size
+
+
+def _divides(size: Size, other: Size) -> bool:
+    if isinstance(size, int) and size == 0:
+        return False
+    rest: Any = other % size  # type: ignore[operator]
+    return known(rest == 0)

@@ -1,0 +1,122 @@
+"""Which atoms of an attention are its batch, its heads, its queries and its keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..axes import Atom, Axes, Axis, Layout
+from .operands import Candidate
+
+
+@dataclass(frozen=True)
+class Sides:
+    """What the two products tell. weights: the layout at the softmax, which runs over dimension `dim`; output: that of the
+    value product; inner: the axis that q k^T sums over; width: the last of the values. The candidates, nearest first."""
+
+    weights: Layout
+    dim: int
+    output: Layout
+    inner: Axis
+    width: Axis
+    queries: list[Candidate]
+    keys: list[Candidate]
+    values: list[Candidate]
+
+
+@dataclass(frozen=True)
+class Form:
+    """SDPA's form of this attention: (batch, heads, queries, inner) and so on. `batch` has no dimension where all are of
+    rank 3, and neither has `heads` where they are of rank 2; several query heads read one key head along the atoms `shared`."""
+
+    batch: Layout
+    heads: Layout
+    shared: Axis
+    queries: Axis
+    keys: Axis
+    inner: Axis
+    width: Axis
+
+    @property
+    def query(self) -> Layout:
+        return (*self.batch, *self.heads, self.queries, self.inner)
+
+    @property
+    def key(self) -> Layout:
+        return (*self.batch, *self._few, self.keys, self.inner)
+
+    @property
+    def value(self) -> Layout:
+        return (*self.batch, *self._few, self.keys, self.width)
+
+    @property
+    def mask(self) -> Layout:
+        return (*self.batch, *self.heads, self.queries, self.keys)
+
+    @property
+    def output(self) -> Layout:
+        return (*self.batch, *self.heads, self.queries, self.width)
+
+    @property
+    def _few(self) -> Layout:
+        return tuple(tuple(atom for atom in axis if atom not in self.shared) for axis in self.heads)
+
+
+def find_form(sides: Sides, axes: Axes) -> Form | None:
+    """None for one vector that all batches are compared with: a pooling, of which a kernel would make many calls."""
+    weights = axes.resolved(sides.weights)
+    keys, inner, width = weights[sides.dim], axes.atoms(sides.inner), axes.atoms(sides.width)
+    asked = sides.queries[0].atoms(axes)
+    own = asked - sides.keys[0].atoms(axes) - {*keys, *inner}  # of the query alone
+    queries: Axis = ()
+    for dim, axis in enumerate(weights):
+        if dim != sides.dim and own & set(axis):
+            queries = tuple(atom for atom in axis if atom in own)
+    lead = tuple(atom for axis in weights for atom in axis if atom not in queries and atom not in keys)
+    if not queries and not set(lead) <= asked:
+        return None
+    other = {*queries, *keys, *inner, *width}
+    groups = _groups(sides, axes, lead, other, bool(queries))
+    shared = _shared(sides, axes, lead)
+    if len(groups) > 2 and shared == groups[-1]:  # (batch, groups, heads of one): the heads are both
+        groups = [*groups[:-2], (*groups[-2], *groups[-1])]
+    if len(groups) < 2:
+        return Form((), tuple(groups), (), queries, keys, inner, width)
+    *before, heads = groups
+    shared = tuple(atom for atom in shared if atom in heads)
+    batch = tuple(atom for axis in before for atom in axis)
+    return Form((batch,), (heads,), shared, queries, keys, inner, width)
+
+
+def _groups(sides: Sides, axes: Axes, lead: Axis, other: set[Atom], has_queries: bool) -> list[Axis]:
+    """The atoms before (queries, keys), as the dimensions of some tensor have them: the last group is the heads. Where each
+    tensor has them in one dimension, the last atom is the heads."""
+    known = []
+    for layout in (sides.weights, sides.output, *(each.layout for each in sides.queries)):
+        found = [
+            tuple(atom for atom in axis if atom not in other)
+            for axis in axes.resolved(layout)
+            if not axis or not set(axis) <= other
+        ]
+        if not has_queries and () in found:  # a single query: its dimension, the last of size 1, is none of these
+            found.reverse()
+            found.remove(())
+            found.reverse()
+        if len(found) > 1 and tuple(atom for axis in found for atom in axis) == lead:
+            known.append(found)
+    for found in known:
+        if sum(map(bool, found)) > 1:
+            return found
+    if len(lead) > 1:
+        return [lead[:-1], lead[-1:]]
+    if known:
+        return known[0]  # a batch, or heads, of 1
+    return [lead] if len(sides.weights) > 2 else []
+
+
+def _shared(sides: Sides, axes: Axes, lead: Axis) -> Axis:
+    """The innermost atoms that neither keys nor values have."""
+    had = sides.keys[-1].atoms(axes) | sides.values[-1].atoms(axes)
+    count = 0
+    while count < len(lead) and lead[-1 - count] not in had:
+        count += 1
+    return lead[len(lead) - count :]

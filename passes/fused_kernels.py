@@ -1,0 +1,54 @@
+"""The attention kernels of PyTorch that a program holds once it was lowered: SDPA with the choice already made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..graphs import value_of
+
+aten = torch.ops.aten
+FUSED = (
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_cudnn_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_fused_attention_overrideable,
+)
+FUSED_TARGETS = frozenset({*FUSED, *(each.default for each in FUSED)})
+# FlashAttention's causal, where the others have SDPA's.
+LOWER_RIGHT = frozenset({FUSED[0], FUSED[0].default})
+
+
+def fused_arguments(node: Node) -> dict[str, Any]:
+    """query, key, value, bias, dropout_p, is_causal, scale of such a node, and why it must stay (`obstacle`, or None).
+
+    It returns a tuple, with the attention first. The rest (log-sum-exp, random state) belongs to this kernel's backward.
+    """
+    target: Any = node.target
+    schema = (target if isinstance(target, torch._ops.OpOverload) else target.default)._schema
+    given = {each.name: each.default_value if each.has_default_value() else None for each in schema.arguments}
+    given |= dict(zip(given, node.args, strict=False)) | dict(node.kwargs)
+    bias = given.get("attn_mask") if "attn_mask" in given else given.get("attn_bias")
+    obstacle = None
+    others = [user.name for user in node.users if not _is_output(user) and (user.users or not _is_member(user))]
+    if others:
+        obstacle = f"its kernel's other results are used ({others[0]})"
+    elif isinstance(bias, Node) and value_of(bias).dtype == torch.bool:
+        obstacle = "its kernel adds a boolean mask as 1 and 0"
+    elif any(isinstance(given.get(name), Node) for name in ("dropout_p", "is_causal", "scale")):
+        obstacle = "its numbers are computed in the graph"
+    if obstacle:
+        given |= {name: 0.0 for name in ("dropout_p",) if isinstance(given.get(name), Node)}
+        given |= {name: None for name in ("is_causal", "scale") if isinstance(given.get(name), Node)}
+    return {**given, "bias": bias, "obstacle": obstacle}
+
+
+def _is_member(user: Node) -> bool:
+    return getattr(user.target, "__name__", "") == "getitem" and len(user.args) == 2
+
+
+def _is_output(user: Node) -> bool:
+    return _is_member(user) and user.args[1:] == (0,)

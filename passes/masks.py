@@ -1,0 +1,77 @@
+"""A mask that is made of terms: what it is as one tensor, and how that is built."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from ..calls import Mask, MaskKind
+from ..graphs import value_of, values_only
+from ..sizes import known
+from .context import MaskTerm, Operand
+
+
+def mask_of(terms: Sequence[MaskTerm], dtype: torch.dtype, query: torch.Tensor, output: torch.Tensor) -> Mask:
+    """What the terms are together, for products in `dtype`."""
+    if not terms:
+        return Mask()
+    (first, *rest) = terms
+    plain = not rest and first.how == "add" and first.amount == 1 and first.tensor.value.dtype == dtype
+    with values_only(query):
+        mask = first.tensor.value if plain else build_mask(terms, dtype, lambda operand: operand.value)
+    assert mask is not None
+    learned = any(term.how == "add" and value_of(term.tensor.node).requires_grad for term in terms)
+    needs_grad = learned and output.requires_grad  # under no_grad a parameter requires one too
+    kind = MaskKind.ADDITIVE
+    if mask.dtype == torch.bool:
+        kind = MaskKind.KEY_PADDING if is_key_padding(mask, query) else MaskKind.BOOLEAN
+    return Mask(kind, str(mask.dtype).removeprefix("torch."), tuple(mask.shape), needs_grad)
+
+
+def is_key_padding(mask: torch.Tensor, query: torch.Tensor) -> bool:
+    """Whether a boolean mask is the same for every head and query by its shape and strides alone."""
+    shared = (-2, -3) if query.dim() > 3 else (-2,)
+    return all(known(mask.shape[dim] == 1) or known(mask.stride(dim) == 0) for dim in shared if -dim <= mask.dim())
+
+
+def build_mask(
+    terms: Sequence[MaskTerm], dtype: torch.dtype, tensor: Callable[[Operand], torch.Tensor]
+) -> torch.Tensor | None:
+    """One tensor as SDPA takes it: boolean (True: the key takes part) if every term says yes or no, else a bias.
+
+    A fill with a finite number is a bias too: in a row of nothing but fills all keys have equal weights, where SDPA's
+    boolean mask would give zeros. A boolean mask's rows without any key are zeros in SDPA and NaN in a softmax.
+    """
+    if not terms:
+        return None
+    if all(term.how != "add" and term.amount == -math.inf for term in terms):
+        kept = [tensor(term.tensor) if term.how == "keep" else ~tensor(term.tensor) for term in terms]
+        result = kept[0]
+        for each in kept[1:]:
+            result = result & each
+        return result
+    wanted = _bias_dtype(terms, dtype)
+    bias: Any = None
+    for term in terms:
+        given = tensor(term.tensor)
+        if term.how == "add":
+            given = given if given.dtype == wanted else given.to(wanted)
+            given = given if term.amount == 1 else given * term.amount
+            bias = given if bias is None else bias + given
+        else:
+            rest = torch.zeros((), dtype=wanted, device=given.device) if bias is None else bias
+            bias = torch.where(given if term.how == "keep" else ~given, rest, term.amount)
+    return bias  # type: ignore[no-any-return]
+
+
+def _bias_dtype(terms: Sequence[MaskTerm], dtype: torch.dtype) -> torch.dtype:
+    """The call's own; for halves float32 where a term is, or where a fill is too low for float16."""
+    half = dtype in (torch.float16, torch.bfloat16)
+    wide = any(
+        term.how == "add" and value_of(term.tensor.node).dtype in (torch.float32, torch.float64) for term in terms
+    )
+    low = dtype == torch.float16 and any(term.how != "add" and math.isfinite(term.amount) for term in terms)
+    return torch.float32 if half and (wide or low) else dtype

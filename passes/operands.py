@@ -1,0 +1,138 @@
+"""From what a product reads back to the tensors that a kernel should get: past scalings, upcasts, repetitions and views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..axes import Atom, Axes, Layout, Views
+from ..graphs import value_of
+from ..mutations import Writes, written_by
+from ..sizes import is_one
+from ..spellings import argument, first, integers, is_number, same_shape, spelled
+from .scores import DEPTH, before
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A node that a kernel could read, its layout, and what lies between it and the product: `scales` (number, power),
+    how many repetitions, upcasts and negations; `work`: how many of these and of copies in memory need not be computed."""
+
+    node: Node
+    layout: Layout
+    reader: Node
+    passed: tuple[Node, ...] = ()
+    scales: tuple[tuple[Any, int], ...] = ()
+    repeats: int = 0
+    casts: int = 0
+    flips: int = 0
+    work: int = 0
+
+    def atoms(self, axes: Axes) -> set[Atom]:
+        return {atom for axis in self.layout for atom in axes.atoms(axis)}
+
+
+def candidates(
+    node: Node,
+    layout: Layout,
+    reader: Node,
+    axes: Axes,
+    writes: Writes,
+    later: Node,
+    scales: bool = False,
+    narrow: torch.dtype | None = None,
+    repeats: bool = False,
+    flips: bool = False,
+) -> list[Candidate]:
+    """The nodes from which `reader` gets its operand `node`, the nearest first, that hold the same when `later` reads them."""
+    found: list[Candidate] = []
+    at: Candidate | None = Candidate(node, layout, reader)
+    while at is not None and len(found) < DEPTH and writes.unchanged(at.node, at.reader, later):
+        found.append(at)
+        if writes.current(at.node, at.reader) is not at.node or written_by(at.node):
+            break  # its source was something else before
+        at = _back(at, axes, scales, narrow, repeats, flips)
+    return found
+
+
+def best(axes: Axes, found: list[Candidate], target: Layout) -> tuple[Candidate, Views] | None:
+    """The candidate with the least left to compute, of those the one with the fewest views, of those the nearest."""
+    fitting = [(each, views) for each in found if (views := axes.views(each.layout, target)) is not None]
+    return min(fitting, key=lambda pair: (-pair[0].work, len(pair[1])), default=None)
+
+
+def _back(at: Candidate, axes: Axes, scales: bool, narrow: Any, repeats: bool, flips: bool) -> Candidate | None:
+    """One step back, None where the tensor is computed."""
+    node, name = at.node, spelled(at.node)
+    source: Any = first(node)
+    value = value_of(node)
+    if name is None or (name == "getattr" and not isinstance(source, Node)):
+        return None
+    if name in ("mul", "div") and scales:
+        return _unscaled(at, name)
+    if not isinstance(source, Node) or not isinstance(value_of(source), torch.Tensor):
+        return None
+    if name == "to":
+        if value_of(source).device != value.device:
+            return None
+        if value_of(source).dtype == value.dtype:
+            return _step(at, source, at.layout)
+        if value_of(source).dtype == narrow and value.dtype == torch.float32:
+            return _step(at, source, at.layout, casts=at.casts + 1, work=at.work + 1)
+        return None
+    if name == "logical_not" and flips and value_of(source).dtype == torch.bool:
+        return _step(at, source, at.layout, flips=at.flips + 1, work=at.work + 1)
+    layout = before(node, at.layout, axes)
+    if layout is not None:
+        copies = name == "clone" and value_of(source).stride() != value.stride()
+        return _step(at, source, layout, work=at.work + copies)
+    if repeats and (layout := _unrepeated(node, name, at.layout, axes)) is not None:
+        return _step(at, source, layout, repeats=at.repeats + 1, work=at.work + 1)
+    return None
+
+
+def _unscaled(at: Candidate, name: str) -> Candidate | None:
+    source, factor = first(at.node), argument(at.node, 1, "other")
+    if name == "mul" and is_number(source):
+        source, factor = factor, source
+    tensor, value = value_of(source), value_of(at.node)
+    if not isinstance(source, Node) or not isinstance(tensor, torch.Tensor) or not is_number(factor):
+        return None
+    if not same_shape(tensor, value) or tensor.dtype != value.dtype or at.node.kwargs.get("rounding_mode") is not None:
+        return None
+    scales = (*at.scales, (factor, -1 if name == "div" else 1))
+    return _step(at, source, at.layout, scales=scales, work=at.work + 1)
+
+
+def _step(at: Candidate, source: Node, layout: Layout, **changes: Any) -> Candidate:
+    return replace(at, node=source, layout=layout, reader=at.node, passed=(*at.passed, at.node), **changes)
+
+
+def _unrepeated(node: Node, name: str, layout: Layout, axes: Axes) -> Layout | None:
+    """The layout before a repetition: it lacks the atoms that were repeated over."""
+    source = value_of(first(node))
+    if name == "expand":
+        return axes.broadcast(layout, source.shape, value_of(node).shape)
+    if name == "repeat_interleave":
+        times, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
+        if not isinstance(times, int) or not isinstance(dim, int):
+            return None
+        dim %= source.dim()
+        split = axes.reshaped((layout[dim],), (source.shape[dim], times))
+        return None if split is None else (*layout[:dim], split[0], *layout[dim + 1 :])
+    if name == "repeat":
+        times = integers(node, "repeats", "dims")
+        if len(times) != source.dim() or not all(isinstance(each, int) for each in times):
+            return None
+        result = list(layout)
+        for dim, each in enumerate(times):
+            if not is_one(each):
+                split = axes.reshaped((layout[dim],), (each, source.shape[dim]))
+                if split is None:
+                    return None
+                result[dim] = split[1]
+        return tuple(result)
+    return None

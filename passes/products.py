@@ -1,0 +1,172 @@
+"""The products of an attention, q k^T and weights @ v, as matmul, bmm, baddbmm or einsum."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..axes import Atom, Axes, Axis, Layout
+from ..graphs import value_of
+from ..sizes import is_one, known
+from ..spellings import argument, first, spelled
+
+PRODUCTS = frozenset({"matmul", "baddbmm", "einsum"})
+
+
+@dataclass(frozen=True)
+class Product:
+    """left x right, as letters of an einsum: ("bik", "bkj", "bij"). `added` is what baddbmm adds, times `beta`."""
+
+    node: Node
+    left: Node
+    right: Node
+    letters: tuple[str, str, str]
+    alpha: Any = 1
+    added: Node | None = None
+    beta: Any = 1
+
+    @property
+    def summed(self) -> str:
+        """The letters that are summed over."""
+        left, right, output = self.letters
+        return "".join(letter for letter in left if letter in right and letter not in output)
+
+    @property
+    def batched(self) -> bool:
+        """Whether both have every dimension of the output but one."""
+        left, right, output = self.letters
+        return all(len(set(output) - set(each)) == 1 for each in (left, right))
+
+
+def read_product(node: Node) -> Product | None:
+    """The product that a node computes; None where it computes none, or one that is not of two matrices."""
+    found = _read(node)
+    values = [] if found is None else [value_of(each) for each in (node, found.left, found.right)]
+    return found if all(isinstance(value, torch.Tensor) for value in values) else None
+
+
+def _read(node: Node) -> Product | None:
+    name = spelled(node)
+    if name not in PRODUCTS or "out" in node.kwargs:
+        return None
+    if name == "einsum":
+        return _einsum(node)
+    if name == "baddbmm":
+        left, right = argument(node, 1, "batch1"), argument(node, 2, "batch2")
+        added, beta = first(node), argument(node, 3, "beta", default=1)
+        unused = not isinstance(beta, Node) and beta == 0
+        alpha = argument(node, 4, "alpha", default=1)
+        if isinstance(left, Node) and isinstance(right, Node) and isinstance(added, Node):
+            return Product(node, left, right, ("bik", "bkj", "bij"), alpha, None if unused else added, beta)
+        return None
+    left, right = first(node), argument(node, 1, "other", "mat2", "tensor2")
+    if not isinstance(left, Node) or not isinstance(right, Node):
+        return None
+    ranks = (_rank(left), _rank(right))
+    if min(ranks) < 2 or max(ranks) > 12:
+        return None
+    lead = "abcdefgh"[: max(ranks) - 2]
+    letters = tuple(lead[len(lead) - rank + 2 :] for rank in ranks)
+    return Product(node, left, right, (letters[0] + "ik", letters[1] + "kj", lead + "ij"))
+
+
+def _einsum(node: Node) -> Product | None:
+    equation = node.args[0] if node.args else None
+    operands: Any = node.args[1:]
+    if len(operands) == 1 and isinstance(operands[0], list | tuple):
+        operands = operands[0]
+    if not isinstance(equation, str) or len(operands) != 2 or not all(isinstance(each, Node) for each in operands):
+        return None
+    equation = equation.replace(" ", "")
+    if equation.count("->") != 1 or equation.count(",") != 1:
+        return None
+    inputs, output = equation.split("->")
+    left, right = inputs.split(",")
+    if "..." in equation:
+        spread = [_spread(text, _rank(each)) for text, each in zip((left, right), operands, strict=True)]
+        if None in spread or "..." not in output:
+            return None
+        left, right = (str(text) for text in spread)
+        dots = max((text for text in (left, right)), key=lambda text: sum(letter.isdigit() for letter in text))
+        output = output.replace("...", "".join(letter for letter in dots if letter.isdigit()))
+    for text in (left, right, output):
+        if len(set(text)) != len(text):
+            return None
+    if not set(output) <= set(left) | set(right):
+        return None
+    if any(letter not in output for letter in set(left) ^ set(right)):  # summed within one operand
+        return None
+    return Product(node, operands[0], operands[1], (left, right, output))
+
+
+def _spread(text: str, rank: int) -> str | None:
+    """The dimensions behind "..." as digits, counted from the right, so that they broadcast."""
+    if "..." not in text:
+        return text
+    missing = rank - (len(text) - 3)
+    return None if missing < 0 else text.replace("...", "".join(str(each) for each in reversed(range(missing))))
+
+
+def operand_layouts(product: Product, layout: Layout, axes: Axes) -> tuple[Layout, Layout, Axis] | None:
+    """The layouts of left and right, and the axis that is summed over, where the product itself has `layout`."""
+    left, right, output = product.letters
+    if len(product.summed) != 1:
+        return None
+    inner = Atom(_size(product, product.summed))
+    letters: dict[str, Axis] = {**dict(zip(output, layout, strict=True)), product.summed: (inner,)}
+    sizes = dict(zip(output, value_of(product.node).shape, strict=True)) | {product.summed: inner.size}
+    found = [
+        _operand(text, value_of(node), letters, sizes) for text, node in ((left, product.left), (right, product.right))
+    ]
+    if found[0] is None or found[1] is None:
+        return None
+    return found[0], found[1], (inner,)
+
+
+def output_layouts(
+    product: Product, weights: Node, layout: Layout, axes: Axes
+) -> tuple[Layout, Layout, Axis, Axis] | None:
+    """Where `weights`, one operand, has `layout`: the layouts of the other operand and of the product, the axis that is
+    summed over, and the new axis of the other operand."""
+    left, right, output = product.letters
+    mine, theirs = (left, right) if weights is product.left else (right, left)
+    other = product.right if weights is product.left else product.left
+    if len(product.summed) != 1:
+        return None
+    free = [letter for letter in theirs if letter not in mine]
+    if len(free) != 1:
+        return None
+    width: Axis = (Atom(_size(product, free[0])),)
+    letters: dict[str, Axis] = {**dict(zip(mine, layout, strict=True)), free[0]: width}
+    sizes = dict(zip(mine, value_of(weights).shape, strict=True)) | {free[0]: width[0].size}
+    others = _operand(theirs, value_of(other), letters, sizes)
+    if others is None:
+        return None
+    return others, tuple(letters[letter] for letter in output), letters[product.summed], width
+
+
+def _operand(text: str, value: torch.Tensor, letters: dict[str, Axis], sizes: dict[str, Any]) -> Layout | None:
+    axes: list[Axis] = []
+    for letter, size in zip(text, value.shape, strict=True):
+        if known(size == sizes[letter]):
+            axes.append(letters[letter])
+        elif is_one(size):
+            axes.append(())
+        else:
+            return None
+    return tuple(axes)
+
+
+def _size(product: Product, letter: str) -> Any:
+    for text, node in zip(product.letters[:2], (product.left, product.right), strict=True):
+        if letter in text:
+            return value_of(node).shape[text.index(letter)]
+    raise ValueError(letter)
+
+
+def _rank(node: Node) -> int:
+    value = value_of(node)
+    return value.dim() if isinstance(value, torch.Tensor) else 0

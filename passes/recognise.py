@@ -1,0 +1,226 @@
+"""Recognises an attention that is spelled out in tensor operations, from its softmax on; changes nothing.
+
+    softmax(scale * q k^T + mask, keys) -> dropout -> @ v
+
+Every dimension is followed by what it is (attnrewrite/axes.py), not by where it stands or how large it is, so that any order of
+axes, heads folded into the batch and keys repeated for groups of heads come out as SDPA's (batch, heads, length, dim).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..axes import Axes, Axis, Layout
+from ..graphs import value_of
+from ..mutations import Writes
+from ..sizes import UnbackedSizeError, known
+from ..spellings import argument, first, number, spelled
+from .context import MaskTerm, Operand, Operands
+from .forms import Form, Sides, find_form
+from .operands import Candidate, best, candidates
+from .products import operand_layouts
+from .scores import Scores, Step, find_scores
+from .values import Values, find_values, readers
+
+HALF = frozenset({torch.float16, torch.bfloat16})
+# What a finite fill must be below to count as a mask: weights of exp(-1e4) are zero in every dtype.
+LEAST_FILL = -1e4
+# In float32 any score that is added to it is lost, so that a row of nothing but fills has equal weights, as after the fill.
+LOWEST = -1e30
+
+
+@dataclass(frozen=True)
+class Recognised:
+    """An attention: `node` gives its output. `operands` None: it must stay, for the reason `obstacle`."""
+
+    node: Node
+    softmax: Node
+    operands: Operands | None
+    scale: float
+    dropout: float
+    dtype: torch.dtype
+    obstacle: str | None
+    chain: tuple[Node, ...] = ()
+    sizes: tuple[Any, Any] = (0, 0)  # head_dim and value_dim, where there are no operands
+
+
+def recognise(softmax: Node, writes: Writes) -> Recognised | None:
+    """The attention around a softmax, None if there is none."""
+    source, dim = first(softmax), argument(softmax, 1, "dim")
+    value = value_of(softmax)
+    if not isinstance(source, Node) or not isinstance(value, torch.Tensor) or not isinstance(dim, int):
+        return None
+    if value.is_nested or value.layout != torch.strided:
+        return None
+    axes = Axes()
+    weights = axes.fresh(value.shape)
+    scores = find_scores(source, weights, softmax, axes, writes)
+    values = find_values(softmax, weights, axes) if scores is not None else None
+    if scores is None or values is None:
+        return None
+    return _Site(softmax, weights, dim % value.dim(), scores, values, axes, writes).read()
+
+
+@dataclass
+class _Site:
+    softmax: Node
+    weights: Layout
+    dim: int
+    scores: Scores
+    values: Values
+    axes: Axes
+    writes: Writes
+
+    def read(self) -> Recognised | None:
+        placed = operand_layouts(self.scores.product, self.scores.layout, self.axes)
+        if placed is None:
+            return None
+        left, right, inner = placed
+        product = self.scores.product
+        atoms = self.axes.atoms
+        keys, summed = set(atoms(self.weights[self.dim])), set(atoms(self.values.summed))
+        one, other = ({atom for axis in layout for atom in atoms(axis)} for layout in (left, right))
+        if not keys or not summed or not (summed <= one) ^ (summed <= other) or summed & one & other:
+            return None
+        if keys != summed:
+            reason = f"its softmax runs over dimension {self.dim} of the scores, which are not the keys"
+            return self._stays(reason, inner)
+        sides = (("left", left), ("right", right))
+        (queried, query), (keyed, key) = sides if summed <= other else sides[::-1]
+        query_node, key_node = getattr(product, queried), getattr(product, keyed)
+        letters = dict(zip(("left", "right"), product.letters[:2], strict=True))
+        if not set(letters[queried]) - set(letters[keyed]):
+            return None  # a single vector: no dimension of queries
+        obstacle = self.scores.obstacle or self._read_elsewhere()
+        if self._written():
+            return None
+        found = self._arranged(query_node, query, key_node, key, inner, obstacle)
+        return found or (self._stays(obstacle, inner) if obstacle else None)
+
+    def _arranged(
+        self, query: Node, query_layout: Layout, key: Node, key_layout: Layout, inner: Axis, obstacle: str | None
+    ) -> Recognised | None:
+        product, end = self.scores.product, self.values.product.node
+        out, computed = value_of(end).dtype, value_of(product.node).dtype
+        narrow = out if out in HALF and torch.promote_types(out, computed) == computed != out else None
+        walk = (self.axes, self.writes, end)
+        queries = candidates(query, query_layout, product.node, *walk, scales=True, narrow=narrow)
+        keys = candidates(key, key_layout, product.node, *walk, scales=True, narrow=narrow, repeats=True)
+        values = candidates(self.values.value, self.values.value_layout, end, *walk, repeats=True)
+        steps = [step for step in self.scores.steps if step.tensor is not None]
+        masks = [
+            candidates(step.tensor, step.layout, step.reader, *walk, repeats=True, flips=step.how != "add")  # type: ignore[arg-type]
+            for step in steps
+        ]
+        if not (queries and keys and values and all(masks)):
+            return None
+        # Products in float32 of upcast halves are what kernels compute of the halves themselves.
+        exact = narrow is not None and any(each.casts for each in queries) and any(each.casts for each in keys)
+        queries = [each for each in queries if bool(each.casts) == exact]
+        keys = [each for each in keys if bool(each.casts) == exact]
+        dtype = out if exact else torch.promote_types(computed, out)
+
+        sides = Sides(self.weights, self.dim, self.values.layout, inner, self.values.width, queries, keys, values)
+        form = find_form(sides, self.axes)
+        if form is None:
+            return None
+        shared = set(form.shared)
+        chosen = [best(self.axes, queries, form.query)]
+        for found, target in ((keys, form.key), (values, form.value)):
+            lacking = [each for each in found if not shared & each.atoms(self.axes)]
+            chosen.append(best(self.axes, lacking if shared else [each for each in found if not each.repeats], target))
+        result = self.axes.views(form.output, self.values.layout)
+        if None in chosen or result is None:
+            return None
+        (query_at, query_views), (key_at, key_views), (value_at, value_views) = chosen  # type: ignore[misc]
+        try:
+            terms, scale, obstacle, used = self._masks(steps, masks, form, obstacle)
+            for each in (query_at, key_at):
+                for amount, power in each.scales:
+                    scale *= number(amount) ** power
+            dropout = number(self.values.dropout)
+        except (ZeroDivisionError, UnbackedSizeError):
+            return None
+        if terms is None or not 0 <= dropout < 1:
+            return None
+        if value_of(self.softmax).dtype == torch.float64 != dtype:
+            obstacle = obstacle or f"its softmax runs in float64, its products in {dtype}"
+        if value_of(end).dtype != dtype:
+            result = (*result, ("to", (out,)))
+        operands = Operands(
+            Operand(query_at.node, query_views),
+            Operand(key_at.node, key_views),
+            Operand(value_at.node, value_views),
+            terms,
+            result,
+            bool(form.shared),
+        )
+        if not _fits(operands):
+            return None
+        chain = (*self._chain(), *used, *query_at.passed, *key_at.passed, *value_at.passed)
+        return Recognised(end, self.softmax, operands, scale, dropout, dtype, obstacle, chain)
+
+    def _masks(
+        self, steps: list[Step], found: list[list[Candidate]], form: Form, obstacle: str | None
+    ) -> tuple[tuple[MaskTerm, ...] | None, float, str | None, list[Node]]:
+        """The terms of the mask, the scale of the product, an obstacle, and the nodes that were passed on the way."""
+        scale, terms, used = 1.0, [], []
+        ways = {id(step): each for step, each in zip(steps, found, strict=True)}
+        for step in reversed(self.scores.steps):
+            if isinstance(step.amount, Node):
+                used.append(step.amount)
+            if step.how == "scale":
+                scale *= number(step.amount) ** step.power
+                continue
+            placed = best(self.axes, ways[id(step)], form.mask)
+            if placed is None:
+                return None, 1.0, obstacle, []
+            at, views = placed
+            used += at.passed
+            amount, how = number(step.amount) * scale, step.how
+            if how != "add":
+                if at.flips % 2:
+                    how = "keep" if how == "drop" else "drop"
+                if scale <= 0 or not amount <= LEAST_FILL:
+                    obstacle = obstacle or f"it fills masked scores with {amount:g}"
+                amount = amount if amount == -math.inf else min(amount, LOWEST)
+            terms.append(MaskTerm(Operand(at.node, views), how, amount))
+        return tuple(reversed(terms)), scale, obstacle, used
+
+    def _chain(self) -> tuple[Node, ...]:
+        extra = first(self.scores.product.node) if spelled(self.scores.product.node) == "baddbmm" else None
+        nodes = (*self.scores.nodes, self.softmax, *self.values.nodes)
+        return (extra, *nodes) if isinstance(extra, Node) else nodes
+
+    def _read_elsewhere(self) -> str | None:
+        scores, weights = set(self.scores.nodes), {self.softmax, *self.values.nodes}
+        for what, nodes in (("weights", (self.softmax, *self.values.nodes[:-1])), ("scores", self.scores.nodes)):
+            for node in nodes:
+                for user in readers(node):
+                    unread = spelled(user) == "getitem" and not user.users
+                    if user not in scores and user not in weights and not unread:
+                        where = "returned" if user.op == "output" else f"used by {user.name}"
+                        return f"its attention {what} are used elsewhere ({where})"
+        return None
+
+    def _written(self) -> bool:
+        """Whether something else writes into the scores or the weights."""
+        nodes = {*self.scores.nodes, self.softmax, *self.values.nodes[:-1]}
+        return any(writer not in nodes for node in nodes for writer in self.writes.writers(node))
+
+    def _stays(self, obstacle: str, inner: Axis) -> Recognised:
+        node = self.values.product.node
+        sizes = (inner[0].size, self.values.width[0].size)
+        return Recognised(node, self.softmax, None, 1.0, 0.0, value_of(node).dtype, obstacle, (), sizes)
+
+
+def _fits(operands: Operands) -> bool:
+    """Whether the sizes of query, key and value fit, as far as SDPA asks."""
+    query, key, value = (each.value for each in (operands.query, operands.key, operands.value))
+    same = query.dim() == key.dim() == value.dim()
+    return same and known(query.shape[-1] == key.shape[-1]) and known(key.shape[-2] == value.shape[-2])
