@@ -32,7 +32,9 @@ _OPERATORS = {
 def name_of(node: Node) -> str:
     """The function's name, in a Dynamo or an exported graph: "masked_fill_" of the method and of aten.masked_fill_.Scalar."""
     if node.op == "call_method":
-        return str(node.target)
+        name = str(node.target)
+        operation = name[2:-2] if name.startswith("__") else name  # until torch 2.11 `x == y` is the method __eq__
+        return _OPERATORS.get(operation, operation)
     if node.op != "call_function":
         return ""
     if isinstance(node.target, torch._ops.OpOverload):
