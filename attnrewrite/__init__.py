@@ -13,6 +13,7 @@ from .registry import names, records_of
 from .reports import Report
 from .sizes import UnbackedSizeError, holds
 from .sources import Hub, Package
+from .switching import attention_backend
 
 __version__ = "0.1.0"
 
@@ -39,6 +40,7 @@ __all__ = [
     "Step",
     "Tolerance",
     "UnbackedSizeError",
+    "attention_backend",
     "decide",
     "explain",
     "holds",

@@ -115,13 +115,18 @@ def _attribute(module: torch.nn.Module, path: str) -> Any:
     return value
 
 
-def site_name(node: Node) -> str:
-    """The path of the module that makes the call, as "blocks.0.attn1"; a compiled function's own name where no module is."""
+def module_of(node: Node) -> str:
+    """The path of the module that makes the call, as "blocks.0.attn1"; "" for the compiled module or function itself."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    if stack:
-        path, kind = stack[-1]
-        if cleaned := module_path(str(path)):
-            return cleaned
+    return module_path(str(stack[-1][0])) if stack else ""
+
+
+def site_name(node: Node) -> str:
+    """The path of the module that makes the call; where there is none, the name of the compiled module's class or function."""
+    if path := module_of(node):
+        return path
+    if stack := list((node.meta.get("nn_module_stack") or {}).values()):
+        kind = stack[-1][1]
         return str(getattr(kind, "__name__", kind)).rsplit(".", 1)[-1]
     frames = re.findall(r'File "([^"]*)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
     # Behind a graph break Dynamo calls the rest of f torch_dynamo_resume_in_f_at_LINE.
