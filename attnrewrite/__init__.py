@@ -4,6 +4,7 @@ from .calls import AttentionCall, Mask, MaskKind
 from .compilers import AttentionCompiler, with_backend
 from .decisions import Accepted, Code, Decision, Refused, Step
 from .explaining import explain
+from .in_place import reset_attention_backend, set_attention_backend
 from .machines import Machine, machine_of
 from .plans import AttentionRefusedError, Plan, Site, make_plan
 from .policies import Policy, make_policy
@@ -11,6 +12,7 @@ from .reasons import decide
 from .records import Backend, HeadDim, Numerics, Tolerance
 from .registry import names, records_of
 from .reports import Report
+from .schedules import Schedule, schedule
 from .sizes import UnbackedSizeError, holds
 from .sources import Hub, Package
 from .switching import attention_backend
@@ -36,6 +38,7 @@ __all__ = [
     "Policy",
     "Refused",
     "Report",
+    "Schedule",
     "Site",
     "Step",
     "Tolerance",
@@ -49,5 +52,8 @@ __all__ = [
     "make_policy",
     "names",
     "records_of",
+    "reset_attention_backend",
+    "schedule",
+    "set_attention_backend",
     "with_backend",
 ]

@@ -158,7 +158,7 @@ class Emitter(TorchFunctionMode):
 @contextmanager
 def _no_saved_tensors() -> Iterator[None]:
     """A checkpoint around the compiled function counts what its first call saves: fake tensors are none of that."""
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         yield
         return
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):

@@ -57,7 +57,7 @@ class Surroundings:
     def autocasts(self, device: str) -> bool:
         """Whether autocast is on for a device: what the graph says last of it, or what it is compiled under."""
         said = [enabled for kind, enabled in self.autocast if kind == device]
-        return said[-1] if said else torch.is_autocast_enabled(device)
+        return said[-1] if said else torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def graphs_below(root: GraphModule) -> Iterator[tuple[GraphModule, Surroundings]]:
