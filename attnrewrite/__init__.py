@@ -1,6 +1,7 @@
 """attnrewrite swaps the attention kernels of a PyTorch model inside torch.compile, and says why where it does not."""
 
 from .calls import AttentionCall, Mask, MaskKind
+from .checking import AttentionCheckError
 from .compilers import AttentionCompiler, with_backend
 from .decisions import Accepted, Code, Decision, Refused, Step
 from .explaining import explain
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Accepted",
     "AttentionCall",
+    "AttentionCheckError",
     "AttentionCompiler",
     "AttentionRefusedError",
     "Backend",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.fx import GraphModule
 
+from .checking import check_calls, check_outputs
 from .graphs import OPAQUE_TARGETS, SDPA_TARGETS, graphs_below, module_of, value_of
 from .machines import Machine, machine_of
 from .passes import ANALYSES, REWRITES, Context
@@ -56,8 +57,12 @@ def rewrite_graph(
     if swap:
         for module, context in graphs:
             if context.found:
+                if policy.checks:
+                    check_calls(module, context)
                 for rewrite in REWRITES:
                     rewrite(module, context)
+                if policy.checks:
+                    check_outputs(module, context)
                 module.graph.lint()
                 module.recompile()
     left = sum(_stands(module) for module, _ in graphs)
