@@ -1,21 +1,47 @@
-"""`python -m attnrewrite info`: every kernel, and whether it can run here. `table`: what each of them takes."""
+"""attnrewrite at the command line: `info`, `table` and `run`."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 
-from . import __version__
-from .support import info, matrix
+from . import __version__, launching, support
+
+
+def info(arguments: list[str]) -> None:
+    """every kernel: usable here, or why not"""
+    _no_more(arguments, "info")
+    print(support.info(__version__))
+
+
+def table(arguments: list[str]) -> None:
+    """the support matrix as Markdown: what each kernel takes"""
+    _no_more(arguments, "table")
+    print(support.matrix().rstrip())
+
+
+def run(arguments: list[str]) -> None:
+    """a script as it is, with other attention kernels in what it compiles (`attnrewrite run --help`)"""
+    launching.main(arguments)
+
+
+# Each gets the arguments behind its name; its docstring is its line of help.
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"info": info, "table": table, "run": run}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m attnrewrite", description=__doc__)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(prog="attnrewrite", description="Attention kernels for torch.compile.")
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="every kernel: usable here, or why not")
-    commands.add_parser("table", help="the support matrix as Markdown: what each kernel takes")
-    command = parser.parse_args(arguments).command
-    print(info(__version__) if command == "info" else matrix().rstrip())
+    for name, function in COMMANDS.items():
+        commands.add_parser(name, help=function.__doc__, add_help=False)
+    command = parser.parse_args(given[:1]).command
+    COMMANDS[command](given[1:])
+
+
+def _no_more(arguments: list[str], command: str) -> None:
+    argparse.ArgumentParser(prog=f"attnrewrite {command}", description=COMMANDS[command].__doc__).parse_args(arguments)
 
 
 if __name__ == "__main__":

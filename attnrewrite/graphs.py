@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,9 @@ OPAQUE_TARGETS = {
     MHA: "with need_weights=False and outside autocast it is opened, and its attention swapped",
 }
 INHERITED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "from_node")
+
+# Under `attnrewrite run` every call of SDPA passes through a function of this file, which counts.
+LAUNCHER = str(Path(__file__).with_name("intercepting.py"))
 
 # torch.func's transforms stand in a Dynamo graph as calls that enter and leave a nesting level.
 _ENTERS = {"_vmap_increment_nesting": "vmap", "_grad_increment_nesting": "grad", "_jvp_increment_nesting": "jvp"}
@@ -129,6 +133,7 @@ def site_name(node: Node) -> str:
         kind = stack[-1][1]
         return str(getattr(kind, "__name__", kind)).rsplit(".", 1)[-1]
     frames = re.findall(r'File "([^"]*)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
+    frames = [frame for frame in frames if frame[0] != LAUNCHER]
     # Behind a graph break Dynamo calls the rest of f torch_dynamo_resume_in_f_at_LINE.
     return re.sub(r"^torch_dynamo_resume_in_(.+)_at_(\d+)$", r"\1:\2", frames[-1][2]) if frames else "attention"
 

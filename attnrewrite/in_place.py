@@ -109,7 +109,18 @@ def set_attention_backend(
         )  # fmt: skip
     roots = parts(model, components)
     progress = Progress(plan, None if isinstance(model, Module) else model) if plan is not None else None
-    how: dict[str, Any] = {"fullgraph": fullgraph, "dynamic": dynamic, "mode": mode, "options": options}
+    compile_parts(roots, compiler, regional, progress, fullgraph=fullgraph, dynamic=dynamic, mode=mode, options=options)
+    return compiler
+
+
+def compile_parts(
+    roots: Mapping[str, Module],
+    compiler: AttentionCompiler,
+    regional: bool | None = None,
+    progress: Progress | None = None,
+    **how: Any,
+) -> None:
+    """Compiles each of the modules, by their paths, as `set_attention_backend` does. `how`: for torch.compile."""
     blocks = {path: _blocks(path, root, regional) for path, root in roots.items()}
     made = {path: _compiled(path, root, blocks[path], compiler, how) for path, root in roots.items()}
     if any(path or blocks[path] for path in roots):
@@ -125,7 +136,6 @@ def set_attention_backend(
         for block, implementation in of_blocks:
             model.place(block, implementation)
         model.place(root, model)
-    return compiler
 
 
 def reset_attention_backend(model: Any, components: Iterable[str] | None = None) -> None:
@@ -156,7 +166,7 @@ def parts(model: Any, components: Iterable[str] | None = None) -> dict[str, Modu
     if isinstance(model, Module):
         if components is not None:
             raise ValueError(f"components is {components!r}, and model is a module: components are parts of a pipeline")
-        return dict(_called("", model))
+        return dict(called_parts("", model))
     named = _components(model)
     if components is None:
         components = [name for name in DENOISERS if name in named]
@@ -170,7 +180,7 @@ def parts(model: Any, components: Iterable[str] | None = None) -> dict[str, Modu
             raise TypeError(
                 f"{name} of the pipeline is what torch.compile(...) returned: set the pipeline before, or not both"
             )
-        found |= dict(_called(name, named[name]))
+        found |= dict(called_parts(name, named[name]))
     return found
 
 
@@ -189,7 +199,7 @@ def _known(components: Iterable[str], named: Mapping[str, Module]) -> list[str]:
     return wanted
 
 
-def _called(path: str, module: Module) -> Iterator[tuple[str, Module]]:
+def called_parts(path: str, module: Module) -> Iterator[tuple[str, Module]]:
     """What is called of a module: itself, or encoder and decoder of one that is called by its methods."""
     inside = [name for name in ("encoder", "decoder") if isinstance(getattr(module, name, None), Module)]
     if inside and hasattr(module, "encode") and hasattr(module, "decode"):
@@ -252,4 +262,4 @@ def _warn_of_rules(policy: Policy, roots: Mapping[str, Module]) -> None:
     for pattern, _ in policy.rules:
         plain = pattern.split("#")[0]
         if pattern not in ("self", "cross") and not any(fnmatch.fnmatchcase(path, plain) for path in paths):
-            warnings.warn(f"rules: {pattern!r} matches no module of this model", stacklevel=3)
+            warnings.warn(f"rules: {pattern!r} matches no module of this model", stacklevel=4)

@@ -102,7 +102,7 @@ class Report:
             return f"attnrewrite ({self.policy}): {NOTHING}"
         sites = self.sites
         lines = [
-            f"attnrewrite ({self.policy}): {_count(len(sites), 'attention site')} in {_count(len(self.graphs), 'graph')}, "
+            f"attnrewrite ({self.policy}): {count(len(sites), 'attention site')} in {count(len(self.graphs), 'graph')}, "
             f"{self.swapped} taken by a choice, {len(sites) - self.swapped} left as they were; {self.seconds:.2f} s"
         ]
         machines = dict.fromkeys(str(graph.machine) for graph in self.graphs if graph.machine)
@@ -188,5 +188,5 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")

@@ -83,7 +83,8 @@ def broken(query, key, value, prepared, *, call):
 def test_an_output_that_is_not_finite():
     record = replace(attnrewrite.records_of(MATH)[0], name="broken", op=broken)
     run = compiled(record, fullgraph=True)
-    said = r"the output of attention site 'attend' \(broken\) is not finite: inf at batch 0, head 0, position 0, channel 0, 56 of 896"
+    where = "batch 0, head 0, position 0, channel 0, 56 of 896"
+    said = rf"the output of attention site 'attend' \(broken\) is not finite: inf at {where}"
     with pytest.raises(AttentionCheckError, match=said):
         run(*qkv())
 
