@@ -16,6 +16,7 @@ from .reports import Report
 from .schedules import Schedule, schedule
 from .sizes import UnbackedSizeError, holds
 from .sources import Hub, Package
+from .stacking import inductor_pass
 from .switching import attention_backend
 
 __version__ = "0.1.0"
@@ -49,6 +50,7 @@ __all__ = [
     "decide",
     "explain",
     "holds",
+    "inductor_pass",
     "machine_of",
     "make_plan",
     "make_policy",

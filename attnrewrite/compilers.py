@@ -65,8 +65,7 @@ class AttentionCompiler:
 
         The policy is that of the context that it is called in (`attention_backend`), outside of all its own."""
         override = switching.active()
-        policy = self.policy if override is None else override.over(self.policy)
-        outcome = rewrite_graph(graph_module, policy, self.machine, swap, self.prefix)
+        outcome = rewrite_graph(graph_module, self.policy_now(), self.machine, swap, self.prefix)
         if outcome.plan.sites:
             switching.mark_used()
         context = torch._guards.CompileContext.try_get()
@@ -77,6 +76,10 @@ class AttentionCompiler:
         self.report.add(graph, (context, context.attempt) if context else None)
         _log(graph)
         return len(outcome.plan.sites)
+
+    def policy_now(self) -> Policy:
+        override = switching.active()
+        return self.policy if override is None else override.over(self.policy)
 
     def check_rules(self) -> None:
         """Warns, once, of each rule of its own that no site seen so far has matched."""

@@ -69,6 +69,9 @@ def guard_choice() -> None:
     tracing = TracingContext.try_get()
     if tracing is None:
         return
+    guards = tracing.guards_context.dynamo_guards
+    if any(getattr(guard.create_fn, "__name__", "") == "ATTENTION_BACKEND" for guard in guards):
+        return
     from torch._dynamo.guards import get_verbose_code_parts
     from torch._dynamo.source import GlobalStateSource
 
@@ -91,7 +94,7 @@ def guard_choice() -> None:
         except TypeError:  # before 2.12
             root.add_lambda_guard(unchanged, parts)
 
-    tracing.guards_context.dynamo_guards.add(Guard(GlobalStateSource(), ATTENTION_BACKEND))
+    guards.add(Guard(GlobalStateSource(), ATTENTION_BACKEND))
 
 
 class AttentionContext:
