@@ -331,16 +331,22 @@ def test_fsdp2(one_rank):
     assert [site.chosen for site in backend.report.sites] == [FLASH, MATH]
 
 
-def test_dtensors_are_refused(one_rank):
+@pytest.mark.gpu  # on the CPU PyTorch's own SDPA does not take them (2.13: no sharding strategy of its kernel)
+def test_dtensors_are_refused(tmp_path):
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    given = [distribute_tensor(tensor.contiguous(), one_rank, [Replicate()]) for tensor in qkv()]
-    backend = with_backend(FLASH, inner="eager")
-    expected = attend(*given).full_tensor()
-    assert relative(torch.compile(attend, backend=backend)(*given).full_tensor(), expected) < 1e-5
-    (site,) = backend.report.sites
-    assert site.chosen is None
-    assert "DTensor" in str(site.refusals[0][1])
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    try:
+        mesh = torch.distributed.device_mesh.init_device_mesh("cuda", (1,))
+        given = [distribute_tensor(tensor.half().contiguous().cuda(), mesh, [Replicate()]) for tensor in qkv(kv_len=7)]
+        backend = with_backend("_native_efficient", inner="eager")
+        expected = attend(*given).full_tensor()
+        assert relative(torch.compile(attend, backend=backend)(*given).full_tensor(), expected) < 5e-3
+        assert [site.chosen for site in backend.report.sites] == [None]
+        assert "DTensor" in str(backend.report.sites[0].refusals[0][1])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # -- what is not installed everywhere
