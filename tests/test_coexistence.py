@@ -213,6 +213,15 @@ def test_stances(stance):
     assert inner.graphs == ["flash", "math"]
 
 
+def test_ahead_of_time_compiled_functions_keep_their_choice():
+    """PyTorch gives them guards of its own, without ours."""
+    given = qkv()
+    with attention_backend(MATH), torch._dynamo.config.patch(enable_aot_compile=True):
+        run = torch.compile(attend, backend=with_backend(FLASH), fullgraph=True).aot_compile((given, {}))
+    with pytest.warns(UserWarning, match="changed nothing"), attention_backend(FLASH):
+        assert relative(run(*given), attend(*map(doubled, given))) < 1e-5
+
+
 def test_past_the_limit_of_recompilations_the_context_says_so():
     run = torch.compile(attend, backend=with_backend(FLASH, inner="eager"))
     given = qkv()
