@@ -131,11 +131,18 @@ def compile_parts(
         call, of_blocks = made[path]
         model = SetModel(call, compiler, progress)
         for module in list(root.modules()):
-            if module.__dict__.get(IMPLEMENTATION) is not None:  # compiled by somebody else: it would be compiled twice
+            # What somebody else compiled as a whole, with blocks in it, would run them by his compiler. What he compiled
+            # inside of what is ours, Dynamo takes in as it stands; what is beside, stays his.
+            if module.__dict__.get(IMPLEMENTATION) is not None and _holds_any(module, of_blocks):
                 model.place(module, None)
         for block, implementation in of_blocks:
             model.place(block, implementation)
         model.place(root, model)
+
+
+def _holds_any(module: Module, blocks: list[tuple[Module, Any]]) -> bool:
+    inside = {id(part) for part in module.modules() if part is not module}
+    return any(id(block) in inside for block, _ in blocks)
 
 
 def reset_attention_backend(model: Any, components: Iterable[str] | None = None) -> None:
