@@ -1,9 +1,11 @@
 """attnrewrite swaps the attention kernels of a PyTorch model inside torch.compile, and says why where it does not."""
 
 from .calls import AttentionCall, Mask, MaskKind
+from .checking import AttentionCheckError
 from .compilers import AttentionCompiler, with_backend
 from .decisions import Accepted, Code, Decision, Refused, Step
 from .explaining import explain
+from .in_place import reset_attention_backend, set_attention_backend
 from .machines import Machine, machine_of
 from .plans import AttentionRefusedError, Plan, Site, make_plan
 from .policies import Policy, make_policy
@@ -11,14 +13,18 @@ from .reasons import decide
 from .records import Backend, HeadDim, Numerics, Tolerance
 from .registry import names, records_of
 from .reports import Report
+from .schedules import Schedule, schedule
 from .sizes import UnbackedSizeError, holds
 from .sources import Hub, Package
+from .stacking import inductor_pass
+from .switching import attention_backend
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Accepted",
     "AttentionCall",
+    "AttentionCheckError",
     "AttentionCompiler",
     "AttentionRefusedError",
     "Backend",
@@ -35,17 +41,23 @@ __all__ = [
     "Policy",
     "Refused",
     "Report",
+    "Schedule",
     "Site",
     "Step",
     "Tolerance",
     "UnbackedSizeError",
+    "attention_backend",
     "decide",
     "explain",
     "holds",
+    "inductor_pass",
     "machine_of",
     "make_plan",
     "make_policy",
     "names",
     "records_of",
+    "reset_attention_backend",
+    "schedule",
+    "set_attention_backend",
     "with_backend",
 ]

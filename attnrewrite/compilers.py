@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -11,18 +12,17 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from . import switching
+from .inner import NAME, Inner, compile_with, known_inner, known_options
 from .machines import Machine
 from .pipeline import rewrite_graph
 from .policies import Choice, Policy, make_policy, matches
+from .records import Backend
 from .reports import GraphReport, Report
 
 logger = logging.getLogger("attnrewrite")
 
-Inner = str | Callable[..., Any]
-
-
-# The name of the entry point (pyproject.toml), under which torch.compile finds this package.
-NAME = "attnrewrite"
+CHECKS = "ATTNREWRITE_CHECKS"  # environment: 1, yes or true checks values around every swapped attention
 
 
 class AttentionCompiler:
@@ -35,33 +35,56 @@ class AttentionCompiler:
     # state, without which `model.to(...)` can fail after compiling (torch/_dynamo/convert_frame.py, 2.13).
     __name__ = NAME
 
-    def __init__(self, policy: Policy, inner: Inner = "inductor", machine: Machine | None = None) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        inner: Inner = "inductor",
+        machine: Machine | None = None,
+        *,
+        prefix: str = "",
+        report: Report | None = None,
+    ) -> None:
+        """`prefix`: where the compiled module stands in its model; sites are named from there. `report`: one that several
+        compilers of one model share."""
         self.policy = policy
         self.inner = inner
         self.machine = machine
-        self.report = Report(str(policy))
+        self.prefix = prefix
+        self.report = Report(str(policy)) if report is None else report
         self._warned: set[str] = set()
 
     def __call__(self, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         """Rewrites the graph in place and compiles it. `kwargs` (mode, options) are torch.compile's, for the inner compiler."""
-        self.rewrite(graph_module)
+        if self.rewrite(graph_module):
+            switching.guard_choice()
         self.check_rules()
         return compile_with(self.inner, graph_module, example_inputs, **kwargs)
 
-    def rewrite(self, graph_module: GraphModule, swap: bool = True) -> None:
-        """Plans, reports, and, if `swap`, puts the chosen kernels in place."""
-        outcome = rewrite_graph(graph_module, self.policy, self.machine, swap)
+    def rewrite(self, graph_module: GraphModule, swap: bool = True) -> int:
+        """Plans, reports, and, if `swap`, puts the chosen kernels in place. Returns the number of attention sites.
+
+        The policy is that of the context that it is called in (`attention_backend`), outside of all its own."""
+        override = switching.active()
+        outcome = rewrite_graph(graph_module, self.policy_now(), self.machine, swap, self.prefix)
+        if outcome.plan.sites:
+            switching.mark_used()
         context = torch._guards.CompileContext.try_get()
         # Dynamo's id of the compilation, as "0/1": the frame, and how many times it was compiled before.
         name = str(context.compile_id) if context else f"graph {len(self.report.graphs)}"
-        graph = GraphReport(name, outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged)
+        under = str(override) if override else ""
+        graph = GraphReport(name, outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged, under)
         self.report.add(graph, (context, context.attempt) if context else None)
         _log(graph)
+        return len(outcome.plan.sites)
+
+    def policy_now(self) -> Policy:
+        override = switching.active()
+        return self.policy if override is None else override.over(self.policy)
 
     def check_rules(self) -> None:
-        """Warns, once, of each rule that no site seen so far has matched."""
-        sites = self.report.sites
-        if not sites:
+        """Warns, once, of each rule of its own that no site seen so far has matched."""
+        sites = [site for graph in self.report.graphs if not graph.context for site in graph.plan.sites]
+        if not sites or self.prefix:  # who compiles a part knows the whole model, and has looked there (in_place.py)
             return
         unmatched = [
             pattern for pattern, _ in self.policy.rules if not any(matches(pattern, site.call) for site in sites)
@@ -88,7 +111,7 @@ class AttentionCompiler:
         return hash(self._identity())
 
     def _identity(self) -> tuple[Any, ...]:
-        return (type(self), self.policy, self.inner, self.machine)
+        return (type(self), self.policy, self.inner, self.machine, self.prefix)
 
     def __repr__(self) -> str:
         return f"attnrewrite.with_backend({self.policy}, inner={self.inner!r})"
@@ -102,6 +125,7 @@ def with_backend(
     numerics: str = "reordered",
     cast: str | None = None,
     trust_remote_code: bool = False,
+    checks: bool | None = None,
 ) -> AttentionCompiler:
     """A torch.compile backend that gives each attention the first of `choices` that may take it.
 
@@ -120,15 +144,22 @@ def with_backend(
         output back. None: such a kernel is refused.
     trust_remote_code: load kernels of the kernels hub whose publisher the hub does not vouch for. They run code of that
         publisher in this process. (For all of a process: the environment's ATTNREWRITE_TRUST_REMOTE_CODE=1.)
+    checks: before every swapped attention look for values that no guard sees (query, key and value that are not finite, a
+        row without a valid key), and behind it for an output that is not finite; raise `AttentionCheckError` with the site,
+        the kernel and the place. It reads results back each time, for debugging only. None: what the environment's
+        ATTNREWRITE_CHECKS says now (1, yes or true), which is off without it.
 
     Raises `ValueError` for an unknown or repeated name, for no choice at all, an unknown `inner`, `numerics` or `cast`;
     `TypeError` for a choice that is neither name nor record.
     """
-    policy = make_policy(choices, rules, strict, numerics, cast, trust_remote_code)
-    return AttentionCompiler(policy, _known_inner(inner))
+    if checks is None:
+        checks = os.environ.get(CHECKS, "").lower() in ("1", "true", "yes")
+    policy = make_policy(choices, rules, strict, numerics, cast, trust_remote_code, checks)
+    return AttentionCompiler(policy, known_inner(inner))
 
 
-OPTIONS = ("rules", "inner", "strict", "numerics", "cast", "trust_remote_code")
+SETTINGS = ("rules", "inner", "strict", "numerics", "cast", "trust_remote_code", "checks")
+OPTIONS = ("attention", *SETTINGS, "mode")
 
 
 def entry(
@@ -140,42 +171,21 @@ def entry(
 ) -> Callable[..., Any]:
     """`torch.compile(model, backend="attnrewrite", options={"attention": "flex"})`: what the entry point registers.
 
-    Options of `with_backend` by their names, its choices as "attention" (a name or a list); others go to the inner compiler.
+    Options of `with_backend` by their names, its choices as "attention" (a name, a record or a list of them), and "mode",
+    which torch.compile does not take beside options; all others go to the inner compiler. Raises, as the
+    `inner_exception` of Dynamo's BackendCompilerFailed, what `with_backend` raises, and `ValueError` for an option that
+    nobody knows.
     """
     rest = dict(options or {})
     choices = rest.pop("attention", "native")
-    own = {name: rest.pop(name) for name in OPTIONS if name in rest}
+    own = {name: rest.pop(name) for name in SETTINGS if name in rest}
     mode = rest.pop("mode", mode)
-    compiler = with_backend(*([choices] if isinstance(choices, str) else choices), **own)
+    compiler = with_backend(*([choices] if isinstance(choices, str | Backend) else choices), **own)
+    known_options(rest, compiler.inner, OPTIONS)
     kwargs: dict[str, Any] = {"mode": mode} if mode else {}
     if rest:
         kwargs["options"] = rest
     return compiler(graph_module, example_inputs, **kwargs)
-
-
-def compile_with(
-    inner: Inner, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any
-) -> Callable[..., Any]:
-    """Calls the inner compiler as torch.compile would."""
-    if inner == "inductor":
-        # The object that torch.compile(backend="inductor") makes: it applies mode and options for this one compilation.
-        compiler = torch._TorchCompileInductorWrapper(kwargs.get("mode"), kwargs.get("options"), None)
-        compiled: Callable[..., Any] = compiler(graph_module, example_inputs)
-        return compiled
-    function = torch._dynamo.lookup_backend(inner) if isinstance(inner, str) else inner
-    result: Callable[..., Any] = function(graph_module, example_inputs, **kwargs)
-    return result
-
-
-def _known_inner(inner: Inner) -> Inner:
-    if callable(inner):
-        return inner
-    known = torch._dynamo.list_backends(exclude_tags=())
-    if inner not in known or inner == NAME:
-        near = difflib.get_close_matches(str(inner), known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
-        raise ValueError(f"inner is {inner!r}, which is no backend of torch.compile; {hint} A callable will do as well")
-    return inner
 
 
 def _log(graph: GraphReport) -> None:

@@ -58,6 +58,7 @@ class Emitter(TorchFunctionMode):
             torch.set_grad_enabled(needs_grad),
             torch._C._DisableAutocast(),
             enable_python_dispatcher(),  # symbolic sizes need the Python meta kernels
+            _no_saved_tensors(),
             fake_mode,
             self,
         ):
@@ -152,6 +153,16 @@ class Emitter(TorchFunctionMode):
                 f"attnrewrite: the symbol {name} is no size of a tensor at hand; please report this graph"
             )
         return self._symbols[name]
+
+
+@contextmanager
+def _no_saved_tensors() -> Iterator[None]:
+    """A checkpoint around the compiled function counts what its first call saves: fake tensors are none of that."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
 
 
 def _target(func: Any) -> tuple[str, Any]:

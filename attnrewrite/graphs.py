@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +30,9 @@ OPAQUE_TARGETS = {
     MHA: "with need_weights=False and outside autocast it is opened, and its attention swapped",
 }
 INHERITED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "from_node")
+
+# Under `attnrewrite run` every call of SDPA passes through a function of this file, which counts.
+LAUNCHER = str(Path(__file__).with_name("intercepting.py"))
 
 # torch.func's transforms stand in a Dynamo graph as calls that enter and leave a nesting level.
 _ENTERS = {"_vmap_increment_nesting": "vmap", "_grad_increment_nesting": "grad", "_jvp_increment_nesting": "jvp"}
@@ -124,15 +128,21 @@ def _attribute(module: torch.nn.Module, path: str) -> Any:
     return value
 
 
-def site_name(node: Node) -> str:
-    """The path of the module that makes the call, as "blocks.0.attn1"; a compiled function's own name where no module is."""
+def module_of(node: Node) -> str:
+    """The path of the module that makes the call, as "blocks.0.attn1"; "" for the compiled module or function itself."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
-    if stack:
-        path, kind = stack[-1]
-        if cleaned := module_path(str(path)):
-            return cleaned
+    return module_path(str(stack[-1][0])) if stack else ""
+
+
+def site_name(node: Node) -> str:
+    """The path of the module that makes the call; where there is none, the name of the compiled module's class or function."""
+    if path := module_of(node):
+        return path
+    if stack := list((node.meta.get("nn_module_stack") or {}).values()):
+        kind = stack[-1][1]
         return str(getattr(kind, "__name__", kind)).rsplit(".", 1)[-1]
     frames = re.findall(r'File "([^"]*)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
+    frames = [frame for frame in frames if frame[0] != LAUNCHER]
     # Behind a graph break Dynamo calls the rest of f torch_dynamo_resume_in_f_at_LINE.
     return re.sub(r"^torch_dynamo_resume_in_(.+)_at_(\d+)$", r"\1:\2", frames[-1][2]) if frames else "attention"
 

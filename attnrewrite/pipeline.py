@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from .checking import check_calls, check_outputs
 from .emitting import EMITTED
-from .graphs import OPAQUE_TARGETS, SDPA_TARGETS, graphs_below, value_of
+from .graphs import OPAQUE_TARGETS, SDPA_TARGETS, graphs_below, module_of, value_of
 from .machines import Machine, machine_of
 from .passes import ANALYSES, REWRITES, Context
 from .passes.context import Found
@@ -29,10 +31,13 @@ class Outcome:
     seconds: float
 
 
-def rewrite_graph(root: GraphModule, policy: Policy, machine: Machine | None = None, swap: bool = True) -> Outcome:
+def rewrite_graph(
+    root: GraphModule, policy: Policy, machine: Machine | None = None, swap: bool = True, prefix: str = ""
+) -> Outcome:
     """Plans for `root` and every graph below it, and, if `swap`, puts the chosen kernels in place.
 
-    `machine` None: the one that the tensors are on. Raises `AttentionRefusedError` under a strict policy, and
+    `machine` None: the one that the tensors are on. `prefix`: the path of the module that was compiled in the model that it
+    is a part of; the paths of its sites begin with it. Raises `AttentionRefusedError` under a strict policy, and
     `RuntimeError` if the graph does not end up as planned.
     """
     started = time.perf_counter()
@@ -44,7 +49,10 @@ def rewrite_graph(root: GraphModule, policy: Policy, machine: Machine | None = N
 
     found = [each for _, context in graphs for each in context.found]
     machines = [machine or _machine(each) for each in found]
-    calls = [replace(each.call, device=on.device) for each, on in zip(found, machines, strict=True)]
+    calls = [
+        replace(each.call, device=on.device, site=_below(prefix, each))
+        for each, on in zip(found, machines, strict=True)
+    ]
     plan = make_plan(calls, policy, machines, load_sources=swap)
     for each, site in zip(found, plan.sites, strict=True):
         each.site, each.call = site, site.call
@@ -52,8 +60,12 @@ def rewrite_graph(root: GraphModule, policy: Policy, machine: Machine | None = N
     if swap:
         for module, context in graphs:
             if context.found:
+                if policy.checks:
+                    check_calls(module, context)
                 for rewrite in REWRITES:
                     rewrite(module, context)
+                if policy.checks:
+                    check_outputs(module, context)
                 module.graph.lint()
                 module.recompile()
     left = sum(_stands(module, context) for module, context in graphs)
@@ -64,6 +76,16 @@ def rewrite_graph(root: GraphModule, policy: Policy, machine: Machine | None = N
         )
     used = machines[0] if machines else None
     return Outcome(plan.described(), used, left, time.perf_counter() - started)
+
+
+def _below(prefix: str, found: Found) -> str:
+    site = found.call.site
+    if not prefix:
+        return site
+    path = module_of(found.node)
+    if not path and (module := re.fullmatch(r"[^#]*(#\d+)?", site)):  # the compiled module itself makes the call
+        return prefix + (module[1] or "")
+    return f"{prefix}.{site}"
 
 
 def _machine(found: Found) -> Machine:

@@ -37,7 +37,7 @@ class Policy:
 
     A pattern is "self", "cross", "masked", "unmasked" or a glob over site names. `cast` is the dtype that a call may be cast
     to for a kernel that does not take its own; `trust_remote_code` loads hub kernels of publishers that the hub does not vouch
-    for.
+    for; `checks` puts checks of values around each swapped call (checking.py).
     """
 
     choices: tuple[Candidate, ...]
@@ -46,6 +46,7 @@ class Policy:
     numerics: Numerics = Numerics.REORDERED
     cast: str | None = None
     trust_remote_code: bool = False
+    checks: bool = False
 
     def rule_for(self, call: AttentionCall) -> str | None:
         """The pattern whose rule holds for a call, None where the general choices do."""
@@ -75,6 +76,7 @@ def make_policy(
     numerics: str | Numerics = "reordered",
     cast: str | None = None,
     trust_remote_code: bool = False,
+    checks: bool = False,
 ) -> Policy:
     """Reads what a user writes. Raises `ValueError` (unknown name, nothing chosen, a name given twice, unknown numerics or
     cast) and `TypeError` (a choice that is neither name nor record), naming the argument and the value."""
@@ -83,9 +85,8 @@ def make_policy(
     pairs = tuple((pattern, _candidates(chosen, f"rules[{pattern!r}]")) for pattern, chosen in (rules or {}).items())
     if cast not in (None, *CASTS):
         raise ValueError(f"cast is {cast!r}: it is one of {', '.join(map(repr, CASTS))}, or None for no cast at all")
-    return Policy(
-        _candidates(choices, "choices"), pairs, bool(strict), _numerics(numerics), cast, bool(trust_remote_code)
-    )
+    chosen = _candidates(choices, "choices")
+    return Policy(chosen, pairs, bool(strict), _numerics(numerics), cast, bool(trust_remote_code), bool(checks))
 
 
 def _candidates(choices: Any, argument: str) -> tuple[Candidate, ...]:

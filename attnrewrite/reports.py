@@ -22,13 +22,15 @@ NOTHING = (
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph. `seconds` is what the passes took; `unchanged` counts SDPA calls that stand in the graph afterwards."""
+    """One graph. `seconds` is what the passes took; `unchanged` counts SDPA calls that stand in the graph afterwards;
+    `context` is the choice of the `attention_backend` that it was compiled in, "" outside of all."""
 
     name: str
     plan: Plan
     machine: Machine | None
     seconds: float
     unchanged: int
+    context: str = ""
 
 
 @dataclass
@@ -74,6 +76,7 @@ class Report:
                 "machine": graph.machine.to_json() if graph.machine else None,
                 "seconds": graph.seconds,
                 "unchanged": graph.unchanged,
+                "context": graph.context,
                 "sites": [site.to_json() for site in graph.plan.sites],
             }
             for graph in self.graphs
@@ -99,12 +102,14 @@ class Report:
             return f"attnrewrite ({self.policy}): {NOTHING}"
         sites = self.sites
         lines = [
-            f"attnrewrite ({self.policy}): {_count(len(sites), 'attention site')} in {_count(len(self.graphs), 'graph')}, "
+            f"attnrewrite ({self.policy}): {count(len(sites), 'attention site')} in {count(len(self.graphs), 'graph')}, "
             f"{self.swapped} taken by a choice, {len(sites) - self.swapped} left as they were; {self.seconds:.2f} s"
         ]
         machines = dict.fromkeys(str(graph.machine) for graph in self.graphs if graph.machine)
         lines += [f"on {machine}" for machine in machines]
-        lines += _table(sites)
+        for context in dict.fromkeys(graph.context for graph in self.graphs):
+            lines += [f"in attention_backend({context}):"] if context else []
+            lines += _table(site for graph in self.graphs if graph.context == context for site in graph.plan.sites)
         lines += [f"rule {pattern!r} matched none of these sites" for pattern in self.unmatched_rules]
         return "\n".join(lines)
 
@@ -116,6 +121,7 @@ def _graph_from_json(data: dict[str, Any]) -> GraphReport:
         Machine.from_json(data["machine"]) if data["machine"] else None,
         data["seconds"],
         data["unchanged"],
+        data.get("context", ""),
     )
 
 
@@ -182,5 +188,5 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in spans)
 
 
-def _count(number: int, noun: str) -> str:
+def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")

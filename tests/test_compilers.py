@@ -532,6 +532,50 @@ def test_registered_name_passes_other_options_on():
         run(*qkv())
 
 
+def test_registered_name_with_mode_checks_and_inductors_options():
+    inner = Recorder()
+    own = {"attention": FLASH_CPU, "cast": None, "trust_remote_code": False, "checks": True, "inner": inner}
+    options = {**own, "mode": "max-autotune-no-cudagraphs", "epilogue_fusion": True}
+    given = qkv()
+    given[0][1, 2, 3, 4] = float("nan")
+    with pytest.raises(attnrewrite.AttentionCheckError, match="batch 1, head 2, position 3, channel 4"):
+        torch.compile(attend, backend="attnrewrite", options=options)(*given)
+    assert inner.calls == [{"mode": "max-autotune-no-cudagraphs", "options": {"epilogue_fusion": True}}]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"attnetion": MATH},
+            "options has 'attnetion', which is no option of attnrewrite or Inductor; did you mean 'attention'?",
+        ),
+        ({"max_autotun": True}, "did you mean 'max_autotune'?"),
+        (
+            {"zzzzz": 1},
+            "attnrewrite's are attention, rules, inner, strict, numerics, cast, trust_remote_code, checks, mode; torch",
+        ),
+        (
+            {"numeric": "exact", "inner": "eager"},
+            "options has 'numeric', which is no option of attnrewrite; did you mean 'numerics'?",
+        ),
+        ({"attention": "flsh"}, "no attention backend is called 'flsh'; did you mean 'flash'"),
+        ({"numerics": "fast"}, "numerics is 'fast'"),
+        ({"mode": "fast"}, "fast"),
+    ],
+)
+def test_registered_name_with_bad_options(options, said):
+    with pytest.raises(RuntimeError) as raised:
+        torch.compile(attend, backend="attnrewrite", options=options)(*qkv())
+    assert said in str(raised.value)
+
+
+def test_registered_name_leaves_other_compilers_their_options():
+    inner = Recorder()
+    torch.compile(attend, backend="attnrewrite", options={"attention": MATH, "inner": inner, "workspace": 4})(*qkv())
+    assert inner.calls == [{"options": {"workspace": 4}}]
+
+
 # -- bad input
 
 

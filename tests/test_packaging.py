@@ -88,6 +88,7 @@ def test_wheel_metadata(wheel):
     entries = configparser.ConfigParser()
     entries.read(folder / "entry_points.txt")
     assert dict(entries["torch_dynamo_backends"]) == {"attnrewrite": "attnrewrite.compilers:entry"}
+    assert dict(entries["console_scripts"]) == {"attnrewrite": "attnrewrite.__main__:main"}
 
 
 def test_sdist_can_build_and_has_what_a_reader_needs(built):
@@ -118,10 +119,13 @@ def test_the_wheel_alone_works(wheel, tmp_path):
 def test_the_wheels_entry_point_leads_somewhere(wheel, tmp_path):
     code = (
         "from importlib.metadata import distribution; import attnrewrite.compilers as compilers\n"
-        "(entry,) = distribution('attnrewrite').entry_points\n"
-        "assert entry.load() is compilers.entry; print(compilers.__file__)"
+        "found = {entry.group: entry.load() for entry in distribution('attnrewrite').entry_points}\n"
+        "assert found['torch_dynamo_backends'] is compilers.entry; print(compilers.__file__)\n"
+        "found['console_scripts'](['info'])"
     )
-    assert Path(from_wheel(wheel, tmp_path, code)).is_relative_to(wheel)
+    file, info, *_ = from_wheel(wheel, tmp_path, code).splitlines()
+    assert Path(file).is_relative_to(wheel)
+    assert info.startswith(f"attnrewrite {attnrewrite.__version__} on ")
 
 
 def test_info_from_the_wheel(wheel, tmp_path):

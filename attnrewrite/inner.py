@@ -1,0 +1,59 @@
+"""The compiler that gets a graph after the swap: its name, its options, its call."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+Inner = str | Callable[..., Any]
+
+# The name of the entry point (pyproject.toml), under which torch.compile finds this package.
+NAME = "attnrewrite"
+
+
+def known_inner(inner: Inner) -> Inner:
+    """Raises `ValueError` for a name that torch.compile does not know."""
+    if callable(inner):
+        return inner
+    known = torch._dynamo.list_backends(exclude_tags=())
+    if inner not in known or inner == NAME:
+        near = difflib.get_close_matches(str(inner), known, n=3, cutoff=0.4)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
+        raise ValueError(f"inner is {inner!r}, which is no backend of torch.compile; {hint} A callable will do as well")
+    return inner
+
+
+def known_options(options: Collection[str], inner: Inner, own: Collection[str]) -> None:
+    """Raises `ValueError` for an option that is neither ours nor Inductor's. Another compiler's options are not known here:
+    only what is nearly one of ours is taken for a slip."""
+    for option in options:
+        if inner == "inductor":
+            theirs = torch._inductor.list_options()
+            if option.replace("-", "_") in theirs:
+                continue
+            near = difflib.get_close_matches(option, [*own, *theirs], n=1, cutoff=0.6)
+        elif not (near := difflib.get_close_matches(option, own, n=1, cutoff=0.8)):
+            continue
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"options has {option!r}, which is no option of attnrewrite{' or Inductor' if inner == 'inductor' else ''}; {hint}"
+            f"attnrewrite's are {', '.join(own)}; torch._inductor.list_options() lists Inductor's"
+        )
+
+
+def compile_with(
+    inner: Inner, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any
+) -> Callable[..., Any]:
+    """Calls the inner compiler as torch.compile would."""
+    if inner == "inductor":
+        # The object that torch.compile(backend="inductor") makes: it applies mode and options for this one compilation.
+        compiler = torch._TorchCompileInductorWrapper(kwargs.get("mode"), kwargs.get("options"), None)
+        compiled: Callable[..., Any] = compiler(graph_module, example_inputs)
+        return compiled
+    function = torch._dynamo.lookup_backend(inner) if isinstance(inner, str) else inner
+    result: Callable[..., Any] = function(graph_module, example_inputs, **kwargs)
+    return result
