@@ -350,6 +350,7 @@ def test_fsdp2(one_rank):
     assert [site.chosen for site in backend.report.sites] == [FLASH, MATH]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PyTorch and NCCL about devices
 @pytest.mark.gpu  # on the CPU PyTorch's own SDPA does not take them (2.13: no sharding strategy of its kernel)
 def test_dtensors_are_refused(tmp_path):
     from torch.distributed.tensor import Replicate, distribute_tensor
@@ -401,6 +402,7 @@ def test_quantised_weights():
 # -- CUDA graphs and autotuning, on a GPU
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PyTorch about its own CUDA graphs
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
 @pytest.mark.parametrize("checks", [False, True])
@@ -420,6 +422,7 @@ def test_modes_of_inductor(mode, checks):
     assert [site.chosen for site in backend.report.sites] == ["_native_flash", "_native_efficient"]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of PyTorch about its own CUDA graphs
 @pytest.mark.gpu
 @pytest.mark.parametrize("spelling", ["entry point", "pass"])
 def test_cuda_graphs_by_other_ways_in(spelling):
