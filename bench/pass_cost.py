@@ -2,6 +2,7 @@
 
     python bench/pass_cost.py                 # 8, 16, 32 and 57 blocks; about five minutes, most of them Inductor's
     python bench/pass_cost.py --no-inner      # without Inductor: under a minute
+    python bench/pass_cost.py --hand-written  # 25, 50 and 100 layers of diffusers' AttnProcessor with a mask instead
 
 The model is diffusers' FluxTransformer2DModel at the published widths: 24 heads of 128, 4096 image and 512 text tokens,
 bfloat16. 57 blocks (19 double, 38 single) are FLUX.1; fewer keep the proportion. Weights and inputs are fake CPU
@@ -27,6 +28,7 @@ import time
 import diffusers
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
 from torch._inductor.utils import fresh_cache
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
@@ -57,12 +59,35 @@ def flux(blocks):
     return model.eval(), inputs
 
 
+class HandWritten(torch.nn.Module):
+    """Layers of diffusers' `AttnProcessor` (baddbmm, softmax, bmm) that each repeat an additive mask over their heads."""
+
+    def __init__(self, layers):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            Attention(320, heads=8, dim_head=40, processor=AttnProcessor()) for _ in range(layers)
+        )
+
+    def forward(self, hidden, valid, return_dict=False):
+        bias = ((1 - valid.to(hidden.dtype)) * -10000.0)[:, None, :]
+        for layer in self.layers:
+            hidden = hidden + layer(hidden, attention_mask=bias)
+        return (hidden,)
+
+
+def hand_written(layers):
+    return HandWritten(layers).eval(), {
+        "hidden": torch.empty(2, 4096, 320),
+        "valid": torch.ones(2, 4096, dtype=torch.bool),
+    }
+
+
 def fresh(graph_module):
     """A copy of the graph to rewrite. It shares the fake values, which a rewrite reads and does not change."""
     return GraphModule(graph_module, copy.deepcopy(graph_module.graph))
 
 
-def measure(blocks, backend, repeats, inner):
+def measure(blocks, backend, repeats, inner, build=flux):
     """One row: traces the model with Dynamo and measures inside the backend's turn."""
     row = {"blocks": blocks}
 
@@ -86,7 +111,7 @@ def measure(blocks, backend, repeats, inner):
         return lambda *_: values  # so that nothing is run
 
     with FakeTensorMode(), torch.no_grad():
-        model, inputs = flux(blocks)
+        model, inputs = build(blocks)
         torch._dynamo.reset()
         started = time.perf_counter()
         torch.compile(model, backend=measure_graph, fullgraph=True)(**inputs, return_dict=False)
@@ -96,23 +121,33 @@ def measure(blocks, backend, repeats, inner):
 
 def main():
     parser = argparse.ArgumentParser(description="Seconds of the rewrite on FLUX.1's graph, at several depths.")
-    parser.add_argument("--blocks", type=int, nargs="+", default=[8, 16, 32, 57])
+    parser.add_argument("--blocks", type=int, nargs="+")
+    parser.add_argument("--hand-written", action="store_true", help="attention spelled out, instead of FLUX.1")
     parser.add_argument("--backend", default="_native_flash", help="the kernel that is swapped in")
     parser.add_argument("--repeats", type=int, default=7, help="fresh copies of each graph that are rewritten")
     parser.add_argument("--no-inner", action="store_true", help="leave Inductor's compilation out")
     options = parser.parse_args()
 
-    print(f"FLUX.1 at published widths on fake CPU tensors, bfloat16, {IMAGE_TOKENS} + {TEXT_TOKENS} tokens; not run")
+    build = hand_written if options.hand_written else flux
+    depths = options.blocks or ([25, 50, 100] if options.hand_written else [8, 16, 32, 57])
+    if options.hand_written:
+        print(
+            "layers of AttnProcessor with an additive mask, 8 heads of 40, 4096 tokens, float32, fake CPU tensors; not run"
+        )
+    else:
+        print(
+            f"FLUX.1 at published widths on fake CPU tensors, bfloat16, {IMAGE_TOKENS} + {TEXT_TOKENS} tokens; not run"
+        )
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     print(
         f"{cores} cores, torch {torch.__version__}, diffusers {diffusers.__version__}, Python {sys.version.split()[0]}"
     )
     print(f"swapped in: {options.backend}; inner: Inductor on the same graph, its caches empty")
     # Imports and Inductor's start happen once a process; a model of two blocks bears them.
-    measure(2, options.backend, 1, not options.no_inner)
+    measure(2, options.backend, 1, not options.no_inner, build)
     print("blocks  nodes  sites  swapped  first s  median s  per block ms  Dynamo s  inner s  share %", flush=True)
-    for blocks in options.blocks:
-        row = measure(blocks, options.backend, options.repeats, not options.no_inner)
+    for blocks in depths:
+        row = measure(blocks, options.backend, options.repeats, not options.no_inner, build)
         line = (
             f"{row['blocks']:6d} {row['nodes']:6d} {row['sites']:6d} {row['swapped']:8d} {row['first']:8.3f} "
             f"{row['median']:9.3f} {1000 * row['median'] / blocks:13.2f} {row['dynamo']:9.1f}"
