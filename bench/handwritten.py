@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 import torch
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from step_ratio import processor
 
 import attnrewrite
 
@@ -59,7 +59,9 @@ def compiled(backend: str | None) -> tuple[Callable[[], torch.Tensor], attnrewri
 
 
 def resident() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # MiB on Linux
+    """The largest resident size so far, MiB. (Of Linux; getrusage's ru_maxrss begins with that of the parent process.)"""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024
 
 
 def peak(backend: str | None) -> float:
@@ -68,7 +70,6 @@ def peak(backend: str | None) -> float:
     module, inputs = block()
     small = {**inputs, "hidden_states": inputs["hidden_states"][..., :8, :8]}
     module(**small)  # what libraries allocate at their first call
-    torch._dynamo.config.suppress_errors = False
     before = resident()
     run()
     return resident() - before
@@ -110,6 +111,7 @@ def main() -> None:
     peaks = {"unswapped": in_a_process(None), "swapped": in_a_process(options.backend)}
     ratios = [one / other for one, other in zip(times["unswapped"], times["swapped"], strict=True)]
     result = {
+        "cpu": processor(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "backend": options.backend,
