@@ -15,7 +15,6 @@ from torch import Tensor
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule
 
-from .axes import applied
 from .emitting import EMITTED, Emitter
 from .graphs import value_key, value_of
 from .ops import LIBRARY, NAMESPACE
@@ -40,7 +39,7 @@ def check_calls(module: GraphModule, context: Context) -> None:
         assert operands is not None  # a call without them is never swapped
 
         def tensor(operand: Operand) -> Tensor:
-            return applied(emitter.tensor(operand.node), operand.views)
+            return operand.emitted(emitter)
 
         output = value_of(found.node)
         with emitter.before(found.node, found.call.needs_grad, output[0] if isinstance(output, tuple) else output):

@@ -88,9 +88,6 @@ class Writes:
         start, end = self.position[reader], self.position[later]
         return not any(start < self.position[writer] < end for writer in self.writers(node))
 
-    def written(self, node: Node) -> bool:
-        return bool(self.writers(node))
-
 
 def _nodes(argument: Any) -> list[Node]:
     return [

@@ -163,6 +163,11 @@ def _named(error: Exception, args: tuple[Any, ...], origin: Origin) -> RuntimeEr
 # -- what most fakes and formulas are made of: query (batch, length, heads, dim), or packed (tokens, heads, dim)
 
 
+def zero_unless(condition: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor where a boolean condition that broadcasts to it holds, zeros elsewhere, NaN or not."""
+    return torch.where(condition, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
+
+
 def dense_output(query: Tensor, value: Tensor) -> Tensor:
     """A new tensor of the query's sizes, as wide as the values, dense."""
     return query.new_empty((*query.shape[:-1], value.shape[-1]))

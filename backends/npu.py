@@ -67,7 +67,7 @@ def fusion_attention(
     )[0]  # fmt: skip
     if prepared.alive is None:
         return output
-    return torch.where(prepared.alive, output, torch.zeros((), dtype=output.dtype, device=output.device))
+    return ops.zero_unless(prepared.alive, output)
 
 
 def at_most_256_heads(call: AttentionCall, machine: Machine) -> Refused | None:

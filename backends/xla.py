@@ -119,7 +119,7 @@ def flash(
     )  # fmt: skip
     if prepared.alive is None:
         return output
-    return torch.where(prepared.alive, output, torch.zeros((), dtype=output.dtype, device=output.device))
+    return ops.zero_unless(prepared.alive, output)
 
 
 def head_dim_of_long_sequences(call: AttentionCall, machine: Machine) -> Refused | None:

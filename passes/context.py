@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from ..axes import Views, applied
 from ..calls import AttentionCall
+from ..emitting import Emitter
 from ..graphs import Surroundings, value_of, values_only
 from ..mask_building import Proof
 from ..plans import Site
@@ -32,6 +33,10 @@ class Operand:
             return given
         with values_only(given):
             return applied(given, self.views)
+
+    def emitted(self, emitter: Emitter) -> torch.Tensor:
+        """The same as nodes of a graph."""
+        return applied(emitter.tensor(self.node), self.views)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from ..sizes import Size, holds, known
 from ..spellings import spelled
 from .context import Context, Found, MaskTerm, Operand, Operands
 from .fused_kernels import FUSED_TARGETS, LOWER_RIGHT, fused_arguments
-from .masks import is_key_padding, mask_of
+from .masks import mask_of, tensor_mask
 from .recognise import Recognised, recognise
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -266,13 +266,10 @@ _PLAIN = {torch.Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor}
 def _mask(mask: Any, is_causal: Any, query: torch.Tensor, output: torch.Tensor, autocast: bool) -> Mask:
     if mask is None:
         return Mask(MaskKind.CAUSAL_UPPER_LEFT if is_causal is True else MaskKind.NONE)
-    kind = MaskKind.ADDITIVE
-    if mask.dtype == torch.bool:
-        kind = MaskKind.KEY_PADDING if is_key_padding(mask, query) else MaskKind.BOOLEAN
     # SDPA's autocast takes a floating mask with the rest, and leaves float64 alone.
-    cast = autocast and kind is MaskKind.ADDITIVE and torch.float64 not in (mask.dtype, output.dtype)
-    learned = mask.requires_grad and output.requires_grad  # under no_grad a parameter requires one too
-    return Mask(kind, _name(output.dtype if cast else mask.dtype), tuple(mask.shape), learned)
+    cast = autocast and not {mask.dtype, output.dtype} & {torch.bool, torch.float64}
+    dtype = output.dtype if cast else mask.dtype
+    return tensor_mask(mask, dtype, query, mask.requires_grad and output.requires_grad)
 
 
 def _name(dtype: torch.dtype) -> str:

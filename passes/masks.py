@@ -24,14 +24,20 @@ def mask_of(terms: Sequence[MaskTerm], dtype: torch.dtype, query: torch.Tensor, 
         mask = first.tensor.value if plain else build_mask(terms, dtype, lambda operand: operand.value)
     assert mask is not None
     learned = any(term.how == "add" and value_of(term.tensor.node).requires_grad for term in terms)
-    needs_grad = learned and output.requires_grad  # under no_grad a parameter requires one too
+    return tensor_mask(mask, mask.dtype, query, learned and output.requires_grad)
+
+
+def tensor_mask(mask: torch.Tensor, dtype: torch.dtype, query: torch.Tensor, needs_grad: bool) -> Mask:
+    """A mask that is one tensor, as its shape and dtype tell. `dtype`: the one that it is added in.
+
+    needs_grad: under no_grad a parameter requires a gradient too, so the output's word counts as well."""
     kind = MaskKind.ADDITIVE
     if mask.dtype == torch.bool:
-        kind = MaskKind.KEY_PADDING if is_key_padding(mask, query) else MaskKind.BOOLEAN
-    return Mask(kind, str(mask.dtype).removeprefix("torch."), tuple(mask.shape), needs_grad)
+        kind = MaskKind.KEY_PADDING if _is_key_padding(mask, query) else MaskKind.BOOLEAN
+    return Mask(kind, str(dtype).removeprefix("torch."), tuple(mask.shape), needs_grad)
 
 
-def is_key_padding(mask: torch.Tensor, query: torch.Tensor) -> bool:
+def _is_key_padding(mask: torch.Tensor, query: torch.Tensor) -> bool:
     """Whether a boolean mask is the same for every head and query by its shape and strides alone."""
     shared = (-2, -3) if query.dim() > 3 else (-2,)
     return all(known(mask.shape[dim] == 1) or known(mask.stride(dim) == 0) for dim in shared if -dim <= mask.dim())

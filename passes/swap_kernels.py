@@ -16,7 +16,7 @@ from ..emitting import Emitter
 from ..graphs import SDPA, value_of
 from ..mask_building import built
 from ..mutations import storage_of, written_storages
-from ..ops import Origin
+from ..ops import Origin, zero_unless
 from ..plans import Site
 from ..reasons import cast_to
 from ..records import Backend
@@ -58,14 +58,14 @@ def _swap(
     old: torch.Tensor = value_of(node)[0] if fused else value_of(node)
 
     def tensor(operand: Operand) -> torch.Tensor:
-        return applied(emitter.tensor(operand.node), operand.views)
+        return operand.emitted(emitter)
 
     with emitter.before(node, call.needs_grad, old):
         query, key, value = (tensor(each) for each in (operands.query, operands.key, operands.value))
         given, shared = _mask(operands, call, tensor, emitter, written)
         made = built(call, found.proof, site.form, given, shared, emitter)
         if made.alive is not None:
-            query = torch.where(made.alive, query, torch.zeros((), dtype=query.dtype, device=query.device))
+            query = zero_unless(made.alive, query)
         if backend.op is None:
             output = _native(made.call, query, key, value, made.mask, emitter)
         else:
@@ -74,7 +74,7 @@ def _swap(
                 backend, made.call, accepted, site.source, query, key, value, made.mask, made.shared, emitter
             )
         if made.queries is not None:
-            output = torch.where(made.queries, output, torch.zeros((), dtype=output.dtype, device=output.device))
+            output = zero_unless(made.queries, output)
         output = applied(output, operands.result)
         if not _same_form(output, old):
             raise RuntimeError(
