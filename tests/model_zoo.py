@@ -473,3 +473,18 @@ def t5_encoder():
     )  # fmt: skip
     module = transformers.T5EncoderModel(config)
     return module, {"input_ids": torch.randint(2, 48, (2, 141)), "attention_mask": mask_of([141, 9], 141)}
+
+
+def small_flux():
+    """The smallest of all, with weights that need no gradient; not one of the zoo."""
+    torch.manual_seed(0)
+    model = diffusers.FluxTransformer2DModel(
+        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=3,
+        joint_attention_dim=20, pooled_projection_dim=12, axes_dims_rope=(4, 4, 8),
+    ).eval().requires_grad_(False)  # fmt: skip
+    given = {
+        "hidden_states": torch.randn(2, 15, 4), "encoder_hidden_states": torch.randn(2, 7, 20),
+        "pooled_projections": torch.randn(2, 12), "timestep": torch.tensor([0.3, 0.9]),
+        "img_ids": torch.zeros(15, 3), "txt_ids": torch.zeros(7, 3),
+    }  # fmt: skip
+    return model, given

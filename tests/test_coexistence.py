@@ -14,6 +14,7 @@ import diffusers
 import pytest
 import torch
 import torch.distributed
+from model_zoo import small_flux
 from parity import attend, doubled, qkv, relative
 from test_context import FLASH, MATH, Counting, Layer
 from torch.utils.checkpoint import checkpoint
@@ -285,16 +286,7 @@ def test_diffusers_set_attention_backend(theirs):
     """Its choice stands in the graph as calls that set PyTorch's own; ours holds, and it is not disturbed."""
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
-    torch.manual_seed(0)
-    model = diffusers.FluxTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=3,
-        joint_attention_dim=20, pooled_projection_dim=12, axes_dims_rope=(4, 4, 8),
-    ).eval().requires_grad_(False)  # fmt: skip
-    given = {
-        "hidden_states": torch.randn(2, 15, 4), "encoder_hidden_states": torch.randn(2, 7, 20),
-        "pooled_projections": torch.randn(2, 12), "timestep": torch.tensor([0.3, 0.9]),
-        "img_ids": torch.zeros(15, 3), "txt_ids": torch.zeros(7, 3),
-    }  # fmt: skip
+    model, given = small_flux()
     expected = model(**given).sample
     try:
         model.set_attention_backend(theirs)

@@ -8,6 +8,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, apply_group_offloading
+from model_zoo import small_flux
 from parity import relative
 from test_context import FLASH, MATH, Counting, Layer
 
@@ -329,20 +330,6 @@ def test_layers_that_are_wrapped_and_unwrapped():
     assert set(inner.ran) == {"flash"}
 
 
-def dit():
-    torch.manual_seed(0)
-    model = diffusers.FluxTransformer2DModel(
-        in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=3,
-        joint_attention_dim=20, pooled_projection_dim=12, axes_dims_rope=(4, 4, 8),
-    ).eval().requires_grad_(False)  # fmt: skip
-    given = {
-        "hidden_states": torch.randn(2, 15, 4), "encoder_hidden_states": torch.randn(2, 7, 20),
-        "pooled_projections": torch.randn(2, 12), "timestep": torch.tensor([0.3, 0.9]),
-        "img_ids": torch.zeros(15, 3), "txt_ids": torch.zeros(7, 3),
-    }  # fmt: skip
-    return model, given
-
-
 def hooks_of(kind, model):
     if kind == "offloading":
         pytest.importorskip("accelerate", reason="diffusers' group offloading needs accelerate")
@@ -356,7 +343,7 @@ def hooks_of(kind, model):
 @pytest.mark.parametrize("kind", ["offloading", "layerwise casting", "first block cache"])
 @pytest.mark.filterwarnings("ignore")
 def test_hooks_of_diffusers(kind):
-    model, given = dit()
+    model, given = small_flux()
     hooks_of(kind, model)
     with model.cache_context("cond"):
         expected = model(**given).sample
