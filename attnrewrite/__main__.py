@@ -1,4 +1,4 @@
-"""attnrewrite at the command line: `info`, `table`, `explain` and `run`."""
+"""attnrewrite at the command line: `info`, `table`, `explain`, `run` and `bench`."""
 
 from __future__ import annotations
 
@@ -40,8 +40,15 @@ def run(arguments: list[str]) -> None:
     launching.main(arguments)
 
 
+def bench(arguments: list[str]) -> None:
+    """kernels by shape and steps of denoisers by variant, measured side by side (`attnrewrite bench --help`)"""
+    from .benchmarks import command
+
+    command.main(arguments)
+
+
 # Each gets the arguments behind its name; its docstring is its line of help.
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"info": info, "table": table, "explain": explain, "run": run}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"info": info, "table": table, "explain": explain, "run": run, "bench": bench}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -16,7 +16,12 @@ import attnrewrite
 
 ROOT = Path(__file__).resolve().parent.parent
 # The folder in the repository -> in the package.
-FOLDERS = {"attnrewrite": "attnrewrite", "passes": "attnrewrite/passes", "backends": "attnrewrite/backends"}
+FOLDERS = {
+    "attnrewrite": "attnrewrite",
+    "attnrewrite/benchmarks": "attnrewrite/benchmarks",
+    "passes": "attnrewrite/passes",
+    "backends": "attnrewrite/backends",
+}
 NEEDED = ("attnrewrite", "passes", "backends", "tests", "pyproject.toml", "README.md", "LICENSE")
 
 

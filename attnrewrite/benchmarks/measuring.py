@@ -1,0 +1,65 @@
+"""Clocks, rounds in turn, and the machine's matmul rate: what both levels of the benchmark measure with."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+# One size of a square matmul each: the rate of a card at its power limit falls with the length of the call.
+CEILING = {"cuda": (4096, 8192, 16384), "cpu": (1024,)}
+
+
+def milliseconds(device: torch.device, run: Callable[[], Any], calls: int = 1) -> float:
+    """The time of a call, the mean of `calls` in a row: by CUDA events, or by the wall clock on a CPU."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for _ in range(calls):
+            run()
+        return (time.perf_counter() - started) * 1e3 / calls
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if calls > 1:
+        torch.cuda._sleep(10_000_000)  # 5 ms: the host is ahead when the first call begins, so that it does not count
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / calls
+
+
+def in_turn(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """What each gives in every round. Each round runs all of them, in another order."""
+    order, generator = list(timed), random.Random(0)
+    found: dict[str, list[float]] = {name: [] for name in timed}
+    for _ in range(rounds):
+        generator.shuffle(order)
+        for name in order:
+            found[name].append(timed[name]())
+    return found
+
+
+def by_rounds(base: list[float], other: list[float]) -> float:
+    """The median over rounds of base / other: load that changes between rounds falls out."""
+    return statistics.median(one / two for one, two in zip(base, other, strict=True))
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """TFLOP/s of a square matmul by its size, the median of some calls: no attention of that dtype can be faster."""
+    rates = {}
+    for size in CEILING.get(device.type, CEILING["cpu"]):
+        left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+        found = [milliseconds(device, lambda left=left, right=right: left @ right, 3) for _ in range(7)]  # type: ignore[misc]
+        rates[str(size)] = 2 * size**3 / statistics.median(found[2:]) / 1e9
+    return rates
+
+
+def words(error: BaseException) -> str:
+    """An error in a line, without Dynamo's frame around it: a cell of a table."""
+    error = getattr(error, "inner_exception", None) or error
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"

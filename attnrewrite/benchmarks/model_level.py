@@ -1,0 +1,157 @@
+"""Steps of denoisers by variant: eager, torch.compile, diffusers' dispatcher and torch.compile, attnrewrite.
+
+All variants of a model run in turn in one process, each round in another order, and all compile the same regions. The choice of
+diffusers' dispatcher is process-wide: it is set before each step, to "native" for every variant but its own.
+
+ms      the median step, by CUDA events (on a CPU by the wall clock)
+ratio   the median over rounds of (torch.compile / variant) in the same round
+error   |output - exact| / |exact|, where exact is the unchanged model in float32, uncompiled: the error of torch.compile is
+        that of the model's dtype
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..compilers import AttentionCompiler, with_backend
+from .denoisers import Denoiser
+from .measuring import by_rounds, in_turn, milliseconds, words
+
+EAGER, PLAIN, AUTO, TUNED, QUANTISED = "eager", "torch.compile", "auto", "tuned", "tuned, quantised"
+PEER = "diffusers, "  # in front of the name that its dispatcher is set to
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`backend(denoiser)`: what torch.compile gets, None where nothing is compiled. `peer`: the name that the model's
+    `set_attention_backend` is called with before each step."""
+
+    name: str
+    backend: Callable[[Denoiser], Any]
+    peer: str = "native"
+
+
+def usual(peers: Iterable[str], inner: str = "inductor") -> tuple[Variant, ...]:
+    """The variants of `attnrewrite bench`. `peers`: names for diffusers' dispatcher; the fastest is what counts."""
+    return (
+        Variant(EAGER, lambda _: None),
+        Variant(PLAIN, lambda _: inner),
+        *(Variant(f"{PEER}{name}", lambda _: inner, peer=name) for name in peers),
+        Variant(AUTO, lambda _: with_backend("auto", inner=inner)),
+        Variant(TUNED, lambda denoiser: tuned(denoiser, "reordered", inner)),
+        Variant(QUANTISED, lambda denoiser: tuned(denoiser, "quantised", inner)),
+    )
+
+
+def tuned(denoiser: Denoiser, numerics: str, inner: str) -> AttentionCompiler:
+    from ..tuning import tune
+
+    plan = tune(denoiser.model, **denoiser.inputs, return_dict=False, numerics=numerics)
+    return with_backend(plan, inner=inner, numerics=numerics)
+
+
+def exact(denoiser: Denoiser) -> torch.Tensor:
+    """The output of the unchanged model in float32."""
+
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    inputs = torch.utils._pytree.tree_map(wide, denoiser.inputs)
+    output: torch.Tensor = copy.deepcopy(denoiser.model).float()(**inputs, return_dict=False)[0]
+    return output
+
+
+def measure(
+    denoiser: Denoiser, variants: Iterable[Variant], rounds: int, say: Callable[[str], object] = print
+) -> dict[str, Any]:
+    """The record of one model: {"about", "variants": {name: {"ms", "ratio", "error", ...}}, "failed": {name: error}}.
+
+    A variant that cannot run is a result: its error stands under "failed". `say` gets a line for each when all is done.
+    """
+    torch.compiler.reset()
+    device = next(denoiser.model.parameters()).device
+    say(f"\n{denoiser.about}")
+    rows: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    timed: dict[str, Callable[[], float]] = {}
+    # All variants share the code of a block, so each counts as a recompilation of the others.
+    limits: Any = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=10_000)
+    with torch.no_grad(), limits:
+        reference = exact(denoiser)
+        for variant in variants:
+            try:
+                timed[variant.name], rows[variant.name] = _warm(denoiser, variant, device, reference)
+            except Exception as error:
+                failed[variant.name] = words(error)
+            finally:
+                _choose(denoiser, "native")
+        times = in_turn(timed, rounds)
+        _choose(denoiser, "native")
+    for name, row in rows.items():
+        row["ms"] = statistics.median(times[name])
+        if PLAIN in times:
+            row["ratio"] = by_rounds(times[PLAIN], times[name])
+        rows[name] = {key: row[key] for key in sorted(row, key=_order)}
+        ratio = f"  ratio {row['ratio']:5.3f}" if "ratio" in row else ""
+        say(f"{name:24} {row['ms']:8.2f} ms{ratio}  error {row['error']:.1e}  {_kernels(row)}".rstrip())
+    for name, text in failed.items():
+        say(f"{name:24} {text}")
+    return {"about": denoiser.about, "variants": rows, "failed": failed}
+
+
+def _warm(
+    denoiser: Denoiser, variant: Variant, device: torch.device, reference: torch.Tensor
+) -> tuple[Callable[[], float], dict[str, Any]]:
+    """How a step of the variant is timed, and what is known of it once it is compiled."""
+    _choose(denoiser, "native")
+    backend = variant.backend(denoiser)
+    step = denoiser.step if backend is None else denoiser.compile(backend)
+    _choose(denoiser, variant.peer)
+    for _ in range(3):
+        output = step()
+    row: dict[str, Any] = {"error": ((output.float() - reference).norm() / reference.norm()).item()}
+    if variant.peer != "native":
+        row["peer"] = variant.peer
+    if isinstance(backend, AttentionCompiler):
+        row["sites"] = {site.name: site.chosen for site in backend.report.sites}
+
+    def timed() -> float:
+        _choose(denoiser, variant.peer)
+        return milliseconds(device, step)
+
+    return timed, row
+
+
+def _choose(denoiser: Denoiser, name: str) -> None:
+    """Sets diffusers' dispatcher, outside of what is timed."""
+    if hasattr(denoiser.model, "set_attention_backend"):
+        with contextlib.ExitStack() as quiet:
+            from diffusers.utils import logging  # type: ignore[import-untyped, unused-ignore]
+
+            level = logging.get_verbosity()  # it warns at every call that this is an experimental feature
+            logging.set_verbosity_error()
+            quiet.callback(logging.set_verbosity, level)
+            model: Any = denoiser.model
+            model.set_attention_backend(name)
+
+
+def best_peer(variants: dict[str, dict[str, Any]]) -> str | None:
+    """Of the variants of one model, the fastest of diffusers' dispatcher."""
+    peers = [name for name, row in variants.items() if "peer" in row]
+    return min(peers, key=lambda name: float(variants[name]["ms"]), default=None)
+
+
+def _kernels(row: dict[str, Any]) -> str:
+    return ", ".join(sorted({kernel or "(unchanged)" for kernel in row.get("sites", {}).values()}))
+
+
+def _order(key: str) -> int:
+    known = ("ms", "ratio", "error")
+    return known.index(key) if key in known else len(known)
