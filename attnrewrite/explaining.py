@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from types import CodeType, TracebackType
 from typing import Any
@@ -47,15 +47,26 @@ def explain(
         planner.rewrite(graph_module, swap=False)
         return predicted(graph_module)
 
-    target: Any = getattr(model, "_orig_mod", model)
-    if getattr(target, "_compiled_call_impl", None) is not None:  # after model.compile()
-        target = target._call_impl
-    limits: Any = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
-    traced: Any = torch.compile(target, backend=plan_only, dynamic=False)
-    with CompiledCode(), AttributesOf(target), limits:
-        traced(*args, **kwargs)
+    with AttributesOf(_uncompiled(model)):
+        traced(model, args, kwargs, plan_only)
     planner.check_rules()
     return planner.report
+
+
+def traced(
+    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], backend: Callable[..., Any]
+) -> Any:
+    """What the model gives when it is compiled by `backend`, whatever compiles it otherwise. Sizes are numbers. Nothing that was
+    compiled for it is left behind."""
+    limits: Any = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
+    compiled: Any = torch.compile(_uncompiled(model), backend=backend, dynamic=False)
+    with CompiledCode(), limits:
+        return compiled(*args, **kwargs)
+
+
+def _uncompiled(model: Any) -> Any:
+    target = getattr(model, "_orig_mod", model)
+    return target._call_impl if getattr(target, "_compiled_call_impl", None) is not None else target
 
 
 def predicted(graph_module: GraphModule) -> Callable[..., Any]:

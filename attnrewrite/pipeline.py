@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.fx import GraphModule
@@ -21,6 +21,14 @@ from .plans import Plan, make_plan
 from .policies import Policy
 
 
+class Watch(Protocol):
+    """What looks at the sites of each graph, before and after the chosen kernels are put in place (capturing.py)."""
+
+    def before(self, module: GraphModule, context: Context) -> None: ...
+
+    def after(self, module: GraphModule, context: Context) -> None: ...
+
+
 @dataclass(frozen=True)
 class Outcome:
     """`unchanged`: SDPA calls that stand in the graph afterwards. `seconds`: what all passes took."""
@@ -32,13 +40,18 @@ class Outcome:
 
 
 def rewrite_graph(
-    root: GraphModule, policy: Policy, machine: Machine | None = None, swap: bool = True, prefix: str = ""
+    root: GraphModule,
+    policy: Policy,
+    machine: Machine | None = None,
+    swap: bool = True,
+    prefix: str = "",
+    watch: Watch | None = None,
 ) -> Outcome:
     """Plans for `root` and every graph below it, and, if `swap`, puts the chosen kernels in place.
 
     `machine` None: the one that the tensors are on. `prefix`: the path of the module that was compiled in the model that it
-    is a part of; the paths of its sites begin with it. Raises `AttentionRefusedError` under a strict policy, and
-    `RuntimeError` if the graph does not end up as planned.
+    is a part of; the paths of its sites begin with it. `watch` is called around the swap. Raises `AttentionRefusedError`
+    under a strict policy, and `RuntimeError` if the graph does not end up as planned.
     """
     started = time.perf_counter()
     names: dict[str, int] = {}
@@ -62,10 +75,14 @@ def rewrite_graph(
             if context.found:
                 if policy.checks:
                     check_calls(module, context)
+                if watch is not None:
+                    watch.before(module, context)
                 for rewrite in REWRITES:
                     rewrite(module, context)
                 if policy.checks:
                     check_outputs(module, context)
+                if watch is not None:
+                    watch.after(module, context)
                 module.graph.lint()
                 module.recompile()
     left = sum(_stands(module, context) for module, context in graphs)
