@@ -48,7 +48,13 @@ def bench(arguments: list[str]) -> None:
 
 
 # Each gets the arguments behind its name; its docstring is its line of help.
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"info": info, "table": table, "explain": explain, "run": run, "bench": bench}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "info": info,
+    "table": table,
+    "explain": explain,
+    "run": run,
+    "bench": bench,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import os
 import re
 import textwrap
 import threading
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .calls import AttentionCall
+from .files import replace_file, writable
 from .machines import Machine
 from .plans import Plan, Site
 
@@ -60,6 +64,31 @@ class Report:
     @property
     def sites(self) -> list[Site]:
         return [site for graph in self.graphs for site in graph.plan.sites]
+
+    def repro(self, site: str | Site, path: str | os.PathLike[str] | None = None) -> str:
+        """A stand-alone Python script that builds the call of one site anew (sizes, dtype, memory layout, mask, scale, seed;
+        random tensors), runs the kernel that was chosen for it under torch.compile, and prints its error to float64.
+
+        site: a name of `sites`, or a site. Of several with one name the last counts. path: also write it there.
+        Sizes that are symbols in the graph stand at its top, to be filled in. Raises `ValueError` for an unknown name, and for
+        a kernel of your own that has no name to ask for; `OSError` for a place that cannot be written to.
+        """
+        from . import __version__
+        from .reproducing import script
+
+        text = script(self._named(site) if isinstance(site, str) else site, __version__)
+        if path is not None:
+            writable(file := Path(path))
+            replace_file(file, text.encode())
+        return text
+
+    def _named(self, name: str) -> Site:
+        known = {site.name: site for site in self.sites}
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            hint = f"did you mean {near[0]!r}?" if near else NOTHING
+            raise ValueError(f"site is {name!r}, which is none of the {len(known)} in this report; {hint}")
+        return known[name]
 
     @property
     def swapped(self) -> int:

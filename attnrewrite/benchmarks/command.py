@@ -32,7 +32,9 @@ def parser() -> argparse.ArgumentParser:
         epilog="attnrewrite bench --models flux,hunyuan --out b.json --plot b.png",
     )
     made.add_argument("--models", nargs="?", const=ALL, metavar="A,B", help=f"of {', '.join(MODELS)}; alone: all")
-    made.add_argument("--kernels", nargs="?", const=ALL, metavar="A,B", help="names of kernels; alone: all that run here")
+    made.add_argument(
+        "--kernels", nargs="?", const=ALL, metavar="A,B", help="names of kernels; alone: all that run here"
+    )
     made.add_argument("--shapes", metavar="A,B", help=f"for --kernels: of {', '.join(op_level.SHAPES)}")
     made.add_argument("--variants", metavar="A;B", help="for --models: only these, by their names in the table")
     made.add_argument("--peers", metavar="A,B", help="names for diffusers' dispatcher (CUDA: " + PEERS["cuda"] + ")")
@@ -41,9 +43,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU where there is one")
     made.add_argument("--small", action="store_true", help="tiny sizes, on a CPU too: to see that all of it runs")
     made.add_argument("--out", type=Path, metavar="FILE", help="write the result there, as JSON")
-    made.add_argument("--append", action="store_true", help="add to the result that FILE holds, of the same machine and versions")
-    made.add_argument("--plot", type=Path, metavar="FILE", help="draw the result there: .png, .svg or .pdf (extra 'plot')")
-    made.add_argument("--from", dest="source", type=Path, metavar="FILE", help="draw an earlier result, measure nothing")
+    made.add_argument(
+        "--append", action="store_true", help="add to the result that FILE holds, of the same machine and versions"
+    )
+    made.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the result there: .png, .svg or .pdf (extra 'plot')"
+    )
+    made.add_argument(
+        "--from", dest="source", type=Path, metavar="FILE", help="draw an earlier result, measure nothing"
+    )
     return made
 
 
@@ -90,9 +98,7 @@ def _checked(
     kernels = _picked("--kernels", given.kernels, all_kernels())
     known = op_level.SMALL if given.small else op_level.SHAPES
     shapes = {name: known[name] for name in _picked("--shapes", given.shapes or ALL, known)}
-    variants = {
-        each.name: each for each in model_level.usual((given.peers or PEERS[kind]).split(","), given.inner)
-    }
+    variants = {each.name: each for each in model_level.usual((given.peers or PEERS[kind]).split(","), given.inner)}
     chosen = [variants[name] for name in _picked("--variants", given.variants or ALL, variants, ";")]
     if models:
         imported()

@@ -89,7 +89,9 @@ def imported() -> Any:
     try:
         import diffusers
     except ImportError as error:
-        raise ImportError(f"the models of attnrewrite bench are those of diffusers: pip install diffusers ({error})") from error
+        raise ImportError(
+            f"the models of attnrewrite bench are those of diffusers: pip install diffusers ({error})"
+        ) from error
     return diffusers
 
 
@@ -104,7 +106,10 @@ def flux(at: Place) -> Denoiser:
         attention_head_dim=dim, in_channels=channels, joint_attention_dim=joint, pooled_projection_dim=pooled,
         guidance_embeds=True, axes_dims_rope=at.pick((16, 56, 56), (4, 6, 6)),
     )  # fmt: skip
-    rows, columns = (torch.arange(side * side, device=at.device) // side, torch.arange(side * side, device=at.device) % side)
+    rows, columns = (
+        torch.arange(side * side, device=at.device) // side,
+        torch.arange(side * side, device=at.device) % side,
+    )
     inputs = {
         "hidden_states": at.randn(1, side * side, channels),
         "encoder_hidden_states": at.randn(1, text, joint),
@@ -276,9 +281,7 @@ def lumina2(at: Place) -> Denoiser:
         "encoder_attention_mask": at.mask_of((text, at.pick(60, 4)), text),
     }
     tokens = (side // 2) ** 2 + text
-    about = (
-        f"Lumina-Image 2, {layers} of 26 blocks and refiners, 2 x {tokens:,} tokens, {heads} heads of {dim} on {keys} of keys"
-    )
+    about = f"Lumina-Image 2, {layers} of 26 blocks and refiners, 2 x {tokens:,} tokens, {heads} heads of {dim} on {keys} of keys"
     return Denoiser(model, inputs, ("Lumina2TransformerBlock",), about)
 
 

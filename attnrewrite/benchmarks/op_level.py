@@ -21,7 +21,7 @@ from torch import Tensor
 from ..compilers import with_backend
 from ..machines import machine_of
 from ..records import Numerics
-from ..reference import compare
+from ..reference import reference
 from ..support import usable
 from .measuring import in_turn, milliseconds, words
 
@@ -59,7 +59,9 @@ NAMED = {
 }
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 LINES = {
-    f"d{dim} {length}": Shape(1, 24, length, length, dim, line=f"1 x 24 heads of {dim}") for dim in (64, 128) for length in LENGTHS
+    f"d{dim} {length}": Shape(1, 24, length, length, dim, line=f"1 x 24 heads of {dim}")
+    for dim in (64, 128)
+    for length in LENGTHS
 }
 SHAPES = NAMED | LINES
 SMALL = {
@@ -140,15 +142,14 @@ def _warm(
     if site.chosen is None:
         _, refused = site.refusals[0]
         return None, {"failed": f"{refused.code.value}: {refused.detail}"}
-    query, key, value, keep = given
-    heads_first = [each.transpose(1, 2) for each in (output, query, key, value)]
-    accuracy = compare(*heads_first, None if keep is None else keep[:, None, None, :])
-    del output, heads_first
+    query, key, value = (each.transpose(1, 2) for each in given[:3])
+    mask = None if given[3] is None else given[3][:, None, None, :]
+    error = reference(site.call, query, key, value, mask).error(output.transpose(1, 2))
+    del output
     first = min(milliseconds(device, lambda: compiled(*given)) for _ in range(3))
     calls = max(1, min(20, round(10 / first)))
 
     def timed() -> float:
         return milliseconds(device, lambda: compiled(*given), calls)
 
-    return timed, {"error": accuracy.relative_error}
-
+    return timed, {"error": error}

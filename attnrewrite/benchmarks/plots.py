@@ -60,7 +60,14 @@ def _lines(part: Any, shapes: dict[str, Any], ceiling: float | None) -> None:
                 if "tflops" in shape["kernels"].get(kernel, {})
             ]
             if points:
-                axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4, linewidth=1.2, label=_label(kernel))
+                axis.plot(
+                    *zip(*points, strict=True),
+                    color=colour,
+                    marker=marker,
+                    markersize=4,
+                    linewidth=1.2,
+                    label=_label(kernel),
+                )
         _ceiling_line(axis, ceiling)
         axis.set_xscale("log", base=2)
         lengths = [shape["q_len"] for shape in members]
@@ -84,7 +91,14 @@ def _named(part: Any, shapes: dict[str, Any], ceiling: float | None) -> None:
             if "tflops" in shape["kernels"].get(kernel, {})
         ]
         if points:
-            axis.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=5, linestyle="none", label=_label(kernel))
+            axis.plot(
+                *zip(*points, strict=True),
+                color=colour,
+                marker=marker,
+                markersize=5,
+                linestyle="none",
+                label=_label(kernel),
+            )
     _ceiling_line(axis, ceiling)
     axis.set_xticks(
         range(len(shapes)),
@@ -111,7 +125,9 @@ def _models(part: Any, models: dict[str, Any], ceiling: float | None) -> None:
             if row is not None and "ratio" in row:
                 found.append((where, row["ratio"], row["ms"]))
             elif name in model["failed"] or (bar == PEER and any(each.startswith(PREFIX) for each in model["failed"])):
-                axis.text(where, 0.02, "raises", rotation=90, fontsize="xx-small", ha="center", va="bottom", color=colour)
+                axis.text(
+                    where, 0.02, "raises", rotation=90, fontsize="xx-small", ha="center", va="bottom", color=colour
+                )
         if not found:
             continue
         places, ratios, times = zip(*found, strict=True)
