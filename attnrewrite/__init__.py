@@ -5,6 +5,8 @@ from .checking import AttentionCheckError
 from .compilers import AttentionCompiler, with_backend
 from .decisions import Accepted, Code, Decision, Refused, Step
 from .explaining import explain
+from .fidelity import check
+from .fidelity_report import Fidelity, SiteFidelity
 from .in_place import reset_attention_backend, set_attention_backend
 from .machines import Machine, machine_of
 from .plans import AttentionRefusedError, Plan, Site, make_plan
@@ -30,6 +32,7 @@ __all__ = [
     "Backend",
     "Code",
     "Decision",
+    "Fidelity",
     "HeadDim",
     "Hub",
     "Machine",
@@ -43,10 +46,12 @@ __all__ = [
     "Report",
     "Schedule",
     "Site",
+    "SiteFidelity",
     "Step",
     "Tolerance",
     "UnbackedSizeError",
     "attention_backend",
+    "check",
     "decide",
     "explain",
     "holds",

@@ -18,7 +18,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from .axes import Views, applied
 from .calls import SIZES, AttentionCall
+from .decisions import Accepted
 from .emitting import EMITTED, Emitter
 from .explaining import traced
 from .graphs import value_of
@@ -30,6 +32,7 @@ from .passes.masks import build_mask
 from .pipeline import rewrite_graph
 from .plans import Site
 from .policies import Policy, make_policy
+from .registry import records_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Captured:
     keep: where the graph proves what the mask is (key padding, documents, ...), the boolean tensor that a kernel with a word
         for it gets; rows: of padding of queries and keys, False where a row of the output becomes zeros. None elsewhere.
     grouped: several query heads share a key head.
-    output: what the site gave, in the form of the node that it had in the graph.
+    output: what the site gave, in SDPA's form (..., heads, q_len, value_dim).
     """
 
     call: AttentionCall
@@ -70,15 +73,19 @@ def capture(
     receive: Receive,
     policy: Policy | None = None,
     machine: Machine | None = None,
+    aside: Callable[[Site], bool] | None = None,
 ) -> Any:
     """Runs `model(*args, **kwargs)` once, calls `receive` at each attention, in the order in which they run, and returns what
     the model returns.
+
+    aside: sites whose kernel does not run in this graph, which nobody compiles, and whose call runs as it stands. They are
+    handed over with their own plan.
 
     policy: the choices that are put in place first, for `machine` (None: where the tensors are); None: `native`. A site without tensors of its own (torch.nn's fused
     layers) or inside torch.func transforms is not handed over. An exception of `receive` ends the run and comes out as it
     is. Call it under `torch.no_grad()` for an inference, as the model itself.
     """
-    run = _Run(receive)
+    run = _Run(receive, aside)
     chosen = policy or make_policy(["native"])
 
     def backend(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -95,21 +102,24 @@ def capture(
 class _Run:
     """Writes the two ops around each site, and gets what they see."""
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, aside: Callable[[Site], bool] | None = None) -> None:
         self.number = next(_NUMBERS)
         self._receive = receive
-        self._sites: list[Found] = []
+        self._aside = aside
+        self._sites: list[tuple[Found, Site]] = []  # with what was planned for it
         self._waiting: dict[int, tuple[Any, ...]] = {}
 
     def before(self, module: GraphModule, context: Context) -> None:
         emitter = Emitter(module)
         for found in context.found:
-            if found.operands is not None and found.call.obstacle is None:
-                self._sites.append(found)
+            if found.operands is not None and found.call.obstacle is None and found.site is not None:
+                self._sites.append((found, found.site))
+                if self._aside is not None and self._aside(found.site):
+                    found.site = _as_it_stands(found.site)
                 _emit_before(found, found.operands, emitter, {"run": self.number, "site": len(self._sites) - 1})
 
     def after(self, module: GraphModule, context: Context) -> None:
-        for place, found in enumerate(self._sites):
+        for place, (found, _) in enumerate(self._sites):
             if any(found is each for each in context.found):
                 outputs = [found.node]
                 if isinstance(value_of(found.node), tuple):  # a kernel that was there before, and stays
@@ -123,13 +133,34 @@ class _Run:
         self._waiting[place] = tensors
 
     def output(self, place: int, output: Tensor) -> None:
-        site, operands = self._sites[place].site, self._sites[place].operands
-        assert site is not None  # planned before it was watched
+        found, site = self._sites[place]
+        operands = found.operands
         assert operands is not None
         query, key, value, mask, keep, rows = self._waiting.pop(place)
         call = with_numbers(site.call, query, key, value, mask, operands.grouped)
         site = replace(site, call=call)
+        if operands.result:
+            shape = (*_lead(query, key, value), *([call.heads] if query.dim() > 3 else []), call.q_len, call.value_dim)
+            output = undone(output, operands.result, tuple(int(size) for size in shape))
         self._receive(Captured(call, site, query, key, value, mask, keep, rows, operands.grouped, output.detach()))
+
+
+def _as_it_stands(site: Site) -> Site:
+    (native,) = records_of("native")
+    return Site(site.call, ((native.name, Accepted(form="given")),), native.name, backend=native)
+
+
+def _lead(*tensors: Tensor) -> tuple[int, ...]:
+    many = tensors[0].dim() > 3
+    return tuple(torch.broadcast_shapes(*(each.shape[: -3 if many else -2] for each in tensors)))
+
+
+def undone(tensor: Tensor, views: Views, shape: tuple[int, ...]) -> Tensor:
+    """The tensor of that shape that these views, which only rename places, have made into this one."""
+    places = applied(torch.arange(math.prod(shape), device=tensor.device).view(shape), views).reshape(-1)
+    before = tensor.new_empty(math.prod(shape))
+    before[places] = tensor.reshape(-1)
+    return before.view(shape)
 
 
 _RUNS: dict[int, _Run] = {}

@@ -158,6 +158,13 @@ def with_backend(
     return AttentionCompiler(policy, known_inner(inner))
 
 
+def compiler_of(backend: AttentionCompiler | Choice | Iterable[Choice]) -> AttentionCompiler:
+    """The object from `with_backend` as it is; a name, a record or several in order of preference through it."""
+    if isinstance(backend, AttentionCompiler):
+        return backend
+    return with_backend(*([backend] if isinstance(backend, str) or not isinstance(backend, Iterable) else backend))
+
+
 SETTINGS = ("rules", "inner", "strict", "numerics", "cast", "trust_remote_code", "checks")
 OPTIONS = ("attention", *SETTINGS, "mode")
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map
 
-from .compilers import AttentionCompiler, with_backend
+from .compilers import AttentionCompiler, compiler_of
 from .machines import Machine
 from .policies import Choice
 from .reports import Report
@@ -37,17 +37,14 @@ def explain(
     outside any graph does run, on those zeros. The model, its buffers and PyTorch's compile caches are left as they were.
     Call it under `torch.no_grad()` for an inference, as the model itself: gradients are part of the question.
     """
-    if not isinstance(backend, AttentionCompiler):
-        backend = with_backend(
-            *([backend] if isinstance(backend, str) or not isinstance(backend, Iterable) else backend)
-        )
+    backend = compiler_of(backend)
     planner = AttentionCompiler(replace(backend.policy, strict=False), machine=machine)
 
     def plan_only(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         planner.rewrite(graph_module, swap=False)
         return predicted(graph_module)
 
-    with AttributesOf(_uncompiled(model)):
+    with AttributesOf(uncompiled(model)):
         traced(model, args, kwargs, plan_only)
     planner.check_rules()
     return planner.report
@@ -59,12 +56,13 @@ def traced(
     """What the model gives when it is compiled by `backend`, whatever compiles it otherwise. Sizes are numbers. Nothing that was
     compiled for it is left behind."""
     limits: Any = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
-    compiled: Any = torch.compile(_uncompiled(model), backend=backend, dynamic=False)
+    compiled: Any = torch.compile(uncompiled(model), backend=backend, dynamic=False)
     with CompiledCode(), limits:
         return compiled(*args, **kwargs)
 
 
-def _uncompiled(model: Any) -> Any:
+def uncompiled(model: Any) -> Any:
+    """What a model calls where nobody compiles it."""
     target = getattr(model, "_orig_mod", model)
     return target._call_impl if getattr(target, "_compiled_call_impl", None) is not None else target
 

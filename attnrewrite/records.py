@@ -87,6 +87,7 @@ class Backend:
     numerics: Numerics = Numerics.REORDERED
     tolerance: Tolerance = Tolerance()
     tested: str = ""  # the hardware that its parity tests passed on, "interpreter" or "stand-in" (docs/backends.md)
+    compiled: bool = False  # a kernel only once Inductor has made it; uncompiled it is other code
     source: Source | None = None
     requires: Mapping[str, str] = field(default_factory=dict, hash=False)  # distribution -> version specifier
     install: Mapping[str, str] = field(

@@ -255,6 +255,7 @@ FLEX_CUDA = Backend(
     gqa=True,
     value_dim=True,
     backward=True,
+    compiled=True,
     checks=(grouped_heads,),
     prepare=prepare,
     tested="sm_90",
