@@ -7,7 +7,8 @@ from .decisions import Accepted, Code, Decision, Refused, Step
 from .explaining import explain
 from .in_place import reset_attention_backend, set_attention_backend
 from .machines import Machine, machine_of
-from .plans import AttentionRefusedError, Plan, Site, make_plan
+from .measurements import Measurement
+from .plans import AttentionRefusedError, Plan, Site, Tuning, make_plan
 from .policies import Policy, make_policy
 from .reasons import decide
 from .records import Backend, HeadDim, Numerics, Tolerance
@@ -18,6 +19,7 @@ from .sizes import UnbackedSizeError, holds
 from .sources import Hub, Package
 from .stacking import inductor_pass
 from .switching import attention_backend
+from .tuning import tune
 
 __version__ = "0.1.0"
 
@@ -35,6 +37,7 @@ __all__ = [
     "Machine",
     "Mask",
     "MaskKind",
+    "Measurement",
     "Numerics",
     "Package",
     "Plan",
@@ -45,6 +48,7 @@ __all__ = [
     "Site",
     "Step",
     "Tolerance",
+    "Tuning",
     "UnbackedSizeError",
     "attention_backend",
     "decide",
@@ -59,5 +63,6 @@ __all__ = [
     "reset_attention_backend",
     "schedule",
     "set_attention_backend",
+    "tune",
     "with_backend",
 ]

@@ -134,7 +134,7 @@ def _table(sites: Iterable[Site]) -> list[str]:
     notes: list[list[str]] = [[]]
     for members in groups.values():
         first = members[0]
-        rows.append((_folded([site.name for site in members]), *_cells(first.call), first.chosen or "(unchanged)"))
+        rows.append((folded([site.name for site in members]), *cells(first.call), first.chosen or "(unchanged)"))
         notes.append([f"{name} refused: {refused}" for name, refused in first.refusals] + _how(first))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
@@ -155,7 +155,7 @@ def _call_key(call: AttentionCall) -> str:
     return json.dumps({**asdict(call), "site": ""}, default=str)
 
 
-def _cells(call: AttentionCall) -> tuple[str, str, str, str]:
+def cells(call: AttentionCall) -> tuple[str, str, str, str]:
     keys = f"{call.kv_heads} x {call.kv_len} x {call.head_dim}"
     if call.value_dim != call.head_dim:
         keys += f"/{call.value_dim}"
@@ -163,7 +163,7 @@ def _cells(call: AttentionCall) -> tuple[str, str, str, str]:
     return f"({call.batch}, {call.heads}, {call.q_len}, {call.head_dim})", keys, call.dtype, mask
 
 
-def _folded(names: list[str]) -> str:
+def folded(names: list[str]) -> str:
     """blocks.0.attn, blocks.1.attn, blocks.2.attn -> blocks.0-2.attn (3)"""
     if len(names) == 1:
         return names[0]
