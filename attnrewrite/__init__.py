@@ -9,7 +9,8 @@ from .fidelity import check
 from .fidelity_report import Fidelity, SiteFidelity
 from .in_place import reset_attention_backend, set_attention_backend
 from .machines import Machine, machine_of
-from .plans import AttentionRefusedError, Plan, Site, make_plan
+from .measurements import Measurement
+from .plans import AttentionRefusedError, Plan, Site, Tuning, make_plan
 from .policies import Policy, make_policy
 from .reasons import decide
 from .records import Backend, HeadDim, Numerics, Tolerance
@@ -20,6 +21,7 @@ from .sizes import UnbackedSizeError, holds
 from .sources import Hub, Package
 from .stacking import inductor_pass
 from .switching import attention_backend
+from .tuning import tune
 
 __version__ = "0.1.0"
 
@@ -38,6 +40,7 @@ __all__ = [
     "Machine",
     "Mask",
     "MaskKind",
+    "Measurement",
     "Numerics",
     "Package",
     "Plan",
@@ -49,6 +52,7 @@ __all__ = [
     "SiteFidelity",
     "Step",
     "Tolerance",
+    "Tuning",
     "UnbackedSizeError",
     "attention_backend",
     "check",
@@ -64,5 +68,6 @@ __all__ = [
     "reset_attention_backend",
     "schedule",
     "set_attention_backend",
+    "tune",
     "with_backend",
 ]

@@ -78,12 +78,13 @@ def capture(
     """Runs `model(*args, **kwargs)` once, calls `receive` at each attention, in the order in which they run, and returns what
     the model returns.
 
+    policy: the choices that are put in place first, for `machine` (None: where the tensors are); None: `native`.
     aside: sites whose kernel does not run in this graph, which nobody compiles, and whose call runs as it stands. They are
-    handed over with their own plan.
+        handed over with their own plan.
 
-    policy: the choices that are put in place first, for `machine` (None: where the tensors are); None: `native`. A site without tensors of its own (torch.nn's fused
-    layers) or inside torch.func transforms is not handed over. An exception of `receive` ends the run and comes out as it
-    is. Call it under `torch.no_grad()` for an inference, as the model itself.
+    A site without tensors of its own (torch.nn's fused layers) or inside torch.func transforms is not handed over. An
+    exception of `receive` ends the run and comes out as it is. Call it under `torch.no_grad()` for an inference, as the
+    model itself.
     """
     run = _Run(receive, aside)
     chosen = policy or make_policy(["native"])

@@ -53,7 +53,7 @@ def explain(
 def traced(
     model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], backend: Callable[..., Any]
 ) -> Any:
-    """What the model gives when it is compiled by `backend`, whatever compiles it otherwise. Sizes are numbers. Nothing that was
+    """What the model gives when `backend` compiles it, whatever compiles it otherwise. Sizes are numbers. Nothing that was
     compiled for it is left behind."""
     limits: Any = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
     compiled: Any = torch.compile(uncompiled(model), backend=backend, dynamic=False)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import plotting
 from .accuracy import Accuracy, relative_error
-from .files import replace_file, writable
+from .files import writable, write_whole
 from .plans import Site
 from .reports import cells, count, folded
 from .reproducing import Layout, script
@@ -199,7 +199,7 @@ class Fidelity:
         text = script(chosen.site, __version__, chosen.layouts)
         if path is not None:
             writable(file := Path(path))
-            replace_file(file, text.encode())
+            write_whole(file, text)
         return text
 
     def plot(self, path: str | os.PathLike[str]) -> None:

@@ -7,18 +7,19 @@ import tempfile
 from pathlib import Path
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Replaces a file in one move: whoever reads it meanwhile, or finds it after a crash, has one whole version."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replaces the file at once: who reads it, in this process or another, sees the old content or the new one. Text is written
+    as UTF-8. Raises `OSError`, and leaves what was there."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # mkstemp makes it the owner's alone
-        os.replace(name, path)
+            file.write(content.encode() if isinstance(content, str) else content)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)  # mkstemp's own are for the owner alone
+        os.replace(temporary, path)
     except BaseException:
-        os.unlink(name)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .machines import Machine, machine_of
-from .policies import Policy
+from .policies import Candidate, Policy
 from .sources import SourceError, load
 
 PACKAGE = __name__.split(".")[0]
@@ -36,9 +36,10 @@ def identity_of(policy: Policy) -> str | None:
 
     try:
         parts = [__version__, package_digest(), described(policy), [machine.to_json() for machine in _machines()]]
+        parts.append(_libraries(policy))
     except UnknownValueError:
         return None
-    return hashlib.sha256(json.dumps([*parts, _libraries(policy)]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _machines() -> list[Machine]:
@@ -48,8 +49,13 @@ def _machines() -> list[Machine]:
 
 def _libraries(policy: Policy) -> list[str]:
     found = []
-    candidates = [*policy.choices, *(each for _, chosen in policy.rules for each in chosen)]
     for machine in _machines():
+        candidates: list[Candidate] = []
+        for each in (*policy.choices, *(each for _, chosen in policy.rules for each in chosen)):
+            named = (each,) if isinstance(each, Candidate) else each.libraries(machine)
+            if named is None:
+                raise UnknownValueError(f"{each.name}: what it chooses depends on more than the policy")
+            candidates += named
         for record in (candidate.on(machine) for candidate in candidates):
             if record.source is not None and machine.device in record.devices and machine.has(record.requires):
                 try:

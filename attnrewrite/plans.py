@@ -1,16 +1,21 @@
-"""`Plan`: for every site of a graph the call, each decision that was taken, and the choice."""
+"""`Plan`: for every site the call, each decision that was taken, and the choice; of a tuned model also what was measured."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from . import decisions
 from .calls import AttentionCall
 from .decisions import Accepted, Decision, Refused, Step
+from .files import write_whole
 from .machines import Machine
-from .policies import Policy
+from .measurements import Measurement
+from .policies import Policy, Selector
 from .reasons import decide
 from .records import Backend
 from .sources import Source, SourceError, library, load
@@ -23,7 +28,9 @@ class AttentionRefusedError(RuntimeError):
 @dataclass(frozen=True)
 class Site:
     """One attention. `chosen` is a kernel's name, or None where the call stays as it was; `decisions` are those taken,
-    in order, up to the first that was accepted. `source` is the library that was loaded for it, with its version or commit."""
+    in order, up to the first that was accepted. `source` is the library that was loaded for it, with its version or commit.
+    `note` is by what "auto", "tune" or a plan chose; `stale` why a plan could not. Of a tuned site `decisions` are those of all
+    candidates, and `measured` what was found out about those that were accepted."""
 
     call: AttentionCall
     decisions: tuple[tuple[str, Decision], ...]
@@ -31,6 +38,9 @@ class Site:
     rule: str | None = None  # the pattern of the rule that named the choices
     source: str | None = None
     backend: Backend | None = field(default=None, compare=False, repr=False)  # not kept in reports
+    note: str | None = None
+    stale: str | None = None
+    measured: tuple[Measurement, ...] = ()
 
     @property
     def name(self) -> str:
@@ -63,24 +73,106 @@ class Site:
             "chosen": self.chosen,
             "rule": self.rule,
             "source": self.source,
+            "note": self.note,
+            "stale": self.stale,
+            "measured": [asdict(each) for each in self.measured],
         }
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Site:
         taken = tuple((name, decisions.from_json(decision)) for name, decision in data["decisions"])
-        return Site(AttentionCall.from_json(data["call"]), taken, data["chosen"], data["rule"], data.get("source"))
+        measured = tuple(Measurement(**each) for each in data.get("measured", ()))
+        return Site(
+            AttentionCall.from_json(data["call"]), taken, data["chosen"], data["rule"], data.get("source"),
+            note=data.get("note"), stale=data.get("stale"), measured=measured,
+        )  # fmt: skip
+
+
+VERSION = 1  # of a plan's file
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Where, with what and how a plan was measured. complete: False where Ctrl-C ended it. seconds: what it took."""
+
+    model: str
+    machine: Machine
+    attnrewrite: str
+    numerics: str = "reordered"
+    max_error: float | None = None
+    min_gain: float = 0.02
+    complete: bool = True
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Plan:
+    """`tuning`: of a plan that `attnrewrite.tune` measured; None where it was only decided. `str()` is a table to read."""
+
     sites: tuple[Site, ...] = ()
+    tuning: Tuning | None = None
 
     @property
     def swapped(self) -> int:
         return sum(site.chosen is not None for site in self.sites)
 
     def described(self) -> Plan:
-        return Plan(tuple(site.described() for site in self.sites))
+        return replace(self, sites=tuple(site.described() for site in self.sites))
+
+    def selector(self) -> Selector:
+        """What `with_backend(plan)` asks. Raises `ValueError` for a plan that was not measured."""
+        from .selecting import Planned  # it reads plans
+
+        return Planned(self)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON, whole or not at all. Raises `OSError`."""
+        write_whole(Path(path), self.to_json() + "\n")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Raises `OSError`, and `ValueError` for a file that holds no plan of a version that is known here."""
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        try:
+            return Plan.from_json(text)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+    def to_json(self) -> str:
+        """Sites that differ in their names alone stand there once, under "names"."""
+        groups: dict[str, dict[str, Any]] = {}
+        for site in self.described().sites:
+            data = site.to_json()
+            name = data["call"].pop("site")
+            groups.setdefault(json.dumps(data), {"names": [], **data})["names"].append(name)
+        tuning = None
+        if self.tuning is not None:
+            tuning = {**vars(self.tuning), "machine": self.tuning.machine.to_json()}
+        return json.dumps({"attnrewrite plan": VERSION, "tuning": tuning, "sites": list(groups.values())}, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Raises `ValueError` if the text is no plan of a version that is known here. Sites come out grouped."""
+        try:
+            data = json.loads(text)
+            if data["attnrewrite plan"] != VERSION:
+                raise ValueError(f"its version is {data['attnrewrite plan']!r}, {VERSION} is known here")
+            tuning = data["tuning"]
+            if tuning is not None:
+                tuning = Tuning(**{**tuning, "machine": Machine.from_json(tuning["machine"])})
+            sites = []
+            for group in data["sites"]:
+                names = group.pop("names")
+                sites += [Site.from_json({**group, "call": {**group["call"], "site": name}}) for name in names]
+            return Plan(tuple(sites), tuning)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            said = str(error) if str(error).startswith("its version") else f"{type(error).__name__}: {error}"
+            raise ValueError(f"this is no plan of attnrewrite ({said}): write one with plan.save(path)") from error
+
+    def __str__(self) -> str:
+        from .plan_table import table  # for people alone
+
+        return table(self)
 
 
 def make_plan(
@@ -109,7 +201,7 @@ def make_plan(
 
 def _site(call: AttentionCall, policy: Policy, machine: Machine, loaded: dict[Source, str | Refused] | None) -> Site:
     taken: list[tuple[str, Decision]] = []
-    for candidate in policy.candidates(call):
+    for candidate in policy.candidates(call, machine, measure=loaded is not None):
         backend = candidate.on(machine)
         decision = decide(backend, call, machine, policy.numerics, policy.cast)
         source: str | None = None
@@ -122,7 +214,10 @@ def _site(call: AttentionCall, policy: Policy, machine: Machine, loaded: dict[So
                 source = str(found)
         taken.append((candidate.name, decision))
         if isinstance(decision, Accepted):
-            return Site(call, tuple(taken), candidate.name, policy.rule_for(call), source, backend)
+            rule = policy.rule_for(call)
+            return Site(
+                call, tuple(taken), candidate.name, rule, source, backend, candidate.note, candidate.stale
+            )  # fmt: skip
     return Site(call, tuple(taken), None, policy.rule_for(call))
 
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .files import replace_file, writable
+from .files import writable, write_whole
 
 FORMATS = (".png", ".svg", ".pdf")
 # Colours that people with a colour vision deficiency tell apart (Okabe and Ito, https://jfly.uni-koeln.de/color/), and grey.
@@ -40,4 +40,4 @@ def figure(width: float, height: float) -> Any:
 def save(made: Any, file: Path) -> None:
     content = io.BytesIO()
     made.savefig(content, format=file.suffix[1:].lower(), dpi=150)
-    replace_file(file, content.getvalue())
+    write_whole(file, content.getvalue())

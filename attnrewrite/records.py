@@ -83,6 +83,7 @@ class Backend:
     deterministic: bool = True
     empty: bool = False  # takes sequences of length 0
     any_context: bool = False  # takes calls that carry an obstacle
+    all_scores: bool = False  # holds the scores of all queries and keys in memory
     layout: str = "bhsd"
     numerics: Numerics = Numerics.REORDERED
     tolerance: Tolerance = Tolerance()

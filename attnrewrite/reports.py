@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .calls import AttentionCall
-from .files import replace_file, writable
+from .files import writable, write_whole
 from .machines import Machine
 from .plans import Plan, Site
 
@@ -79,7 +79,7 @@ class Report:
         text = script(self._named(site) if isinstance(site, str) else site, __version__)
         if path is not None:
             writable(file := Path(path))
-            replace_file(file, text.encode())
+            write_whole(file, text)
         return text
 
     def _named(self, name: str) -> Site:

@@ -281,6 +281,7 @@ MATH = Backend(
     dropout=True,
     backward=True,
     empty=True,
+    all_scores=True,
     prepare=additive,
     tested="CPU, sm_90",
 )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..files import replace_file
+from ..files import write_whole
 from ..machines import installed, machine_of
 
 VERSION = 1
@@ -65,4 +65,4 @@ def joined(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    replace_file(path, (json.dumps(result, indent=1) + "\n").encode())
+    write_whole(path, json.dumps(result, indent=1) + "\n")

@@ -1,0 +1,176 @@
+"""What chooses kernels by the call: "auto" by a table, "tune" by measuring once, a plan by what was measured before."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from . import caching
+from .calls import AttentionCall
+from .example_tensors import example, numbers
+from .machines import Machine, machine_of
+from .matching import find, foreign
+from .measuring import Settings, measure_site
+from .plans import Plan, Site
+from .policies import Candidate, Selector
+from .preferences import ROWS
+from .records import Numerics
+from .registry import names, records_of
+from .sizes import UnbackedSizeError
+from .sources import Hub
+
+
+def candidate(name: str, note: str | None = None, stale: str | None = None) -> Candidate:
+    return Candidate(name, records_of(name), note, stale)
+
+
+def usual_candidates() -> tuple[Candidate, ...]:
+    """Every kernel but those of the hub, which would be downloaded."""
+    found = [Candidate(name, records_of(name)) for name in names()]
+    return tuple(each for each in found if not any(isinstance(record.source, Hub) for record in each.records))
+
+
+@dataclass(frozen=True)
+class Auto:
+    """`with_backend("auto")`: the first row of the table (preferences.py) that is about the call, then `native`."""
+
+    name: str = "auto"
+
+    def select(
+        self, call: AttentionCall, machine: Machine, limit: Numerics, measure: bool = False, stale: str | None = None
+    ) -> tuple[Candidate, ...]:
+        found: list[Candidate] = []
+        try:
+            for row in ROWS if call.obstacle is None else ():
+                preferred = [candidate(name, f"auto: {row.evidence}", stale) for name in row.names]
+                # A question about sizes that could change nothing would only cost a recompilation.
+                able = any(machine.has(each.on(machine).requires) for each in preferred)
+                if able and row.fits(call, machine, limit):
+                    found = [each for each in preferred if each.on(machine).numerics <= limit]
+                    if row.numerics <= Numerics.REORDERED:
+                        break
+                    found += self._below(row.numerics, call, machine, stale)
+                    break
+        except UnbackedSizeError:  # of sizes that only the data decides nothing is known
+            found = []
+        return (*found, candidate("native", "auto: no evidence for another" if not found else None, stale))
+
+    def _below(self, numerics: Numerics, call: AttentionCall, machine: Machine, stale: str | None) -> list[Candidate]:
+        """What is preferred where a quantised kernel refuses."""
+        chosen = self.select(call, machine, Numerics(numerics - 1), stale=stale)
+        return [each for each in chosen if each.name != "native"]
+
+    def libraries(self, machine: Machine) -> tuple[Candidate, ...]:
+        return tuple(candidate(name) for name in dict.fromkeys(name for row in ROWS for name in row.names))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """`with_backend(plan)`: what was the fastest where the call was measured; "auto" where it was not."""
+
+    plan: Plan
+    name: str = "plan"
+
+    def __post_init__(self) -> None:
+        if self.plan.tuning is None:
+            raise ValueError("this plan was not measured: make one with attnrewrite.tune(model, ...)")
+
+    def select(self, call: AttentionCall, machine: Machine, limit: Numerics, measure: bool) -> tuple[Candidate, ...]:
+        tuning = self.plan.tuning
+        assert tuning is not None
+        if call.obstacle is not None:
+            return (candidate("native"),)
+        if (stale := foreign(tuning.machine, machine)) is None:
+            try:
+                site = find(self.plan.sites, call)
+            except UnbackedSizeError:
+                site = None
+            stale = "it has no such call" if site is None else _other_packages(site, tuning.machine, machine)
+            if site is not None and stale is None:
+                return (*measured_candidates(site, "plan"), *AUTO.select(call, machine, limit))
+        return AUTO.select(call, machine, limit, stale=f"the plan of {tuning.model}: {stale}")
+
+    def libraries(self, machine: Machine) -> tuple[Candidate, ...]:
+        chosen = {each.name: each for site in self.plan.sites for each in measured_candidates(site, "plan")[:1]}
+        return (*chosen.values(), *AUTO.libraries(machine))
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Tune:
+    """`with_backend("tune")`: measures a call the first time it is compiled, and keeps the result on disk (caching.py)."""
+
+    name: str = "tune"
+
+    def select(self, call: AttentionCall, machine: Machine, limit: Numerics, measure: bool) -> tuple[Candidate, ...]:
+        auto = functools.partial(AUTO.select, call, machine, limit)
+        if call.obstacle is not None:
+            return (candidate("native"),)
+        try:
+            asked = numbers(call)
+        except UnbackedSizeError:
+            return auto()
+        settings = Settings(usual_candidates(), limit)
+        site = caching.load(asked, machine, settings)
+        if site is None and measure and not call.needs_grad and _is_here(machine):
+            site = measure_site(example(asked, device_of(machine)), machine, settings)
+            caching.save(site, machine, settings)
+        return auto() if site is None else (*measured_candidates(site, "tune"), *auto())
+
+    def libraries(self, machine: Machine) -> None:
+        return None
+
+
+def measured_candidates(site: Site, by: str) -> tuple[Candidate, ...]:
+    """The choice, then the others that were timed, the fastest first; of names that are known here."""
+    timed = {each.name: each for each in site.measured if each.milliseconds is not None and each.dropped is None}
+    order = sorted(timed, key=lambda name: (name != site.chosen, timed[name].milliseconds))
+    if site.chosen is not None and site.chosen not in timed:
+        order.insert(0, site.chosen)
+    return tuple(_known(order, site, by))
+
+
+def _known(order: list[str], site: Site, by: str) -> Iterator[Candidate]:
+    native = next((each.milliseconds for each in site.measured if each.name == "native"), None)
+    timed = {each.name: each.milliseconds for each in site.measured}
+    for name in order:
+        note = f"{by}: {_milliseconds(timed.get(name))}, native {_milliseconds(native)}"
+        if name == site.chosen and site.backend is not None:  # a record that no name leads to
+            yield Candidate(name, (site.backend,), note)
+            continue
+        try:
+            yield candidate(name, note)
+        except ValueError:  # a plug-in's, which is not installed here
+            continue
+
+
+def _milliseconds(value: float | None) -> str:
+    return "not timed" if value is None else f"{value:.3g} ms"
+
+
+def _other_packages(site: Site, there: Machine, here: Machine) -> str | None:
+    """What the chosen kernel needs, in another version than it was measured in."""
+    chosen = measured_candidates(site, "")
+    for package in chosen[0].on(there).requires if chosen else ():
+        if there.packages.get(package) != here.packages.get(package):
+            was, now = there.packages.get(package), here.packages.get(package, "not installed")
+            return f"{chosen[0].name} was measured with {package} {was}, here it is {now}"
+    return None
+
+
+def device_of(machine: Machine) -> torch.device:
+    return torch.device({"rocm": "cuda", "tpu": "xla"}.get(machine.device, machine.device))
+
+
+def _is_here(machine: Machine) -> bool:
+    """Not a described one: that is explained, and measured nowhere."""
+    return machine.device in ("cpu", "cuda", "rocm") and machine_of(device_of(machine)) == machine
+
+
+AUTO = Auto()
+SELECTORS: dict[str, Selector] = {"auto": AUTO, "tune": Tune()}

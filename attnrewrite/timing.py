@@ -1,0 +1,74 @@
+"""How long a call takes: CUDA events, or a clock on the CPU."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+Call = Callable[[], object]
+
+# A sample lasts about so long, made of as many calls as that takes.
+SAMPLE = {"cuda": 3e-3, "cpu": 5e-3}
+MOST_CALLS = 100
+_HERTZ = 2.0e9  # more than GPUs clock: the pause below is rather too long
+
+
+class Stopwatch:
+    """Of one device. On a GPU the calls of a sample are queued behind a pause that is as long as queueing takes: what is
+    measured is the GPU's time, as in a model that keeps the GPU busy, and not the host's."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def settle(self) -> None:
+        """Waits for what was launched; raises what went wrong in it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def first(self, call: Call) -> float:
+        """Seconds from the call to its end, host and all."""
+        self.settle()
+        started = time.perf_counter()
+        call()
+        self.settle()
+        return time.perf_counter() - started
+
+    def calls(self, seconds: float) -> int:
+        """How many calls of so many seconds make a sample."""
+        wanted = SAMPLE.get(self.device.type, SAMPLE["cpu"])
+        return max(1, min(MOST_CALLS, math.ceil(wanted / max(seconds, 1e-9))))
+
+    def sample(self, call: Call, calls: int) -> float:
+        """Seconds a call, over so many calls in a row."""
+        if self.device.type != "cuda":
+            started = time.perf_counter()
+            for _ in range(calls):
+                call()
+            return (time.perf_counter() - started) / calls
+        self.settle()
+        started = time.perf_counter()
+        call()
+        host = time.perf_counter() - started
+        self.settle()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(int((2e-4 + 1.5 * host * calls) * _HERTZ))
+        start.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        self.settle()
+        milliseconds: float = start.elapsed_time(end)
+        return milliseconds / 1e3 / calls
+
+
+def deviation(values: Sequence[float]) -> float:
+    """Two standard errors of the median, from the middle half of the values, which strays do not touch."""
+    if len(values) < 4:
+        return max(values) - min(values) if values else 0.0
+    first, _, third = statistics.quantiles(values, n=4)
+    sigma = (third - first) / 1.349
+    return 2 * 1.2533 * sigma / math.sqrt(len(values))
