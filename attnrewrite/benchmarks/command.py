@@ -38,7 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shapes", metavar="A,B", help=f"for --kernels: of {', '.join(op_level.SHAPES)}")
     made.add_argument("--variants", metavar="A;B", help="for --models: only these, by their names in the table")
     made.add_argument("--peers", metavar="A,B", help="names for diffusers' dispatcher (CUDA: " + PEERS["cuda"] + ")")
-    made.add_argument("--rounds", type=int, default=10, help="timed rounds (10)")
+    made.add_argument("--rounds", type=int, default=10, help="timed rounds of models (10); kernels: as attnrewrite.tune")
     made.add_argument("--inner", default="inductor", help="the compiler of all compiled variants (inductor)")
     made.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU where there is one")
     made.add_argument("--small", action="store_true", help="tiny sizes, on a CPU too: to see that all of it runs")
@@ -185,9 +185,11 @@ def _kernels(
     here, missing = op_level.kernels(kernels, device)
     for name, why in missing.items():
         _say(f"{name}: {why}")
+    if not here:
+        raise SystemExit(f"attnrewrite bench: none of {', '.join(kernels)} runs on this machine")
     keep(ceiling=[matmul_rate(device, dtype)], missing=missing)
     for name, shape in shapes.items():
-        keep(kernels={name: op_level.measure(shape, here, device, dtype, given.rounds, given.inner, _say)})
+        keep(kernels={name: op_level.measure(shape, here, device, dtype, given.inner, _say)})
     rates = matmul_rate(device, dtype)
     keep(ceiling=[rates])
     _say("\nmatmul: " + ", ".join(f"{size}: {rate:.1f} TFLOP/s" for size, rate in rates.items()))

@@ -53,7 +53,7 @@ def usual(peers: Iterable[str], inner: str = "inductor") -> tuple[Variant, ...]:
 def tuned(denoiser: Denoiser, numerics: str, inner: str) -> AttentionCompiler:
     from ..tuning import tune
 
-    plan = tune(denoiser.model, **denoiser.inputs, return_dict=False, numerics=numerics)
+    plan = tune(denoiser.model, **denoiser.inputs, return_dict=False, numerics=numerics, inner=inner)
     return with_backend(plan, inner=inner, numerics=numerics)
 
 

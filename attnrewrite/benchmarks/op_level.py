@@ -1,16 +1,17 @@
-"""Kernels by shape: one attention each, swapped in by attnrewrite, in turn, under the matmul rate of the same run.
+"""Kernels by shape: one attention each, every kernel that takes it, in turn, under the matmul rate of the same run.
 
-Tensors lie in memory as (batch, length, heads, dim), as diffusers makes them; random numbers; nothing needs a gradient.
+`attnrewrite.tune` measures: a kernel stands in a compiled graph as it would in a model, with the packing of a mask and the
+padding of a head dim; on a GPU the host does not count. Tensors lie in memory as (batch, length, heads, dim), as diffusers makes
+them; random numbers; nothing needs a gradient.
 
-ms      the median by rounds of the time of a call, CUDA events around several in a row that are queued while the GPU is busy
+ms      the median of rounds in turn; of one that is far behind the fastest, a single sample
 tflops  4 * batch * heads * q_len * kv_len * dim / time: masked keys count, quantisation and packing are part of the time
-error   relative error to float64 on the same tensors (at most 256 queries of each head)
+error   relative error to float64 on the same tensors, at most 256 queries of each head
 """
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,13 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compilers import with_backend
+from ..decisions import Refused
 from ..machines import machine_of
+from ..measurements import Measurement
+from ..plans import Site, make_plan
+from ..policies import make_policy
 from ..records import Numerics
-from ..reference import reference
+from ..registry import records_of
 from ..support import usable
-from .measuring import in_turn, milliseconds, words
-
+from ..tuning import tune
 
 @dataclass(frozen=True)
 class Shape:
@@ -81,75 +84,96 @@ def attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None) ->
 def kernels(names: Iterable[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
     """Those that run on this machine, and why the others do not."""
     machine = machine_of(device)
-    usables, missing = [], {}
+    here, missing = [], {}
     for name in names:
         refused, _ = usable(name, machine)
         if refused is None:
-            usables.append(name)
+            here.append(name)
         else:
             missing[name] = str(refused)
-    return usables, missing
+    return here, missing
 
 
 def measure(
-    shape: Shape, names: Iterable[str], device: torch.device, dtype: torch.dtype, rounds: int,
-    inner: str = "inductor", say: Callable[[str], object] = print,
+    shape: Shape, names: Sequence[str], device: torch.device, dtype: torch.dtype, inner: str = "inductor",
+    say: Callable[[str], object] = print,
 ) -> dict[str, Any]:  # fmt: skip
-    """The record of one shape: its sizes, and for each kernel {"ms", "tflops", "error"} or {"failed": why}."""
+    """The record of one shape: its sizes; for each kernel {"ms", "tflops", "error"} or {"failed": why}; and what `auto` and
+    `tune` choose there, by the limit of numerics.
+
+    Kernels that compute as SDPA does take turns; then the quantised ones, with `native` and the best of the others.
+    """
     torch.compiler.reset()
     torch.manual_seed(0)
     sizes = [(shape.batch, length, shape.heads, shape.dim) for length in (shape.q_len, shape.kv_len, shape.kv_len)]
     given: list[Any] = [torch.randn(size, device=device, dtype=dtype) for size in sizes]
-    keep = None if shape.valid is None else torch.rand(shape.batch, shape.kv_len, device=device) < shape.valid
-    given.append(keep)
+    given.append(None if shape.valid is None else torch.rand(shape.batch, shape.kv_len, device=device) < shape.valid)
+    quantised = [name for name in names if _numerics(name) is Numerics.QUANTISED]
+    exact = [name for name in names if name not in quantised]
+
+    def found(candidates: Sequence[str], numerics: str) -> Site:
+        plan = tune(attention, *given, candidates=candidates, numerics=numerics, inner=inner, progress=False)
+        return plan.sites[0]
+
+    with torch.no_grad():
+        one = found(exact or ["native"], "reordered")
+        rows = _rows(one, exact, shape)
+        choices = {"tuned": one.chosen}
+        if quantised:
+            best = dict.fromkeys(("native", one.chosen or "native"))
+            two = found([*best, *quantised], "quantised")
+            rows |= _rows(two, quantised, shape)
+            choices["tuned, quantised"] = two.chosen
+    for name, numerics in (("auto", "reordered"), ("auto, quantised", "quantised")):
+        choices[name] = make_plan([one.call], make_policy(["auto"], numerics=numerics), [machine_of(device)]).sites[0].chosen
+    record = {**asdict(shape), "dtype": str(dtype).removeprefix("torch."), "kernels": rows, "choices": choices}
+    _print(record, say)
+    return record
+
+
+def to_best(record: dict[str, Any], choice: str) -> float | None:
+    """The time of what was chosen to that of the fastest kernel that could have been; None where it was not timed."""
+    rows = record["kernels"]
+    limit = Numerics.QUANTISED if choice.endswith("quantised") else Numerics.REORDERED
+    times = {name: row["ms"] for name, row in rows.items() if "ms" in row and _numerics(name) <= limit}
+    chosen = record["choices"].get(choice)
+    return times[chosen] / min(times.values()) if chosen in times else None
+
+
+def _numerics(name: str) -> Numerics:
+    return records_of(name)[0].numerics
+
+
+def _rows(site: Site, names: Iterable[str], shape: Shape) -> dict[str, dict[str, Any]]:
+    measured = {each.name: each for each in site.measured}
+    decided = dict(site.decisions)
     rows: dict[str, dict[str, Any]] = {}
-    timed: dict[str, Callable[[], float]] = {}
-    limits: Any = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=10_000)
-    with torch.no_grad(), limits:
-        for name in names:
-            try:
-                made, rows[name] = _warm(name, given, device, inner)
-                if made is not None:
-                    timed[name] = made
-            except Exception as error:
-                rows[name] = {"failed": words(error)}
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()  # what ran out of memory leaves it in pieces
-        times = in_turn(timed, rounds)
-    for name, found in times.items():
-        ms = statistics.median(found)
-        rows[name] = {"ms": ms, "tflops": shape.flops / ms / 1e9, **rows[name]}
-    said = " ".join(f"{size:,}" for size in (shape.batch, shape.heads, shape.q_len, shape.kv_len, shape.dim))
-    say(f"\n({said}){'' if keep is None else ', key mask'}, {str(dtype).removeprefix('torch.')}")
-    for name, row in sorted(rows.items(), key=lambda item: float(item[1].get("ms", "inf"))):
+    for name in names:
+        decision = decided.get(name)
+        if name in measured:
+            rows[name] = _row(measured[name], shape)
+        elif isinstance(decision, Refused):
+            rows[name] = {"failed": f"{decision.code.value}: {decision.detail}"}
+    return rows
+
+
+def _row(found: Measurement, shape: Shape) -> dict[str, Any]:
+    if found.milliseconds is None:
+        return {"failed": found.dropped}
+    ms = found.milliseconds
+    row: dict[str, Any] = {"ms": ms, "tflops": shape.flops / ms / 1e9, "error": found.error, "rounds": found.rounds}
+    return row | ({"dropped": found.dropped} if found.dropped else {})
+
+
+def _print(record: dict[str, Any], say: Callable[[str], object]) -> None:
+    sizes = " ".join(f"{record[name]:,}" for name in ("batch", "heads", "q_len", "kv_len", "dim"))
+    say(f"\n({sizes}){'' if record['valid'] is None else ', key mask'}, {record['dtype']}")
+    for name, row in sorted(record["kernels"].items(), key=lambda item: float(item[1].get("ms", "inf"))):
         if "failed" in row:
             say(f"  {name:34} {row['failed']}")
         else:
-            say(f"  {name:34} {row['ms']:9.3f} ms  {row['tflops']:7.1f} TFLOP/s  error {row['error']:.1e}")
-    return {**asdict(shape), "dtype": str(dtype).removeprefix("torch."), "kernels": rows}
-
-
-def _warm(
-    name: str, given: list[Any], device: torch.device, inner: str
-) -> tuple[Callable[[], float] | None, dict[str, Any]]:
-    """How a call of the kernel is timed, and its error; None, and why, where it does not take the call."""
-    # A call that is an operator needs no compiler around it; flex is made by one, and so is what a mask becomes.
-    own = inner if name == "flex" or given[3] is not None else "eager"
-    backend = with_backend(name, inner=own, numerics=Numerics.QUANTISED.name.lower())
-    compiled = torch.compile(attention, backend=backend, fullgraph=True, dynamic=False)
-    output = compiled(*given)
-    (site,) = backend.report.sites
-    if site.chosen is None:
-        _, refused = site.refusals[0]
-        return None, {"failed": f"{refused.code.value}: {refused.detail}"}
-    query, key, value = (each.transpose(1, 2) for each in given[:3])
-    mask = None if given[3] is None else given[3][:, None, None, :]
-    error = reference(site.call, query, key, value, mask).error(output.transpose(1, 2))
-    del output
-    first = min(milliseconds(device, lambda: compiled(*given)) for _ in range(3))
-    calls = max(1, min(20, round(10 / first)))
-
-    def timed() -> float:
-        return milliseconds(device, lambda: compiled(*given), calls)
-
-    return timed, {"error": error}
+            said = f"  {name:34} {row['ms']:9.3f} ms  {row['tflops']:7.4g} TFLOP/s  error {row['error']:.1e}"
+            say(said + (f"  ({row['dropped']})" if "dropped" in row else ""))
+    for choice, kernel in record["choices"].items():
+        ratio = to_best(record, choice)
+        say(f"  {choice}: {kernel}" + ("" if ratio is None else f", {ratio:.3f} of the fastest's time"))
