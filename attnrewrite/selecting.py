@@ -139,7 +139,8 @@ def _known(order: list[str], site: Site, by: str) -> Iterator[Candidate]:
     native = next((each.milliseconds for each in site.measured if each.name == "native"), None)
     timed = {each.name: each.milliseconds for each in site.measured}
     for name in order:
-        note = f"{by}: {_milliseconds(timed.get(name))}, native {_milliseconds(native)}"
+        note = f"{by}: {_milliseconds(timed.get(name))}"
+        note += "" if name == "native" else f", native {_milliseconds(native)}"
         if name == site.chosen and site.backend is not None:  # a record that no name leads to
             yield Candidate(name, (site.backend,), note)
             continue
