@@ -93,7 +93,8 @@ VERSION = 1  # of a plan's file
 
 @dataclass(frozen=True)
 class Tuning:
-    """Where, with what and how a plan was measured. machines: one for each kind of device that the model has sites on. complete: False where Ctrl-C ended it. seconds: what it took."""
+    """Where, with what and how a plan was measured. machines: one for each kind of device that the model has sites on.
+    complete: False where Ctrl-C ended it. seconds: what it took."""
 
     model: str
     machines: tuple[Machine, ...]
