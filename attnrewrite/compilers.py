@@ -16,9 +16,10 @@ from . import switching
 from .inner import NAME, Inner, compile_with, known_inner, known_options
 from .machines import Machine
 from .pipeline import rewrite_graph
+from .plans import Plan
 from .policies import Choice, Policy, make_policy, matches
 from .records import Backend
-from .reports import GraphReport, Report
+from .reports import GraphReport, Report, folded
 
 logger = logging.getLogger("attnrewrite")
 
@@ -75,6 +76,7 @@ class AttentionCompiler:
         graph = GraphReport(name, outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged, under)
         self.report.add(graph, (context, context.attempt) if context else None)
         _log(graph)
+        self._warn_of_stale(outcome.plan)
         return len(outcome.plan.sites)
 
     def policy_now(self) -> Policy:
@@ -98,6 +100,18 @@ class AttentionCompiler:
                 "Under regional compile a path begins at the compiled block.",
                 stacklevel=2,
             )
+
+    def _warn_of_stale(self, plan: Plan) -> None:
+        """Says once, for each reason, at which sites a plan does not say what is best."""
+        reasons: dict[str, list[str]] = {}
+        for site in plan.sites:
+            if site.stale is not None:
+                reasons.setdefault(site.stale, []).append(site.name)
+        for reason, names in reasons.items():
+            text = f'{reason}. Its choices are not used at {folded(names)}, what "auto" prefers is: tune again'
+            if text not in self._warned:
+                self._warned.add(text)
+                warnings.warn(text, stacklevel=3)
 
     def reset(self) -> None:
         """Called by `torch._dynamo.reset()`: lets Inductor drop its CUDA graphs."""

@@ -62,8 +62,13 @@ def floor(size: int) -> int:
     return 1 << max(0, size.bit_length() - 1)
 
 
-def foreign(there: Machine, here: Machine) -> str | None:
-    """How the machine of a plan differs from this one in what changes every choice; None where it does not."""
+def foreign(machines: Sequence[Machine], here: Machine) -> str | None:
+    """How those of a plan differ from this machine in what changes every choice; None where it is one of them."""
+    there = next((each for each in machines if each.device == here.device), None)
+    if there is None:
+        return (
+            f"it was measured on {' and '.join(each.device for each in machines) or 'nothing'}, this is {here.device}"
+        )
     for what, was, now in (
         ("on", there.name or there.device, here.name or here.device),
         ("on compute capability", there.capability, here.capability),

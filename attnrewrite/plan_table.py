@@ -25,9 +25,11 @@ def table(plan: Plan) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     texts = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(texts[0])
+    everywhere = set.intersection(*(_refused(sites[0]) for sites in groups.values())) if groups else set()
     for text, sites in zip(texts[1:], groups.values(), strict=True):
         lines.append(text)
-        lines += [f"    {line}" for line in _measured(sites[0])]
+        lines += [f"    {line}" for line in (*_measured(sites[0]), *_by_code(_refused(sites[0]) - everywhere))]
+    lines += (["refused at every site:"] if everywhere else []) + [f"    {line}" for line in _by_code(everywhere)]
     return "\n".join(lines)
 
 
@@ -40,7 +42,9 @@ def _heading(plan: Plan, groups: int) -> str:
     limit = f", errors up to {tuning.max_error:g}" if tuning.max_error is not None else ""
     ended = "" if tuning.complete else "; ended by Ctrl-C, not all of it was measured"
     gain = f"a kernel is worth changing to from {tuning.min_gain:.0%} on"
-    return f"{what} ({tuning.numerics}{limit}; {gain}){ended}\non {tuning.machine}"
+    return f"{what} ({tuning.numerics}{limit}; {gain}){ended}\n" + "\n".join(
+        f"on {machine}" for machine in tuning.machines
+    )
 
 
 def _measured(site: Site) -> list[str]:
@@ -53,12 +57,17 @@ def _measured(site: Site) -> list[str]:
     for each in site.measured:
         if each.milliseconds is None:
             lines += textwrap.wrap(f"{each.name} dropped: {each.dropped}", 112, subsequent_indent="  ")
-    by_code: dict[str, list[str]] = {}
-    for name, refused in site.refusals:
-        by_code.setdefault(refused.code.value, []).append(name)
-    for code, names in by_code.items():
-        lines += textwrap.wrap(f"{code}: {', '.join(names)}", 112, subsequent_indent="  ")
     return lines
+
+
+def _refused(site: Site) -> set[tuple[str, str]]:
+    return {(refused.code.value, name) for name, refused in site.refusals}
+
+
+def _by_code(refused: set[tuple[str, str]]) -> list[str]:
+    codes = sorted({code for code, _ in refused})
+    texts = [f"{code}: {', '.join(sorted(name for each, name in refused if each == code))}" for code in codes]
+    return [line for text in texts for line in textwrap.wrap(text, 98, subsequent_indent="  ")]
 
 
 def _timed(each: Measurement, native: float | None, width: int) -> str:

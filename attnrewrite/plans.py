@@ -93,10 +93,11 @@ VERSION = 1  # of a plan's file
 
 @dataclass(frozen=True)
 class Tuning:
-    """Where, with what and how a plan was measured. complete: False where Ctrl-C ended it. seconds: what it took."""
+    """Where, with what and how a plan was measured. machines: one for each kind of device that the model has sites on.
+    complete: False where Ctrl-C ended it. seconds: what it took."""
 
     model: str
-    machine: Machine
+    machines: tuple[Machine, ...]
     attnrewrite: str
     numerics: str = "reordered"
     max_error: float | None = None
@@ -147,7 +148,7 @@ class Plan:
             groups.setdefault(json.dumps(data), {"names": [], **data})["names"].append(name)
         tuning = None
         if self.tuning is not None:
-            tuning = {**vars(self.tuning), "machine": self.tuning.machine.to_json()}
+            tuning = {**vars(self.tuning), "machines": [each.to_json() for each in self.tuning.machines]}
         return json.dumps({"attnrewrite plan": VERSION, "tuning": tuning, "sites": list(groups.values())}, indent=1)
 
     @staticmethod
@@ -159,7 +160,8 @@ class Plan:
                 raise ValueError(f"its version is {data['attnrewrite plan']!r}, {VERSION} is known here")
             tuning = data["tuning"]
             if tuning is not None:
-                tuning = Tuning(**{**tuning, "machine": Machine.from_json(tuning["machine"])})
+                machines = tuple(Machine.from_json(each) for each in tuning["machines"])
+                tuning = Tuning(**{**tuning, "machines": machines})
             sites = []
             for group in data["sites"]:
                 names = group.pop("names")

@@ -158,7 +158,9 @@ def _table(sites: Iterable[Site]) -> list[str]:
     """A row for each group of sites that differ in their names alone, its refusals under it."""
     groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:
-        groups.setdefault((_call_key(site.call), site.decisions, site.chosen, site.source), []).append(site)
+        groups.setdefault(
+            (_call_key(site.call), site.decisions, site.chosen, site.source, site.note, site.stale), []
+        ).append(site)
     rows = [("site", "query (B, H, S, D)", "key, value", "dtype", "mask", "kernel")]
     notes: list[list[str]] = [[]]
     for members in groups.values():
@@ -175,8 +177,9 @@ def _table(sites: Iterable[Site]) -> list[str]:
 
 
 def _how(site: Site) -> list[str]:
-    """The library behind the chosen kernel, and what is done around it."""
+    """The library behind the chosen kernel, what is done around it, and what chose it."""
     parts = ([f"from {site.source}"] if site.source else []) + [str(step) for step in site.steps]
+    parts += [each for each in (site.stale, site.note) if each]
     return [f"{site.chosen}: {'; '.join(parts)}"] if parts else []
 
 

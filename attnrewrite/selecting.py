@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,9 @@ from .records import Numerics
 from .registry import names, records_of
 from .sizes import UnbackedSizeError
 from .sources import Hub
+
+
+logger = logging.getLogger("attnrewrite")
 
 
 def candidate(name: str, note: str | None = None, stale: str | None = None) -> Candidate:
@@ -83,12 +87,12 @@ class Planned:
         assert tuning is not None
         if call.obstacle is not None:
             return (candidate("native"),)
-        if (stale := foreign(tuning.machine, machine)) is None:
+        if (stale := foreign(tuning.machines, machine)) is None:
             try:
                 site = find(self.plan.sites, call)
             except UnbackedSizeError:
                 site = None
-            stale = "it has no such call" if site is None else _other_packages(site, tuning.machine, machine)
+            stale = "it has no such call" if site is None else _other_packages(site, tuning.machines, machine)
             if site is not None and stale is None:
                 return (*measured_candidates(site, "plan"), *AUTO.select(call, machine, limit))
         return AUTO.select(call, machine, limit, stale=f"the plan of {tuning.model}: {stale}")
@@ -118,6 +122,7 @@ class Tune:
         settings = Settings(usual_candidates(), limit)
         site = caching.load(asked, machine, settings)
         if site is None and measure and not call.needs_grad and _is_here(machine):
+            logger.info("measuring kernels for %s", call.described())
             site = measure_site(example(asked, device_of(machine)), machine, settings)
             caching.save(site, machine, settings)
         return auto() if site is None else (*measured_candidates(site, "tune"), *auto())
@@ -139,7 +144,8 @@ def _known(order: list[str], site: Site, by: str) -> Iterator[Candidate]:
     native = next((each.milliseconds for each in site.measured if each.name == "native"), None)
     timed = {each.name: each.milliseconds for each in site.measured}
     for name in order:
-        note = f"{by}: {_milliseconds(timed.get(name))}, native {_milliseconds(native)}"
+        note = f"{by}: {_milliseconds(timed.get(name))}"
+        note += "" if name == "native" else f", native {_milliseconds(native)}"
         if name == site.chosen and site.backend is not None:  # a record that no name leads to
             yield Candidate(name, (site.backend,), note)
             continue
@@ -153,8 +159,9 @@ def _milliseconds(value: float | None) -> str:
     return "not timed" if value is None else f"{value:.3g} ms"
 
 
-def _other_packages(site: Site, there: Machine, here: Machine) -> str | None:
+def _other_packages(site: Site, machines: Sequence[Machine], here: Machine) -> str | None:
     """What the chosen kernel needs, in another version than it was measured in."""
+    there = next(each for each in machines if each.device == here.device)
     chosen = measured_candidates(site, "")
     for package in chosen[0].on(there).requires if chosen else ():
         if there.packages.get(package) != here.packages.get(package):

@@ -128,17 +128,10 @@ def _tuning(model: Any, machines: list[Machine], settings: Settings, complete: b
 
     plain = getattr(model, "_orig_mod", model)
     name = getattr(plain, "__qualname__", None) or type(plain).__name__
-    machine = machines[0] if machines else Machine("cpu")
     return Tuning(
-        name,
-        machine,
-        __version__,
-        settings.numerics.name.lower(),
-        settings.max_error,
-        settings.min_gain,
-        complete,
-        seconds,
-    )
+        name, tuple({repr(each): each for each in machines}.values()), __version__, settings.numerics.name.lower(),
+        settings.max_error, settings.min_gain, complete, seconds,
+    )  # fmt: skip
 
 
 class _Line:
