@@ -50,7 +50,7 @@ def accuracy(exact: Reference, output: Tensor) -> Accuracy:
     found = output[:, :, exact.rows].double()
     if exact.seen is not None:
         found = torch.where(exact.seen[..., None], found, 0.0)
-    apart, norm, own = (each.norm(dim=-1) for each in (found - values, values, found))
+    apart, norm = (found - values).norm(dim=-1), values.norm(dim=-1)
     error = _ratio(apart.norm().item(), norm.norm().item())
     by_row = torch.where(apart == 0, 0.0, apart / torch.where(norm > 0, norm, norm.mean())).flatten()
     # NaN counts as the largest. Without any row there is none that is worst.
@@ -87,4 +87,4 @@ def _cosine(one: Tensor, other: Tensor) -> float:
     norms = (one.norm() * other.norm()).item()
     if norms == 0:  # of two zeros it is 1, of a zero and something 0
         return 1.0 if one.norm().item() == other.norm().item() else 0.0
-    return (one * other).sum().item() / norms
+    return float((one * other).sum().item() / norms)

@@ -106,9 +106,7 @@ def _site(captured: Captured, inner: Inner, before: list[SiteFidelity]) -> SiteF
     exact = reference(call, *tensors, captured.mask)
     lead = tuple(output.shape[:-3]) if output.dim() > 3 else tuple(output.shape[:-2])
     limit, why = limit_of(site)
-    bad = {
-        name: int((~each.isfinite()).sum()) for name, each in zip(("query", "key", "value"), tensors, strict=True)
-    }
+    bad = {name: int((~each.isfinite()).sum()) for name, each in zip(("query", "key", "value"), tensors, strict=True)}
     runs = sum(each.call.site == call.site for each in before)
     return SiteFidelity(
         site.described(),

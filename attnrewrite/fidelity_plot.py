@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def draw(fidelity: Fidelity, file: Path) -> None:
     pictures = fidelity.output.pictures
     made = figure(12, 9 if pictures else 5)
-    made.suptitle(f"attnrewrite check ({fidelity.policy})\n{fidelity.machine}\noutput: {fidelity.output}", fontsize="small")
+    made.suptitle(
+        f"attnrewrite check ({fidelity.policy})\n{fidelity.machine}\noutput: {fidelity.output}", fontsize="small"
+    )
     upper, *lower = made.subfigures(2, 1, height_ratios=(5, 4)) if pictures else [made]
     _errors(upper.subplots(), fidelity)
     for part in lower:
@@ -51,7 +53,9 @@ def _errors(axis: Any, fidelity: Fidelity) -> None:
         axis.set_ylim(floor / 1.5, top * 1.5)
         axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
     every = max(1, len(sites) // 40)
-    axis.set_xticks(range(0, len(sites), every), [site.name for site in sites[::every]], rotation=60, ha="right", fontsize=6)
+    axis.set_xticks(
+        range(0, len(sites), every), [site.name for site in sites[::every]], rotation=60, ha="right", fontsize=6
+    )
     axis.set_ylabel("relative error to float64\n(not finite: at the upper edge)")
     axis.set_xlabel("attention site, in the order in which they run")
     axis.grid(alpha=0.3)

@@ -95,18 +95,18 @@ class Outputs:
         """Raises `ValueError` where the two are not of the same shapes."""
         shapes, theirs = [tuple(each.shape) for each in output], [tuple(each.shape) for each in expected]
         if shapes != theirs:
-            raise ValueError(f"the compiled model returns tensors {shapes}, the unchanged one {theirs}: nothing to compare")
+            raise ValueError(
+                f"the compiled model returns tensors {shapes}, the unchanged one {theirs}: nothing to compare"
+            )
         if not output:
             return Outputs(0.0, None, 0, 0)
         pairs = list(zip(output, expected, strict=True))
         wide = [torch.cat([each.double().flatten().cpu() for each in side]) for side in (output, expected)]
         image = next((pair for pair in pairs if pair[0].dim() in (4, 5)), None)
-        return Outputs(
-            relative_error(*wide),
-            None if image is None else _psnr(*image),
-            *(int((~each.isfinite()).sum()) for each in wide),
-            pictures=() if image is None else tuple(_picture(each) for each in reversed(image)),
-        )
+        bad, bad_before = (int((~each.isfinite()).sum()) for each in wide)
+        psnr = None if image is None else _psnr(*image)
+        pictures = () if image is None else (_picture(image[1]), _picture(image[0]))
+        return Outputs(relative_error(*wide), psnr, bad, bad_before, pictures)
 
     def __str__(self) -> str:
         parts = [f"relative error {self.relative_error:.2e} to the unchanged model"]
@@ -157,7 +157,18 @@ class Fidelity:
         groups: dict[Any, list[SiteFidelity]] = {}
         for site in self.sites:
             groups.setdefault((cells(site.call), site.kernel, bool(site.wrong)), []).append(site)
-        head = ("site", "query (B, H, S, D)", "kernel", "error", "limit", "SQNR dB", "cosine", "worst row (b, h, q)", "NaN", "inf")
+        head = (
+            "site",
+            "query (B, H, S, D)",
+            "kernel",
+            "error",
+            "limit",
+            "SQNR dB",
+            "cosine",
+            "worst row",
+            "NaN",
+            "inf",
+        )
         rows = [head]
         for (of_call, kernel, wrong), members in groups.items():
             worst = max(members, key=_badness)
@@ -206,8 +217,8 @@ class Fidelity:
         """Draws the error of every site, in the order in which they run, beside its limit; for images also a first image of the
         unchanged model, of the swapped one, and their difference. path: .png, .svg or .pdf.
 
-        Raises `ImportError` without matplotlib (extra `plot`), `ValueError` for another ending, `OSError` for a place that cannot
-        be written to.
+        Raises `ImportError` without matplotlib (extra `plot`), `ValueError` for another ending, `OSError` for a place that
+        cannot be written to.
         """
         from .fidelity_plot import draw
 

@@ -21,7 +21,7 @@ TEMPLATE = '''\
 
     python THIS_FILE
 
-Random tensors of the site's sizes, dtype and strides go through the kernel, swapped in under torch.compile, and through float64.
+Random tensors of the site's sizes, dtype and layout go through the kernel, swapped in by torch.compile, and through float64.
 {notes}"""
 
 import torch
@@ -67,11 +67,13 @@ for head in range(HEADS):
 
 found = output[:, :, rows].double()
 print(backend.report)
-print(f"relative error {{((found - exact).norm() / exact.norm()).item():.3e}} to float64, on {{len(rows)}} of {{Q_LEN}} rows a head")
+error = ((found - exact).norm() / exact.norm()).item()
+print(f"relative error {{error:.3e}} to float64, on {{len(rows)}} of {{Q_LEN}} rows of each head")
 print(f"{{int(output.isnan().sum())}} NaN, {{int(output.isinf().sum())}} inf of {{output.numel()}} values")
 by_row = (found - exact).norm(dim=-1) / exact.norm(dim=-1).clamp_min(1e-30)
 worst = by_row.flatten().nan_to_num(torch.inf).argmax().item()
-print(f"worst row: batch {{worst // len(rows) // HEADS}}, head {{worst // len(rows) % HEADS}}, query {{int(rows[worst % len(rows)])}}")
+head, row = divmod(worst, len(rows))
+print(f"worst row: batch {{head // HEADS}}, head {{head % HEADS}}, query {{int(rows[row])}}")
 '''
 
 
@@ -167,7 +169,10 @@ def _tensors(call: AttentionCall, known: Sequence[Layout]) -> str:
         ]
         made = [f"tensor({', '.join(size)})" for size in sizes]
     lines += [f"\n{name} = {code}{grad}" for name, code in zip(("query", "key", "value"), made, strict=True)]
-    return "\n".join(lines).replace("\n\n\nkey", "\nkey").replace("\n\nkey", "\nkey").replace("\n\nvalue", "\nvalue") + "\n"
+    return (
+        "\n".join(lines).replace("\n\n\nkey", "\nkey").replace("\n\nkey", "\nkey").replace("\n\nvalue", "\nvalue")
+        + "\n"
+    )
 
 
 def _attention(call: AttentionCall, mask: _MaskCode) -> list[str]:
@@ -248,7 +253,9 @@ class _MaskCode:
             parts += [f"({apart} >= -({right}))"] if right is not None else []
             return f"({' & '.join(parts)})[None, None]"
         if self.kind is MaskKind.BLOCKS:
-            names = self._tensor("document", "torch.arange(KV_LEN, device=DEVICE)[None] * 3 // KV_LEN  # three documents")
+            names = self._tensor(
+                "document", "torch.arange(KV_LEN, device=DEVICE)[None] * 3 // KV_LEN  # three documents"
+            )
             return f"({names}[:, None, :, None] == {names}[:, None, None, :])"
         shape = ", ".join(self.shape) + ("," if len(self.shape) == 1 else "")
         if self.kind is MaskKind.BOOLEAN:
@@ -262,7 +269,7 @@ class _MaskCode:
         """In the rank and sizes that the model's tensor has."""
         if not self.shape or self.kind is MaskKind.BOOLEAN:
             return expression
-        if expression.endswith("[:, None, None, :]") and (*self.shape[1:3], self.shape[-1]) == ("1", "1", str(self.call.kv_len)):
+        if expression.endswith("[:, None, None, :]") and self.shape[1:] == ("1", "1", str(self.call.kv_len)):
             return expression
         dropped = f"[{', '.join(['0'] * (4 - len(self.shape)))}]" if len(self.shape) < 4 else ""
         return f"({expression}){dropped}.expand({', '.join(self.shape)})"

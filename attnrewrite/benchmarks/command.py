@@ -14,6 +14,7 @@ import torch
 
 from .. import plotting
 from ..files import writable
+from ..inner import known_inner
 from ..registry import names as all_kernels
 from . import model_level, op_level, plots, results
 from .denoisers import MODELS, Place, imported
@@ -38,7 +39,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shapes", metavar="A,B", help=f"for --kernels: of {', '.join(op_level.SHAPES)}")
     made.add_argument("--variants", metavar="A;B", help="for --models: only these, by their names in the table")
     made.add_argument("--peers", metavar="A,B", help="names for diffusers' dispatcher (CUDA: " + PEERS["cuda"] + ")")
-    made.add_argument("--rounds", type=int, default=10, help="timed rounds of models (10); kernels: as attnrewrite.tune")
+    made.add_argument(
+        "--rounds", type=int, default=10, help="timed rounds of models (10); kernels: as attnrewrite.tune"
+    )
     made.add_argument("--inner", default="inductor", help="the compiler of all compiled variants (inductor)")
     made.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU where there is one")
     made.add_argument("--small", action="store_true", help="tiny sizes, on a CPU too: to see that all of it runs")
@@ -98,6 +101,7 @@ def _checked(
     kernels = _picked("--kernels", given.kernels, all_kernels())
     known = op_level.SMALL if given.small else op_level.SHAPES
     shapes = {name: known[name] for name in _picked("--shapes", given.shapes or ALL, known)}
+    known_inner(given.inner)
     variants = {each.name: each for each in model_level.usual((given.peers or PEERS[kind]).split(","), given.inner)}
     chosen = [variants[name] for name in _picked("--variants", given.variants or ALL, variants, ";")]
     if models:

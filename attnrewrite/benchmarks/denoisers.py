@@ -281,7 +281,8 @@ def lumina2(at: Place) -> Denoiser:
         "encoder_attention_mask": at.mask_of((text, at.pick(60, 4)), text),
     }
     tokens = (side // 2) ** 2 + text
-    about = f"Lumina-Image 2, {layers} of 26 blocks and refiners, 2 x {tokens:,} tokens, {heads} heads of {dim} on {keys} of keys"
+    on = f"{heads} heads of {dim} on {keys} of keys"
+    about = f"Lumina-Image 2, {layers} of 26 blocks and refiners, 2 x {tokens:,} tokens, {on}"
     return Denoiser(model, inputs, ("Lumina2TransformerBlock",), about)
 
 

@@ -29,7 +29,8 @@ def milliseconds(device: torch.device, run: Callable[[], Any], calls: int = 1) -
         run()
     end.record()
     torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / calls
+    total: float = start.elapsed_time(end)
+    return total / calls
 
 
 def in_turn(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -61,5 +62,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 def words(error: BaseException) -> str:
     """An error in a line, without Dynamo's frame around it: a cell of a table."""
     error = getattr(error, "inner_exception", None) or error
+    if type(error).__module__.startswith("torch._dynamo") and error.__cause__ is not None:
+        error = error.__cause__  # what a model's own code raised while it was traced
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"

@@ -1,8 +1,8 @@
 """Kernels by shape: one attention each, every kernel that takes it, in turn, under the matmul rate of the same run.
 
 `attnrewrite.tune` measures: a kernel stands in a compiled graph as it would in a model, with the packing of a mask and the
-padding of a head dim; on a GPU the host does not count. Tensors lie in memory as (batch, length, heads, dim), as diffusers makes
-them; random numbers; nothing needs a gradient.
+padding of a head dim; on a GPU the host does not count. Tensors lie in memory as (batch, length, heads, dim), as diffusers
+makes them; random numbers; nothing needs a gradient.
 
 ms      the median of rounds in turn; of one that is far behind the fastest, a single sample
 tflops  4 * batch * heads * q_len * kv_len * dim / time: masked keys count, quantisation and packing are part of the time
@@ -28,6 +28,7 @@ from ..records import Numerics
 from ..registry import records_of
 from ..support import usable
 from ..tuning import tune
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -77,8 +78,8 @@ SMALL = {
 def attention(query: Tensor, key: Tensor, value: Tensor, keep: Tensor | None) -> Tensor:
     """SDPA of (batch, length, heads, dim); keep (batch, kv_len): True where a key takes part."""
     mask = None if keep is None else keep[:, None, None, :]
-    given = (each.transpose(1, 2) for each in (query, key, value))
-    return F.scaled_dot_product_attention(*given, mask).transpose(1, 2)
+    q, k, v = (each.transpose(1, 2) for each in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2)
 
 
 def kernels(names: Iterable[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
@@ -125,7 +126,9 @@ def measure(
             rows |= _rows(two, quantised, shape)
             choices["tuned, quantised"] = two.chosen
     for name, numerics in (("auto", "reordered"), ("auto, quantised", "quantised")):
-        choices[name] = make_plan([one.call], make_policy(["auto"], numerics=numerics), [machine_of(device)]).sites[0].chosen
+        choices[name] = (
+            make_plan([one.call], make_policy(["auto"], numerics=numerics), [machine_of(device)]).sites[0].chosen
+        )
     record = {**asdict(shape), "dtype": str(dtype).removeprefix("torch."), "kernels": rows, "choices": choices}
     _print(record, say)
     return record

@@ -1,0 +1,356 @@
+"""`attnrewrite bench` at tiny sizes on the CPU: what it measures, writes, draws and refuses."""
+
+import json
+import sys
+
+import diffusers
+import pytest
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from parity import relative
+
+import attnrewrite
+from attnrewrite.__main__ import main
+from attnrewrite.benchmarks import model_level, op_level, plots, results
+from attnrewrite.benchmarks.denoisers import MODELS, Place
+from attnrewrite.benchmarks.measuring import by_rounds, in_turn
+from attnrewrite.benchmarks.model_level import Variant
+
+CPU = Place(torch.device("cpu"), torch.float32, small=True)
+
+
+def bench(*arguments):
+    main(["bench", *map(str, arguments)])
+
+
+def quick(*arguments):
+    """Two variants of one model, on the graph as it is: a second or two."""
+    bench("--small", "--inner", "eager", "--rounds", 2, "--variants", "torch.compile;auto", *arguments)
+
+
+# -- models
+
+
+# Sites in compiled blocks: of one class, all layers share a compilation. LTX-Video is one graph of two layers.
+SITES = {
+    "hunyuan": 2, "qwen-image": 1, "wan-14b": 2, "wan-1.3b": 2, "sd3.5": 2, "flux": 2, "sdxl": 2, "ltx": 4, "lumina2": 3,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_run_and_every_site_is_swapped(name):
+    denoiser = MODELS[name](CPU)
+    backend = attnrewrite.with_backend("_native_math", inner="eager")
+    with torch.no_grad():
+        expected, output = model_level.exact(denoiser), denoiser.compile(backend)()
+    assert expected.norm() > 0
+    assert relative(output, expected) < 1e-5
+    assert len(backend.report.sites) == backend.report.swapped == SITES[name]
+    assert all(getattr(module, "_compiled_call_impl", None) is None for module in denoiser.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("name", "query"),
+    [
+        ("flux", (1, 24, 4608, 128)),
+        ("sd3.5", (2, 38, 4429, 64)),
+        ("wan-14b", (1, 40, 32760, 128)),
+    ],
+)
+def test_published_sizes(name, query):
+    """On the meta device: no memory, no arithmetic."""
+    denoiser = MODELS[name](Place(torch.device("meta"), torch.bfloat16))
+    with torch.no_grad():
+        report = attnrewrite.explain(denoiser.model, **denoiser.inputs, return_dict=False, backend="native")
+    calls = [site.call for site in report.sites]
+    assert query in {(call.batch, call.heads, call.q_len, call.head_dim) for call in calls}
+    assert {call.dtype for call in calls} == {"bfloat16"}
+
+
+# -- variants, in turn
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """All variants of one small model, some of which cannot run."""
+    said = []
+    denoiser = MODELS["hunyuan"](CPU)
+    off = attnrewrite.with_backend("_native_math", inner="eager")
+    variants = [
+        Variant("eager", lambda _: None),
+        Variant("torch.compile", lambda _: "eager"),
+        Variant("diffusers, _native_flash", lambda _: "eager", peer="_native_flash"),
+        Variant("diffusers, _native_math", lambda _: "eager", peer="_native_math"),
+        Variant("ours", lambda _: off),
+        Variant("broken", lambda _: 1 / 0),
+    ]
+    return model_level.measure(denoiser, variants, 2, said.append), denoiser, "\n".join(said)
+
+
+def test_a_record_of_a_model(measured):
+    record, _, said = measured
+    assert record["about"].startswith("HunyuanVideo, 1 + 1 of 20 + 40 blocks")
+    rows = record["variants"]
+    assert rows["torch.compile"]["ratio"] == 1
+    assert all(row["ms"] > 0 and 0 <= row["error"] < 1e-5 for row in rows.values())
+    assert set(rows["ours"]["sites"].values()) == {"_native_math"}
+    assert rows["ours"]["error"] > 0
+    for name in (*rows, *record["failed"]):
+        assert name in said
+
+
+def test_a_variant_that_cannot_run_is_a_result(measured):
+    record, _, _ = measured
+    assert record["failed"].keys() == {"diffusers, _native_flash", "broken"}
+    assert record["failed"]["diffusers, _native_flash"].startswith("ValueError: `attn_mask` is not supported")
+    assert record["failed"]["broken"] == "ZeroDivisionError: division by zero"
+    assert record["variants"]["diffusers, _native_math"]["peer"] == "_native_math"
+
+
+def test_the_peers_choice_is_put_back(measured):
+    _, denoiser, _ = measured
+    assert _AttentionBackendRegistry.get_active_backend()[0] is AttentionBackendName.NATIVE
+    chosen = {getattr(module.processor, "_attention_backend", None) for module in denoiser.model.modules()
+              if hasattr(module, "processor")}  # fmt: skip
+    assert chosen <= {AttentionBackendName.NATIVE, None}
+
+
+def test_the_peers_choice_is_set_before_each_step(monkeypatch):
+    """It is process-wide: a step that found another variant's choice would measure that one."""
+    denoiser = MODELS["flux"](CPU)
+    found = []
+
+    def step(name):
+        def run():
+            found.append((name, _AttentionBackendRegistry.get_active_backend()[0].value))
+            return torch.zeros(1, 25, 8)
+
+        return run
+
+    monkeypatch.setattr(denoiser, "compile", step)
+    variants = [Variant("plain", lambda _: "plain"), Variant("peer", lambda _: "peer", peer="_native_flash")]
+    model_level.measure(denoiser, variants, 4, lambda line: None)
+    assert len(found) == 2 * (3 + 4)
+    assert set(found) == {("plain", "native"), ("peer", "_native_flash")}
+
+
+def test_rounds_run_all_in_another_order():
+    order = []
+    found = in_turn({name: lambda name=name: order.append(name) or 1.0 for name in "abc"}, 12)
+    assert {name: len(times) for name, times in found.items()} == {"a": 12, "b": 12, "c": 12}
+    rounds = [tuple(order[place : place + 3]) for place in range(0, 36, 3)]
+    assert all(set(each) == set("abc") for each in rounds)
+    assert len(set(rounds)) > 2
+
+
+def test_ratios_are_those_within_a_round():
+    """Load that doubles all times of some rounds changes no ratio."""
+    assert by_rounds([1.0, 2.0, 4.0], [0.5, 1.0, 2.0]) == 2.0
+    assert by_rounds([1.0, 9.0, 1.0], [2.0, 2.0, 2.0]) == 0.5
+
+
+def test_the_peers_best_name():
+    rows = {"torch.compile": {"ms": 1.0}, "diffusers, a": {"ms": 3.0, "peer": "a"}, "diffusers, b": {"ms": 2.0, "peer": "b"}}
+    assert model_level.best_peer(rows) == "diffusers, b"
+    assert model_level.best_peer({"torch.compile": {"ms": 1.0}}) is None
+
+
+# -- kernels
+
+
+@pytest.fixture(scope="module")
+def shape():
+    """One masked shape, two kernels that compute as SDPA does and one that does not take the call."""
+    said = []
+    names = ["native", "_native_math", "_native_cudnn"]
+    record = op_level.measure(
+        op_level.SMALL["tiny, masked"], names, torch.device("cpu"), torch.float32, "eager", said.append
+    )
+    return record, "\n".join(said)
+
+
+def test_a_record_of_a_shape(shape):
+    record, said = shape
+    assert (record["q_len"], record["kv_len"], record["dim"], record["dtype"]) == (20, 27, 16, "float32")
+    rows = record["kernels"]
+    for name in ("native", "_native_math"):
+        assert 0 < rows[name]["error"] < 1e-6
+        assert rows[name]["tflops"] == pytest.approx(4 * 2 * 3 * 20 * 27 * 16 / rows[name]["ms"] / 1e9)
+        assert name in said
+    assert rows["_native_cudnn"]["failed"].startswith("DEVICE: ")
+    assert record["choices"]["auto"] == "native"
+    assert record["choices"]["tuned"] in ("native", "_native_math")
+    assert op_level.to_best(record, "tuned") >= 1
+
+
+def test_the_time_of_a_choice_to_the_best():
+    record = {
+        "kernels": {"native": {"ms": 2.0}, "_flash_3": {"ms": 1.0}, "sage": {"ms": 0.5}, "flash": {"failed": "DTYPE"}},
+        "choices": {"auto": "native", "tuned": "_flash_3", "tuned, quantised": "sage", "auto, quantised": "flash"},
+    }
+    expected = {"auto": 2.0, "tuned": 1.0, "tuned, quantised": 1.0, "auto, quantised": None}
+    assert {choice: op_level.to_best(record, choice) for choice in expected} == expected
+
+
+def test_shapes_are_the_published_ones():
+    assert op_level.SHAPES["Wan14B"] == op_level.Shape(1, 40, 32760, 32760, 128)
+    assert op_level.SHAPES["Wan14B"].flops == 4 * 40 * 32760**2 * 128
+    masked = [shape for shape in op_level.NAMED.values() if shape.valid is not None]
+    assert len(masked) == 3
+    assert {shape.dim for shape in op_level.LINES.values()} == {64, 128}
+
+
+# -- the command
+
+
+def test_models_kernels_json_and_picture(tmp_path, capsys):
+    out, picture = tmp_path / "b.json", tmp_path / "b.png"
+    quick("--models", "flux", "--out", out, "--plot", picture)
+    first = json.loads(out.read_text())
+    assert first["models"]["flux"]["variants"].keys() == {"torch.compile", "auto"}
+    assert first["packages"]["diffusers"] == diffusers.__version__
+    assert first["small"] is True
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    picture.unlink()
+
+    quick("--models", "sdxl", "--kernels", "native,_native_flash", "--shapes", "d16 16", "--out", out, "--append")
+    both = json.loads(out.read_text())
+    assert both["models"].keys() == {"flux", "sdxl"}
+    assert both["models"]["flux"] == first["models"]["flux"]
+    assert both["kernels"]["d16 16"]["kernels"].keys() == {"native", "_native_flash"}
+    assert len(both["ceiling"]) == 2
+    assert all(rate > 0 for rate in both["ceiling"][0].values())
+    assert [command.split()[:2] for command in both["commands"]] == [["attnrewrite", "bench"]] * 2
+    said = capsys.readouterr().out
+    assert "FLUX.1, 1 + 1 of 19 + 38 blocks" in said
+    assert "TFLOP/s" in said
+
+    bench("--from", out, "--plot", tmp_path / "again.svg")
+    text = (tmp_path / "again.svg").read_text()
+    assert "<!-- CPU, torch" in text  # the machine, in the title
+    for word in ("sequence length", "matmul", " _native_flash", "FLUX.1", "SDXL"):
+        assert f"<!-- {word}" in text, word
+    assert {path.name for path in tmp_path.iterdir()} == {"b.json", "again.svg"}
+
+
+def test_usual_variants():
+    names = [variant.name for variant in model_level.usual(["_flash_3"])]
+    assert names == ["eager", "torch.compile", "diffusers, _flash_3", "auto", "tuned", "tuned, quantised"]
+    denoiser = MODELS["sd3.5"](CPU)
+    with torch.no_grad():
+        backend = model_level.tuned(denoiser, "reordered", "eager")
+    assert isinstance(backend, attnrewrite.AttentionCompiler)
+    assert "plan" in str(backend.policy)
+
+
+def test_an_interruption_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
+    measure, calls = model_level.measure, []
+
+    def interrupted(*arguments):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return measure(*arguments)
+
+    monkeypatch.setattr(model_level, "measure", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        quick("--models", "flux,sdxl", "--out", tmp_path / "b.json")
+    assert ended.value.code == 130
+    assert json.loads((tmp_path / "b.json").read_text())["models"].keys() == {"flux"}
+    assert "what was measured is in" in capsys.readouterr().err
+
+
+def refused(capsys, *arguments):
+    """What the command says before it measures anything, with the exit code of a wrong argument."""
+    with pytest.raises(SystemExit) as ended:
+        bench(*arguments)
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    return said.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "nothing to measure: give --models, --kernels or both"),
+        (["--small", "--models", "flax"], "--models names 'flax', which is none of them; did you mean 'flux'?"),
+        (["--small", "--kernels", "flesh"], "--kernels names 'flesh', which is none of them; did you mean 'flash'?"),
+        (["--small", "--kernels", "--shapes", "Flux"], "--shapes names 'Flux', which is none of them"),
+        (["--small", "--models", "--variants", "tuned;fast"], "--variants names 'fast', which is none of them"),
+        (["--small", "--models", ","], "--models is ',': it names nothing"),
+        (["--small", "--models", "--rounds", "0"], "--rounds is 0: at least 1"),
+        (["--small", "--models", "--append"], "--append needs --out FILE"),
+        (["--small", "--models", "--out", "/gone/b.json"], "/gone is no folder"),
+        (["--small", "--models", "--plot", "b.bmp"], "'b.bmp' ends in '.bmp': a picture is one of .png, .svg, .pdf"),
+        (["--small", "--models", "--inner", "inducter"], "inner is 'inducter', which is no backend of torch.compile"),
+        (["--from", "b.json", "--models"], "--from draws an earlier result: leave out --models"),
+        (["--from", "b.json"], "--from needs --plot FILE"),
+        (["--from", "/gone/b.json", "--plot", "b.png"], "No such file or directory: '/gone/b.json'"),
+    ],
+)
+def test_bad_arguments(arguments, said, capsys):
+    assert said in refused(capsys, *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_published_sizes_want_a_gpu(capsys):
+    assert "published sizes need a CUDA GPU; --small" in refused(capsys, "--models")
+    assert "PyTorch sees no CUDA GPU here" in refused(capsys, "--models", "--device", "cuda")
+
+
+def test_a_file_that_is_there_is_not_replaced(tmp_path, capsys):
+    out = tmp_path / "b.json"
+    out.write_text("mine")
+    assert "exists: name another file, or add to it with --append" in refused(
+        capsys, "--small", "--models", "--out", out
+    )
+    said = refused(capsys, "--small", "--models", "--out", out, "--append")
+    assert f"--append to {out}: {out} is no result of attnrewrite bench" in said
+    assert out.read_text() == "mine"
+
+
+def test_results_of_two_machines_do_not_mix(tmp_path, capsys):
+    out = tmp_path / "b.json"
+    other = {**results.header(torch.device("cpu"), small=True), "device": "NVIDIA H200", "models": {}}
+    out.write_text(json.dumps(other))
+    said = refused(capsys, "--small", "--models", "--out", out, "--append")
+    assert "its device is 'NVIDIA H200', of this run 'CPU'" in said
+    assert json.loads(out.read_text()) == other
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "is no result"), ("[]", "is no result"), ('{"version": 9}', "its version is 9, known is 1"),
+     ('{"version": 1, "device": "CPU"}', "is no result")],
+)  # fmt: skip
+def test_files_that_are_no_result(tmp_path, text, said):
+    (tmp_path / "b.json").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        results.read(tmp_path / "b.json")
+
+
+def test_without_diffusers_or_matplotlib(monkeypatch, capsys, tmp_path):
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "diffusers", None)
+        assert "pip install diffusers" in refused(capsys, "--small", "--models")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "pip install 'attnrewrite[plot]'" in refused(capsys, "--small", "--models", "--plot", tmp_path / "b.png")
+
+
+def test_kernels_that_run_elsewhere_only(capsys):
+    with pytest.raises(SystemExit, match="none of flash runs on this machine"):
+        bench("--small", "--kernels", "flash", "--inner", "eager")
+
+
+def test_a_bar_for_a_peer_that_raises(measured, tmp_path):
+    record, _, _ = measured
+    rows = {name: row for name, row in record["variants"].items() if "peer" not in row}
+    result = {**results.header(torch.device("cpu")), "models": {"hunyuan": {**record, "variants": rows}}}
+    plots.plot(result, tmp_path / "b.svg")
+    assert "<!-- raises -->" in (tmp_path / "b.svg").read_text()
+
+
+def test_styles_are_all_different():
+    names = [str(number) for number in range(30)]
+    assert len(set(plots._styles(names).values())) == 30
