@@ -15,6 +15,8 @@ from attnrewrite.benchmarks import model_level, op_level, plots, results
 from attnrewrite.benchmarks.denoisers import MODELS, Place
 from attnrewrite.benchmarks.measuring import by_rounds, in_turn
 from attnrewrite.benchmarks.model_level import Variant
+from attnrewrite.measurements import Measurement
+from attnrewrite.plans import Plan, Site
 
 CPU = Place(torch.device("cpu"), torch.float32, small=True)
 
@@ -150,7 +152,11 @@ def test_ratios_are_those_within_a_round():
 
 
 def test_the_peers_best_name():
-    rows = {"torch.compile": {"ms": 1.0}, "diffusers, a": {"ms": 3.0, "peer": "a"}, "diffusers, b": {"ms": 2.0, "peer": "b"}}
+    rows = {
+        "torch.compile": {"ms": 1.0},
+        "diffusers, a": {"ms": 3.0, "peer": "a"},
+        "diffusers, b": {"ms": 2.0, "peer": "b"},
+    }
     assert model_level.best_peer(rows) == "diffusers, b"
     assert model_level.best_peer({"torch.compile": {"ms": 1.0}}) is None
 
@@ -218,7 +224,7 @@ def test_models_kernels_json_and_picture(tmp_path, capsys):
     assert both["models"].keys() == {"flux", "sdxl"}
     assert both["models"]["flux"] == first["models"]["flux"]
     assert both["kernels"]["d16 16"]["kernels"].keys() == {"native", "_native_flash"}
-    assert len(both["ceiling"]) == 2
+    assert len(both["ceiling"]) == 4  # models: once a call; kernels: before and after
     assert all(rate > 0 for rate in both["ceiling"][0].values())
     assert [command.split()[:2] for command in both["commands"]] == [["attnrewrite", "bench"]] * 2
     said = capsys.readouterr().out
@@ -237,10 +243,23 @@ def test_usual_variants():
     names = [variant.name for variant in model_level.usual(["_flash_3"])]
     assert names == ["eager", "torch.compile", "diffusers, _flash_3", "auto", "tuned", "tuned, quantised"]
     denoiser = MODELS["sd3.5"](CPU)
-    with torch.no_grad():
-        backend = model_level.tuned(denoiser, "reordered", "eager")
-    assert isinstance(backend, attnrewrite.AttentionCompiler)
-    assert "plan" in str(backend.policy)
+    variants = model_level.usual([], "eager", ["native", "_native_math"])[-3:]
+    plain = Variant("torch.compile", lambda _: "eager")
+    record = model_level.measure(denoiser, [plain, *variants], 1, lambda line: None, 0.1)
+    assert record["failed"] == {}
+    assert set(record["variants"]["auto"]["sites"].values()) == {"native"}
+    assert set(record["variants"]["tuned"]["sites"].values()) <= {"native", "_native_math"}
+    plan = Plan.from_json(json.dumps(record["plan"]))
+    assert {each.name for site in plan.sites for each in site.measured} == {"native", "_native_math"}
+    assert record["limit"] >= 1
+
+
+def test_the_limit_is_a_matmuls_time():
+    """Two sites of 10 ms each; a matmul of as many operations takes 4 ms. So 12 of 100 ms could be saved."""
+    call = attnrewrite.AttentionCall("a", 1, 2, 2, 1000, 1000, 500, 500, "float32")  # 4e9 operations
+    site = Site(call, (), "native", measured=(Measurement("native", 10.0),))
+    assert model_level.limit_of(Plan((site, site)), 100.0, 1.0) == pytest.approx(100 / 88)
+    assert model_level.limit_of(Plan((site, site)), 100.0, 0.1) == 1  # faster than the matmul: nothing to save
 
 
 def test_an_interruption_keeps_what_was_measured(tmp_path, monkeypatch, capsys):

@@ -229,7 +229,9 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_call(form):
     tensors, arguments = FORMS[form]
-    found = checked(lambda *given: F.scaled_dot_product_attention(*given, **arguments), *tensors, choices=("_native_math",))
+    found = checked(
+        lambda *given: F.scaled_dot_product_attention(*given, **arguments), *tensors, choices=("_native_math",)
+    )
     (site,) = found.sites
     assert site.kernel == "_native_math"
     assert site.accuracy.relative_error < 1e-6
@@ -310,7 +312,11 @@ def test_no_attention_at_all():
         ("float64", {}, 1e-12),
         ("float32", {}, 1e-5),
         ("bfloat16", {}, 1.2e-2),
-        ("float32", {"numerics": attnrewrite.Numerics.QUANTISED, "tolerance": attnrewrite.Tolerance(0.04, "int8")}, 0.04),
+        (
+            "float32",
+            {"numerics": attnrewrite.Numerics.QUANTISED, "tolerance": attnrewrite.Tolerance(0.04, "int8")},
+            0.04,
+        ),
     ],
 )
 def test_limits_by_the_class_of_numerics(dtype, limits, limit):
@@ -382,7 +388,11 @@ def test_a_compiled_model_is_checked_uncompiled(stack):
         ({"backend": "flesh"}, ValueError, "no attention backend is called 'flesh'"),
         ({"backend": []}, ValueError, "choices is empty"),
         ({"backend": 3}, TypeError, "choices holds 3"),
-        ({"backend": "native", "tokens": torch.zeros(2, 3, device="meta")}, ValueError, r"tensor \(2, 3\) without values"),
+        (
+            {"backend": "native", "tokens": torch.zeros(2, 3, device="meta")},
+            ValueError,
+            r"tensor \(2, 3\) without values",
+        ),
     ],
 )
 def test_bad_input(stack, given, error, said):

@@ -26,7 +26,10 @@ def report_of(call, chosen=FLASH):
     return Report("test", [GraphReport("0/0", Plan((site,)), None, 0.0, 0)])
 
 
-def call_of(mask=Mask(), **sizes):
+NO_MASK = Mask()
+
+
+def call_of(mask=NO_MASK, **sizes):
     given = {"batch": 2, "heads": 4, "kv_heads": 4, "q_len": Q, "kv_len": K, "head_dim": 8, "value_dim": 8}
     return AttentionCall("blocks.0.attn", **{**given, "dtype": "float32", "layout": "bshd", "mask": mask, **sizes})
 
@@ -87,7 +90,9 @@ def test_the_script_makes_the_same_call(name, monkeypatch, capsys):
 def test_the_error_is_that_of_the_kernel(monkeypatch, capsys):
     """A script that compared the kernel with itself would always be content."""
     broken = replace(
-        attnrewrite.records_of("_native_math")[0], op=lambda query, *rest, call: query * 0 + 1, masks=frozenset(MaskKind)
+        attnrewrite.records_of("_native_math")[0],
+        op=lambda query, *rest, call: query * 0 + 1,
+        masks=frozenset(MaskKind),
     )
     monkeypatch.setattr("attnrewrite.policies.records_of", lambda name: (broken,))
     text = report_of(call_of(), "_native_math").repro("blocks.0.attn")
@@ -181,7 +186,9 @@ def test_a_fidelity_knows_the_strides(monkeypatch, capsys):
     query, key, value = qkv()
     key = torch.randn(2, 4, 11, 40)[..., :16]  # rows that are not dense
     with torch.no_grad():
-        found = check(F.scaled_dot_product_attention, query, key, value, backend=with_backend("_native_math", inner="eager"))
+        found = check(
+            F.scaled_dot_product_attention, query, key, value, backend=with_backend("_native_math", inner="eager")
+        )
     text = found.repro(found.sites[0].name)
     assert f"tensor({tuple(key.shape)}, {tuple(key.stride())})" in text
     report, said = run(text, monkeypatch, capsys)

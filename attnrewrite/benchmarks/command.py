@@ -22,7 +22,7 @@ from .measuring import matmul_rate
 
 ALL = "all"
 # diffusers' names that are fastest for one model or another; quantised ones do not compile there.
-PEERS = {"cuda": "_flash_3,_flash_varlen_3,_native_cudnn", "cpu": "_native_flash"}
+PEERS = {"cuda": "_flash_3,_flash_varlen_3", "cpu": "_native_flash"}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--shapes", metavar="A,B", help=f"for --kernels: of {', '.join(op_level.SHAPES)}")
     made.add_argument("--variants", metavar="A;B", help="for --models: only these, by their names in the table")
     made.add_argument("--peers", metavar="A,B", help="names for diffusers' dispatcher (CUDA: " + PEERS["cuda"] + ")")
+    made.add_argument(
+        "--candidates", metavar="A,B", help="kernels that attnrewrite.tune tries in models (all but those of the hub)"
+    )
     made.add_argument(
         "--rounds", type=int, default=10, help="timed rounds of models (10); kernels: as attnrewrite.tune"
     )
@@ -102,7 +105,9 @@ def _checked(
     known = op_level.SMALL if given.small else op_level.SHAPES
     shapes = {name: known[name] for name in _picked("--shapes", given.shapes or ALL, known)}
     known_inner(given.inner)
-    variants = {each.name: each for each in model_level.usual((given.peers or PEERS[kind]).split(","), given.inner)}
+    peers = (given.peers or PEERS[kind]).split(",")
+    candidates = _picked("--candidates", given.candidates, all_kernels()) or None
+    variants = {each.name: each for each in model_level.usual(peers, given.inner, candidates)}
     chosen = [variants[name] for name in _picked("--variants", given.variants or ALL, variants, ";")]
     if models:
         imported()
@@ -163,9 +168,13 @@ def _measure(
     try:
         if kernels:
             _kernels(given, device, dtype, kernels, shapes, keep)
+        rate = None
+        if models:
+            keep(ceiling=[matmul_rate(device, dtype)])
+            rate = list(result["ceiling"][-1].values())[-1]
         for name in models:
             made = MODELS[name](Place(device, dtype, given.small))
-            keep(models={name: model_level.measure(made, variants, given.rounds, _say)})
+            keep(models={name: model_level.measure(made, variants, given.rounds, _say, rate)})
             del made
             if device.type == "cuda":
                 torch.cuda.empty_cache()

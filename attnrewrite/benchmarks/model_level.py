@@ -13,14 +13,19 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import statistics
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..compilers import AttentionCompiler, with_backend
+from ..plans import Plan
+from ..selecting import Planned
+from ..tuning import tune
 from .denoisers import Denoiser
 from .measuring import by_rounds, in_turn, milliseconds, words
 
@@ -38,23 +43,35 @@ class Variant:
     peer: str = "native"
 
 
-def usual(peers: Iterable[str], inner: str = "inductor") -> tuple[Variant, ...]:
-    """The variants of `attnrewrite bench`. `peers`: names for diffusers' dispatcher; the fastest is what counts."""
+def usual(
+    peers: Iterable[str], inner: str = "inductor", candidates: Sequence[str] | None = None
+) -> tuple[Variant, ...]:
+    """The variants of `attnrewrite bench`. `peers`: names for diffusers' dispatcher; the fastest is what counts. `candidates`:
+    of `attnrewrite.tune`, which measures a model once for both variants: without `numerics="quantised"` a plan's quantised
+    choices are refused, and its next one takes the site."""
+    plans: dict[int, Plan] = {}
+
+    def tuned(denoiser: Denoiser, numerics: str) -> AttentionCompiler:
+        if id(denoiser) not in plans:
+            plans.clear()
+            plans[id(denoiser)] = tune(
+                denoiser.model,
+                **denoiser.inputs,
+                return_dict=False,
+                numerics="quantised",
+                candidates=candidates,
+                inner=inner,
+            )
+        return with_backend(plans[id(denoiser)], inner=inner, numerics=numerics)
+
     return (
         Variant(EAGER, lambda _: None),
         Variant(PLAIN, lambda _: inner),
         *(Variant(f"{PEER}{name}", lambda _: inner, peer=name) for name in peers),
         Variant(AUTO, lambda _: with_backend("auto", inner=inner)),
-        Variant(TUNED, lambda denoiser: tuned(denoiser, "reordered", inner)),
-        Variant(QUANTISED, lambda denoiser: tuned(denoiser, "quantised", inner)),
+        Variant(TUNED, lambda denoiser: tuned(denoiser, "reordered")),
+        Variant(QUANTISED, lambda denoiser: tuned(denoiser, "quantised")),
     )
-
-
-def tuned(denoiser: Denoiser, numerics: str, inner: str) -> AttentionCompiler:
-    from ..tuning import tune
-
-    plan = tune(denoiser.model, **denoiser.inputs, return_dict=False, numerics=numerics, inner=inner)
-    return with_backend(plan, inner=inner, numerics=numerics)
 
 
 def exact(denoiser: Denoiser) -> torch.Tensor:
@@ -69,25 +86,35 @@ def exact(denoiser: Denoiser) -> torch.Tensor:
 
 
 def measure(
-    denoiser: Denoiser, variants: Iterable[Variant], rounds: int, say: Callable[[str], object] = print
+    denoiser: Denoiser,
+    variants: Iterable[Variant],
+    rounds: int,
+    say: Callable[[str], object] = print,
+    ceiling: float | None = None,
 ) -> dict[str, Any]:
-    """The record of one model: {"about", "variants": {name: {"ms", "ratio", "error", ...}}, "failed": {name: error}}.
+    """The record of one model: {"about", "variants": {name: {"ms", "ratio", "error", ...}}, "failed": {name: error}, ...}.
 
     A variant that cannot run is a result: its error stands under "failed". `say` gets a line for each when all is done.
+    ceiling: TFLOP/s of a matmul; with it, and a variant that was tuned, the record has "limit" (`limit_of`).
     """
     torch.compiler.reset()
     device = next(denoiser.model.parameters()).device
+    started = time.perf_counter()
     say(f"\n{denoiser.about}")
     rows: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     timed: dict[str, Callable[[], float]] = {}
+    plan: Plan | None = None
     # All variants share the code of a block, so each counts as a recompilation of the others.
     limits: Any = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=10_000)
     with torch.no_grad(), limits:
         reference = exact(denoiser)
         for variant in variants:
             try:
-                timed[variant.name], rows[variant.name] = _warm(denoiser, variant, device, reference)
+                _choose(denoiser, "native")
+                backend = variant.backend(denoiser)
+                plan = plan or _plan_of(backend)
+                timed[variant.name], rows[variant.name] = _warm(denoiser, variant, backend, device, reference)
             except Exception as error:
                 failed[variant.name] = words(error)
             finally:
@@ -103,15 +130,38 @@ def measure(
         say(f"{name:24} {row['ms']:8.2f} ms{ratio}  error {row['error']:.1e}  {_kernels(row)}".rstrip())
     for name, text in failed.items():
         say(f"{name:24} {text}")
-    return {"about": denoiser.about, "variants": rows, "failed": failed}
+    record = {"about": denoiser.about, "variants": rows, "failed": failed, "rounds": rounds}
+    if plan is not None:
+        record["plan"] = json.loads(plan.to_json())
+        if ceiling is not None and PLAIN in rows:
+            record["limit"] = limit_of(plan, rows[PLAIN]["ms"], ceiling)
+            say(f"{'limit':24} ratio {record['limit']:5.3f}, attention at {ceiling:.0f} TFLOP/s")
+    record["seconds"] = time.perf_counter() - started
+    return record
+
+
+def limit_of(plan: Plan, plain: float, ceiling: float) -> float:
+    """The ratio to a step of torch.compile (`plain`, in ms) if each attention that is slower than a matmul of as many
+    operations took that matmul's time (`ceiling`, in TFLOP/s); of masked keys all are counted."""
+    saved = 0.0
+    for site in plan.sites:
+        call = site.call
+        products = 2 * int(call.batch) * int(call.heads) * int(call.q_len) * int(call.kv_len)
+        bound = products * (int(call.head_dim) + int(call.value_dim)) / ceiling / 1e9
+        native = next((each.milliseconds for each in site.measured if each.name == "native"), None)
+        saved += max(0.0, (native or 0.0) - bound)
+    return plain / max(plain - saved, 1e-9)
+
+
+def _plan_of(backend: Any) -> Plan | None:
+    choices = backend.policy.choices if isinstance(backend, AttentionCompiler) else ()
+    return next((choice.plan for choice in choices if isinstance(choice, Planned)), None)
 
 
 def _warm(
-    denoiser: Denoiser, variant: Variant, device: torch.device, reference: torch.Tensor
+    denoiser: Denoiser, variant: Variant, backend: Any, device: torch.device, reference: torch.Tensor
 ) -> tuple[Callable[[], float], dict[str, Any]]:
     """How a step of the variant is timed, and what is known of it once it is compiled."""
-    _choose(denoiser, "native")
-    backend = variant.backend(denoiser)
     step = denoiser.step if backend is None else denoiser.compile(backend)
     _choose(denoiser, variant.peer)
     for _ in range(3):

@@ -133,6 +133,11 @@ def _models(part: Any, models: dict[str, Any], ceiling: float | None) -> None:
         places, ratios, times = zip(*found, strict=True)
         drawn = axis.bar(places, ratios, width, color=colour, label=bar)
         axis.bar_label(drawn, [f"{ms:.3g}" for ms in times], fontsize="xx-small", rotation=90, padding=2)
+    for position, model in enumerate(models.values()):
+        if "limit" in model:
+            axis.hlines(model["limit"], position - 0.42, position + 0.42, color="#D55E00", linestyle="--", linewidth=1)
+    if any("limit" in model for model in models.values()):
+        axis.plot([], [], color="#D55E00", linestyle="--", linewidth=1, label="attention at the\nmatmul rate")
     axis.axhline(1.0, color="#000000", linewidth=0.8, linestyle=":")
     axis.set_xticks(range(len(models)), [model["about"].split(",")[0] for model in models.values()])
     axis.set_ylabel("speed of a step, torch.compile = 1\n(on the bars: milliseconds)")
