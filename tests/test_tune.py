@@ -103,7 +103,7 @@ WRONG = real("wrong", lambda *given: sdpa(*given) * 1.01)
 
 SLOW_BACKWARD = real("slow_backward", lambda *given: sdpa(*(each.detach() for each in given)))
 torch.library.register_autograd(
-    "attnrewrite_tests::slow_backward", lambda ctx, grad: (time.sleep(0.02), grad, None, None)[1:], lib=LIBRARY
+    "attnrewrite_tests::slow_backward", lambda ctx, grad: (time.sleep(0.02), grad, grad, grad)[1:], lib=LIBRARY
 )
 
 
