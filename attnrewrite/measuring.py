@@ -154,14 +154,18 @@ class _Measuring:
         with torch.set_grad_enabled(call.needs_grad):
             compiled = compile_with(self.settings.inner, graph.module, list(graph.inputs))
         run = _with_backward(compiled, graph.inputs) if call.needs_grad else lambda: compiled(*graph.inputs)
+        self.worker.check()
         with torch.set_grad_enabled(call.needs_grad):
             output = compiled(*graph.inputs)[0].detach()
         error = self._compared(output)
         del output
         if candidate.name == "native":
             self.of_native = error
+        self.worker.check()
         run()
+        self.worker.check()
         seconds = self.watch.sample(run, 1)
+        self.worker.check()
         seconds = self.watch.sample(run, min(3, self.watch.calls(seconds)))
         return Runner(candidate.name, run, error, seconds, time.perf_counter() - started)
 

@@ -23,7 +23,6 @@ from .registry import names, records_of
 from .sizes import UnbackedSizeError
 from .sources import Hub
 
-
 logger = logging.getLogger("attnrewrite")
 
 

@@ -5,8 +5,10 @@ A new thread also has none of the caller's modes (a compilation in progress, aut
 
 from __future__ import annotations
 
+import atexit
 import queue
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -19,16 +21,22 @@ class OverdueError(Exception):
     """A function is still running at its time limit. It cannot be stopped: its thread goes on without anybody waiting."""
 
 
+_LEFT: list[threading.Thread] = []
+PATIENCE = 5.0  # seconds at the end of the process for what was left running
+
+
 class Worker:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._jobs: queue.SimpleQueue[Any] | None = None
+        self._thread: threading.Thread | None = None
 
     def run(self, function: Callable[[], Result], seconds: float) -> Result:
         """What the function returns or raises. Raises `OverdueError` after so many seconds."""
         if self._jobs is None:
             self._jobs = queue.SimpleQueue()
-            threading.Thread(target=self._work, args=(self._jobs,), name="attnrewrite.tune", daemon=True).start()
+            self._thread = threading.Thread(target=self._work, args=(self._jobs,), name="attnrewrite.tune", daemon=True)
+            self._thread.start()
         finished: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
         self._jobs.put((function, finished))
         try:
@@ -42,9 +50,15 @@ class Worker:
 
     def leave(self) -> None:
         """Ends the thread behind what it is doing now."""
-        if self._jobs is not None:
+        if self._jobs is not None and self._thread is not None:
             self._jobs.put(None)
-            self._jobs = None
+            _LEFT[:] = [*(thread for thread in _LEFT if thread.is_alive()), self._thread]
+            self._jobs = self._thread = None
+
+    def check(self) -> None:
+        """To be called between two steps of a function: raises `OverdueError` if nobody waits for it any more."""
+        if threading.current_thread() is not self._thread:
+            raise OverdueError("nobody waits for this")
 
     def _work(self, jobs: queue.SimpleQueue[Any]) -> None:
         with torch.no_grad():
@@ -57,3 +71,11 @@ class Worker:
                 except BaseException as error:
                     finished.put((False, error))
                 job = function = finished = None  # what it held is free
+
+
+@atexit.register
+def _wait() -> None:
+    """A thread that comes back from C++ into an interpreter that has ended would abort the process (before Python 3.14)."""
+    end = time.monotonic() + PATIENCE
+    for thread in _LEFT:
+        thread.join(max(0.0, end - time.monotonic()))

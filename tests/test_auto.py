@@ -1,0 +1,178 @@
+"""`with_backend("auto")`: the table of preferences, its evidence, what it asks about sizes, and that it never guesses."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from decision_specs import PACKAGES
+from parity import TOLERANCE, attend, doubled, qkv, relative
+
+import attnrewrite
+from attnrewrite import (
+    AttentionCall,
+    AttentionCompiler,
+    Machine,
+    Mask,
+    MaskKind,
+    Numerics,
+    make_policy,
+    preferences,
+    selecting,
+)
+from attnrewrite.matching import foreign
+from attnrewrite.preferences import ROWS, UNMASKED, Row
+
+ROOT = Path(__file__).parent.parent
+TORCH = {"torch": "2.11.0", "cuda": "13.0", "cudnn": "9.19.0"}
+H200 = Machine("cuda", (9, 0), {**PACKAGES, **TORCH}, "NVIDIA H200")
+BARE = Machine("cuda", (9, 0), TORCH, "NVIDIA H200")
+
+PADDED = Mask(MaskKind.KEY_PADDING, "bool", (2, 1, 1, 7145))
+
+
+def call(batch=2, heads=24, q_len=4608, kv_len=None, dim=128, **given):
+    return AttentionCall("site", batch, heads, heads, q_len, kv_len or q_len, dim, dim, "bfloat16", "cuda", **given)
+
+
+def preferred(asked, machine=H200, numerics="reordered"):
+    """The names that are asked, in order, and which of them takes the call."""
+    policy = make_policy(["auto"], numerics=numerics)
+    site = attnrewrite.make_plan([asked], policy, [machine]).sites[0]
+    return [candidate.name for candidate in policy.candidates(asked, machine)], site
+
+
+LONG = {"q_len": 32760, "batch": 1, "heads": 40}
+CHOICES = [
+    ("FLUX.1", call(), H200, "_flash_3"),
+    ("FLUX.1, one image", call(batch=1), H200, "_flash_3"),
+    ("Wan2.1 14B", call(**LONG), H200, "_flash_3"),
+    ("its cross-attention", call(**LONG, kv_len=512), H200, "native"),
+    ("1,024 tokens", call(q_len=1024), H200, "native"),
+    ("SDXL", call(heads=10, q_len=4096, dim=64), H200, "native"),
+    ("SD3.5-large", call(heads=38, q_len=4429, dim=64), H200, "_flash_3"),
+    ("16,384 tokens of 64", call(batch=1, q_len=16384, dim=64), H200, "flash_4"),
+    ("HunyuanVideo", call(batch=1, q_len=32896, mask=PADDED), H200, "_flash_varlen_3"),
+    ("HunyuanVideo, PyTorch alone", call(batch=1, q_len=32896, mask=PADDED), BARE, "native"),
+    ("Qwen-Image", call(q_len=7145, mask=PADDED), H200, "_flash_varlen_3"),
+    ("Qwen-Image, PyTorch alone", call(q_len=7145, mask=PADDED), BARE, "_native_varlen"),
+    ("FLUX.1, PyTorch alone", call(), BARE, "native"),
+    ("padding of both", call(q_len=7145, mask=replace(PADDED, kind=MaskKind.QUERY_KEY_PADDING)), H200, "_flash_varlen_3"),
+    ("a bias", call(mask=Mask(MaskKind.ADDITIVE, "bfloat16", (4608, 4608))), H200, "native"),
+    ("causal", call(mask=Mask(MaskKind.CAUSAL_UPPER_LEFT)), H200, "native"),
+    ("training", call(needs_grad=True), H200, "native"),
+    ("float32", call(), H200, "native"),
+    ("an A100", call(), replace(H200, capability=(8, 0)), "native"),
+    ("a transform", call(obstacle="it stands inside torch.func.vmap"), H200, "native"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("what", "asked", "machine", "wanted"), CHOICES, ids=[choice[0] for choice in CHOICES])
+def test_choice(what, asked, machine, wanted):
+    asked = replace(asked, dtype="float32") if what == "float32" else asked
+    names, site = preferred(asked, machine)
+    assert site.chosen == wanted
+    assert names[-1] == "native"
+    assert site.note.startswith("auto: ")
+
+
+def test_quantised_kernels_are_for_who_asks():
+    names, _ = preferred(call(**LONG))
+    assert all(attnrewrite.records_of(name)[0].numerics < Numerics.QUANTISED for name in names)
+    names, site = preferred(call(**LONG), numerics="quantised")
+    assert site.chosen == "_flash_3_fp8"
+    assert names == ["_flash_3_fp8", "sage", "_flash_3", "flash_4", "native"]  # exact ones where these refuse
+    _, site = preferred(call(**LONG), numerics="exact")
+    assert site.chosen == "native"
+
+
+def test_a_row_stands_for_what_it_says():
+    for row in ROWS:
+        for name in row.names:
+            (record, *_) = attnrewrite.records_of(name)
+            assert record.numerics <= row.numerics
+            assert "@" not in name
+            assert not name.endswith("_hub"), "what nobody named is not downloaded"
+            assert row.masks & record.masks, f"{name} can never take what the row is about"
+        (file,) = [word.rstrip(":") for word in row.evidence.split() if word.startswith("bench/results/")]
+        assert file in (preferences.SHAPES, preferences.MODELS)
+    assert (ROOT / preferences.MODELS).exists()
+
+
+def test_never_slower_than_native_on_the_evidence():
+    file = ROOT / preferences.SHAPES
+    if not file.exists():
+        pytest.skip(f"{preferences.SHAPES} is written by bench/kernels_by_shape.py on the machine")
+    plan = attnrewrite.Plan.load(file)
+    (machine,) = plan.tuning.machines
+    for site in plan.sites:
+        for numerics in ("reordered", "quantised"):
+            _, decided = preferred(site.call, machine, numerics)
+            timed = {each.name: each.milliseconds for each in site.measured}
+            assert timed[decided.chosen] <= 1.02 * timed["native"], (site.name, decided.chosen, timed)
+
+
+def test_on_a_cpu_it_is_native_and_right():
+    backend = attnrewrite.with_backend("auto", inner="eager")
+    tensors = qkv()
+    output = torch.compile(attend, backend=backend, fullgraph=True)(*tensors)
+    assert relative(output, attend(*map(doubled, tensors))) < TOLERANCE[torch.float32]
+    (site,) = backend.report.sites
+    assert site.chosen == "native"
+    assert "auto: no evidence" in str(backend.report)
+
+
+def test_beside_other_choices_and_in_rules():
+    policy = make_policy(["_native_cudnn", "auto"], {"cross": ["auto"], "late": "_native_math"})
+    assert str(policy) == "_native_cudnn, auto; cross: auto; late: _native_math"
+    names = [each.name for each in policy.candidates(call(), H200)]
+    assert names == ["_native_cudnn", "_flash_3", "flash_4", "native"]
+    names = [each.name for each in policy.candidates(call(role="cross"), H200)]
+    assert names == ["_flash_3", "flash_4", "native"]
+    assert make_policy(["auto"]) == make_policy(["auto"])
+    with pytest.raises(ValueError, match="names 'auto' twice"):
+        make_policy(["auto", "auto"])
+
+
+SMALL = Row(None, UNMASKED, (1, 256), (16, 63), 0, ("_native_math",), "a test")
+
+
+def lengths_through(backend, lengths):
+    """What takes each length, of one function with a symbolic one; and how many graphs that was."""
+    run = torch.compile(lambda *given: attend(*given), backend=backend, fullgraph=True, dynamic=True)
+    taken = []
+    for length in lengths:
+        tensors = qkv(q_len=length, kv_len=length, dtype=torch.bfloat16)
+        assert relative(run(*tensors), attend(*map(doubled, tensors))) < TOLERANCE[torch.bfloat16]
+        taken.append(backend.report.sites[-1].chosen)
+    return taken, len(backend.report.graphs)
+
+
+def test_sizes_that_are_asked_are_guards(monkeypatch):
+    monkeypatch.setattr(selecting, "ROWS", (SMALL,))
+    backend = attnrewrite.with_backend("auto", inner="eager")
+    taken, graphs = lengths_through(backend, [8, 20, 100, 21, 9])
+    assert taken[:3] == ["native", "_native_math", "native"]
+    assert graphs == 3  # below, in and above the row: 21 and 9 find theirs
+
+
+@pytest.mark.parametrize("machine", [None, BARE], ids=["cpu", "H200 without packages"])
+def test_what_could_change_nothing_is_not_asked(machine):
+    backend = AttentionCompiler(make_policy(["auto"]), "eager", machine)
+    taken, graphs = lengths_through(backend, [40, 4100, 5000])
+    assert set(taken) == {"native"}
+    assert graphs == 1
+
+
+def test_explains_for_a_machine_that_is_elsewhere():
+    tensors = [torch.empty(1, 24, 4608, 128, dtype=torch.bfloat16, device="meta") for _ in range(3)]
+    report = attnrewrite.explain(attend, *tensors, backend="auto", machine=H200)
+    assert report.sites[0].chosen == "_flash_3"
+    assert attnrewrite.Report.from_json(report.to_json()).sites[0].note == report.sites[0].note
+
+
+def test_foreign_machines_differ_in_what_counts():
+    assert foreign([H200], H200) is None
+    assert foreign([H200], BARE) is None  # of other packages each site asks
+    assert "torch 2.11.0, this is 2.12.0" in foreign([H200], replace(H200, packages={**TORCH, "torch": "2.12.0"}))
+    assert "this is cpu" in foreign([H200], Machine("cpu"))
