@@ -289,6 +289,26 @@ def test_a_kernel_that_inductor_makes_runs_by_itself(stack):
     assert {each[0] for each in seen} == {1, 3}
 
 
+def test_the_run_goes_on_with_native_there(stack):
+    """Uncompiled, such a kernel may keep all scores in memory, or compute something else."""
+    nan = kernel(lambda output: output * math.nan, compiled=True)
+    found = checked(*stack, choices=(nan,))
+    assert [site.accuracy.nan for site in found.sites] == [528] * 3
+    assert [site.bad_inputs for site in found.sites] == [{}] * 3
+
+
+def test_attention_that_is_spelled_out_with_another_order_of_axes():
+    """What it gives is (batch, q_len, heads, dim): not SDPA's form."""
+
+    def spelled_out(query, key, value):
+        weights = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)
+        return torch.einsum("bhqk,bhkd->bqhd", weights, value)
+
+    (site,) = checked(spelled_out, *qkv()).sites
+    assert (site.kernel, site.call.form) == ("_native_flash", "operations")
+    assert site.accuracy.relative_error < 1e-6
+
+
 def test_fused_layers_are_named():
     layer = torch.nn.MultiheadAttention(24, 3, batch_first=True).eval()  # it returns its weights too
     found = checked(layer, *[torch.randn(2, 7, 24)] * 3)
