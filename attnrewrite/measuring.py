@@ -268,7 +268,8 @@ def _enough_memory(record: Backend, call: AttentionCall, device: torch.device) -
 
 def _free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
