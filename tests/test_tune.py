@@ -414,6 +414,8 @@ def test_the_fastest_wins_if_the_gain_is_worth_it():
     assert choice({"native": [1.0] * 9, "a": [0.9] * 9}, a="too inexact") == "native"
     assert choice({"a": [1.0] * 9, "b": [0.99] * 9, "c": [0.9] * 9}) == "c"
     assert choice({"a": [0.91] * 9, "b": [0.9] * 9, "native": [1.0] * 9}) == "a"  # as fast as b, and before it
+    # Not by way of b: a is as fast as b, but no gain over native.
+    assert choice({"native": [1.0] * 9, "a": [0.985] * 9, "b": [0.97] * 9}) == "b"
     assert choice({}) is None
 
 
