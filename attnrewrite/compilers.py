@@ -18,7 +18,6 @@ from .machines import Machine
 from .pipeline import rewrite_graph
 from .plans import Plan
 from .policies import Choice, Policy, make_policy, matches
-from .records import Backend
 from .reports import GraphReport, Report, folded
 
 logger = logging.getLogger("attnrewrite")
@@ -146,7 +145,10 @@ def with_backend(
         model = torch.compile(model, backend=attnrewrite.with_backend("_native_cudnn", "flex"))
 
     choices: names (`python -m attnrewrite info` lists them) or `Backend` records, in order of preference. An attention
-        that none may take stays as it is, and `.report` says why. "name@revision" pins a kernel of the hub.
+        that none may take stays as it is, and `.report` says why. "name@revision" pins a kernel of the hub. Three choices
+        name kernels for each call themselves: "auto" by what was measured on machines like this one, a plan of
+        `attnrewrite.tune` by what was measured on this model, "tune" by measuring at the first compilation
+        (docs/performance.md).
     rules: other choices for some sites: a glob over module paths ("*.attn2"), "self", "cross", "masked" (by a tensor) or
         "unmasked", to a name, a record or a sequence of them. The first rule that matches a site holds for it.
     inner: the compiler that gets the graph then: a name of `torch._dynamo.list_backends(None)` or a callable
@@ -201,7 +203,8 @@ def entry(
     choices = rest.pop("attention", "native")
     own = {name: rest.pop(name) for name in SETTINGS if name in rest}
     mode = rest.pop("mode", mode)
-    compiler = with_backend(*([choices] if isinstance(choices, str | Backend) else choices), **own)
+    several = isinstance(choices, Iterable) and not isinstance(choices, str)
+    compiler = with_backend(*(choices if several else [choices]), **own)
     known_options(rest, compiler.inner, OPTIONS)
     kwargs: dict[str, Any] = {"mode": mode} if mode else {}
     if rest:

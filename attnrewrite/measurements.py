@@ -35,16 +35,17 @@ def choose(
 ) -> str | None:
     """The fastest that was not dropped, or a simpler one that is as fast.
 
-    samples: seconds by name, of the same rounds for all. As fast is what takes, in the median over the rounds, at most
-    `min_gain` longer than the fastest, or no more longer than the noise of that ratio. `simplest` comes before all others,
-    which are in order.
+    samples: seconds by name, of the same rounds for all. `simplest` comes first, then all in order; each takes the place of the
+    best so far if it is faster by more than `min_gain` and by more than the noise, in the median of the ratios of the
+    rounds. So every change from a simpler kernel is worth it, and nothing that was left is faster by more than that.
     """
-    able = [each for each in measured if each.dropped is None and each.name in samples]
-    if not able:
-        return None
-    fastest = min(able, key=lambda each: statistics.median(samples[each.name]))
-    for each in sorted(able, key=lambda each: each.name != simplest):
-        ratios = [one / best for one, best in zip(samples[each.name], samples[fastest.name], strict=True) if best > 0]
-        if not ratios or statistics.median(ratios) - 1 <= max(min_gain, deviation(ratios)):
-            return each.name
-    return fastest.name
+    able = [each.name for each in measured if each.dropped is None and each.name in samples]
+    best: str | None = None
+    for name in sorted(able, key=lambda name: name != simplest):
+        if best is None:
+            best = name
+            continue
+        ratios = [old / new for old, new in zip(samples[best], samples[name], strict=True) if new > 0]
+        if ratios and statistics.median(ratios) - 1 > max(min_gain, deviation(ratios)):
+            best = name
+    return best

@@ -103,7 +103,8 @@ class _Measuring:
         chosen = choose(measured, {each.name: each.samples for each in runners}, self.settings.min_gain)
         if chosen is None and any(candidate.name == "native" for candidate, _ in accepted):
             chosen = "native"  # the call as it stands is never wrong, only the limit may be too low for it
-        decisions = tuple(taken for _, site in planned if site is not None for taken in site.decisions)
+        taken = [each for _, site in planned if site is not None for each in site.decisions]
+        decisions = tuple(sorted(taken, key=lambda each: each[0] == chosen))  # the choice comes last, as in every plan
         of_chosen = next((site for candidate, site in accepted if candidate.name == chosen), None)
         return Site(
             replace(call), decisions, chosen, source=of_chosen.source if of_chosen else None,
@@ -237,8 +238,10 @@ class _Measuring:
             if record.numerics is Numerics.QUANTISED:
                 limit, why = 2 * record.tolerance.error, "twice its stated error"
             elif self.of_native is not None and runner.name != "native":
-                smallest = torch.finfo(getattr(torch, self.captured.call.dtype)).eps
-                limit, why = WRONG * max(self.of_native, smallest), f"{WRONG:g} times native's"
+                last_bits = (
+                    2 * torch.finfo(getattr(torch, self.captured.call.dtype)).eps
+                )  # native may be exact, as for one key
+                limit, why = max(WRONG * self.of_native, last_bits), f"{WRONG:g} times native's"
         if limit is None or runner.error is None or runner.error <= limit:
             return None
         return f"its error is above {limit:.1e}, {why}"
@@ -268,7 +271,8 @@ def _enough_memory(record: Backend, call: AttentionCall, device: torch.device) -
 
 def _free_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

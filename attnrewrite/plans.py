@@ -30,7 +30,7 @@ class Site:
     """One attention. `chosen` is a kernel's name, or None where the call stays as it was; `decisions` are those taken,
     in order, up to the first that was accepted. `source` is the library that was loaded for it, with its version or commit.
     `note` is by what "auto", "tune" or a plan chose; `stale` why a plan could not. Of a tuned site `decisions` are those of all
-    candidates, and `measured` what was found out about those that were accepted."""
+    candidates, that of the chosen one last, and `measured` what was found out about those that were accepted."""
 
     call: AttentionCall
     decisions: tuple[tuple[str, Decision], ...]

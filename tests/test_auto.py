@@ -142,7 +142,7 @@ def lengths_through(backend, lengths):
     run = torch.compile(lambda *given: attend(*given), backend=backend, fullgraph=True, dynamic=True)
     taken = []
     for length in lengths:
-        tensors = qkv(q_len=length, kv_len=length, dtype=torch.bfloat16)
+        tensors = qkv(1, 2, None, length, length, 72, dtype=torch.bfloat16)
         assert relative(run(*tensors), attend(*map(doubled, tensors))) < TOLERANCE[torch.bfloat16]
         taken.append(backend.report.sites[-1].chosen)
     return taken, len(backend.report.graphs)
@@ -159,7 +159,7 @@ def test_sizes_that_are_asked_are_guards(monkeypatch):
 @pytest.mark.parametrize("machine", [None, BARE], ids=["cpu", "H200 without packages"])
 def test_what_could_change_nothing_is_not_asked(machine):
     backend = AttentionCompiler(make_policy(["auto"]), "eager", machine)
-    taken, graphs = lengths_through(backend, [40, 4100, 5000])
+    taken, graphs = lengths_through(backend, [40, 4100])  # at both sides of what the table asks where FA3 is installed
     assert set(taken) == {"native"}
     assert graphs == 1
 
