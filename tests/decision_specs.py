@@ -474,18 +474,18 @@ SPECS |= {
     "flash_hub on cuda": half_precision(H200, **FLASH_2),
     "flash_varlen on cuda": half_precision(H200, **FLASH_2, padding=True),
     "flash_varlen_hub on cuda": half_precision(H200, **FLASH_2, padding=True),
-    "_flash_3 on cuda (flash-attn-3)": half_precision(H200, **FLASH_3),
-    "_flash_3 on cuda (fa3-fwd)": half_precision(H200, **FLASH_3_PYPI),
-    "_flash_3_hub on cuda": half_precision(H200, **FLASH_3),
+    "_flash_3 on cuda (flash-attn-3)": half_precision(H200, **FLASH_3, padding=True),
+    "_flash_3 on cuda (fa3-fwd)": half_precision(H200, **FLASH_3_PYPI, padding=True),
+    "_flash_3_hub on cuda": half_precision(H200, **FLASH_3, padding=True),
     "_flash_varlen_3 on cuda (flash-attn-3)": half_precision(H200, **FLASH_3, padding=True),
     "_flash_varlen_3 on cuda (fa3-fwd)": half_precision(H200, **FLASH_3_PYPI, padding=True),
     "_flash_3_varlen_hub on cuda": half_precision(H200, **FLASH_3, padding=True),
     "_flash_3_fp8 on cuda (flash-attn-3)": half_precision(
-        H200, first=(9, 0), last=(9, 0), causal=LOWER_RIGHT, quantised=True
+        H200, first=(9, 0), last=(9, 0), causal=LOWER_RIGHT, quantised=True, padding=True
     ),
-    "_flash_3_fp8 on cuda (fa3-fwd)": half_precision(H200, **FLASH_3_PYPI, quantised=True),
-    "flash_4 on cuda": half_precision(H200, **FLASH_4, backward=True),
-    "flash_4_hub on cuda": half_precision(H200, **FLASH_4),
+    "_flash_3_fp8 on cuda (fa3-fwd)": half_precision(H200, **FLASH_3_PYPI, quantised=True, padding=True),
+    "flash_4 on cuda": half_precision(H200, **FLASH_4, backward=True, padding=True),
+    "flash_4_hub on cuda": half_precision(H200, **FLASH_4, padding=True),
     "sage on cuda (sageattention>=2.1.1)": half_precision(
         H200, first=(8, 0), last=(12, 1), **SAGE, gaps=NO_ARCHITECTURE
     ),
