@@ -10,6 +10,7 @@ from stand_ins import KERNELS, RECORDS, compiler, is_sage_1, name_of
 
 from attnrewrite import Code, MaskKind
 from attnrewrite.backends.packing import leading, packing
+from attnrewrite.inner import captures
 
 HALF = 1.2e-2  # rounding to bfloat16
 
@@ -394,3 +395,30 @@ def test_every_third_party_record_has_a_stand_in(stand_ins):
 
     for record in RECORDS:
         assert load(record.source)
+
+
+@pytest.mark.parametrize(
+    ("inner", "options"),
+    [
+        ("cudagraphs", {}),
+        ("inductor", {"mode": "reduce-overhead"}),
+        ("inductor", {"options": {"triton.cudagraphs": True}}),
+    ],
+)
+def test_cuda_graphs(record, inner, options):
+    """A kernel that a CUDA graph cannot hold is refused where one is recorded, with the reason."""
+    if record.capturable:
+        pytest.skip("a CUDA graph holds it")
+    tensors, backend = tensors_for(record), compiler(record, inner)
+    with torch.no_grad():
+        output = torch.compile(attend, backend=backend, fullgraph=True, **options)(*tensors)
+    (site,) = backend.report.sites
+    assert (site.chosen, site.refusals[0][1].code) == (None, Code.CAPTURE)
+    assert relative(output, attend(*map(doubled, tensors))) < HALF
+
+
+def test_compilers_that_record_no_cuda_graph():
+    for options in ({}, {"mode": "max-autotune-no-cudagraphs"}, {"options": {"triton.cudagraphs": False}}):
+        assert not captures("inductor", **options)
+    assert not captures("eager")
+    assert not captures("aot_eager", mode="reduce-overhead")
