@@ -10,7 +10,6 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 import torch.distributed
