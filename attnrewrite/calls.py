@@ -113,6 +113,7 @@ class AttentionCall:
     layout: str = "bhsd"  # how the query lies in memory: "bhsd", "bshd" or "strided"
     role: str = "self"  # "cross" where keys come from another tensor than queries
     deterministic: bool = False  # torch.use_deterministic_algorithms(True) is on
+    captured: bool = False  # the compiler behind the swap records a CUDA graph of it
     obstacle: str | None = None  # why nothing but the call as it stands can be right here
     form: str = "sdpa"  # "operations": spelled out in the graph; "kernel": a kernel that PyTorch has chosen
 

@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from . import switching
-from .inner import NAME, Inner, compile_with, known_inner, known_options
+from .inner import NAME, Inner, captures, compile_with, known_inner, known_options
 from .machines import Machine
 from .pipeline import rewrite_graph
 from .plans import Plan
@@ -55,17 +55,18 @@ class AttentionCompiler:
 
     def __call__(self, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         """Rewrites the graph in place and compiles it. `kwargs` (mode, options) are torch.compile's, for the inner compiler."""
-        if self.rewrite(graph_module):
+        if self.rewrite(graph_module, captured=captures(self.inner, **kwargs)):
             switching.guard_choice()
         self.check_rules()
         return compile_with(self.inner, graph_module, example_inputs, **kwargs)
 
-    def rewrite(self, graph_module: GraphModule, swap: bool = True) -> int:
+    def rewrite(self, graph_module: GraphModule, swap: bool = True, captured: bool = False) -> int:
         """Plans, reports, and, if `swap`, puts the chosen kernels in place. Returns the number of attention sites.
+        `captured`: a CUDA graph is recorded of what is compiled.
 
         The policy is that of the context that it is called in (`attention_backend`), outside of all its own."""
         override = switching.active()
-        outcome = rewrite_graph(graph_module, self.policy_now(), self.machine, swap, self.prefix)
+        outcome = rewrite_graph(graph_module, self.policy_now(), self.machine, swap, self.prefix, captured)
         if outcome.plan.sites:
             switching.mark_used()
         context = torch._guards.CompileContext.try_get()

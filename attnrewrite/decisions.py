@@ -19,6 +19,7 @@ class Code(str, Enum):
     NUMERICS = "NUMERICS"
     CONTEXT = "CONTEXT"
     DETERMINISTIC = "DETERMINISTIC"
+    CAPTURE = "CAPTURE"  # a CUDA graph will be recorded
     DTYPE = "DTYPE"
     DROPOUT = "DROPOUT"
     GRAD = "GRAD"

@@ -10,6 +10,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from . import switching
 from .compilers import AttentionCompiler
 from .identity import identity_of
+from .inner import captures
 from .reports import Report
 
 
@@ -28,7 +29,7 @@ class AttentionPass(CustomGraphPass):
         module = graph.owning_module
         if module is None:
             raise RuntimeError("attnrewrite: Inductor gave its pass a graph without its module; please report this")
-        self.compiler.rewrite(module)
+        self.compiler.rewrite(module, captured=captures("inductor"))
         switching.guard_choice()
 
     def uuid(self) -> Any:

@@ -45,6 +45,14 @@ def known_options(options: Collection[str], inner: Inner, own: Collection[str]) 
         )
 
 
+def captures(inner: Inner, mode: str | None = None, options: dict[str, Any] | None = None, **_: Any) -> bool:
+    """Whether the compiler records CUDA graphs, as torch.compile's arguments and Inductor's settings say."""
+    if inner != "inductor":
+        return inner == "cudagraphs"
+    settings: dict[str, Any] = {**torch._inductor.list_mode_options().get(mode or "default", {}), **(options or {})}
+    return bool(settings.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
+
+
 def compile_with(
     inner: Inner, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any
 ) -> Callable[..., Any]:

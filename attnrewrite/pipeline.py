@@ -45,13 +45,15 @@ def rewrite_graph(
     machine: Machine | None = None,
     swap: bool = True,
     prefix: str = "",
+    captured: bool = False,
     watch: Watch | None = None,
 ) -> Outcome:
     """Plans for `root` and every graph below it, and, if `swap`, puts the chosen kernels in place.
 
     `machine` None: the one that the tensors are on. `prefix`: the path of the module that was compiled in the model that it
-    is a part of; the paths of its sites begin with it. `watch` is called around the swap. Raises `AttentionRefusedError`
-    under a strict policy, and `RuntimeError` if the graph does not end up as planned.
+    is a part of; the paths of its sites begin with it. `captured`: who compiles the graph records a CUDA graph. `watch` is
+    called around the swap. Raises `AttentionRefusedError` under a strict policy, and `RuntimeError` if the graph does not
+    end up as planned.
     """
     started = time.perf_counter()
     names: dict[str, int] = {}
@@ -63,7 +65,7 @@ def rewrite_graph(
     found = [each for _, context in graphs for each in context.found]
     machines = [machine or _machine(each) for each in found]
     calls = [
-        replace(each.call, device=on.device, site=_below(prefix, each))
+        replace(each.call, device=on.device, site=_below(prefix, each), captured=captured and on.device == "cuda")
         for each, on in zip(found, machines, strict=True)
     ]
     plan = make_plan(calls, policy, machines, load_sources=swap)

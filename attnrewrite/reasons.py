@@ -159,6 +159,16 @@ def _deterministic(backend: Backend, call: AttentionCall, machine: Machine) -> R
     )
 
 
+def _captured(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if backend.capturable or not call.captured:
+        return None
+    return Refused(
+        Code.CAPTURE,
+        f"{backend.name} cannot be recorded in a CUDA graph, and this compilation records one",
+        'Compile without CUDA graphs (mode="default", "max-autotune-no-cudagraphs"), or choose another kernel',
+    )
+
+
 def _dtype(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
     if call.dtype in backend.dtypes:
         return None
@@ -292,6 +302,7 @@ REASONS: tuple[Callable[[Backend, AttentionCall, Machine], Refused | None], ...]
     _capability,
     _context,
     _deterministic,
+    _captured,
     _dtype,
     _dropout,
     _grad,

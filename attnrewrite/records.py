@@ -81,6 +81,7 @@ class Backend:
     dropout: bool = False
     backward: bool = False
     deterministic: bool = True
+    capturable: bool = True  # right under capture and replay of a CUDA graph
     empty: bool = False  # takes sequences of length 0
     any_context: bool = False  # takes calls that carry an obstacle
     all_scores: bool = False  # holds the scores of all queries and keys in memory

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch._guards import Guard, TracingContext
+from torch.compiler import is_compiling
 
 from .policies import Choice, Policy, make_policy
 
@@ -101,6 +102,8 @@ class AttentionContext:
     """What `attention_backend` returns: a context manager and a decorator. It may be entered again, also while it is open
     and in several threads and tasks at once."""
 
+    __slots__ = ("override",)
+
     def __init__(self, override: Override) -> None:
         self.override = override
 
@@ -177,18 +180,32 @@ def attention_backend(
 
     Raises what `with_backend` raises for unknown names and settings.
     """
-    _not_traced()
-    settings = (strict, numerics, cast, trust_remote_code, checks)
-    if rules is not None:
-        return _context(choices, *settings, rules)
-    try:  # reading names costs tens of microseconds; a context around each step of a loop should not
-        return _known_context(choices, *settings)
-    except TypeError:  # what cannot be hashed is neither name nor record: the error says so
-        return _context(choices, *settings)
+    if is_compiling():
+        _not_traced()
+    # Reading names costs tens of microseconds: a context around each step of a loop should not.
+    if (
+        rules is None
+        and strict is None
+        and numerics is None
+        and cast is None
+        and trust_remote_code is None
+        and checks is None
+    ):
+        try:
+            return _known_context(choices)
+        except TypeError:  # what cannot be hashed is neither name nor record: the error says so
+            pass
+    return _context(choices, strict, numerics, cast, trust_remote_code, checks, rules)
 
 
 def _context(
-    choices: Any, strict: Any, numerics: Any, cast: Any, trust: Any, checks: Any, rules: Any = None
+    choices: Any,
+    strict: Any = None,
+    numerics: Any = None,
+    cast: Any = None,
+    trust: Any = None,
+    checks: Any = None,
+    rules: Any = None,
 ) -> AttentionContext:
     given = dict(zip(SETTINGS, (strict, numerics, cast, trust, checks), strict=True))
     given = {name: value for name, value in given.items() if value is not None}
@@ -206,5 +223,4 @@ _known_context = functools.lru_cache(maxsize=256)(_context)
 
 def _not_traced() -> None:
     """A compiled function that opens a context is broken there: what it calls inside is compiled by itself, with the choice."""
-    if torch.compiler.is_compiling():
-        torch._dynamo.graph_break("attnrewrite.attention_backend is entered inside a compiled function")
+    torch._dynamo.graph_break("attnrewrite.attention_backend is entered inside a compiled function")

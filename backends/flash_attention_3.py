@@ -1,6 +1,7 @@
 """FlashAttention 3, for Hopper. https://github.com/Dao-AILab/flash-attention (hopper/), tried with fa3-fwd 0.0.3 from PyPI.
 
-Forward only: the wheel has no backward, and no other build was tried. Causal is aligned lower-right.
+Forward only: the wheel has no backward, and no other build was tried. Causal is aligned lower-right. Key padding goes to
+`flash_attn_with_kvcache`, the function that takes the number of keys in use (`cache_seqlens`) beside batched tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .. import ops
 from ..calls import AttentionCall, MaskKind
 from ..records import Backend, HeadDim, Numerics, Tolerance
 from ..sources import Hub, Package
-from .packing import Packing, pack, packing, packing_steps, unpack
+from .packing import Leading, Packing, lead, leading, pack, packing, packing_steps, unpack
 
 FP8 = torch.float8_e4m3fn
 
@@ -23,15 +24,17 @@ FP8 = torch.float8_e4m3fn
 
 
 def forward(
-    library: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None,
+    library: Any, query: Tensor, key: Tensor, value: Tensor, seqused_k: Tensor | None, causal: bool, scale: float | None,
     q_descale: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None,
 ) -> Tensor:  # fmt: skip
+    given = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    if seqused_k is None:
+        return _output(library.flash_attn_func(query, key, value, softmax_scale=scale, causal=causal, **given))
     return _output(
-        library.flash_attn_func(
-            query, key, value, softmax_scale=scale, causal=causal,
-            q_descale=q_descale, k_descale=k_descale, v_descale=v_descale,
+        library.flash_attn_with_kvcache(
+            query, key, value, cache_seqlens=seqused_k, softmax_scale=scale, causal=causal, num_splits=1, **given
         )
-    )  # fmt: skip
+    )
 
 
 def varlen_forward(
@@ -55,8 +58,8 @@ def fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
 
 FLASH_3 = ops.register(
     "flash_3",
-    "(Tensor query, Tensor key, Tensor value, bool causal, float? scale, Tensor? q_descale, Tensor? k_descale, "
-    "Tensor? v_descale) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor? seqused_k, bool causal, float? scale, Tensor? q_descale, "
+    "Tensor? k_descale, Tensor? v_descale) -> Tensor",
     forward,
     fake,
     flops=ops.products,
@@ -73,10 +76,12 @@ FLASH_3_VARLEN = ops.register(
 # -- what lands in the graph
 
 
-def flash_3(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin) -> Tensor:
+def flash_3(
+    query: Tensor, key: Tensor, value: Tensor, used: Leading | None, *, call: AttentionCall, origin: ops.Origin
+) -> Tensor:
     output: Tensor = FLASH_3(
-        query, key, value, call.mask.is_causal, call.scale, None, None, None,
-        needs_grad=False, origin=origin,
+        query, lead(key, used), lead(value, used), used and used.seqused_k, call.mask.is_causal, call.scale,
+        None, None, None, needs_grad=False, origin=origin,
     )  # fmt: skip
     return output
 
@@ -92,11 +97,14 @@ def flash_3_varlen(
 
 
 def flash_3_fp8(
-    query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin
+    query: Tensor, key: Tensor, value: Tensor, used: Leading | None, *, call: AttentionCall, origin: ops.Origin
 ) -> Tensor:
     """The casts are part of the graph, so that Inductor fuses them into what made the tensors."""
-    quantised, scales = zip(*(_to_fp8(tensor, call.kv_heads) for tensor in (query, key, value)), strict=True)
-    output: Tensor = FLASH_3(*quantised, call.mask.is_causal, call.scale, *scales, needs_grad=False, origin=origin)
+    (q8, q_scale), (k8, k_scale), (v8, v_scale) = (_to_fp8(tensor, call.kv_heads) for tensor in (query, key, value))
+    output: Tensor = FLASH_3(
+        q8, lead(k8, used), lead(v8, used), used and used.seqused_k, call.mask.is_causal, call.scale,
+        q_scale, k_scale, v_scale, needs_grad=False, origin=origin,
+    )  # fmt: skip
     return output.to(query.dtype)
 
 
@@ -116,9 +124,11 @@ FROM_SOURCE = Backend(
     capability=((8, 0), (9, 0)),
     dtypes=frozenset({"float16", "bfloat16"}),
     head_dim=HeadDim(max=256, multiple=8, pad=True),
-    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT}),
+    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT, MaskKind.KEY_PADDING}),
     gqa=True,
     layout="bshd",
+    prepare=leading,
+    steps=packing_steps,
     tested="stand-in",
     source=Package("flash-attn-3", "flash_attn_interface"),
     requires={"flash-attn-3": ">=3.0.0b1"},
@@ -151,9 +161,7 @@ def _varlen(record: Backend, name: str) -> Backend:
         name=name,
         op=flash_3_varlen,
         summary="FlashAttention 3 on packed keys, for key padding",
-        masks=record.masks | {MaskKind.KEY_PADDING},
         prepare=packing,
-        steps=packing_steps,
     )
 
 

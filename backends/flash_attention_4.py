@@ -1,6 +1,7 @@
 """FlashAttention 4 (CuTe). https://github.com/Dao-AILab/flash-attention (flash_attn/cute), tried with flash-attn-4 4.0.0b36.
 
-It compiles a kernel for each kind of call at the first one: seconds. Causal is aligned lower-right.
+It compiles a kernel for each kind of call at the first one: seconds. Causal is aligned lower-right. Its variable-length
+function takes batched tensors too, with the number of keys in use (`seqused_k`): key padding goes there.
 """
 
 from __future__ import annotations
@@ -18,39 +19,46 @@ from ..machines import Machine
 from ..records import Backend, HeadDim
 from ..sizes import described, holds
 from ..sources import Hub, Package
+from .packing import Leading, lead, leading, packing_steps
 
 
 def forward(
-    library: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, logsumexp: bool
-) -> tuple[Tensor, Tensor]:
-    given = {"return_lse": True} if logsumexp else {}
-    result = library.flash_attn_func(query, key, value, softmax_scale=scale, causal=causal, **given)
+    library: Any, query: Tensor, key: Tensor, value: Tensor, seqused_k: Tensor | None, causal: bool,
+    scale: float | None, logsumexp: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    given: dict[str, Any] = {"return_lse": True} if logsumexp else {}
+    if seqused_k is not None:
+        given["seqused_k"] = seqused_k
+    attention = library.flash_attn_func if seqused_k is None else library.flash_attn_varlen_func
+    result = attention(query, key, value, softmax_scale=scale, causal=causal, **given)
     output, found = result[:2] if isinstance(result, tuple) else (result, None)
     return output, found if logsumexp else query.new_empty(0, dtype=torch.float32)
 
 
 def backward(
     library: Any, grad: Tensor, output: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    causal: bool, scale: float | None, _: bool,
+    seqused_k: Tensor | None, causal: bool, scale: float | None, _: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    grads = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
-    dq, dk, dv = grads
+    # Keys that are not in use get no gradient from the kernel: theirs is zero.
+    new = torch.empty_like if seqused_k is None else torch.zeros_like
+    grads = dq, dk, dv = torch.empty_like(query), new(key), new(value)
     library.interface._flash_attn_bwd(
-        query, key, value, output, grad, logsumexp, scale, causal,
+        query, key, value, output, grad, logsumexp, scale, causal, seqused_k=seqused_k,
         deterministic=torch.are_deterministic_algorithms_enabled(), dq=dq, dk=dk, dv=dv,
     )  # fmt: skip
     return grads
 
 
 def fake(
-    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, logsumexp: bool
+    query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, causal: bool, scale: float | None, logsumexp: bool
 ) -> tuple[Tensor, Tensor]:
     return ops.dense_output(query, value), ops.logsumexp_of(query, logsumexp)
 
 
 FLASH_4 = ops.register(
     "flash_4",
-    "(Tensor query, Tensor key, Tensor value, bool causal, float? scale, bool wants_logsumexp) -> (Tensor, Tensor)",
+    "(Tensor query, Tensor key, Tensor value, Tensor? seqused_k, bool causal, float? scale, bool wants_logsumexp) "
+    "-> (Tensor, Tensor)",
     forward,
     fake,
     flops=ops.products,
@@ -59,9 +67,11 @@ FLASH_4 = ops.register(
 )
 
 
-def flash_4(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin) -> Tensor:
+def flash_4(
+    query: Tensor, key: Tensor, value: Tensor, used: Leading | None, *, call: AttentionCall, origin: ops.Origin
+) -> Tensor:
     output: Tensor = FLASH_4(
-        query, key, value, call.mask.is_causal, call.scale, call.needs_grad,
+        query, lead(key, used), lead(value, used), used and used.seqused_k, call.mask.is_causal, call.scale, call.needs_grad,
         needs_grad=call.needs_grad, origin=origin,
     )[0]  # fmt: skip
     return output
@@ -84,10 +94,12 @@ PACKAGE = Backend(
     capability=((9, 0), (11, 0)),
     dtypes=frozenset({"float16", "bfloat16"}),
     head_dim=HeadDim(max=256, multiple=8, pad=True),
-    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT}),
+    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT, MaskKind.KEY_PADDING}),
     gqa=True,
     backward=True,
     layout="bshd",
+    prepare=leading,
+    steps=packing_steps,
     checks=(head_dim_on_blackwell,),
     tested="sm_90",
     source=Package("flash-attn-4", "flash_attn.cute"),

@@ -1,4 +1,7 @@
-"""Key padding: keys and values that take part, packed one sequence behind the other, for variable-length kernels.
+"""Key padding for kernels without a mask argument: keys and values that take part are put in front.
+
+Variable-length kernels get them packed, one sequence behind the other (`packing`); kernels that take how many keys of
+each batch element are in use (FlashAttention's `seqused_k`) get those in front of its others (`leading`).
 
 Everything stays on the device: no shape depends on data and nothing is read back, so that it holds under `fullgraph`, CUDA
 graphs and export. What is made of a mask is made once and shared by all sites that read it.
@@ -23,6 +26,14 @@ class Packing:
     cu_seqlens_q: Tensor
     cu_seqlens_k: Tensor
     keys: Tensor | None  # int64, batch * kv_len: those that take part first; None: all, as they lie
+
+
+@dataclass(frozen=True)
+class Leading:
+    """How many keys take part (int32, (batch,)), and all keys in the order that has those in front (int64, batch * kv_len)."""
+
+    seqused_k: Tensor
+    keys: Tensor
 
 
 def packing_steps(call: AttentionCall) -> tuple[Step, ...]:
@@ -61,3 +72,22 @@ def unpack(output: Tensor, call: AttentionCall) -> Tensor:
     """(tokens, heads, dim) to (batch, length, heads, dim): every query is there, masked keys or not."""
     unpacked: Tensor = output.unflatten(0, (cast(int, call.batch), cast(int, call.q_len)))
     return unpacked
+
+
+def leading(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Leading | None:
+    """Of a boolean mask that is the same for every head and query; None of no mask."""
+    if mask is None:
+        return None
+    batch, kv_len = (cast(int, size) for size in (call.batch, call.kv_len))
+    valid = mask.select(1, 0).select(1, 0).expand(batch, kv_len)
+    order = torch.argsort(valid.to(torch.uint8), dim=-1, stable=True, descending=True)
+    rows = torch.arange(batch, device=key.device)[:, None] * kv_len
+    return Leading(valid.sum(-1, dtype=torch.int32), (order + rows).reshape(-1))
+
+
+def lead(tensor: Tensor, leading: Leading | None) -> Tensor:
+    """Keys or values, (batch, length, heads, dim), those that take part first."""
+    if leading is None:
+        return tensor
+    moved: Tensor = tensor.flatten(0, 1).index_select(0, leading.keys).unflatten(0, tensor.shape[:2])
+    return moved

@@ -9,6 +9,8 @@ done about it here:
 * 1.x subtracts the mean from the caller's own key: it gets a copy. It reads keys behind the last whole block of 64 as zeros
   that take part (relative error 0.28 at kv_len 77): refused.
 * `sageattn_varlen` cannot be captured in a CUDA graph, and a try leaves the process's random state unusable: refused there.
+
+Where the compiler says that it records a CUDA graph, `capturable=False` refuses them with the reason before that.
 """
 
 from __future__ import annotations
@@ -126,6 +128,7 @@ BLACKWELL_OP = ops.register(
     blackwell,
     fake,
     flops=lambda query, key, value, *_: 4 * query[0] * query[1] * query[2] * key[2] * query[3],
+    tags=UNSAFE,
 )
 
 # -- what lands in the graph
@@ -235,6 +238,7 @@ SAGE = Backend(
     gqa=True,
     layout="bshd",
     numerics=Numerics.QUANTISED,
+    capturable=False,
     tolerance=Tolerance(6e-2, "int8 scores and fp8 values: 3.9e-2 measured on Gaussian data"),
     checks=(as_many_queries_as_keys,),
     library_check=built_with(),
@@ -253,11 +257,11 @@ SAGE_HUB = replace(
 FP16 = Tolerance(3e-2, "int8 scores: 1.4e-2 measured on Gaussian data")
 FP16_TRITON = replace(
     SAGE, name="_sage_qk_int8_pv_fp16_triton", op=calls(FP16_TRITON_OP), summary="int8 scores, float16 values, Triton",
-    capability=((8, 0), (9, 0)), tolerance=FP16, library_check=None,
+    capability=((8, 0), (9, 0)), capturable=True, tolerance=FP16, library_check=None,
 )  # fmt: skip
 FP16_CUDA = replace(
     FP16_TRITON, name="_sage_qk_int8_pv_fp16_cuda", op=calls(FP16_CUDA_OP), summary="int8 scores, float16 values, CUDA",
-    library_check=built_with("SM80_ENABLED"),
+    capturable=False, library_check=built_with("SM80_ENABLED"),
 )  # fmt: skip
 FP8_CUDA = replace(
     SAGE, name="_sage_qk_int8_pv_fp8_cuda", op=calls(FP8_CUDA_OP), summary="int8 scores, fp8 values",
@@ -270,7 +274,7 @@ FP8_SM90 = replace(
 VARLEN = replace(
     FP16_TRITON, name="sage_varlen", op=calls_varlen(VARLEN_OP), prepare=packing, steps=packing_steps,
     summary="int8 scores, float16 values, on packed keys, for key padding",
-    masks=SAGE.masks | {MaskKind.KEY_PADDING},
+    capturable=False, masks=SAGE.masks | {MaskKind.KEY_PADDING},
 )  # fmt: skip
 BLACKWELL = replace(
     SAGE_HUB,
@@ -296,6 +300,7 @@ def _pypi_1(record: Backend, op: Callable[..., Tensor]) -> Backend:
         record,
         op=op,
         capability=((8, 0), (9, 0)),
+        capturable=record.prepare is None,
         masks=SAGE.masks,
         tolerance=FP16,
         checks=(as_many_queries_as_keys, whole_blocks_of_keys),

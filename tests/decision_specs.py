@@ -62,6 +62,7 @@ CHANGES = {
     "quantised": Change(numerics=Numerics.QUANTISED),
     "obstacle": Change({"obstacle": "its tensors are nested"}),
     "deterministic": Change({"deterministic": True}),
+    "captured": Change({"captured": True}),
     **{dtype: Change({"dtype": dtype}) for dtype in DTYPES},
     "dropout": Change({"dropout": 0.25}),
     "dropout of 0.1": Change({"dropout": 0.1}),
@@ -375,7 +376,8 @@ SQUARE_ONLY = ("causal, more keys", "causal, fewer keys", "lower-right, more key
 
 def half_precision(
     machine, *, first, last, names="bfloat16, float16", widest=256, multiple=8, pad=True, backward=False, causal="",
-    square=False, padding=False, masks=False, gqa=True, value_dim=False, quantised=False, more=None, asks=(), gaps=None,
+    square=False, padding=False, masks=False, gqa=True, value_dim=False, quantised=False, capturable=True, more=None,
+    asks=(), gaps=None,
 ):  # fmt: skip
     """A kernel for CUDA without dropout. `causal`: the other alignment than the call's is refused by this name."""
     refused = {}
@@ -414,6 +416,8 @@ def half_precision(
             "exact": (Code.NUMERICS, "quantised", "exact"),
             "reordered": (Code.NUMERICS, "quantised", "reordered"),
         }
+    if not capturable:
+        refused["captured"] = (Code.CAPTURE, "cannot be recorded in a CUDA graph", "this compilation records one")
     widths = 2 if value_dim else 1  # otherwise one symbol, once it is asked whether they are equal
     questions = (not value_dim) + (not gqa) + widths * ((widest is not None) + (multiple > 1))
     sizes = (*DIMS, *(() if gqa else HEADS), *LENGTHS, *asks)
@@ -430,6 +434,7 @@ ON_BLACKWELL = {"dim 136 on sm_100": (Code.HEAD_DIM, "up to 128", "this is 136")
                 "dim 256 on cudnn 9.23": (Code.HEAD_DIM, "up to 128", "this is 256")}  # fmt: skip
 FLASH_4 = {"first": (9, 0), "last": (11, 0), "causal": LOWER_RIGHT, "more": ON_BLACKWELL}
 SAGE = {"widest": 128, "multiple": 64, "causal": UPPER_LEFT, "square": True, "quantised": True}
+UNCAPTURED = SAGE | {"capturable": False}
 NO_ARCHITECTURE = {
     name: (Code.CAPABILITY, "without", "this is " + ".".join(map(str, capability(change))))
     for name, change in CHANGES.items()
@@ -474,34 +479,36 @@ SPECS |= {
     "flash_hub on cuda": half_precision(H200, **FLASH_2),
     "flash_varlen on cuda": half_precision(H200, **FLASH_2, padding=True),
     "flash_varlen_hub on cuda": half_precision(H200, **FLASH_2, padding=True),
-    "_flash_3 on cuda (flash-attn-3)": half_precision(H200, **FLASH_3),
-    "_flash_3 on cuda (fa3-fwd)": half_precision(H200, **FLASH_3_PYPI),
-    "_flash_3_hub on cuda": half_precision(H200, **FLASH_3),
+    "_flash_3 on cuda (flash-attn-3)": half_precision(H200, **FLASH_3, padding=True),
+    "_flash_3 on cuda (fa3-fwd)": half_precision(H200, **FLASH_3_PYPI, padding=True),
+    "_flash_3_hub on cuda": half_precision(H200, **FLASH_3, padding=True),
     "_flash_varlen_3 on cuda (flash-attn-3)": half_precision(H200, **FLASH_3, padding=True),
     "_flash_varlen_3 on cuda (fa3-fwd)": half_precision(H200, **FLASH_3_PYPI, padding=True),
     "_flash_3_varlen_hub on cuda": half_precision(H200, **FLASH_3, padding=True),
     "_flash_3_fp8 on cuda (flash-attn-3)": half_precision(
-        H200, first=(9, 0), last=(9, 0), causal=LOWER_RIGHT, quantised=True
+        H200, first=(9, 0), last=(9, 0), causal=LOWER_RIGHT, quantised=True, padding=True
     ),
-    "_flash_3_fp8 on cuda (fa3-fwd)": half_precision(H200, **FLASH_3_PYPI, quantised=True),
-    "flash_4 on cuda": half_precision(H200, **FLASH_4, backward=True),
-    "flash_4_hub on cuda": half_precision(H200, **FLASH_4),
+    "_flash_3_fp8 on cuda (fa3-fwd)": half_precision(H200, **FLASH_3_PYPI, quantised=True, padding=True),
+    "flash_4 on cuda": half_precision(H200, **FLASH_4, backward=True, padding=True),
+    "flash_4_hub on cuda": half_precision(H200, **FLASH_4, padding=True),
     "sage on cuda (sageattention>=2.1.1)": half_precision(
-        H200, first=(8, 0), last=(12, 1), **SAGE, gaps=NO_ARCHITECTURE
+        H200, first=(8, 0), last=(12, 1), **UNCAPTURED, gaps=NO_ARCHITECTURE
     ),
-    "sage_hub on cuda": half_precision(H200, first=(8, 0), last=(12, 1), **SAGE, gaps=NO_ARCHITECTURE),
+    "sage_hub on cuda": half_precision(H200, first=(8, 0), last=(12, 1), **UNCAPTURED, gaps=NO_ARCHITECTURE),
     "sage on cuda (sageattention>=1.0.6,<2)": sage_1(),
     "sage_blackwell_hub on cuda": half_precision(
-        gpu(12, 0), first=(10, 0), last=(12, 1), **SAGE | {"pad": False}, gqa=False,
+        gpu(12, 0), first=(10, 0), last=(12, 1), **UNCAPTURED | {"pad": False}, gqa=False,
         more={"scale 0.3": (Code.SCALE, "1/sqrt(head_dim)", "this is 0.3")},
     ),
     "sage_varlen on cuda (sageattention>=2.1.1)": half_precision(
-        H200, first=(8, 0), last=(9, 0), **SAGE, gaps=NO_ARCHITECTURE, padding=True
+        H200, first=(8, 0), last=(9, 0), **UNCAPTURED, gaps=NO_ARCHITECTURE, padding=True
     ),
-    "sage_varlen on cuda (sageattention>=1.0.6,<2)": sage_1(),
-    "_sage_qk_int8_pv_fp8_cuda on cuda": half_precision(H200, first=(8, 9), last=(12, 1), **SAGE, gaps=NO_ARCHITECTURE),
-    "_sage_qk_int8_pv_fp8_cuda_sm90 on cuda": half_precision(H200, first=(9, 0), last=(9, 0), **SAGE, gaps=NO_ARCHITECTURE),
-    "_sage_qk_int8_pv_fp16_cuda on cuda": half_precision(H200, first=(8, 0), last=(9, 0), **SAGE, gaps=NO_ARCHITECTURE),
+    "sage_varlen on cuda (sageattention>=1.0.6,<2)": sage_1(capturable=False),
+    "_sage_qk_int8_pv_fp8_cuda on cuda": half_precision(H200, first=(8, 9), last=(12, 1), **UNCAPTURED, gaps=NO_ARCHITECTURE),
+    "_sage_qk_int8_pv_fp8_cuda_sm90 on cuda": half_precision(
+        H200, first=(9, 0), last=(9, 0), **UNCAPTURED, gaps=NO_ARCHITECTURE
+    ),
+    "_sage_qk_int8_pv_fp16_cuda on cuda": half_precision(H200, first=(8, 0), last=(9, 0), **UNCAPTURED, gaps=NO_ARCHITECTURE),
     "_sage_qk_int8_pv_fp16_triton on cuda (sageattention>=2.1.1)": half_precision(
         H200, first=(8, 0), last=(9, 0), **SAGE, gaps=NO_ARCHITECTURE
     ),

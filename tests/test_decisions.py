@@ -189,7 +189,7 @@ def symbolic(call, **hints):
 
 WRONG_SIZES = {"heads": 9, "kv_heads": 3, "q_len": 7, "kv_len": 11, "head_dim": 1000, "value_dim": 999}
 STATIC = (Code.MISSING, Code.VERSION, Code.DEVICE, Code.CAPABILITY, Code.NUMERICS, Code.CONTEXT, Code.DETERMINISTIC,
-          Code.DTYPE, Code.DROPOUT, Code.GRAD, Code.MASK)  # fmt: skip
+          Code.CAPTURE, Code.DTYPE, Code.DROPOUT, Code.GRAD, Code.MASK)  # fmt: skip
 
 
 @each_record

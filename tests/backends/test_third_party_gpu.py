@@ -277,21 +277,27 @@ def test_on_a_side_stream(record):
     assert relative(output, attend(*map(doubled, given))) < record.tolerance.error
 
 
-def test_cuda_graphs(record):
-    """mode="reduce-overhead" replays with new inputs; what cannot be captured stays outside."""
+@pytest.mark.parametrize("padded", [False, True])
+def test_cuda_graphs(record, padded):
+    """mode="reduce-overhead" replays with new inputs and other keys in use; what cannot be captured is refused."""
+    if padded and not record.masks & {MaskKind.KEY_PADDING, MaskKind.BOOLEAN}:
+        pytest.skip("takes no padding: tests/test_decisions.py")
     layer = torch.nn.Linear(64, 64, device="cuda", dtype=gpu(record)[0].dtype)
 
-    def step(query, key, value):
-        return layer(attend(layer(query), key, value).unflatten(-1, (4, 64)))
+    def step(query, key, value, *mask):
+        return layer(attend(layer(query), key, value, *mask).unflatten(-1, (4, 64)))
 
     run, backend = compiled(step, choice(record, "inductor"), mode="reduce-overhead")
     with torch.no_grad():
         for _ in range(4):
             tensors = gpu(record)
-            output = run(*tensors).clone()
-            reference = step(*tensors)
+            mask = [torch.rand(2, 1, 1, tensors[1].shape[2], device="cuda") > 0.3] if padded else []
+            output = run(*tensors, *mask).clone()
+            reference = step(*tensors, *mask)
             assert relative(output, reference) < 2 * record.tolerance.error
-    assert backend.report.sites[0].chosen == record.name
+    (site,) = backend.report.sites
+    assert site.chosen == (record.name if record.capturable else None)
+    assert record.capturable or site.refusals[0][1].code is Code.CAPTURE
 
 
 def test_inputs_are_left_alone(record):

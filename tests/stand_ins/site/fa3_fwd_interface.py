@@ -1,7 +1,7 @@
 """Stands in for fa3-fwd 0.0.3: FlashAttention 3 without float16, backward, local windows."""
 
 import torch
-from reference_attention import alike, attention, half, packed, sequences
+from reference_attention import alike, attention, half, in_front, packed, sequences
 
 DTYPES = (torch.bfloat16,)
 
@@ -11,8 +11,27 @@ def flash_attn_func(
     window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
     return_attn_probs=False,
 ):  # fmt: skip
-    assert q.dim() == 4
     assert (qv, window_size, attention_chunk, softcap) == (None, (-1, -1), 0, 0.0)
+    output, logsumexp = _batched(q, k, v, None, softmax_scale, causal, q_descale, k_descale, v_descale)
+    return (output, logsumexp) if return_attn_probs else output
+
+
+def flash_attn_with_kvcache(
+    q, k_cache, v_cache, k=None, v=None, qv=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None,
+    cache_batch_idx=None, cache_leftpad=None, page_table=None, cu_seqlens_q=None, cu_seqlens_k_new=None,
+    max_seqlen_q=None, rotary_seqlens=None, q_descale=None, k_descale=None, v_descale=None, softmax_scale=None,
+    causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, rotary_interleaved=True,
+    scheduler_metadata=None, num_splits=0, pack_gqa=None, sm_margin=0, return_softmax_lse=False,
+):  # fmt: skip
+    assert (k, v, qv, cu_seqlens_q, window_size, attention_chunk, softcap) == (None,) * 4 + ((-1, -1), 0, 0.0)
+    output, logsumexp = _batched(
+        q, k_cache, v_cache, cache_seqlens, softmax_scale, causal, q_descale, k_descale, v_descale
+    )
+    return (output, logsumexp) if return_softmax_lse else output
+
+
+def _batched(q, k, v, seqused_k, softmax_scale, causal, q_descale, k_descale, v_descale):
+    assert q.dim() == 4
     fp8 = q.dtype is torch.float8_e4m3fn
     half(q, k, v, dtypes=(torch.float8_e4m3fn,) if fp8 else DTYPES)
     alike(q, k, v, 256, 16 if fp8 else 8)
@@ -25,9 +44,13 @@ def flash_attn_func(
         q, k, v = (x.float() * scale[:, None, :, None] for x, scale in zip((q, k, v), wide, strict=True))
     else:
         assert scales == (None, None, None)
-    output, logsumexp = attention(q, k, v, softmax_scale, "lower-right" if causal else None)
-    output = output.to(torch.bfloat16 if fp8 else q.dtype).contiguous()
-    return (output, logsumexp) if return_attn_probs else output
+    dtype = torch.bfloat16 if fp8 else q.dtype
+    causal = "lower-right" if causal else None
+    if seqused_k is None:
+        output, logsumexp = attention(q, k, v, softmax_scale, causal)
+    else:
+        output, logsumexp = in_front(q, k, v, seqused_k, softmax_scale, causal)
+    return output.to(dtype).contiguous(), logsumexp
 
 
 def flash_attn_varlen_func(

@@ -12,3 +12,7 @@ def flash_attn_func(*args, **kwargs):
 
 def flash_attn_varlen_func(*args, **kwargs):
     return fa3_fwd_interface.flash_attn_varlen_func(*args, **kwargs, return_attn_probs=True)
+
+
+def flash_attn_with_kvcache(*args, **kwargs):
+    return fa3_fwd_interface.flash_attn_with_kvcache(*args, **kwargs, return_softmax_lse=True)

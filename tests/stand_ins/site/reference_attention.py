@@ -61,6 +61,17 @@ def packed(query, key, value, places, scale, causal):
     return output, logsumexp
 
 
+def in_front(query, key, value, seqused_k, scale, causal):
+    """As `attention`, of the first `seqused_k` (batch,) keys of each batch element: the others must not matter."""
+    assert seqused_k.dtype is torch.int32 and seqused_k.is_contiguous() and seqused_k.shape == query.shape[:1]
+    found = [
+        attention(query[row, None], key[row, None, :used], value[row, None, :used], scale, causal)
+        for row, used in enumerate(seqused_k.tolist())
+    ]
+    outputs, logsumexps = zip(*found, strict=True)
+    return torch.cat(outputs), torch.cat(logsumexps)
+
+
 def half(*tensors, dtypes=(torch.float16, torch.bfloat16)):
     assert len({tensor.dtype for tensor in tensors}) == 1 and tensors[0].dtype in dtypes, tensors[0].dtype
     assert all(tensor.stride(-1) == 1 for tensor in tensors), "last dimension must be dense"

@@ -1,5 +1,5 @@
 import torch
-from reference_attention import attention, gradients, half
+from reference_attention import attention, gradients, half, in_front
 
 
 def flash_attn_func(
@@ -9,19 +9,41 @@ def flash_attn_func(
     block_sparse_tensors_bwd=None, return_lse=False, gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
 ):  # fmt: skip
     assert (qv, gather_kv_indices, window_size, learnable_sink, softcap) == (None, None, (None, None), None, 0.0)
-    half(q, k, v)
-    assert 8 <= q.shape[-1] <= 256 and q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0
-    assert q.shape[2] % k.shape[2] == 0
+    sizes(q, k, v)
     output, logsumexp = attention(q, k, v, softmax_scale, "lower-right" if causal else None)
     return output.to(q.dtype).contiguous(), logsumexp if return_lse else None
 
 
+def flash_attn_varlen_func(
+    q, k, v, qv=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, min_seqlen_k=None,
+    seqused_q=None, seqused_k=None, gather_kv_indices=None, page_table=None, softmax_scale=None, causal=False,
+    window_size=(None, None), learnable_sink=None, softcap=0.0, num_splits=1, return_lse=False,
+):  # fmt: skip
+    assert (qv, cu_seqlens_q, cu_seqlens_k, seqused_q, window_size, softcap) == (None,) * 4 + ((None, None), 0.0)
+    sizes(q, k, v)
+    output, logsumexp = in_front(q, k, v, seqused_k, softmax_scale, "lower-right" if causal else None)
+    return output.to(q.dtype).contiguous(), logsumexp if return_lse else None
+
+
+def sizes(q, k, v):
+    half(q, k, v)
+    assert 8 <= q.shape[-1] <= 256 and q.shape[-1] % 8 == 0 and v.shape[-1] % 8 == 0
+    assert q.shape[2] % k.shape[2] == 0
+
+
 def _flash_attn_bwd(
     q, k, v, out, dout, lse, softmax_scale=None, causal=False, softcap=0.0, window_size_left=None,
-    window_size_right=None, *, deterministic=False, dq=None, dk=None, dv=None,
+    window_size_right=None, *, seqused_k=None, deterministic=False, dq=None, dk=None, dv=None,
 ):  # fmt: skip
     assert deterministic is torch.are_deterministic_algorithms_enabled()
     causal = "lower-right" if causal else None
+    if seqused_k is not None:  # what is written of keys that are not in use is nothing
+        for row, used in enumerate(seqused_k.tolist()):
+            only, keys = slice(row, row + 1), slice(used)
+            found = gradients(dout[only], q[only], k[only, keys], v[only, keys], softmax_scale, causal)
+            for into, grad in zip((dq[only], dk[only, keys], dv[only, keys]), found, strict=True):
+                into.copy_(grad)
+        return dq, dk, dv
     torch.testing.assert_close(lse, attention(q, k, v, softmax_scale, causal)[1])
     for into, found in zip((dq, dk, dv), gradients(dout, q, k, v, softmax_scale, causal), strict=True):
         into.copy_(found)
