@@ -1,7 +1,7 @@
 """What `with_backend("auto")` prefers: a table, with the evidence for each of its rows.
 
 A row says for which calls its kernels were faster than `native`. What no row is about goes to `native`, and so does what
-none of a row's kernels may take: nothing is guessed from another machine, mask or length. `python bench/kernels_by_shape.py`
+none of a row's kernels may take: nothing is guessed from another machine, mask or length. `attnrewrite bench --kernels`
 measures every row again and says where it is wrong.
 
 Hub kernels are not in it: a choice that nobody made should not download anything.

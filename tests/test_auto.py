@@ -1,5 +1,6 @@
 """`with_backend("auto")`: the table of preferences, its evidence, what it asks about sizes, and that it never guesses."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,14 +103,14 @@ def test_a_row_stands_for_what_it_says():
 def test_never_slower_than_native_on_the_evidence():
     file = ROOT / preferences.SHAPES
     if not file.exists():
-        pytest.skip(f"{preferences.SHAPES} is written by bench/kernels_by_shape.py on the machine")
-    plan = attnrewrite.Plan.load(file)
-    (machine,) = plan.tuning.machines
-    for site in plan.sites:
+        pytest.skip(f"{preferences.SHAPES} is written by `attnrewrite bench --kernels --out FILE` on the machine")
+    result = json.loads(file.read_text())
+    machine = Machine.from_json(result["machine"])
+    for name, shape in result["kernels"].items():
+        timed = {kernel: row["ms"] for kernel, row in shape["kernels"].items() if "ms" in row}
         for numerics in ("reordered", "quantised"):
-            _, decided = preferred(site.call, machine, numerics)
-            timed = {each.name: each.milliseconds for each in site.measured}
-            assert timed[decided.chosen] <= 1.02 * timed["native"], (site.name, decided.chosen, timed)
+            _, decided = preferred(AttentionCall.from_json(shape["call"]), machine, numerics)
+            assert timed[decided.chosen] <= 1.02 * timed["native"], (name, decided.chosen, timed)
 
 
 def test_on_a_cpu_it_is_native_and_right():

@@ -169,15 +169,16 @@ def shape():
     """One masked shape, two kernels that compute as SDPA does and one that does not take the call."""
     said = []
     names = ["native", "_native_math", "_native_cudnn"]
-    record = op_level.measure(
-        op_level.SMALL["tiny, masked"], names, torch.device("cpu"), torch.float32, "eager", said.append
-    )
+    shape = op_level.SMALL["tiny, padded"]
+    record = op_level.measure("padded", shape, names, torch.device("cpu"), torch.float32, "eager", said.append)
     return record, "\n".join(said)
 
 
 def test_a_record_of_a_shape(shape):
     record, said = shape
-    assert (record["q_len"], record["kv_len"], record["dim"], record["dtype"]) == (20, 27, 16, "float32")
+    call = attnrewrite.AttentionCall.from_json(record["call"])
+    assert (call.site, call.q_len, call.kv_len, call.head_dim, call.dtype) == ("padded", 20, 27, 16, "float32")
+    assert call.mask.kind is attnrewrite.MaskKind.KEY_PADDING
     rows = record["kernels"]
     for name in ("native", "_native_math"):
         assert 0 < rows[name]["error"] < 1e-6
@@ -199,10 +200,10 @@ def test_the_time_of_a_choice_to_the_best():
 
 
 def test_shapes_are_the_published_ones():
-    assert op_level.SHAPES["Wan14B"] == op_level.Shape(1, 40, 32760, 32760, 128)
-    assert op_level.SHAPES["Wan14B"].flops == 4 * 40 * 32760**2 * 128
-    masked = [shape for shape in op_level.NAMED.values() if shape.valid is not None]
-    assert len(masked) == 3
+    call = op_level.SHAPES["Wan2.1 14B"].call("Wan2.1 14B", "cuda", "bfloat16")
+    assert (call.batch, call.heads, call.q_len, call.kv_len, call.head_dim) == (1, 40, 32760, 32760, 128)
+    assert op_level.products(call) == 4 * 40 * 32760**2 * 128
+    assert op_level.SHAPES["Lumina-Image 2"].call("", "cuda", "bfloat16").kv_heads == 8
     assert {shape.dim for shape in op_level.LINES.values()} == {64, 128}
 
 
@@ -219,11 +220,11 @@ def test_models_kernels_json_and_picture(tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
     picture.unlink()
 
-    quick("--models", "sdxl", "--kernels", "native,_native_flash", "--shapes", "d16 16", "--out", out, "--append")
+    quick("--models", "sdxl", "--kernels", "native,_native_flash", "--shapes", "16 of 16", "--out", out, "--append")
     both = json.loads(out.read_text())
     assert both["models"].keys() == {"flux", "sdxl"}
     assert both["models"]["flux"] == first["models"]["flux"]
-    assert both["kernels"]["d16 16"]["kernels"].keys() == {"native", "_native_flash"}
+    assert both["kernels"]["16 of 16"]["kernels"].keys() == {"native", "_native_flash"}
     assert len(both["ceiling"]) == 4  # models: once a call; kernels: before and after
     assert all(rate > 0 for rate in both["ceiling"][0].values())
     assert [command.split()[:2] for command in both["commands"]] == [["attnrewrite", "bench"]] * 2

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--kernels", nargs="?", const=ALL, metavar="A,B", help="names of kernels; alone: all that run here"
     )
-    made.add_argument("--shapes", metavar="A,B", help=f"for --kernels: of {', '.join(op_level.SHAPES)}")
+    made.add_argument("--shapes", metavar="A;B", help=f"for --kernels: of {', '.join(op_level.SHAPES)}")
     made.add_argument("--variants", metavar="A;B", help="for --models: only these, by their names in the table")
     made.add_argument("--peers", metavar="A,B", help="names for diffusers' dispatcher (CUDA: " + PEERS["cuda"] + ")")
     made.add_argument(
@@ -103,7 +103,7 @@ def _checked(
     models = _picked("--models", given.models, MODELS)
     kernels = _picked("--kernels", given.kernels, all_kernels())
     known = op_level.SMALL if given.small else op_level.SHAPES
-    shapes = {name: known[name] for name in _picked("--shapes", given.shapes or ALL, known)}
+    shapes = {name: known[name] for name in _picked("--shapes", given.shapes or ALL, known, ";")}
     known_inner(given.inner)
     peers = (given.peers or PEERS[kind]).split(",")
     candidates = _picked("--candidates", given.candidates, all_kernels()) or None
@@ -202,7 +202,7 @@ def _kernels(
         raise SystemExit(f"attnrewrite bench: none of {', '.join(kernels)} runs on this machine")
     keep(ceiling=[matmul_rate(device, dtype)], missing=missing)
     for name, shape in shapes.items():
-        keep(kernels={name: op_level.measure(shape, here, device, dtype, given.inner, _say)})
+        keep(kernels={name: op_level.measure(name, shape, here, device, dtype, given.inner, _say)})
     rates = matmul_rate(device, dtype)
     keep(ceiling=[rates])
     _say("\nmatmul: " + ", ".join(f"{size}: {rate:.1f} TFLOP/s" for size, rate in rates.items()))

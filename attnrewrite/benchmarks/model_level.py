@@ -28,6 +28,7 @@ from ..selecting import Planned
 from ..tuning import tune
 from .denoisers import Denoiser
 from .measuring import by_rounds, in_turn, milliseconds, words
+from .op_level import products
 
 EAGER, PLAIN, AUTO, TUNED, QUANTISED = "eager", "torch.compile", "auto", "tuned", "tuned, quantised"
 PEER = "diffusers, "  # in front of the name that its dispatcher is set to
@@ -145,9 +146,7 @@ def limit_of(plan: Plan, plain: float, ceiling: float) -> float:
     operations took that matmul's time (`ceiling`, in TFLOP/s); of masked keys all are counted."""
     saved = 0.0
     for site in plan.sites:
-        call = site.call
-        products = 2 * int(call.batch) * int(call.heads) * int(call.q_len) * int(call.kv_len)
-        bound = products * (int(call.head_dim) + int(call.value_dim)) / ceiling / 1e9
+        bound = products(site.call) / ceiling / 1e9
         native = next((each.milliseconds for each in site.measured if each.name == "native"), None)
         saved += max(0.0, (native or 0.0) - bound)
     return plain / max(plain - saved, 1e-9)

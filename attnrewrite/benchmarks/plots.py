@@ -52,10 +52,10 @@ def _lines(part: Any, shapes: dict[str, Any], ceiling: float | None) -> None:
     styles = _styles(name for shape in shapes.values() for name in shape["kernels"])
     axes = part.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axis, (group, members) in zip(axes, groups.items(), strict=True):
-        members.sort(key=lambda shape: int(shape["q_len"]))
+        members.sort(key=lambda shape: int(shape["call"]["q_len"]))
         for kernel, (colour, marker) in styles.items():
             points = [
-                (shape["q_len"], shape["kernels"][kernel]["tflops"])
+                (shape["call"]["q_len"], shape["kernels"][kernel]["tflops"])
                 for shape in members
                 if "tflops" in shape["kernels"].get(kernel, {})
             ]
@@ -70,13 +70,13 @@ def _lines(part: Any, shapes: dict[str, Any], ceiling: float | None) -> None:
                 )
         _ceiling_line(axis, ceiling)
         axis.set_xscale("log", base=2)
-        lengths = [shape["q_len"] for shape in members]
+        lengths = [shape["call"]["q_len"] for shape in members]
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30)
         axis.minorticks_off()
         axis.set_xlabel("sequence length (queries = keys)")
-        axis.set_title(f"{group}, {members[0]['dtype']}")
+        axis.set_title(f"{group}, {members[0]['call']['dtype']}")
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("TFLOP/s (4 · batch · heads · q · k · dim / time)")
+    axes[0].set_ylabel("TFLOP/s (operations / time)")
     axes[-1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
@@ -100,13 +100,9 @@ def _named(part: Any, shapes: dict[str, Any], ceiling: float | None) -> None:
                 label=_label(kernel),
             )
     _ceiling_line(axis, ceiling)
-    axis.set_xticks(
-        range(len(shapes)),
-        [f"{name}\n{shape['batch']} x {shape['heads']} x {shape['q_len']}" for name, shape in shapes.items()],
-        fontsize="small",
-    )
-    axis.set_xlabel("shape: batch x heads x queries")
-    axis.set_ylabel("TFLOP/s (masked keys count)")
+    axis.set_xticks(range(len(shapes)), list(shapes), rotation=35, ha="right", fontsize="small")
+    axis.set_xlabel("attention of published models (sizes: in the JSON, by name)")
+    axis.set_ylabel("TFLOP/s (hidden keys count)")
     axis.set_ylim(bottom=0)
     axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
