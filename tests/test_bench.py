@@ -109,6 +109,15 @@ def test_a_variant_that_cannot_run_is_a_result(measured):
     assert record["variants"]["diffusers, _native_math"]["peer"] == "_native_math"
 
 
+def test_what_raised_leaves_nothing_behind(measured):
+    """Dynamo no longer compiles a frame in which something raised: the others would run in pieces then."""
+    record, _, _ = measured
+    assert record["compiled_while_timed"] == 0
+    graphs = {name: row["graphs"] for name, row in record["variants"].items()}
+    blocks = SITES["hunyuan"]  # one graph for each class of blocks
+    assert graphs == {"eager": 0, "torch.compile": blocks, "diffusers, _native_math": blocks, "ours": blocks}
+
+
 def test_the_peers_choice_is_put_back(measured):
     _, denoiser, _ = measured
     assert _AttentionBackendRegistry.get_active_backend()[0] is AttentionBackendName.NATIVE

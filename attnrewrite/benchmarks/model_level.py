@@ -31,6 +31,7 @@ from .measuring import by_rounds, in_turn, milliseconds, words
 from .op_level import products
 
 EAGER, PLAIN, AUTO, TUNED, QUANTISED = "eager", "torch.compile", "auto", "tuned", "tuned, quantised"
+Step = Callable[[], torch.Tensor]
 PEER = "diffusers, "  # in front of the name that its dispatcher is set to
 
 
@@ -104,7 +105,7 @@ def measure(
     say(f"\n{denoiser.about}")
     rows: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
-    timed: dict[str, Callable[[], float]] = {}
+    steps: dict[str, tuple[Step, str]] = {}
     plan: Plan | None = None
     # All variants share the code of a block, so each counts as a recompilation of the others.
     limits: Any = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=10_000)
@@ -115,12 +116,24 @@ def measure(
                 _choose(denoiser, "native")
                 backend = variant.backend(denoiser)
                 plan = plan or _plan_of(backend)
-                timed[variant.name], rows[variant.name] = _warm(denoiser, variant, backend, device, reference)
+                step = denoiser.step if backend is None else denoiser.compile(backend)
+                output, graphs = _warm(denoiser, step, variant.peer)
+                rows[variant.name] = {**_row(variant, backend, output, reference), "graphs": graphs}
+                steps[variant.name] = (step, variant.peer)
             except Exception as error:
                 failed[variant.name] = words(error)
+                torch.compiler.reset()
             finally:
                 _choose(denoiser, "native")
-        times = in_turn(timed, rounds)
+        if failed:
+            # Where code raises while it is traced, Dynamo leaves that frame uncompiled from then on, for every backend: what
+            # was compiled before and after is compiled again, as if nothing had failed.
+            torch.compiler.reset()
+            for name, (step, peer) in steps.items():
+                _, rows[name]["graphs"] = _warm(denoiser, step, peer)
+        before = _graphs()
+        times = in_turn({name: _timed(denoiser, device, *each) for name, each in steps.items()}, rounds)
+        late = _graphs() - before
         _choose(denoiser, "native")
     for name, row in rows.items():
         row["ms"] = statistics.median(times[name])
@@ -131,7 +144,15 @@ def measure(
         say(f"{name:24} {row['ms']:8.2f} ms{ratio}  error {row['error']:.1e}  {_kernels(row)}".rstrip())
     for name, text in failed.items():
         say(f"{name:24} {text}")
-    record = {"about": denoiser.about, "variants": rows, "failed": failed, "rounds": rounds}
+    record = {
+        "about": denoiser.about,
+        "variants": rows,
+        "failed": failed,
+        "rounds": rounds,
+        "compiled_while_timed": late,
+    }
+    if late:
+        say(f"! {late} graphs were compiled while steps were timed: these times say nothing")
     if plan is not None:
         record["plan"] = json.loads(plan.to_json())
         if ceiling is not None and PLAIN in rows:
@@ -157,25 +178,35 @@ def _plan_of(backend: Any) -> Plan | None:
     return next((choice.plan for choice in choices if isinstance(choice, Planned)), None)
 
 
-def _warm(
-    denoiser: Denoiser, variant: Variant, backend: Any, device: torch.device, reference: torch.Tensor
-) -> tuple[Callable[[], float], dict[str, Any]]:
-    """How a step of the variant is timed, and what is known of it once it is compiled."""
-    step = denoiser.step if backend is None else denoiser.compile(backend)
-    _choose(denoiser, variant.peer)
+def _warm(denoiser: Denoiser, step: Step, peer: str) -> tuple[torch.Tensor, int]:
+    """The output, and how many graphs were compiled for it."""
+    _choose(denoiser, peer)
+    before = _graphs()
     for _ in range(3):
         output = step()
+    return output, _graphs() - before
+
+
+def _timed(denoiser: Denoiser, device: torch.device, step: Step, peer: str) -> Callable[[], float]:
+    def timed() -> float:
+        _choose(denoiser, peer)
+        return milliseconds(device, step)
+
+    return timed
+
+
+def _row(variant: Variant, backend: Any, output: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
     row: dict[str, Any] = {"error": ((output.float() - reference).norm() / reference.norm()).item()}
     if variant.peer != "native":
         row["peer"] = variant.peer
     if isinstance(backend, AttentionCompiler):
         row["sites"] = {site.name: site.chosen for site in backend.report.sites}
+    return row
 
-    def timed() -> float:
-        _choose(denoiser, variant.peer)
-        return milliseconds(device, step)
 
-    return timed, row
+def _graphs() -> int:
+    """How many graphs Dynamo has compiled."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _choose(denoiser: Denoiser, name: str) -> None:
