@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import random
 import statistics
 import time
@@ -129,6 +130,7 @@ class _Measuring:
         except Exception as problem:
             dropped = said(problem)
         self.done[name] = Measurement(name, error=error, dropped=dropped)
+        gc.collect()  # an error and its frames hold each other, and the frames tensors
         self._still_there(name, dropped)
         return None
 

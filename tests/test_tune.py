@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -395,6 +396,9 @@ def test_bad_arguments(given, error, words):
 def test_a_model_that_is_none_and_one_without_attention():
     with pytest.raises(TypeError, match="model is 3"):
         attnrewrite.tune(3)
+    pipeline = SimpleNamespace(components={"transformer": Layers(1)})
+    with pytest.raises(TypeError, match="give its denoiser, as pipe.transformer"):
+        attnrewrite.tune(pipeline)
     plan = tuned(torch.nn.Linear(3, 4), torch.randn(2, 3))
     assert plan.sites == ()
     assert "plan of Linear: 0 attention sites" in str(plan)
