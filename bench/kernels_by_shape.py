@@ -1,12 +1,14 @@
 """Every kernel of this machine at the shapes that the table of "auto" (attnrewrite/preferences.py) is about. On a GPU.
 
-    python bench/kernels_by_shape.py [--shapes FLUX.1 SDXL] [--json bench/results/kernels_by_shape_h200.json]
+    python bench/kernels_by_shape.py [--shapes FLUX.1 "Wan2.1 14B"] [--kernels native _flash_3 flash_4]
+                                     [--json bench/results/kernels_by_shape_h200.json]
 
 Shapes are those of published denoisers, and some at both sides of the table's limits. Tensors are random, bfloat16, and lie
 in memory as models make them; of a key padding one key in 16 is hidden. Kernels are timed as `attnrewrite.tune` times them:
 compiled with their padding and packing, by CUDA events behind a pause, in turn, the median. Errors are against float64. A
 line a shape: `native`, the fastest exact kernel, what "auto" takes, what it takes where quantised kernels are allowed. "!"
-marks a choice that is slower than `native` by more than 2 %. The file is a plan (`attnrewrite.Plan.load`).
+marks a choice that is slower than `native` by more than 2 %. The file is a plan (`attnrewrite.Plan.load`); of one that is there
+already the shapes that are not measured now stay, so that several runs make one file.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import attnrewrite
 from attnrewrite import AttentionCall, Mask, MaskKind, Numerics, Plan, Tuning, make_policy
 from attnrewrite.example_tensors import example
 from attnrewrite.measuring import Settings, measure_site
+from attnrewrite.policies import candidates_of
 from attnrewrite.selecting import usual_candidates
 
 PADDING = "key padding"
@@ -77,14 +80,27 @@ def line(site: attnrewrite.Site, machine: attnrewrite.Machine) -> str:
     return text
 
 
+def earlier(path: Path | None, machine: attnrewrite.Machine, names: list[str]) -> list[attnrewrite.Site]:
+    """What the file has of other shapes."""
+    if path is None or not path.exists():
+        return []
+    plan = Plan.load(path)
+    if plan.tuning is None or plan.tuning.machines != (machine,):
+        raise SystemExit(f"{path} is of {plan.tuning and plan.tuning.machines}: move it away, or name another file")
+    return [site for site in plan.sites if site.name not in names and site.name in SHAPES]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES), choices=list(SHAPES), metavar="NAME")
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="these alone (all that are installed)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there")
     options = parser.parse_args()
     machine = attnrewrite.machine_of(torch.device("cuda"))
-    settings = Settings(usual_candidates(), Numerics.QUANTISED)
-    started, sites = time.perf_counter(), []
+    chosen = candidates_of(options.kernels, "--kernels") if options.kernels else usual_candidates()
+    settings = Settings(chosen, Numerics.QUANTISED)
+    sites = earlier(options.json, machine, options.shapes)
+    started = time.perf_counter()
     for name in options.shapes:
         with torch.no_grad():
             call = call_of(name)
@@ -92,6 +108,7 @@ def main() -> None:
         sites.append(replace(site, call=call))
         print(line(sites[-1], machine), flush=True)
         torch.cuda.empty_cache()
+    sites.sort(key=lambda site: list(SHAPES).index(site.name))
     seconds = time.perf_counter() - started
     plan = Plan(
         tuple(sites),
