@@ -9,20 +9,19 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calls import AttentionCall
 from .capturing import Captured
 from .inner import Inner, compile_with
 from .machines import Machine
 from .measurements import Measurement, choose
+from .memory import enough_memory
 from .plans import Site
 from .policies import Candidate
-from .records import Backend, Numerics
+from .records import Numerics
 from .reference import Reference, rank4, reference
 from .site_graphs import plan_site, site_graph
 from .timing import Stopwatch, deviation
@@ -153,7 +152,7 @@ class _Measuring:
         started = time.perf_counter()
         call = self.captured.call
         assert site.backend is not None
-        _enough_memory(site.backend, call, self.watch.device)
+        enough_memory(site.backend, call, self.watch.device)
         graph = site_graph(self.captured, site, candidate, self.machine)
         with torch.set_grad_enabled(call.needs_grad):
             compiled = compile_with(self.settings.inner, graph.module, list(graph.inputs))
@@ -261,27 +260,6 @@ def _with_backward(compiled: Callable[..., Any], inputs: tuple[Tensor, ...]) -> 
             return torch.autograd.grad(output, learned, torch.ones_like(output))
 
     return run
-
-
-def _enough_memory(record: Backend, call: AttentionCall, device: torch.device) -> None:
-    """Raises `MemoryError` where a kernel that keeps all scores would not fit: on a CPU the system would end the process."""
-    if not record.all_scores:
-        return
-    wanted = 3 * 4 * int(call.batch) * int(call.heads) * int(call.q_len) * int(call.kv_len)
-    free = _free_memory(device)
-    if free is not None and wanted > 0.8 * free:
-        raise MemoryError(f"needs about {wanted / 2**30:.1f} GiB for its scores, {free / 2**30:.1f} GiB are free")
-
-
-def _free_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def said(error: BaseException) -> str:

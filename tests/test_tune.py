@@ -335,7 +335,7 @@ def test_a_slow_one_is_measured_once_and_not_chosen():
 
 
 def test_more_memory_than_there_is_is_not_tried(monkeypatch):
-    monkeypatch.setattr(measuring, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr("attnrewrite.memory.free_memory", lambda device: 1000)
     (site,) = tuned(attend, *qkv(), candidates=["_native_math"]).sites
     assert by_name(site)["_native_math"].dropped.startswith("MemoryError: needs about")
 
