@@ -30,7 +30,9 @@ def parser() -> argparse.ArgumentParser:
         "says what was swapped, what was not and why, and how many attention calls ran outside of any compiled graph. "
         "Exit code, arguments, stdin and tracebacks are the script's own.",
     )
-    made.add_argument("--backend", help=f"kernels in order of preference: a,b (or the environment's {BACKEND})")
+    made.add_argument(
+        "--backend", help=f"kernels in order of preference: a,b; or auto, or tune (or the environment's {BACKEND})"
+    )
     made.add_argument(
         "--rule",
         action="append",

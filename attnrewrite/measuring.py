@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import functools
+import gc
 import random
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .calls import AttentionCall
 from .capturing import Captured
 from .inner import Inner, compile_with
 from .machines import Machine
 from .measurements import Measurement, choose
+from .memory import enough_memory
 from .plans import Site
 from .policies import Candidate
-from .records import Backend, Numerics
+from .records import Numerics
 from .reference import Reference, rank4, reference
 from .site_graphs import plan_site, site_graph
 from .timing import Stopwatch, deviation
@@ -30,6 +30,7 @@ from .workers import OverdueError, Worker
 ROUNDS = (7, 25)  # at least and at most
 SECONDS = 2.0  # of rounds a site
 FAR_BEHIND = 3.0  # who takes so many times as long as the fastest takes no part in the rounds
+SHORT = 0.1  # seconds of a call that is worth another look before it takes no part
 WRONG = 10.0  # so many times the error of `native` is no rounding
 
 
@@ -129,6 +130,7 @@ class _Measuring:
         except Exception as problem:
             dropped = said(problem)
         self.done[name] = Measurement(name, error=error, dropped=dropped)
+        gc.collect()  # an error and its frames hold each other, and the frames tensors
         self._still_there(name, dropped)
         return None
 
@@ -150,7 +152,7 @@ class _Measuring:
         started = time.perf_counter()
         call = self.captured.call
         assert site.backend is not None
-        _enough_memory(site.backend, call, self.watch.device)
+        enough_memory(site.backend, call, self.watch.device)
         graph = site_graph(self.captured, site, candidate, self.machine)
         with torch.set_grad_enabled(call.needs_grad):
             compiled = compile_with(self.settings.inner, graph.module, list(graph.inputs))
@@ -166,8 +168,9 @@ class _Measuring:
         run()
         self.worker.check()
         seconds = self.watch.sample(run, 1)
-        self.worker.check()
-        seconds = self.watch.sample(run, min(3, self.watch.calls(seconds)))
+        for _ in range(4 if seconds < SHORT else 0):  # one sample alone may have met whatever else the machine does
+            self.worker.check()
+            seconds = min(seconds, self.watch.sample(run, min(3, self.watch.calls(seconds))))
         return Runner(candidate.name, run, error, seconds, time.perf_counter() - started)
 
     def _compared(self, output: Tensor) -> float | None:
@@ -257,27 +260,6 @@ def _with_backward(compiled: Callable[..., Any], inputs: tuple[Tensor, ...]) -> 
             return torch.autograd.grad(output, learned, torch.ones_like(output))
 
     return run
-
-
-def _enough_memory(record: Backend, call: AttentionCall, device: torch.device) -> None:
-    """Raises `MemoryError` where a kernel that keeps all scores would not fit: on a CPU the system would end the process."""
-    if not record.all_scores:
-        return
-    wanted = 3 * 4 * int(call.batch) * int(call.heads) * int(call.q_len) * int(call.kv_len)
-    free = _free_memory(device)
-    if free is not None and wanted > 0.8 * free:
-        raise MemoryError(f"needs about {wanted / 2**30:.1f} GiB for its scores, {free / 2**30:.1f} GiB are free")
-
-
-def _free_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
 def said(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -164,7 +165,9 @@ def _one(choice: Any, argument: str) -> Chosen:
         try:
             return SELECTORS[choice] if choice in SELECTORS else Candidate(choice, records_of(choice))
         except ValueError as error:
-            raise ValueError(str(error) if argument == "choices" else f"{argument}: {error}") from None
+            text = str(error) if argument == "choices" else f"{argument}: {error}"
+            near = difflib.get_close_matches(choice, SELECTORS, n=1, cutoff=0.6)
+            raise ValueError(f"{text} Or {near[0]!r}?" if near else text) from None
     raise TypeError(f"{argument} holds {choice!r} ({type(choice).__name__}): give names or Backend records")
 
 

@@ -100,6 +100,10 @@ def like(call: AttentionCall) -> AttentionCall:
 def _settings(
     model: Any, candidates: Any, numerics: Any, max_error: Any, min_gain: Any, inner: Any, time_limit: Any
 ) -> Settings:
+    if isinstance(getattr(model, "components", None), dict):
+        raise TypeError(
+            f"model is a pipeline ({type(model).__name__}): give its denoiser, as pipe.transformer, with the inputs of one step"
+        )
     if not callable(model):
         raise TypeError(
             f"model is {model!r} ({type(model).__name__}): give a torch.nn.Module, or a function of tensors"

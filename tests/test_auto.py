@@ -131,6 +131,8 @@ def test_beside_other_choices_and_in_rules():
     names = [each.name for each in policy.candidates(call(role="cross"), H200)]
     assert names == ["_flash_3", "flash_4", "native"]
     assert make_policy(["auto"]) == make_policy(["auto"])
+    with pytest.raises(ValueError, match=r"no attention backend is called 'atuo'.* Or 'auto'"):
+        make_policy(["atuo"])
     with pytest.raises(ValueError, match="names 'auto' twice"):
         make_policy(["auto", "auto"])
 

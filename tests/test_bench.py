@@ -383,3 +383,15 @@ def test_a_bar_for_a_peer_that_raises(measured, tmp_path):
 def test_styles_are_all_different():
     names = [str(number) for number in range(30)]
     assert len(set(plots._styles(names).values())) == 30
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path):
+    out = tmp_path / "b.json"
+    bench("--small", "--models", "flux", "--kernels", "native,_native_flash", "--rounds", 3, "--out", out)
+    result = json.loads(out.read_text())
+    assert result["machine"]["device"] == "cuda"
+    assert result["models"]["flux"]["variants"]["tuned"]["ms"] > 0
+    assert result["models"]["flux"]["compiled_while_timed"] == 0
+    assert all(shape["kernels"]["native"]["error"] < 1e-2 for shape in result["kernels"].values())
+    assert all(rate > 100 for rate in result["ceiling"][0].values())

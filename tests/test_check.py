@@ -401,6 +401,22 @@ def test_a_compiled_model_is_checked_uncompiled(stack):
     assert ran == []
 
 
+def test_parts_that_are_compiled_already_run_as_they_are():
+    """A model whose blocks were set before: what it is compared with must not be swapped itself."""
+    torch.manual_seed(0)
+    model, tokens = Stack().eval(), torch.randn(2, 11, 24)
+    backend = with_backend(kernel(lambda output: output * 1.01), inner="eager")
+    with torch.no_grad():
+        expected = check(model, tokens, backend=backend).output.relative_error
+        for layer in model.layers:
+            layer.compile(backend=backend)
+        model(tokens)
+        found = check(model, tokens, backend=backend)
+    assert len(found.sites) == 3
+    assert expected > 1e-3
+    assert found.output.relative_error == pytest.approx(expected)
+
+
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
@@ -499,3 +515,32 @@ def test_without_matplotlib(broken, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=r"pip install 'attnrewrite\[plot\]'"):
         broken.plot(tmp_path / "check.png")
     assert list(tmp_path.iterdir()) == []
+
+
+# -- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["_native_flash", "_native_cudnn", "flex", "_flash_3", "flash", "sage"])
+def test_kernels_of_a_gpu_keep_their_promise(name):
+    tensors = [each.to("cuda", torch.bfloat16) for each in qkv(q_len=300, kv_len=270, dim=64)]
+    with torch.no_grad():
+        found = check(F.scaled_dot_product_attention, *tensors, backend=with_backend(name, numerics="quantised"))
+    (site,) = found.sites
+    if site.kernel != name:
+        pytest.skip(str(site.site.refusals[0][1]))
+    assert found.ok, str(found)
+    assert 1e-4 < site.accuracy.relative_error < site.limit
+    assert found.output.relative_error < 2 * site.limit
+
+
+@pytest.mark.gpu
+def test_float16_that_overflows():
+    """The usual black image: scores are fine, the values are not."""
+    query, key, value = (each.to("cuda", torch.float16) for each in qkv(dim=64))
+    with torch.no_grad():
+        found = check(
+            lambda q, k, v: F.scaled_dot_product_attention(q, k, v * 1e5), query, key, value, backend="native"
+        )
+    assert found.first_wrong.bad_inputs.keys() == {"value"}
+    assert found.output.bad == found.output.bad_before > 0

@@ -196,3 +196,11 @@ def test_a_fidelity_knows_the_strides(monkeypatch, capsys):
     assert float(re.search(r"relative error (\S+) to", said)[1]) < 1e-6
     with pytest.raises(ValueError, match="site is 'gone': it is one of"):
         found.repro("gone")
+
+
+@pytest.mark.gpu
+def test_a_script_for_a_gpu(monkeypatch, capsys):
+    call = call_of(mask(MaskKind.KEY_PADDING, 2, 1, 1, K), device="cuda", dtype="bfloat16", head_dim=64, value_dim=64)
+    report, said = run(report_of(call, "_native_varlen").repro("blocks.0.attn"), monkeypatch, capsys)
+    assert report.sites[0].chosen == "_native_varlen"
+    assert float(re.search(r"relative error (\S+) to", said)[1]) < 1e-2

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -334,7 +335,7 @@ def test_a_slow_one_is_measured_once_and_not_chosen():
 
 
 def test_more_memory_than_there_is_is_not_tried(monkeypatch):
-    monkeypatch.setattr(measuring, "_free_memory", lambda device: 1000)
+    monkeypatch.setattr("attnrewrite.memory.free_memory", lambda device: 1000)
     (site,) = tuned(attend, *qkv(), candidates=["_native_math"]).sites
     assert by_name(site)["_native_math"].dropped.startswith("MemoryError: needs about")
 
@@ -395,6 +396,9 @@ def test_bad_arguments(given, error, words):
 def test_a_model_that_is_none_and_one_without_attention():
     with pytest.raises(TypeError, match="model is 3"):
         attnrewrite.tune(3)
+    pipeline = SimpleNamespace(components={"transformer": Layers(1)})
+    with pytest.raises(TypeError, match="give its denoiser"):
+        attnrewrite.tune(pipeline)
     plan = tuned(torch.nn.Linear(3, 4), torch.randn(2, 3))
     assert plan.sites == ()
     assert "plan of Linear: 0 attention sites" in str(plan)
