@@ -16,6 +16,7 @@ from .. import plotting
 from ..files import writable
 from ..inner import known_inner
 from ..registry import names as all_kernels
+from ..selecting import usual_candidates
 from . import model_level, op_level, plots, results
 from .denoisers import MODELS, Place, imported
 from .measuring import matmul_rate
@@ -34,7 +35,11 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--models", nargs="?", const=ALL, metavar="A,B", help=f"of {', '.join(MODELS)}; alone: all")
     made.add_argument(
-        "--kernels", nargs="?", const=ALL, metavar="A,B", help="names of kernels; alone: all that run here"
+        "--kernels",
+        nargs="?",
+        const=ALL,
+        metavar="A,B",
+        help="names of kernels; alone: all that run here, but the hub's",
     )
     made.add_argument("--shapes", metavar="A;B", help=f"for --kernels: of {', '.join(op_level.SHAPES)}")
     made.add_argument("--variants", metavar="A;B", help="for --models: only these, by their names in the table")
@@ -101,7 +106,8 @@ def _checked(
         raise ValueError("published sizes need a CUDA GPU; --small runs everything at tiny sizes on a CPU")
     device = torch.device(kind)
     models = _picked("--models", given.models, MODELS)
-    kernels = _picked("--kernels", given.kernels, all_kernels())
+    usual = [each.name for each in usual_candidates()]  # without the hub's, which would be downloaded
+    kernels = usual if given.kernels == ALL else _picked("--kernels", given.kernels, all_kernels())
     known = op_level.SMALL if given.small else op_level.SHAPES
     shapes = {name: known[name] for name in _picked("--shapes", given.shapes or ALL, known, ";")}
     known_inner(given.inner)
