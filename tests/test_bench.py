@@ -289,6 +289,22 @@ def test_an_interruption_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
     assert "what was measured is in" in capsys.readouterr().err
 
 
+def test_a_model_that_does_not_fit_leaves_room_for_the_next(tmp_path, monkeypatch, capsys):
+    def too_large(place):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setitem(MODELS, "wan-14b", too_large)
+    quick("--models", "wan-14b,flux", "--out", tmp_path / "b.json", "--plot", tmp_path / "b.png")
+    found = json.loads((tmp_path / "b.json").read_text())["models"]
+    assert found["wan-14b"]["failed"]["all"].startswith("OutOfMemoryError: CUDA out of memory")
+    assert found["flux"]["variants"].keys() == {"torch.compile", "auto"}
+
+
+def test_what_is_not_finite_is_text_in_json(tmp_path):
+    results.write(tmp_path / "b.json", {"errors": [float("nan"), float("inf"), 0.5]})
+    assert json.loads((tmp_path / "b.json").read_text()) == {"errors": ["NaN", "Infinity", 0.5]}
+
+
 def refused(capsys, *arguments):
     """What the command says before it measures anything, with the exit code of a wrong argument."""
     with pytest.raises(SystemExit) as ended:

@@ -19,7 +19,7 @@ from ..registry import names as all_kernels
 from ..selecting import usual_candidates
 from . import model_level, op_level, plots, results
 from .denoisers import MODELS, Place, imported
-from .measuring import matmul_rate
+from .measuring import matmul_rate, words
 
 ALL = "all"
 # diffusers' names that are fastest for one model or another; quantised ones do not compile there.
@@ -174,14 +174,19 @@ def _measure(
     try:
         if kernels:
             _kernels(given, device, dtype, kernels, shapes, keep)
-        rate = None
+        rate, made = None, None
         if models:
             keep(ceiling=[matmul_rate(device, dtype)])
             rate = list(result["ceiling"][-1].values())[-1]
         for name in models:
-            made = MODELS[name](Place(device, dtype, given.small))
-            keep(models={name: model_level.measure(made, variants, given.rounds, _say, rate)})
-            del made
+            try:
+                made = MODELS[name](Place(device, dtype, given.small))
+                found = model_level.measure(made, variants, given.rounds, _say, rate)
+            except torch.OutOfMemoryError as error:  # the next may be smaller
+                found = {"about": name, "variants": {}, "failed": {"all": words(error)}}
+                _say(f"{name}: {words(error)}")
+            made = None  # its memory is the next model's
+            keep(models={name: found})
             if device.type == "cuda":
                 torch.cuda.empty_cache()
     except KeyboardInterrupt:

@@ -66,4 +66,6 @@ def joined(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(result, indent=1) + "\n")
+    """JSON has no NaN and no infinity: they are written as text."""
+    finite = json.loads(json.dumps(result), parse_constant=str)
+    write_whole(path, json.dumps(finite, indent=1, allow_nan=False) + "\n")
