@@ -24,7 +24,9 @@ PEERS = ("_flash_3", "_flash_varlen_3")
 OURS = {
     "PyTorch alone": (["_native_varlen", "native"], ["native"]),
     "FA2": (["flash_varlen", "native"], ["flash", "native"]),
-    "FA3": (["_flash_varlen_3", "native"], ["_flash_3", "native"]),
+    "FA3": (["_flash_3", "native"], ["_flash_3", "native"]),
+    "FA3, variable length": (["_flash_varlen_3", "native"], ["_flash_3", "native"]),
+    "FA4": (["flash_4", "native"], ["flash_4", "native"]),
 }
 
 
