@@ -11,7 +11,7 @@ from parity import relative
 
 import attnrewrite
 from attnrewrite.__main__ import main
-from attnrewrite.benchmarks import model_level, op_level, plots, results
+from attnrewrite.benchmarks import command, model_level, op_level, plots, results
 from attnrewrite.benchmarks.denoisers import MODELS, Place
 from attnrewrite.benchmarks.measuring import by_rounds, in_turn
 from attnrewrite.benchmarks.model_level import Variant
@@ -234,9 +234,12 @@ def test_models_kernels_json_and_picture(tmp_path, capsys):
     assert both["models"].keys() == {"flux", "sdxl"}
     assert both["models"]["flux"] == first["models"]["flux"]
     assert both["kernels"]["16 of 16"]["kernels"].keys() == {"native", "_native_flash"}
+    for group, names in {"named": {"tiny", "tiny, padded"}, "lines": {"16 of 16", "64 of 16"}}.items():
+        given = command.parser().parse_args(["--small", "--kernels", "native", "--shapes", group])
+        assert command._checked(given)[3].keys() == names
     assert len(both["ceiling"]) == 4  # models: once a call; kernels: before and after
     assert all(rate > 0 for rate in both["ceiling"][0].values())
-    assert [command.split()[:2] for command in both["commands"]] == [["attnrewrite", "bench"]] * 2
+    assert [each.split()[:2] for each in both["commands"]] == [["attnrewrite", "bench"]] * 2
     said = capsys.readouterr().out
     assert "FLUX.1, 1 + 1 of 19 + 38 blocks" in said
     assert "TFLOP/s" in said

@@ -41,7 +41,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help="names of kernels; alone: all that run here, but the hub's",
     )
-    made.add_argument("--shapes", metavar="A;B", help=f"for --kernels: of {', '.join(op_level.SHAPES)}")
+    made.add_argument(
+        "--shapes",
+        metavar="A;B",
+        help=f"for --kernels: named (published models), lines (lengths), or of: {'; '.join(op_level.SHAPES)}",
+    )
     made.add_argument("--variants", metavar="A;B", help="for --models: only these, by their names in the table")
     made.add_argument("--peers", metavar="A,B", help="names for diffusers' dispatcher (CUDA: " + PEERS["cuda"] + ")")
     made.add_argument(
@@ -109,7 +113,11 @@ def _checked(
     usual = [each.name for each in usual_candidates()]  # without the hub's, which would be downloaded
     kernels = usual if given.kernels == ALL else _picked("--kernels", given.kernels, all_kernels())
     known = op_level.SMALL if given.small else op_level.SHAPES
-    shapes = {name: known[name] for name in _picked("--shapes", given.shapes or ALL, known, ";")}
+    groups = {"named": False, "lines": True}
+    if given.shapes in groups:
+        shapes = {name: shape for name, shape in known.items() if bool(shape.line) is groups[given.shapes]}
+    else:
+        shapes = {name: known[name] for name in _picked("--shapes", given.shapes or ALL, known, ";")}
     known_inner(given.inner)
     peers = (given.peers or PEERS[kind]).split(",")
     candidates = _picked("--candidates", given.candidates, all_kernels()) or None

@@ -9,6 +9,7 @@ from typing import Any
 from ..plotting import COLOURS, MARKERS, figure, save
 from .model_level import AUTO, EAGER, PLAIN, QUANTISED, TUNED, best_peer
 from .model_level import PEER as PREFIX
+from .op_level import quantised
 
 # The bars of a model, in order, and their colours. The peer's is that of its fastest name.
 PEER = "diffusers, best name"
@@ -65,7 +66,8 @@ def _lines(part: Any, shapes: dict[str, Any], ceiling: float | None) -> None:
                     color=colour,
                     marker=marker,
                     markersize=4,
-                    linewidth=1.2,
+                    linewidth=2.5 if kernel == "native" else 1.2,
+                    linestyle=":" if quantised(kernel) else "-",
                     label=_label(kernel),
                 )
         _ceiling_line(axis, ceiling)
@@ -73,7 +75,7 @@ def _lines(part: Any, shapes: dict[str, Any], ceiling: float | None) -> None:
         lengths = [shape["call"]["q_len"] for shape in members]
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30)
         axis.minorticks_off()
-        axis.set_xlabel("sequence length (queries = keys)")
+        axis.set_xlabel("sequence length (queries = keys); dotted: quantised")
         axis.set_title(f"{group}, {members[0]['call']['dtype']}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("TFLOP/s (operations / time)")
