@@ -55,7 +55,8 @@ def packing(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Packing:
         return Packing(cu_seqlens_q, starts * kv_len, None)
     valid = mask.select(1, 0).select(1, 0).expand(batch, kv_len)
     lengths = valid.sum(-1, dtype=torch.int32)
-    cu_seqlens_k = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    # Not F.pad: for one sequence of 8,193 to 16,384 keys Inductor gives [length, length] for it on CUDA (2.11).
+    cu_seqlens_k = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
     order = torch.argsort(valid.reshape(-1).to(torch.uint8), stable=True, descending=True)
     return Packing(cu_seqlens_q, cu_seqlens_k, order)
 

@@ -204,6 +204,19 @@ def test_key_padding(record, kv_len):
     assert relative(output, reference) < record.tolerance.error
 
 
+def test_key_padding_of_one_long_sequence(record):
+    """Inductor's code for F.pad of a sum over 8,193 to 16,384 numbers is wrong (2.11): packing must not need it."""
+    if not record.masks & {MaskKind.KEY_PADDING, MaskKind.BOOLEAN}:
+        pytest.skip("takes no padding: tests/test_decisions.py")
+    tensors = gpu(record, batch=1, heads=2, kv_len=16384)
+    mask = (torch.arange(16384, device="cuda") < 15000)[None, None, None]
+    run, backend = compiled(attend, choice(record, "inductor"))
+    with torch.no_grad():
+        output = run(*tensors, mask)
+    assert backend.report.sites[0].chosen == record.name
+    assert relative(output, attend(*map(doubled, tensors), mask)) < record.tolerance.error
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 77, 141), (2, 1, 77, 141), (77, 141)])
 def test_dense_masks(record, shape):
     boolean = torch.rand(*shape, device="cuda") > 0.3
