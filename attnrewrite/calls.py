@@ -115,6 +115,7 @@ class AttentionCall:
     deterministic: bool = False  # torch.use_deterministic_algorithms(True) is on
     obstacle: str | None = None  # why nothing but the call as it stands can be right here
     form: str = "sdpa"  # "operations": spelled out in the graph; "kernel": a kernel that PyTorch has chosen
+    exported: bool = False  # stands in an exported program: operators only, checks as nodes
 
     def described(self) -> AttentionCall:
         """The same call with its symbolic sizes as text, for reports: it keeps no tracing state alive."""

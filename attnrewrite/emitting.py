@@ -3,6 +3,8 @@
 A kernel's `op` is an ordinary function of tensors. `Emitter` runs it under a `TorchFunctionMode`: every torch call that
 it makes becomes one node, with the fake result as the node's value. So shapes, strides and dtypes of what is emitted are
 PyTorch's own, and a record needs no graph code.
+
+An exported program may hold operators only: there, a call that is none becomes the aten operators that it makes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .graphs import INHERITED_META, value_key, value_of
@@ -74,10 +77,18 @@ class Emitter(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.key == "val" and not isinstance(func, torch._ops.OpOverload):
+            with _Operators(self):
+                return func(*args, **kwargs)
         result = func(*args, **kwargs)
+        self.write(func, args, kwargs, result)
+        return result
+
+    def write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """The node of a call that gave `result`."""
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and id(leaf) not in self._nodes]
         if not made:  # a question (size, stride, dtype), or a call that gave back what it was given
-            return result
+            return
         kind, target = _target(func)
         node = self.graph.create_node(kind, target, self._arguments(args), self._arguments(kwargs))
         self._finish(node, result)
@@ -85,12 +96,16 @@ class Emitter(TorchFunctionMode):
             for position, member in enumerate(result):
                 if isinstance(member, torch.Tensor):
                     self._finish(self.graph.call_function(operator.getitem, (node, position)), member)
-        return result
 
     def _finish(self, node: Node, value: Any) -> None:
         node.meta |= {**self._meta, self.key: value, EMITTED: True}
         if isinstance(value, torch.Tensor):
             self._know(value, node)
+
+    def same(self, one: torch.Tensor, other: torch.Tensor) -> None:
+        """Two tensors of one node."""
+        if id(other) not in self._nodes:
+            self._know(other, self._nodes[id(one)])
 
     def _know(self, tensor: torch.Tensor, node: Node) -> None:
         self._nodes[id(tensor)] = node
@@ -126,10 +141,12 @@ class Emitter(TorchFunctionMode):
         if known is not None:
             number: int | float = known
             return number
-        tracer = torch.fx.proxy.GraphAppendingTracer(self.graph)
+        tracer = _Arithmetic(self.graph)
         symbols = {symbol: torch.fx.Proxy(self._symbol(symbol), tracer) for symbol in size.node.expr.free_symbols}
         node: Node = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr).node
-        node.meta.setdefault(self.key, size)
+        for step in tracer.made:
+            args: Any = map_aggregate(step.args, value_of)
+            step.meta |= {**self._meta, self.key: step.target(*args), EMITTED: True}  # type: ignore[operator]
         return node
 
     def _symbol(self, symbol: Any) -> Node:
@@ -153,6 +170,38 @@ class Emitter(TorchFunctionMode):
                 f"attnrewrite: the symbol {name} is no size of a tensor at hand; please report this graph"
             )
         return self._symbols[name]
+
+
+class _Operators(TorchDispatchMode):
+    """Writes down the aten operators that a torch call is made of, below autograd and composites."""
+
+    def __init__(self, emitter: Emitter) -> None:
+        super().__init__()
+        self.emitter = emitter
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is torch.ops.aten.detach.default:  # how autograd makes a view its own: no operation
+            self.emitter.same(args[0], result)
+        else:
+            self.emitter.write(func, args, kwargs, result)
+        return result
+
+
+class _Arithmetic(torch.fx.proxy.GraphAppendingTracer):
+    """Notes the nodes that arithmetic on symbols appends."""
+
+    def __init__(self, graph: torch.fx.Graph) -> None:
+        super().__init__(graph)
+        self.made: list[Node] = []
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        node = super().create_node(*args, **kwargs)
+        self.made.append(node)
+        return node
 
 
 @contextmanager

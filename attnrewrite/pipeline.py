@@ -23,21 +23,29 @@ from .policies import Policy
 
 @dataclass(frozen=True)
 class Outcome:
-    """`unchanged`: SDPA calls that stand in the graph afterwards. `seconds`: what all passes took."""
+    """`unchanged`: SDPA calls that stand in the graph afterwards. `seconds`: what all passes took. `swapped`: the attentions
+    that were, with the nodes that give their outputs now."""
 
     plan: Plan
     machine: Machine | None
     unchanged: int
     seconds: float
+    swapped: tuple[Found, ...] = ()
 
 
 def rewrite_graph(
-    root: GraphModule, policy: Policy, machine: Machine | None = None, swap: bool = True, prefix: str = ""
+    root: GraphModule,
+    policy: Policy,
+    machine: Machine | None = None,
+    swap: bool = True,
+    prefix: str = "",
+    exported: bool = False,
 ) -> Outcome:
     """Plans for `root` and every graph below it, and, if `swap`, puts the chosen kernels in place.
 
     `machine` None: the one that the tensors are on. `prefix`: the path of the module that was compiled in the model that it
-    is a part of; the paths of its sites begin with it. Raises `AttentionRefusedError` under a strict policy, and
+    is a part of; the paths of its sites begin with it. `exported`: the graph is one of torch.export, that may be run on a
+    `machine` which is elsewhere. Raises `AttentionRefusedError` under a strict policy, and
     `RuntimeError` if the graph does not end up as planned.
     """
     started = time.perf_counter()
@@ -50,10 +58,11 @@ def rewrite_graph(
     found = [each for _, context in graphs for each in context.found]
     machines = [machine or _machine(each) for each in found]
     calls = [
-        replace(each.call, device=on.device, site=_below(prefix, each))
+        replace(each.call, device=on.device, site=_below(prefix, each), exported=exported)
         for each, on in zip(found, machines, strict=True)
     ]
-    plan = make_plan(calls, policy, machines, load_sources=swap)
+    elsewhere = exported and machine is not None
+    plan = make_plan(calls, policy, machines, load_sources=swap and not elsewhere, name_sources=swap and elsewhere)
     for each, site in zip(found, plan.sites, strict=True):
         each.site, each.call = site, site.call
 
@@ -69,13 +78,14 @@ def rewrite_graph(
                 module.graph.lint()
                 module.recompile()
     left = sum(_stands(module, context) for module, context in graphs)
-    expected = len(found) - (sum(each.kernel is not None for each in found) if swap else 0)
+    swapped = tuple(each for each in found if each.kernel is not None) if swap else ()
+    expected = len(found) - len(swapped)
     if left != expected:
         raise RuntimeError(
             f"attnrewrite left {left} attention calls where its plan leaves {expected}; please report this"
         )
     used = machines[0] if machines else None
-    return Outcome(plan.described(), used, left, time.perf_counter() - started)
+    return Outcome(plan.described(), used, left, time.perf_counter() - started, swapped)
 
 
 def _below(prefix: str, found: Found) -> str:

@@ -83,6 +83,7 @@ class Backend:
     deterministic: bool = True
     empty: bool = False  # takes sequences of length 0
     any_context: bool = False  # takes calls that carry an obstacle
+    not_exported: str = ""  # why no exported program can hold it
     layout: str = "bhsd"
     numerics: Numerics = Numerics.REORDERED
     tolerance: Tolerance = Tolerance()

@@ -1,0 +1,234 @@
+"""Checks as nodes: what was decided when a program was rewritten, asked again at every call.
+
+Two ops, at the top of the graph. They return nothing and have a side effect, so that torch.export, its decompositions,
+torch.compile and AOTInductor keep them; AOTInductor drops `aten._assert_tensor_metadata` and the text of
+`aten._assert_scalar` (2.13). Each stops with an `AttentionAssertionError`: the site, what was found, what is needed.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.export.graph_signature import InputKind
+from torch.fx import GraphModule, Node
+
+from ..emitting import EMITTED, Emitter
+from ..graphs import value_of
+from ..ops import LIBRARY, NAMESPACE
+from ..passes.context import Found
+from .questions import Condition
+
+DEVICES = {"rocm": "cuda", "tpu": "xla"}  # Machine's words to PyTorch's
+RELATIONS = {
+    sympy.Eq: "==", sympy.Ne: "!=", sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">=",
+}  # fmt: skip
+HOLDS = {
+    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+}  # fmt: skip
+
+
+class AttentionAssertionError(RuntimeError):
+    """A program was called with what its kernels were not chosen for."""
+
+
+def insert_assertions(
+    module: GraphModule,
+    signature: Any,
+    conditions: Sequence[Condition],
+    swapped: Sequence[Found],
+    device: str | None,
+) -> tuple[str, ...]:
+    """Writes the checks behind the inputs of the graph, and returns what each says.
+
+    device: the `Machine.device` that kernels were chosen for; None: the one that each input is on.
+    """
+    inputs = _user_inputs(module, signature)
+    first = next(node for node in module.graph.nodes if node.op != "placeholder")
+    value = next((value_of(node) for node in inputs if isinstance(value_of(node), Tensor)), None)
+    if value is None:
+        return ()
+    emitter = Emitter(module)
+    for node in inputs:
+        if isinstance(value_of(node), Tensor):
+            emitter.tensor(node)
+    said = []
+    watched = [node for node in inputs if _counts(node)] if swapped else []
+    if swapped and not any(found.node.graph is not module.graph for found in swapped):
+        read = _read_by([found.node for found in swapped])
+        watched = [node for node in watched if node in read]
+    with emitter.before(first, False, value):
+        if watched:
+            said.append(_check_inputs(emitter, watched, device, _sites([_named(found) for found in swapped])))
+        for condition in conditions:
+            said.append(_check_size(emitter, inputs, condition))
+    return tuple(said)
+
+
+def is_assertion(node: Node) -> bool:
+    return node.op == "call_function" and node.target in (CHECK_INPUTS, CHECK_SIZE)
+
+
+def _check_inputs(emitter: Emitter, watched: list[Node], device: str | None, sites: str) -> str:
+    names = [str(node.name) for node in watched]
+    dtypes = [str(value_of(node).dtype).removeprefix("torch.") for node in watched]
+    devices = [DEVICES.get(device, device) if device else value_of(node).device.type for node in watched]
+    devices = ["" if value_of(node).dim() == 0 else kind for node, kind in zip(watched, devices, strict=True)]
+    node = emitter.graph.call_function(
+        CHECK_INPUTS, (watched,), {"names": names, "dtypes": dtypes, "kinds": devices, "sites": sites}
+    )
+    node.meta |= {emitter.key: None, EMITTED: True}
+    parts = [
+        f"{name} {dtype}" + (f" on {kind}" if kind else "")
+        for name, dtype, kind in zip(names, dtypes, devices, strict=True)
+    ]
+    return f"inputs are {', '.join(parts)}: {sites}"
+
+
+def _check_size(emitter: Emitter, inputs: list[Node], condition: Condition) -> str:
+    sizes = _sizes(inputs)
+    relation = condition.relation
+    sites = _sites(condition.needed_by)
+    sign = RELATIONS.get(type(relation))
+    if sign is None:  # "or" and the like: as a number that must be 1
+        left, right, sign = sympy.Piecewise((1, relation), (0, True)), sympy.Integer(1), "=="
+    else:
+        left, right = relation.lhs, relation.rhs
+    shape_env = next(value.node.shape_env for _, _, _, value in sizes)
+    symbols = {str(symbol): place for symbol, place in _places(relation, sizes).items()}
+    says = f"{_text(left, symbols)} {sign} {_text(right, symbols)}"
+    anchor = next(node for node, _, _, _ in sizes if isinstance(value_of(node), Tensor))
+    found, needed = (_number(emitter, part, shape_env) for part in (left, right))
+    node = emitter.graph.call_function(
+        CHECK_SIZE, (anchor, found, needed), {"relation": sign, "says": says, "sites": sites}
+    )
+    node.meta |= {emitter.key: None, EMITTED: True}
+    return f"{says}: {sites}"
+
+
+def _number(emitter: Emitter, expr: Any, shape_env: Any) -> Any:
+    if expr.is_number:
+        return int(expr)
+    values = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
+    hint = int(expr.xreplace({symbol: values[symbol] for symbol in expr.free_symbols}))
+    return emitter._symbolic(shape_env.create_symintnode(expr, hint=hint))
+
+
+def _sizes(inputs: list[Node]) -> list[tuple[Node, int, Any, torch.SymInt]]:
+    """Every symbolic size of an input: its node, the dimension, its expression, its value."""
+    found: list[tuple[Node, int, Any, torch.SymInt]] = []
+    for node in inputs:
+        value = value_of(node)
+        if isinstance(value, Tensor):
+            found += [
+                (node, dim, size.node.expr, size) for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)
+            ]
+    return found
+
+
+def _places(relation: Any, sizes: Any) -> dict[Any, str]:
+    """For each symbol where it can be read: hidden_states.shape[1]."""
+    places: dict[Any, str] = {}
+    for node, dim, expr, _ in sizes:
+        if expr in relation.free_symbols:
+            places.setdefault(expr, f"{node.name}.shape[{dim}]")
+    return places
+
+
+def _text(expr: Any, symbols: dict[str, str]) -> str:
+    named = expr.xreplace({s: sympy.Symbol(symbols[str(s)]) for s in expr.free_symbols if str(s) in symbols})
+    if type(named).__name__ in ("Mod", "PythonMod") and len(named.args) == 2:
+        left, right = named.args
+        return f"{left} % {right}" if left.is_Symbol else f"({left}) % {right}"
+    return str(named)
+
+
+def _user_inputs(module: GraphModule, signature: Any) -> list[Node]:
+    users = {spec.arg.name for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT}
+    return [node for node in module.graph.nodes if node.op == "placeholder" and node.name in users]
+
+
+def _counts(node: Node) -> bool:
+    """Integers (positions, time steps, token ids) may come in any width."""
+    value = value_of(node)
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+
+
+def _read_by(nodes: Sequence[Node]) -> set[Node]:
+    seen: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return seen
+
+
+def _named(found: Found) -> tuple[str, str]:
+    return found.call.site, found.kernel.name if found.kernel else ""
+
+
+def _sites(needed_by: Sequence[tuple[str, str]]) -> str:
+    """attention site 'blocks.0.attn1' (_native_flash) and 3 more"""
+    named = [each for each in needed_by if each[0]]
+    if not named:
+        return "the rewritten attention"
+    site, kernel = named[0]
+    more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+    return f"attention site {site!r} ({kernel}){more}"
+
+
+# -- the ops
+
+REMEDY = "Call it as it was exported, or rewrite the program for such a call (attnrewrite.retarget)"
+
+
+def _inputs_are(
+    inputs: Sequence[Tensor], *, names: Sequence[str], dtypes: Sequence[str], kinds: Sequence[str], sites: str
+) -> None:
+    for tensor, name, dtype, kind in zip(inputs, names, dtypes, kinds, strict=True):
+        if tensor.dtype is not getattr(torch, dtype):
+            found = str(tensor.dtype).removeprefix("torch.")
+            raise AttentionAssertionError(f"{sites}: input {name!r} is {found}, needed is {dtype}. {REMEDY}")
+        if kind and tensor.device.type != kind:
+            raise AttentionAssertionError(
+                f"{sites}: input {name!r} is on {tensor.device.type}, needed is {kind}. Move it, and the program "
+                "(attnrewrite.load(path, device=...)), or rewrite the program for this device"
+            )
+
+
+def _size_is(anchor: Tensor, found: int, needed: int, *, relation: str, says: str, sites: str) -> None:
+    if not HOLDS[relation](found, needed):
+        raise AttentionAssertionError(
+            f"{sites}: needed is {says}, found {found}, where {relation} {needed} must hold. {REMEDY}"
+        )
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
+def _define(name: str, schema: str, real: Any) -> Any:
+    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", _nothing, lib=LIBRARY)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    torch.fx.node.has_side_effect(op)
+    return op
+
+
+CHECK_INPUTS = _define(
+    "check_program_inputs",
+    "(Tensor[] inputs, *, str[] names, str[] dtypes, str[] kinds, str sites) -> ()",
+    _inputs_are,
+)
+CHECK_SIZE = _define(
+    "check_program_size",
+    "(Tensor anchor, SymInt found, SymInt needed, *, str relation, str says, str sites) -> ()",
+    _size_is,
+)
