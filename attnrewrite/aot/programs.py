@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class Record:
 
     report: Report
     checks: tuple[str, ...]
-    original: ExportedProgram
+    original: Callable[[], Any]
 
 
 def rewrite(
@@ -71,7 +71,7 @@ def rewrite(
     outcome = rewrite_graph(module, policy, machine, exported=value_key(module) == "val")
     report = Report(str(policy))
     report.add(GraphReport("graph", outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged))
-    module.meta[RECORD] = Record(report, (), None)  # type: ignore[arg-type]
+    module.meta[RECORD] = Record(report, (), lambda: program)
     return module
 
 
@@ -115,7 +115,7 @@ def record_of(program: ExportedProgram | GraphModule) -> Record | None:
 def original_of(program: ExportedProgram) -> ExportedProgram:
     """The program before any rewriting of ours, where that is known."""
     record = record_of(program)
-    return record.original if record is not None else program
+    return record.original() if record is not None else program
 
 
 def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | None) -> ExportedProgram:
@@ -140,7 +140,7 @@ def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | N
     report.add(GraphReport("program", outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged))
     made: ExportedProgram = program._update(module, signature)
     made._guards_code = getattr(program, "_guards_code", None)
-    made.graph_module.meta[RECORD] = Record(report, checks, program)
+    made.graph_module.meta[RECORD] = Record(report, checks, lambda: program)
     return made
 
 
