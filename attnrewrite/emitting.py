@@ -118,7 +118,7 @@ class Emitter(TorchFunctionMode):
         if isinstance(value, torch.Tensor):
             return self._nodes[id(value)]
         if isinstance(value, torch.SymInt | torch.SymFloat):
-            return self._symbolic(value)
+            return self.number(value)
         if isinstance(value, torch.nn.Module):
             return self._attribute(value)
         return value
@@ -132,7 +132,7 @@ class Emitter(TorchFunctionMode):
             self.module.add_module(f"attnrewrite_{number}", module)
         return self.graph.get_attr(self._modules[id(module)])
 
-    def _symbolic(self, size: torch.SymInt | torch.SymFloat) -> Node | int | float:
+    def number(self, size: torch.SymInt | torch.SymFloat) -> Node | int | float:
         """A node for a symbolic number, computed from the sizes of tensors that are at hand."""
         from torch.utils._sympy.interp import sympy_interp
         from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -166,17 +166,32 @@ class Emitter(TorchFunctionMode):
                 if isinstance(value, torch.SymInt) and value.node.expr == symbol:
                     self._symbols[name] = node
                     return node
+            if (node := self._part_of_a_size(symbol)) is not None:
+                self._symbols[name] = node
+                return node
             raise RuntimeError(
                 f"attnrewrite: the symbol {name} is no size of a tensor at hand; please report this graph"
             )
         return self._symbols[name]
+
+    def _part_of_a_size(self, symbol: Any) -> Node | None:
+        """An exported program with a derived size has it as `2*s` only."""
+        for tensor in self._kept:
+            for dim, size in enumerate(tensor.shape):
+                if isinstance(size, torch.SymInt) and (times := size.node.expr / symbol).is_Integer and times > 0:
+                    whole = self.graph.call_function(torch.ops.aten.sym_size.int, (self._nodes[id(tensor)], dim))
+                    whole.meta |= {**self._meta, self.key: size, EMITTED: True}
+                    node = self.graph.call_function(operator.floordiv, (whole, int(times)))
+                    node.meta |= {**self._meta, self.key: size // int(times), EMITTED: True}
+                    return node
+        return None
 
 
 class _Operators(TorchDispatchMode):
     """Writes down the aten operators that a torch call is made of, below autograd and composites."""
 
     def __init__(self, emitter: Emitter) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.emitter = emitter
 
     def __torch_dispatch__(

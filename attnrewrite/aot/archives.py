@@ -2,7 +2,7 @@
 without them.
 
     <name>/models/model.json                         the graph
-    <name>/data/weights/model_weights_config.json    for each weight its dtype, sizes, strides and the entry that holds it
+    <name>/data/weights/model_weights_config.json    for each weight its dtype, sizes, strides, and its entry
     <name>/data/weights/weight_0 ...                 the bytes
     <name>/extra/...                                 files that are not PyTorch's
 
@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from .programs import RECORD, updated
+
 MODEL = "models/model.json"
 CONFIG = "data/weights/model_weights_config.json"
 WEIGHTS = "data/weights/"
@@ -32,7 +35,8 @@ EXTRA = "extra/"
 
 
 class ProgramFileError(RuntimeError):
-    """A file that is no such program, or not one for this machine. The message has the file, what is expected, what was found."""
+    """A file that is no such program, or not one for this machine. The message has the file, what is expected and what was
+    found."""
 
 
 @contextmanager
@@ -44,8 +48,8 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Archive]:
         raise ProgramFileError(f"{path}: there is no such file; expected is a .pt2 of torch.export.save") from None
     except (zipfile.BadZipFile, OSError) as error:
         raise ProgramFileError(
-            f"{path}: expected is the .pt2 archive of an exported program, found is something else, or a part of one ({error}). "
-            "Copy or save it again"
+            f"{path}: expected is the .pt2 archive of an exported program, found is something else, or a part of one "
+            f"({error}). Copy or save it again"
         ) from error
     with source:
         yield Archive(Path(path), source)
@@ -91,9 +95,7 @@ class Archive:
         made.seek(0)
         return loaded(made, self.path)
 
-    def copy(
-        self, target: Any, changed: Mapping[str, bytes], keep: Callable[[str], bool] = lambda name: True
-    ) -> None:
+    def copy(self, target: Any, changed: Mapping[str, bytes], keep: Callable[[str], bool] = lambda name: True) -> None:
         """Writes the archive with some entries changed or added; all others go over in pieces, never as a whole."""
         folder = next(iter(self.source.namelist())).partition("/")[0]
         with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as written:
@@ -122,22 +124,27 @@ def loaded(file: Any, path: Any = None) -> ExportedProgram:
 
 def graph_text(program: ExportedProgram) -> bytes:
     """The graph of a program as it stands in its file."""
-    made = io.BytesIO()
-    torch.export.save(light(program), made)
-    with zipfile.ZipFile(made) as archive:
+    with zipfile.ZipFile(_saved(program)) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(MODEL))
         return archive.read(name)
 
 
 def with_graph(program: ExportedProgram, text: bytes) -> ExportedProgram:
     """The program with another graph, which reads the same weights."""
-    made, changed = io.BytesIO(), io.BytesIO()
-    torch.export.save(light(program), made)
-    with zipfile.ZipFile(made) as source:
+    changed = io.BytesIO()
+    with zipfile.ZipFile(_saved(program)) as source:
         Archive(Path(), source).copy(changed, {MODEL: text})
     changed.seek(0)
     read = loaded(changed, "the program's original graph")
     return _with_state(read, {name: program.state_dict[name] for name in read.state_dict})
+
+
+def _saved(program: ExportedProgram) -> io.BytesIO:
+    made = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="No complete tensor found in the group")  # their strides are 0
+        torch.export.save(light(program), made)
+    return made
 
 
 def light(program: ExportedProgram) -> ExportedProgram:
@@ -151,16 +158,12 @@ def light(program: ExportedProgram) -> ExportedProgram:
 
 
 def _with_state(program: ExportedProgram, state: dict[str, Any]) -> ExportedProgram:
-    from .programs import RECORD
-
     record = program.graph_module.meta.pop(RECORD, None)  # nothing that torch.export could save
     try:
-        made: ExportedProgram = program._update(program.graph_module, program.graph_signature, state_dict=state)
+        return updated(program, program.graph_module, program.graph_signature, state)
     finally:
         if record is not None:
             program.graph_module.meta[RECORD] = record
-    made._guards_code = getattr(program, "_guards_code", None)
-    return made
 
 
 @contextmanager

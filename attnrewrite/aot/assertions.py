@@ -1,39 +1,21 @@
-"""Checks as nodes: what was decided when a program was rewritten, asked again at every call.
-
-Two ops, at the top of the graph. They return nothing and have a side effect, so that torch.export, its decompositions,
-torch.compile and AOTInductor keep them; AOTInductor drops `aten._assert_tensor_metadata` and the text of
-`aten._assert_scalar` (2.13). Each stops with an `AttentionAssertionError`: the site, what was found, what is needed.
-"""
+"""Checks as nodes: what was decided when a program was rewritten, asked again at every call (check_ops.py)."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
-from torch.export.graph_signature import InputKind
 from torch.fx import GraphModule, Node
 
 from ..emitting import EMITTED, Emitter
 from ..graphs import value_of
-from ..ops import LIBRARY, NAMESPACE
 from ..passes.context import Found
+from .check_ops import CHECK_INPUTS, CHECK_SIZE
 from .questions import Condition
 
 DEVICES = {"rocm": "cuda", "tpu": "xla"}  # Machine's words to PyTorch's
-RELATIONS = {
-    sympy.Eq: "==", sympy.Ne: "!=", sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">=",
-}  # fmt: skip
-HOLDS = {
-    "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
-}  # fmt: skip
-
-
-class AttentionAssertionError(RuntimeError):
-    """A program was called with what its kernels were not chosen for."""
 
 
 def insert_assertions(
@@ -69,10 +51,6 @@ def insert_assertions(
     return tuple(said)
 
 
-def is_assertion(node: Node) -> bool:
-    return node.op == "call_function" and node.target in (CHECK_INPUTS, CHECK_SIZE)
-
-
 def _check_inputs(emitter: Emitter, watched: list[Node], device: str | None, sites: str) -> str:
     names = [str(node.name) for node in watched]
     dtypes = [str(value_of(node).dtype).removeprefix("torch.") for node in watched]
@@ -90,10 +68,13 @@ def _check_inputs(emitter: Emitter, watched: list[Node], device: str | None, sit
 
 
 def _check_size(emitter: Emitter, inputs: list[Node], condition: Condition) -> str:
+    import sympy  # type: ignore[import-untyped]
+
     sizes = _sizes(inputs)
     relation = condition.relation
     sites = _sites(condition.needed_by)
-    sign = RELATIONS.get(type(relation))
+    signs = {sympy.Eq: "==", sympy.Ne: "!=", sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">="}
+    sign = signs.get(type(relation))
     if sign is None:  # "or" and the like: as a number that must be 1
         left, right, sign = sympy.Piecewise((1, relation), (0, True)), sympy.Integer(1), "=="
     else:
@@ -115,17 +96,19 @@ def _number(emitter: Emitter, expr: Any, shape_env: Any) -> Any:
         return int(expr)
     values = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
     hint = int(expr.xreplace({symbol: values[symbol] for symbol in expr.free_symbols}))
-    return emitter._symbolic(shape_env.create_symintnode(expr, hint=hint))
+    return emitter.number(shape_env.create_symintnode(expr, hint=hint))
 
 
-def _sizes(inputs: list[Node]) -> list[tuple[Node, int, Any, torch.SymInt]]:
+def _sizes(inputs: list[Node]) -> list[tuple[Node, int, Any, Any]]:
     """Every symbolic size of an input: its node, the dimension, its expression, its value."""
-    found: list[tuple[Node, int, Any, torch.SymInt]] = []
+    found: list[tuple[Node, int, Any, Any]] = []
     for node in inputs:
         value = value_of(node)
         if isinstance(value, Tensor):
             found += [
-                (node, dim, size.node.expr, size) for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)
+                (node, dim, size.node.expr, size)
+                for dim, size in enumerate(value.shape)
+                if isinstance(size, torch.SymInt)
             ]
     return found
 
@@ -140,6 +123,8 @@ def _places(relation: Any, sizes: Any) -> dict[Any, str]:
 
 
 def _text(expr: Any, symbols: dict[str, str]) -> str:
+    import sympy
+
     named = expr.xreplace({s: sympy.Symbol(symbols[str(s)]) for s in expr.free_symbols if str(s) in symbols})
     if type(named).__name__ in ("Mod", "PythonMod") and len(named.args) == 2:
         left, right = named.args
@@ -148,6 +133,8 @@ def _text(expr: Any, symbols: dict[str, str]) -> str:
 
 
 def _user_inputs(module: GraphModule, signature: Any) -> list[Node]:
+    from torch.export.graph_signature import InputKind
+
     users = {spec.arg.name for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT}
     return [node for node in module.graph.nodes if node.op == "placeholder" and node.name in users]
 
@@ -181,54 +168,3 @@ def _sites(needed_by: Sequence[tuple[str, str]]) -> str:
     site, kernel = named[0]
     more = f" and {len(named) - 1} more" if len(named) > 1 else ""
     return f"attention site {site!r} ({kernel}){more}"
-
-
-# -- the ops
-
-REMEDY = "Call it as it was exported, or rewrite the program for such a call (attnrewrite.retarget)"
-
-
-def _inputs_are(
-    inputs: Sequence[Tensor], *, names: Sequence[str], dtypes: Sequence[str], kinds: Sequence[str], sites: str
-) -> None:
-    for tensor, name, dtype, kind in zip(inputs, names, dtypes, kinds, strict=True):
-        if tensor.dtype is not getattr(torch, dtype):
-            found = str(tensor.dtype).removeprefix("torch.")
-            raise AttentionAssertionError(f"{sites}: input {name!r} is {found}, needed is {dtype}. {REMEDY}")
-        if kind and tensor.device.type != kind:
-            raise AttentionAssertionError(
-                f"{sites}: input {name!r} is on {tensor.device.type}, needed is {kind}. Move it, and the program "
-                "(attnrewrite.load(path, device=...)), or rewrite the program for this device"
-            )
-
-
-def _size_is(anchor: Tensor, found: int, needed: int, *, relation: str, says: str, sites: str) -> None:
-    if not HOLDS[relation](found, needed):
-        raise AttentionAssertionError(
-            f"{sites}: needed is {says}, found {found}, where {relation} {needed} must hold. {REMEDY}"
-        )
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
-def _define(name: str, schema: str, real: Any) -> Any:
-    LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(name, real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", _nothing, lib=LIBRARY)
-    op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    torch.fx.node.has_side_effect(op)
-    return op
-
-
-CHECK_INPUTS = _define(
-    "check_program_inputs",
-    "(Tensor[] inputs, *, str[] names, str[] dtypes, str[] kinds, str sites) -> ()",
-    _inputs_are,
-)
-CHECK_SIZE = _define(
-    "check_program_size",
-    "(Tensor anchor, SymInt found, SymInt needed, *, str relation, str says, str sites) -> ()",
-    _size_is,
-)

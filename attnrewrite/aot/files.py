@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,7 +57,9 @@ def load(path: Path_, device: str | torch.device | None = None) -> ExportedProgr
     program = moved(loaded(path), device)
     if manifest is not None:
         program.graph_module.meta[RECORD] = Record(
-            manifest.report, manifest.checks, lambda: moved(with_graph(program, original), device) if original else program
+            manifest.report,
+            manifest.checks,
+            lambda: moved(with_graph(program, original), device) if original else program,
         )
     return program
 
@@ -107,6 +108,7 @@ def explain_file(path: Path_, *choices: Choice, machine: Machine | None = None) 
         manifest = _manifest(archive)
         if manifest is not None and not choices:
             return manifest.report
+        archive.program()
         program = _graph(archive)
     target = machine or (manifest.machine if manifest else None)
     return planned(program, choices or ("native",), target)

@@ -57,8 +57,8 @@ class Manifest:
             data = json.loads(text)
             if data["format"] > FORMAT:
                 raise ProgramFileError(
-                    f"{path}: it was written by attnrewrite {data['attnrewrite']} in format {data['format']}; expected is format "
-                    f"{FORMAT}, which attnrewrite {__version__} reads. Update attnrewrite"
+                    f"{path}: it was written by attnrewrite {data['attnrewrite']} in format {data['format']}; expected is "
+                    f"format {FORMAT}, which attnrewrite {__version__} reads. Update attnrewrite"
                 )
             report = Report.from_json(json.dumps(data["report"]))
             return Manifest(data["attnrewrite"], data["torch"], report, tuple(data["checks"]), tuple(data["python"]))

@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 
 from ..reports import Report
 from .archives import ProgramFileError, opened, whole
-from .assertions import is_assertion
+from .check_ops import is_assertion
 from .manifests import MANIFEST, Manifest, check_machine, manifest_of
 from .programs import record_of
 
@@ -29,7 +29,7 @@ class NeedsPythonError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Package:
+class CompiledPackage:
     """path: the file. python: "site (kernel)" for each kernel that only a Python process has; empty: C++ may load it.
     report: the plan, None for a program that was not rewritten."""
 
@@ -49,7 +49,7 @@ def aot_compile(
     cpp: bool = False,
     weights: bool = True,
     options: Mapping[str, Any] | None = None,
-) -> Package:
+) -> CompiledPackage:
     """Compiles a program with AOTInductor, for the device that its tensors are on, and writes the package to `path`.
 
         attnrewrite.aot_compile(attnrewrite.export(model, args, backend="_native_flash"), "model.pt2")
@@ -84,7 +84,7 @@ def aot_compile(
             with zipfile.ZipFile(temporary, "a") as archive:
                 folder = archive.namelist()[0].partition("/")[0]
                 archive.writestr(f"{folder}/{MANIFEST}", text)
-    return Package(os.fspath(path), python, record.report if record else None)
+    return CompiledPackage(os.fspath(path), python, record.report if record else None)
 
 
 class LoadedPackage:
@@ -157,4 +157,4 @@ def _named(node: Node) -> str:
     return str(node.target)
 
 
-__all__ = ["CHECKS_HEADER", "LoadedPackage", "NeedsPythonError", "Package", "aot_compile", "load_package"]
+__all__ = ["CHECKS_HEADER", "CompiledPackage", "LoadedPackage", "NeedsPythonError", "aot_compile", "load_package"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +20,8 @@ from ..machines import Machine
 from ..pipeline import rewrite_graph
 from ..policies import Choice, Policy, make_policy
 from ..reports import GraphReport, Report
-from .assertions import insert_assertions, is_assertion
+from .assertions import insert_assertions
+from .check_ops import is_assertion
 from .questions import conditions, noted
 
 RECORD = "attnrewrite"  # in the metadata of the graph module of a rewritten program
@@ -102,7 +105,9 @@ def report_of(program: ExportedProgram | GraphModule) -> Report:
     before)."""
     record = record_of(program)
     if record is None:
-        raise ValueError("this program has no report: it comes neither from attnrewrite.rewrite nor from attnrewrite.load")
+        raise ValueError(
+            "this program has no report: it comes neither from attnrewrite.rewrite nor from attnrewrite.load"
+        )
     return record.report
 
 
@@ -138,8 +143,7 @@ def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | N
     module.recompile()
     report = Report(str(policy))
     report.add(GraphReport("program", outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged))
-    made: ExportedProgram = program._update(module, signature)
-    made._guards_code = getattr(program, "_guards_code", None)
+    made = updated(program, module, signature)
     made.graph_module.meta[RECORD] = Record(report, checks, lambda: program)
     return made
 
@@ -153,11 +157,33 @@ def copy_of(module: GraphModule) -> GraphModule:
                 memo[id(tensor)] = tensor
     record = module.meta.pop(RECORD, None)
     try:
-        copied = copy.deepcopy(module, memo)
+        with _own_warnings_of_torch():
+            copied = copy.deepcopy(module, memo)
     finally:
         if record is not None:
             module.meta[RECORD] = record
     return copied
+
+
+def updated(
+    program: ExportedProgram,
+    module: GraphModule,
+    signature: ExportGraphSignature,
+    state: dict[str, Any] | None = None,
+) -> ExportedProgram:
+    """A program of another graph, or other weights, that is the same otherwise; the verifier has seen it."""
+    with _own_warnings_of_torch():
+        made: ExportedProgram = program._update(module, signature, state_dict=state)
+    if hasattr(program, "_guards_code"):  # not in every version
+        made._guards_code = program._guards_code
+    return made
+
+
+@contextmanager
+def _own_warnings_of_torch() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # 2.11 to 2.13
+        yield
 
 
 def _name_literals(module: GraphModule, program: ExportedProgram) -> None:
@@ -182,5 +208,5 @@ def _renamed(signature: ExportGraphSignature, before: list[Any], after: list[Any
     renamed = copy.deepcopy(signature)
     for spec, old, new in zip(renamed.output_specs, before, after, strict=True):
         if old is not new and getattr(spec.arg, "name", None) == getattr(old, "name", ""):
-            spec.arg.name = new.name  # type: ignore[union-attr]
+            spec.arg.name = new.name
     return renamed

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch.fx import GraphModule
 
@@ -54,6 +53,8 @@ def noted(module: GraphModule, ranges: Any) -> Iterator[Questions]:
 
 def conditions(questions: Questions, swapped: Sequence[Found], ranges: Any) -> tuple[Condition, ...]:
     """The distinct conditions that the swapped sites need, in the order in which they were asked."""
+    import sympy  # type: ignore[import-untyped]
+
     taken = {found.call.site for found in swapped}
     asked = [each for each in questions.asked if each[1] in taken or not each[1]] if taken else []
     asked += [each for found in swapped for each in _some(found, ranges)]
@@ -67,6 +68,8 @@ def conditions(questions: Questions, swapped: Sequence[Found], ranges: Any) -> t
 def _some(found: Found, ranges: Any) -> Iterator[tuple[Any, str, str]]:
     """A kernel that does not take length 0. PyTorch takes symbolic sizes for at least 2, so that asking gives no condition,
     but lets the program run with 0 and 1."""
+    import sympy
+
     kernel = found.kernel
     if kernel is None or kernel.op is None or kernel.empty:
         return
@@ -79,11 +82,13 @@ def _some(found: Found, ranges: Any) -> Iterator[tuple[Any, str, str]]:
 
 def _answering(mode: Any, questions: Questions, ranges: Any) -> Any:
     """The ShapeEnv, with questions answered here until its attribute is deleted again."""
+    import sympy
+
     shape_env = mode.shape_env
     original = shape_env.evaluate_expr
 
     def evaluate(expr: Any, *args: Any, **kwargs: Any) -> Any:
-        symbols = getattr(expr, "free_symbols", set())
+        symbols: Any = getattr(expr, "free_symbols", ())
         # 2.13 says backed_var_to_val
         values = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
         if not symbols or not all(symbol in values for symbol in symbols):
@@ -106,6 +111,7 @@ def _answering(mode: Any, questions: Questions, ranges: Any) -> Any:
 
 def _known(expr: Any, ranges: Any, least: int) -> Any:
     """The answer for every size in the program's ranges, None if there is none. Sizes are at least `least`."""
+    import sympy
     from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
     if expr in (sympy.true, sympy.false):
@@ -119,25 +125,29 @@ def _known(expr: Any, ranges: Any, least: int) -> Any:
     found: Any = bound_sympy(expr, bounds)
     if found.is_singleton():
         return found.lower
-    sign = SIGNS.get(type(expr))
-    if sign is None:
+    relations = {sympy.Eq: "Eq", sympy.Ne: "Ne", sympy.Lt: "Lt", sympy.Le: "Le", sympy.Gt: "Gt", sympy.Ge: "Ge"}
+    relation = relations.get(type(expr))
+    if relation is None:
         return None
     difference = sympy.expand(expr.lhs - expr.rhs)  # s <= s - s % 16 + 16, where each side alone may be anything
-    answer = sign(bound_sympy(difference, bounds))
+    answer = _holds_within(relation, bound_sympy(difference, bounds))
     if answer is None and difference.is_polynomial(*difference.free_symbols):
-        answer = sign(bound_sympy(sympy.factor(difference), bounds))  # s < s ** 2
+        answer = _holds_within(relation, bound_sympy(sympy.factor(difference), bounds))  # s < s ** 2
     return None if answer is None else sympy.sympify(answer)
 
 
-# For each relation whether it holds, by the range that the difference of its sides is in; None: for some values only.
-SIGNS: dict[Any, Any] = {
-    sympy.Lt: lambda by: True if by.upper < 0 else False if by.lower >= 0 else None,
-    sympy.Le: lambda by: True if by.upper <= 0 else False if by.lower > 0 else None,
-    sympy.Gt: lambda by: True if by.lower > 0 else False if by.upper <= 0 else None,
-    sympy.Ge: lambda by: True if by.lower >= 0 else False if by.upper < 0 else None,
-    sympy.Eq: lambda by: False if by.lower > 0 or by.upper < 0 else None,
-    sympy.Ne: lambda by: True if by.lower > 0 or by.upper < 0 else None,
-}
+def _holds_within(relation: str, by: Any) -> bool | None:
+    """Whether a relation holds, by the range that the difference of its sides is in; None: for some values only."""
+    below, above = by.upper < 0, by.lower > 0
+    answers = {
+        "Eq": False if below or above else None,
+        "Ne": True if below or above else None,
+        "Lt": True if below else False if by.lower >= 0 else None,
+        "Ge": False if below else True if by.lower >= 0 else None,
+        "Gt": True if above else False if by.upper <= 0 else None,
+        "Le": False if above else True if by.upper <= 0 else None,
+    }
+    return answers[relation]
 
 
 def _fake_modes(module: GraphModule) -> list[Any]:
@@ -147,4 +157,3 @@ def _fake_modes(module: GraphModule) -> list[Any]:
         if mode is not None:
             modes[id(mode)] = mode
     return list(modes.values())
-
