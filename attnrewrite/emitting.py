@@ -152,39 +152,39 @@ class Emitter(TorchFunctionMode):
     def _symbol(self, symbol: Any) -> Node:
         name = str(symbol)
         if name not in self._symbols:
-            for tensor in self._kept:
-                for dim, size in enumerate(tensor.shape):
-                    if isinstance(size, torch.SymInt) and size.node.expr == symbol:
-                        node: Node = self.graph.call_function(
-                            torch.ops.aten.sym_size.int, (self._nodes[id(tensor)], dim)
-                        )
-                        node.meta |= {**self._meta, self.key: size}
-                        self._symbols[name] = node
-                        return node
-            for node in self.graph.find_nodes(op="placeholder"):
-                value = value_of(node)
-                if isinstance(value, torch.SymInt) and value.node.expr == symbol:
-                    self._symbols[name] = node
-                    return node
-            if (node := self._part_of_a_size(symbol)) is not None:
-                self._symbols[name] = node
-                return node
-            raise RuntimeError(
-                f"attnrewrite: the symbol {name} is no size of a tensor at hand; please report this graph"
-            )
+            self._symbols[name] = self._found(symbol)
         return self._symbols[name]
 
-    def _part_of_a_size(self, symbol: Any) -> Node | None:
-        """An exported program with a derived size has it as `2*s` only."""
-        for tensor in self._kept:
-            for dim, size in enumerate(tensor.shape):
-                if isinstance(size, torch.SymInt) and (times := size.node.expr / symbol).is_Integer and times > 0:
-                    whole = self.graph.call_function(torch.ops.aten.sym_size.int, (self._nodes[id(tensor)], dim))
-                    whole.meta |= {**self._meta, self.key: size, EMITTED: True}
-                    node = self.graph.call_function(operator.floordiv, (whole, int(times)))
-                    node.meta |= {**self._meta, self.key: size // int(times), EMITTED: True}
-                    return node
-        return None
+    def _found(self, symbol: Any) -> Node:
+        """A node for a symbol: an input, the size of a tensor, or, where an exported program has derived sizes, a part of one:
+        2*s stands there for s."""
+        inputs: list[Node] = list(self.graph.find_nodes(op="placeholder"))
+        sizes = [(self._nodes[id(tensor)], tensor) for tensor in self._kept]
+        sizes += [(node, value) for node in inputs if isinstance(value := value_of(node), torch.Tensor)]
+        symbolic: list[tuple[Node, int, Any]] = [
+            (node, dim, size)
+            for node, tensor in sizes
+            for dim, size in enumerate(tensor.shape)
+            if isinstance(size, torch.SymInt)
+        ]
+        for node, dim, size in symbolic:
+            if size.node.expr == symbol:
+                return self._call(torch.ops.aten.sym_size.int, (node, dim), size)
+        for node in inputs:
+            value = value_of(node)
+            if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+                return node
+        for node, dim, size in symbolic:
+            times = size.node.expr / symbol
+            if times.is_Integer and times > 0:
+                whole = self._call(torch.ops.aten.sym_size.int, (node, dim), size)
+                return self._call(operator.floordiv, (whole, int(times)), size // int(times))
+        raise RuntimeError(f"attnrewrite: the symbol {symbol} is no size of a tensor at hand; please report this graph")
+
+    def _call(self, function: Any, args: tuple[Any, ...], value: Any) -> Node:
+        node = self.graph.call_function(function, args)
+        node.meta |= {**self._meta, self.key: value, EMITTED: True}
+        return node
 
 
 class _Operators(TorchDispatchMode):

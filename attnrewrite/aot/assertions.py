@@ -106,7 +106,7 @@ def _sizes(inputs: list[Node]) -> list[tuple[Node, int, Any, Any]]:
         value = value_of(node)
         if isinstance(value, Tensor):
             found += [
-                (node, dim, size.node.expr, size)
+                (node, dim, size.node.expr, size)  # type: ignore[attr-defined]
                 for dim, size in enumerate(value.shape)
                 if isinstance(size, torch.SymInt)
             ]

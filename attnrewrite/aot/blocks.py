@@ -60,8 +60,9 @@ def aot_compile_blocks(
 
 
 def load_blocks(model: torch.nn.Module, folder: str | os.PathLike[str], device_index: int = -1) -> int:
-    """Lets every repeated block of `model` run the package of its class, with its own weights, which are not copied. Returns
-    how many do. `del block.forward` undoes it. Gradients do not flow through.
+    """Lets every repeated block of `model` run the package of its class, with its own weights, which are not copied.
+
+    Returns how many do. `del block.forward` undoes it. Gradients do not flow through.
 
     Raises `ProgramFileError` as `load_package` does, and if the folder lacks a package.
     """
