@@ -44,7 +44,8 @@ def aot_compile_blocks(
         first.setdefault(type(block).__name__, block)
     if not first:
         raise ValueError(
-            f"{type(model).__name__} declares no repeated blocks (_repeated_blocks): use attnrewrite.export and attnrewrite.aot_compile"
+            f"{type(model).__name__} declares no repeated blocks (_repeated_blocks): use attnrewrite.export and "
+            "attnrewrite.aot_compile"
         )
     given = _inputs(model, first, args, kwargs or {})
     Path(folder).mkdir(parents=True, exist_ok=True)

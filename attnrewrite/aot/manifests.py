@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from packaging.version import InvalidVersion, Version
 
 from ..machines import Machine, installed, machine_of
 from ..plans import Site
@@ -123,6 +122,8 @@ def _is_from(source: Any, text: str) -> bool:
 
 
 def _older(found: str, needed: str) -> str:
+    from packaging.version import InvalidVersion, Version
+
     try:
         return ", which is older" if Version(found) < Version(needed) else ", which is newer"
     except InvalidVersion:
