@@ -84,7 +84,7 @@ def test_bad_packages(packaged, tmp_path):
     with pytest.raises(attnrewrite.ProgramFileError, match=r"cut\.pt2: .*or a part of one"):
         attnrewrite.load_package(tmp_path / "cut.pt2")
     with pytest.raises(
-        attnrewrite.ProgramFileError, match="expected is an exported program.*found is an AOTInductor package"
+        attnrewrite.ProgramFileError, match=r"expected is an exported program.*found is an AOTInductor package"
     ):
         attnrewrite.load(folder / "package.pt2")
     with zipfile.ZipFile(tmp_path / "other.pt2", "w") as archive:
