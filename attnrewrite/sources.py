@@ -147,7 +147,7 @@ def load(source: Source, trust: bool = False) -> str:
     return _TEXTS[source, trust]
 
 
-def library(text: str) -> ModuleType:
+def library(text: str, trust: bool = False) -> ModuleType:
     """The module behind a source's text, for an op that is about to call it.
 
     In a process that has not loaded it (a saved program), it is loaded now. Raises `SourceError` if what is there now is
@@ -155,7 +155,7 @@ def library(text: str) -> ModuleType:
     """
     if (module := _LIBRARIES.get(text)) is None:
         source = _parsed(text)
-        found = load(source)
+        found = load(source, trust)
         pinned = not isinstance(source, Hub) or re.fullmatch("[0-9a-f]{40}|local:.*", source.revision or "")
         if found != text and pinned:
             raise SourceError(

@@ -88,8 +88,8 @@ def rewriting(depths):
         with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             model, inputs = flux(blocks)
             program = torch.export.export(model, (), {**inputs, "return_dict": False}, strict=False)
-            took = [seconds(attnrewrite.rewrite, program, "_native_flash") for _ in range(3)]
-            swapped = attnrewrite.report_of(attnrewrite.rewrite(program, "_native_flash")).swapped
+        took = [seconds(attnrewrite.rewrite, program, "_native_flash") for _ in range(3)]
+        swapped = attnrewrite.report_of(attnrewrite.rewrite(program, "_native_flash")).swapped
         print(
             f"  {blocks:3d} blocks, {len(program.graph.nodes):6d} nodes, {swapped:3d} swapped: first {took[0]:.2f} s, "
             f"median {statistics.median(took):.2f} s, {1000 * statistics.median(took) / blocks:.1f} ms a block",
@@ -253,6 +253,7 @@ def main():
     parser.add_argument("--small", action="store_true", help="--export: 64 tokens, for this CPU, to try the script")
     parser.add_argument("--packages", nargs="+", default=PACKAGES, metavar="NAME=VERSION")
     parser.add_argument("--blocks", type=int, nargs="*", default=[8, 16, 32, 57], help="depths of the rewrite's bench")
+    parser.add_argument("--only-rewrite", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
@@ -263,8 +264,10 @@ def main():
         running(options.run, options.rounds, options.json, options.device)
     else:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
-        packaging(options.rounds)
-        rewriting(options.blocks)
+        if options.blocks:
+            rewriting(options.blocks)
+        if not options.only_rewrite:
+            packaging(options.rounds)
 
 
 if __name__ == "__main__":

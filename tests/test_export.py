@@ -24,6 +24,7 @@ from attnrewrite import HeadDim, Machine, MaskKind, holds, records_of
 from attnrewrite.aot import archives, manifests
 from attnrewrite.aot.check_ops import CHECK_INPUTS, CHECK_SIZE, is_assertion
 from attnrewrite.aot.programs import record_of
+from attnrewrite.aot.questions import noted
 from attnrewrite.decisions import Code, Refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch.export's own
@@ -217,6 +218,8 @@ def test_every_kernel_of_a_package_can_be_exported(record, stand_ins):
     made = attnrewrite.rewrite(program, record, numerics="quantised", machine=doubles.machine_for(record))
     (site,) = attnrewrite.report_of(made).sites
     assert site.chosen == record.name, site
+    (check,) = (node for node in assertions(made) if node.target is CHECK_INPUTS)
+    assert check.kwargs["names"] == ["q", "k", "v"]
     for node in assertions(made):
         made.graph_module.graph.erase_node(node)  # it is for another device
     made.graph_module.recompile()
@@ -258,6 +261,47 @@ def test_one_check_a_condition_and_not_one_a_site():
     assert relative(made.module()(wide := torch.randn(5, 12, 24)), model(wide)) < 1e-6
     assert "needed is x.shape[1] % 4 == 0, found 2, where == 0 must hold" in violated(made, torch.randn(2, 10, 24))
     assert "needed is x.shape[1] >= 1, found 0" in violated(made, torch.randn(2, 0, 24))
+
+
+def test_a_second_rewrite_asks_again():
+    """No result comes from a cache, which would ask nothing."""
+    program, _, _ = exported(Attend(2), torch.randn(2, 8, 24), dynamic=SIZES)
+    first, second = (attnrewrite.rewrite(program, limited(multiple_of_4)) for _ in range(2))
+    assert record_of(first).checks == record_of(second).checks
+    assert len(record_of(first).checks) > 1
+    program, _, _ = exported(
+        Attend(), torch.randn(2, 8, 24), torch.randn(2, 8, 24), dynamic=({1: Dim("s")}, {1: Dim("t")})
+    )
+    one, other = (node.meta["val"] for node in program.graph.nodes if node.name in ("x", "context"))
+    for _ in range(2):
+        with noted(program.graph_module, program.range_constraints) as questions, one.fake_mode:
+            one + other
+        assert len(questions.asked) == 1
+
+
+def test_a_gradient_is_never_lost(stand_ins):
+    """An exported graph does not say that weights are trained; a kernel without a backward would leave them out in silence."""
+    record = stand_ins(next(each for each in doubles.KERNELS if each.name == "_flash_3"))
+    model, x = Attend().half(), torch.randn(2, 64, 24, dtype=torch.float16)
+    made = attnrewrite.rewrite(torch.export.export(model, (x,)), record, machine=replace(doubles.machine_for(record)))
+    (check,) = (node for node in assertions(made) if "gradient" in str(node.target))
+    assert [node.name for node in check.args[0]] == ["x", "p_layers_0_weight"]
+    for node in assertions(made):
+        if node is not check:
+            made.graph_module.graph.erase_node(node)  # for another device
+    made.graph_module.recompile()
+    with pytest.raises(attnrewrite.AttentionAssertionError, match=r"'Attend' \(_flash_3\): a gradient is asked for"):
+        made.module()(x)
+    with torch.no_grad():
+        assert made.module()(x).shape == x.shape
+
+    made = attnrewrite.rewrite(torch.export.export(Attend(), (x.float(),)), "_native_flash").module()
+    made(x.float()).sum().backward()
+    plain = torch.export.export(Attend(), (x.float(),)).module()
+    plain.load_state_dict(made.state_dict())
+    plain(x.float()).sum().backward()
+    for name, parameter in plain.named_parameters():
+        assert relative(made.get_parameter(name).grad, parameter.grad) < 1e-5
 
 
 def test_ranges_make_checks_superfluous():
@@ -376,6 +420,14 @@ def test_the_plan_is_json_and_nothing_more_is_unpickled(saved, monkeypatch):
     calls.clear()
     attnrewrite.load(path)
     assert len(calls) == theirs
+
+
+def test_a_record_of_ones_own(tmp_path):
+    program, model, tensors = exported()
+    attnrewrite.save(attnrewrite.rewrite(program, limited()), tmp_path / "a.pt2")
+    loaded = attnrewrite.load(tmp_path / "a.pt2")
+    assert attnrewrite.report_of(loaded).sites[0].chosen == "limited"
+    assert relative(loaded.module()(*tensors), model(*tensors)) < 1e-6
 
 
 def test_retarget_there_and_back(saved, tmp_path, capsys):
@@ -520,6 +572,8 @@ def test_a_file_is_written_whole_or_not_at_all(saved, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         attnrewrite.save(made, path)
     assert path.read_bytes() == before
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        attnrewrite.save(made, tmp_path / "none" / "a.pt2")
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 
 

@@ -170,6 +170,8 @@ def _with_state(program: ExportedProgram, state: dict[str, Any]) -> ExportedProg
 def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A temporary file beside `path`, which takes its place at the end, if all went well."""
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {target.parent}. Make it first")
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".pt2", dir=target.parent)
     os.close(handle)
     try:

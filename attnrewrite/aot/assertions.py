@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from ..emitting import EMITTED, Emitter
 from ..graphs import value_of
 from ..passes.context import Found
-from .check_ops import CHECK_INPUTS, CHECK_SIZE
+from .check_ops import CHECK_GRADIENT, CHECK_INPUTS, CHECK_SIZE
 from .questions import Condition
 
 DEVICES = {"rocm": "cuda", "tpu": "xla"}  # Machine's words to PyTorch's
@@ -24,10 +24,12 @@ def insert_assertions(
     conditions: Sequence[Condition],
     swapped: Sequence[Found],
     device: str | None,
+    trainable: Collection[str],
 ) -> tuple[str, ...]:
     """Writes the checks behind the inputs of the graph, and returns what each says.
 
     device: the `Machine.device` that kernels were chosen for; None: the one that each input is on.
+    trainable: the inputs that are parameters which may need a gradient.
     """
     inputs = _user_inputs(module, signature)
     first = next(node for node in module.graph.nodes if node.op != "placeholder")
@@ -40,12 +42,18 @@ def insert_assertions(
             emitter.tensor(node)
     said = []
     watched = [node for node in inputs if _counts(node)] if swapped else []
-    if swapped and not any(found.node.graph is not module.graph for found in swapped):
-        read = _read_by([found.node for found in swapped])
+    below = any(found.node.graph is not module.graph for found in swapped)  # in a graph that this one calls
+    places = _places_of_swaps(module)
+    if swapped and not below:
+        read = _read_by(places)
         watched = [node for node in watched if node in read]
     with emitter.before(first, False, value):
         if watched:
             said.append(_check_inputs(emitter, watched, device, _sites([_named(found) for found in swapped])))
+        if forward_only := [found for found in swapped if not _has_gradient(found)]:
+            tensors = [node for node in inputs if _counts(node) and value_of(node).dtype != torch.bool]
+            tensors += _parameters(module, None if below else places, trainable)
+            said.append(_check_gradient(emitter, tensors, _sites([_named(found) for found in forward_only])))
         for condition in conditions:
             said.append(_check_size(emitter, inputs, condition))
     return tuple(said)
@@ -65,6 +73,45 @@ def _check_inputs(emitter: Emitter, watched: list[Node], device: str | None, sit
         for name, dtype, kind in zip(names, dtypes, devices, strict=True)
     ]
     return f"inputs are {', '.join(parts)}: {sites}"
+
+
+def _check_gradient(emitter: Emitter, tensors: list[Node], sites: str) -> str:
+    node = emitter.graph.call_function(CHECK_GRADIENT, (tensors,), {"sites": sites})
+    node.meta |= {emitter.key: None, EMITTED: True}
+    return f"no gradient is asked for: {sites}"
+
+
+def _has_gradient(found: Found) -> bool:
+    """Whether what was put in has its gradient although none was asked for: operators with a formula that needs nothing more
+    than their inputs and outputs. The others were told not to keep what their backward needs."""
+    return found.kernel is not None and (
+        found.kernel.op is None or found.kernel.name in ("_native_math", "_native_flash")
+    )
+
+
+def _places_of_swaps(module: GraphModule) -> list[Node]:
+    """What came of the swaps, as it stands after all passes: emitted nodes that others read."""
+    return [
+        node for node in module.graph.nodes
+        if EMITTED in node.meta and any(EMITTED not in user.meta for user in node.users)
+    ]  # fmt: skip
+
+
+def _parameters(module: GraphModule, places: Sequence[Node] | None, trainable: Collection[str]) -> list[Node]:
+    """A parameter that may need a gradient behind each of these attentions; the nearest will do. None: anywhere."""
+    nearest: dict[Node, None] = {}
+    if places is None:
+        return [node for node in module.graph.find_nodes(op="placeholder") if node.name in trainable]
+    for place in places:
+        seen, waiting = {place}, [place]
+        while waiting:
+            node = waiting.pop(0)
+            if node.op == "placeholder" and node.name in trainable:
+                nearest[node] = None
+                break
+            waiting += [each for each in node.all_input_nodes if each not in seen]
+            seen.update(node.all_input_nodes)
+    return list(nearest)
 
 
 def _check_size(emitter: Emitter, inputs: list[Node], condition: Condition) -> str:

@@ -1,4 +1,4 @@
-"""The two ops that check the inputs of a rewritten program at every call. program_checks.h has them for C++.
+"""The ops that check the inputs of a rewritten program at every call. program_checks.h has them for C++.
 
 They return nothing and have a side effect, so that torch.export, its decompositions, torch.compile and AOTInductor keep them;
 AOTInductor drops `aten._assert_tensor_metadata` and the text of `aten._assert_scalar` (2.13). Registered when attnrewrite is
@@ -28,7 +28,7 @@ class AttentionAssertionError(RuntimeError):
 
 
 def is_assertion(node: Node) -> bool:
-    return node.op == "call_function" and node.target in (CHECK_INPUTS, CHECK_SIZE)
+    return node.op == "call_function" and node.target in (CHECK_INPUTS, CHECK_SIZE, CHECK_GRADIENT)
 
 
 REMEDY = "Call it as it was exported, or rewrite the program for such a call (attnrewrite.retarget)"
@@ -55,6 +55,14 @@ def _size_is(anchor: Tensor, found: int, needed: int, *, relation: str, says: st
         )
 
 
+def _no_gradient(tensors: Sequence[Tensor], *, sites: str) -> None:
+    """The graph of an exported program does not say whether a gradient is needed: kernels are chosen for an inference."""
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        raise AttentionAssertionError(
+            f"{sites}: a gradient is asked for, the kernel was chosen for an inference. Call the program under torch.no_grad()"
+        )
+
+
 def _nothing(*_: Any, **__: Any) -> None:
     return None
 
@@ -78,3 +86,4 @@ CHECK_SIZE = _define(
     "(Tensor anchor, SymInt found, SymInt needed, *, str relation, str says, str sites) -> ()",
     _size_is,
 )
+CHECK_GRADIENT = _define("check_program_gradient", "(Tensor[] tensors, *, str sites) -> ()", _no_gradient)

@@ -34,12 +34,13 @@ def save(program: ExportedProgram, path: Path_) -> None:
         torch.export.save(program, temporary, extra_files=extra)
 
 
-def load(path: Path_, device: str | torch.device | None = None) -> ExportedProgram:
+def load(path: Path_, device: str | torch.device | None = None, *, trust_remote_code: bool = False) -> ExportedProgram:
     """The program of a file, ready for this machine.
 
         step = attnrewrite.load("model.pt2", device="cuda").module()
 
     device: where to move weights, constants and the tensors that the graph makes; None: where they were.
+    trust_remote_code: as in `with_backend`, for a kernel of the hub.
 
     It needs no source of the model. The libraries behind the chosen kernels are loaded, and no others. What differs from the
     machine that it was made on, and may, is said in a warning. Nothing is unpickled but what `torch.export.load` itself does.
@@ -52,7 +53,7 @@ def load(path: Path_, device: str | torch.device | None = None) -> ExportedProgr
         archive.program()
         manifest = _manifest(archive)
         original = archive.read(ORIGINAL)
-    if manifest is not None and (differing := check_machine(manifest, path)):
+    if manifest is not None and (differing := check_machine(manifest, path, trust_remote_code)):
         warnings.warn(f"{path}: {'; '.join(differing)}", stacklevel=2)
     program = moved(loaded(path), device)
     if manifest is not None:

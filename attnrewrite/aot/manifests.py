@@ -10,6 +10,7 @@ import torch
 
 from ..machines import Machine, installed, machine_of
 from ..plans import Site
+from ..records import Backend
 from ..registry import records_of
 from ..reports import Report
 from ..sources import Hub, Package, SourceError, library
@@ -73,7 +74,7 @@ def manifest_of(report: Report, checks: tuple[str, ...], python: tuple[str, ...]
     return Manifest(__version__, torch.__version__.split("+")[0], report, checks, python)
 
 
-def check_machine(manifest: Manifest, path: Any) -> tuple[str, ...]:
+def check_machine(manifest: Manifest, path: Any, trust: bool = False) -> tuple[str, ...]:
     """What differs here, and may: the versions of torch and attnrewrite, the name of the GPU. Loads the library behind each
     chosen kernel, and nothing else.
 
@@ -94,13 +95,13 @@ def check_machine(manifest: Manifest, path: Any) -> tuple[str, ...]:
             f"{path}: {named} was chosen for {_short(planned)}, found is {_short(here)} ({here.name}). {remedy}"
         )
     for site in {site.source: site for site in sites if site.source}.values():
-        _check_library(site, path, remedy)
+        _check_library(site, path, remedy, trust)
     return _differences(manifest, here)
 
 
-def _check_library(site: Site, path: Any, remedy: str) -> None:
+def _check_library(site: Site, path: Any, remedy: str, trust: bool) -> None:
     text = str(site.source)
-    source = next((record.source for record in records_of(str(site.chosen)) if _is_from(record.source, text)), None)
+    source = next((record.source for record in _records(site) if _is_from(record.source, text)), None)
     needed = f"{path}: the kernel {site.chosen} of attention site {site.name!r} needs {text}"
     if isinstance(source, Package):
         found = installed(source.distribution)
@@ -110,7 +111,7 @@ def _check_library(site: Site, path: Any, remedy: str) -> None:
             older = _older(found, text.rpartition(" ")[2])
             raise ProgramFileError(f"{needed}; found is {found}{older}. Install that version. {remedy}")
     try:
-        library(text)
+        library(text, trust)
     except SourceError as error:
         raise ProgramFileError(f"{needed}; {error}. {remedy}") from error
 
@@ -132,7 +133,15 @@ def _older(found: str, needed: str) -> str:
 
 def _is_bound(site: Site) -> bool:
     """Whether a site holds a kernel that not every machine has."""
-    return site.chosen is not None and any(record.op is not None for record in records_of(site.chosen))
+    return site.chosen is not None and site.chosen != "native"
+
+
+def _records(site: Site) -> tuple[Backend, ...]:
+    """None for a record that somebody passed, or of a plug-in that is not here."""
+    try:
+        return records_of(str(site.chosen))
+    except ValueError:
+        return ()
 
 
 def _machine_like(planned: Machine) -> Machine | None:

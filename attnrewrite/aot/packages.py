@@ -100,13 +100,18 @@ class LoadedPackage:
 
 
 def load_package(
-    path: str | os.PathLike[str], *, weights: Mapping[str, torch.Tensor] | None = None, device_index: int = -1
+    path: str | os.PathLike[str],
+    *,
+    weights: Mapping[str, torch.Tensor] | None = None,
+    device_index: int = -1,
+    trust_remote_code: bool = False,
 ) -> LoadedPackage:
     """Loads a package of `aot_compile` into this process.
 
     weights: the state_dict for a package that has none of its own. They are read where they are, not copied, and must be
         on the package's device.
     device_index: which GPU, -1 the current one.
+    trust_remote_code: as in `with_backend`, for a kernel of the hub.
 
     Raises `ProgramFileError` where `load` would: a truncated file, another GPU than compiled for, a kernel's library missing
     or of another version; and where `weights` lacks a tensor.
@@ -119,7 +124,7 @@ def load_package(
             )
         text = archive.read(MANIFEST)
     manifest = None if text is None else Manifest.from_json(text, path)
-    if manifest is not None and (differing := check_machine(manifest, path)):
+    if manifest is not None and (differing := check_machine(manifest, path, trust_remote_code)):
         warnings.warn(f"{path}: {'; '.join(differing)}", stacklevel=2)
     model = torch._inductor.aoti_load_package(os.fspath(path), device_index=device_index)
     if weights is not None:

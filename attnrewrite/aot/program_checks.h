@@ -43,15 +43,24 @@ inline void check_size(const at::Tensor&, int64_t found, int64_t needed, std::st
   TORCH_CHECK(holds, sites, ": needed is ", says, ", found ", found, ", where ", relation, " ", needed, " must hold.");
 }
 
+inline void check_gradient(at::TensorList tensors, std::string sites) {
+  for (const auto& tensor : tensors) {
+    TORCH_CHECK(!(at::GradMode::is_enabled() && tensor.requires_grad()), sites,
+                ": a gradient is asked for, the kernel was chosen for an inference.");
+  }
+}
+
 }  // namespace attnrewrite
 
 TORCH_LIBRARY_FRAGMENT(attnrewrite, library) {
   library.def("check_program_inputs(Tensor[] inputs, *, str[] names, str[] dtypes, str[] kinds, str sites) -> ()");
   library.def(
       "check_program_size(Tensor anchor, SymInt found, SymInt needed, *, str relation, str says, str sites) -> ()");
+  library.def("check_program_gradient(Tensor[] tensors, *, str sites) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(attnrewrite, CompositeExplicitAutograd, library) {
   library.impl("check_program_inputs", attnrewrite::check_inputs);
   library.impl("check_program_size", attnrewrite::check_size);
+  library.impl("check_program_gradient", attnrewrite::check_gradient);
 }

@@ -135,12 +135,11 @@ def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | N
         outcome = rewrite_graph(module, policy, machine, exported=True)
         device = machine.device if machine is not None else None
         needed = conditions(questions, outcome.swapped, ranges)
-    checks = insert_assertions(module, program.graph_signature, needed, outcome.swapped, device)
+    checks = insert_assertions(module, program.graph_signature, needed, outcome.swapped, device, _trainable(program))
     for node in module.graph.nodes:
         node.meta.pop(EMITTED, None)
         node.meta.pop(LITERAL, None)
     signature = _renamed(program.graph_signature, before, _outputs(module))
-    module.recompile()
     report = Report(str(policy))
     report.add(GraphReport("program", outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged))
     made = updated(program, module, signature)
@@ -196,6 +195,14 @@ def _name_literals(module: GraphModule, program: ExportedProgram) -> None:
         tensor = program.constants.get(str(spec.target))
         if isinstance(tensor, torch.Tensor) and tensor.numel() == 1 and not tensor.is_complex():
             node.meta[LITERAL] = tensor.item()
+
+
+def _trainable(program: ExportedProgram) -> set[str]:
+    specs = program.graph_signature.input_specs
+    parameters = {
+        spec.arg.name: program.state_dict.get(str(spec.target)) for spec in specs if spec.kind is InputKind.PARAMETER
+    }
+    return {name for name, tensor in parameters.items() if tensor is not None and tensor.requires_grad}
 
 
 def _outputs(module: GraphModule) -> list[Any]:
