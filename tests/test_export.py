@@ -163,6 +163,26 @@ def test_another_choice_starts_from_the_program_before_any():
     assert torch.equal(back.module()(*tensors), model(*tensors))
 
 
+def test_changes_behind_a_rewrite_are_kept(tmp_path):
+    program, model, tensors = exported(Attend(2))
+    made = attnrewrite.rewrite(program, "_native_math")
+    (last,) = made.graph.output_node().args[0]
+    with made.graph.inserting_after(last):
+        double = made.graph.call_function(torch.ops.aten.mul.Tensor, (last, 2.0))
+        double.meta = dict(last.meta)
+    made.graph.output_node().args = ((double,),)
+    made.graph_signature.output_specs[0].arg.name = double.name
+    made.graph_module.recompile()
+    expected = model(*tensors) * 2
+    again = attnrewrite.rewrite(made, "_native_flash")
+    assert relative(again.module()(*tensors), expected) < 1e-6
+    assert assertions(again)
+    attnrewrite.save(made, tmp_path / "a.pt2")
+    attnrewrite.retarget(tmp_path / "a.pt2", tmp_path / "b.pt2", "native")
+    assert relative(attnrewrite.load(tmp_path / "b.pt2").module()(*tensors), expected) < 1e-6
+    assert attnrewrite.report_of(made.run_decompositions()).swapped == 2
+
+
 def test_numbers_that_export_lifts_are_known():
     class Spelled(torch.nn.Module):
         def forward(self, q, k, v):

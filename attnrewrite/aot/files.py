@@ -15,7 +15,7 @@ from ..policies import Choice, make_policy
 from ..reports import Report
 from .archives import EXTRA, MODEL, Archive, ProgramFileError, graph_text, loaded, opened, whole, with_graph
 from .manifests import MANIFEST, ORIGINAL, Manifest, check_machine, manifest_of
-from .programs import RECORD, Record, record_of, rewrite_program
+from .programs import RECORD, Record, fingerprint, original_of, record_of, rewrite_program
 
 Path_ = str | os.PathLike[str]
 
@@ -28,9 +28,10 @@ def save(program: ExportedProgram, path: Path_) -> None:
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"program is {type(program).__name__}: give a torch.export.ExportedProgram")
-    record = record_of(program)
-    extra = {name.removeprefix(EXTRA): text.decode() for name, text in _extras(record).items()}
-    with _without_record(program), whole(path) as temporary:
+    record, original = record_of(program), original_of(program)
+    with whole(path) as temporary, _without_record(program):
+        extras = _extras(record, None if original is program else original)
+        extra = {name.removeprefix(EXTRA): text.decode() for name, text in extras.items()}
         torch.export.save(program, temporary, extra_files=extra)
 
 
@@ -61,6 +62,7 @@ def load(path: Path_, device: str | torch.device | None = None, *, trust_remote_
             manifest.report,
             manifest.checks,
             lambda: moved(with_graph(program, original), device) if original else program,
+            fingerprint(program.graph_module),
         )
     return program
 
@@ -96,7 +98,7 @@ def retarget(
         made = rewrite_program(program, policy, machine or (manifest.machine if manifest else None))
         record = record_of(made)
         assert record is not None
-        changed = {MODEL: graph_text(made), **_extras(record)}
+        changed = {MODEL: graph_text(made), **_extras(record, program)}
         with whole(target) as temporary:
             archive.copy(temporary, changed)
     return record.report
@@ -151,11 +153,11 @@ def _graph(archive: Archive) -> ExportedProgram:
     return program if original is None else with_graph(program, original)
 
 
-def _extras(record: Record | None) -> dict[str, bytes]:
+def _extras(record: Record | None, original: ExportedProgram | None) -> dict[str, bytes]:
     if record is None:
         return {}
-    manifest = manifest_of(record.report, record.checks)
-    return {MANIFEST: manifest.to_json().encode(), ORIGINAL: graph_text(record.original())}
+    plan = {MANIFEST: manifest_of(record.report, record.checks).to_json().encode()}
+    return plan if original is None else {**plan, ORIGINAL: graph_text(original)}
 
 
 class _without_record:

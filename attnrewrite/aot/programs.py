@@ -21,7 +21,6 @@ from ..pipeline import rewrite_graph
 from ..policies import Choice, Policy, make_policy
 from ..reports import GraphReport, Report
 from .assertions import insert_assertions
-from .check_ops import is_assertion
 from .questions import conditions, noted
 
 RECORD = "attnrewrite"  # in the metadata of the graph module of a rewritten program
@@ -30,11 +29,13 @@ RECORD = "attnrewrite"  # in the metadata of the graph module of a rewritten pro
 @dataclass(frozen=True)
 class Record:
     """What a rewritten program knows of itself: the report, what its checks say, and the program that it was made of (which
-    has the same weights). Both programs are kept apart, so that another choice starts from the first."""
+    has the same weights), so that another choice starts from there. `fingerprint`: the graph that the rewrite gave. Where
+    somebody has changed it since (a decomposition, a pass), it starts from what that gave."""
 
     report: Report
     checks: tuple[str, ...]
     original: Callable[[], Any]
+    fingerprint: int
 
 
 def rewrite(
@@ -52,7 +53,8 @@ def rewrite(
         program = attnrewrite.rewrite(torch.export.export(model, args), "flash_4", "native")
 
     program: an `ExportedProgram`, as exported or decomposed, or an `fx.GraphModule` whose nodes have fake values. Parameters
-        and buffers are shared with the given one. One that was rewritten before is taken as it was before that.
+        and buffers are shared with the given one. One that was rewritten before, and not changed since, is taken as it was
+        before that.
     choices, rules, strict, numerics, cast, trust_remote_code: as in `with_backend`.
     machine: None: the one that the tensors are on. A described one (`Machine("cuda", capability=(9, 0), packages={...})`)
         prepares the program for hardware that is elsewhere: `attnrewrite.load(path, device="cuda")` there.
@@ -74,7 +76,7 @@ def rewrite(
     outcome = rewrite_graph(module, policy, machine, exported=value_key(module) == "val")
     report = Report(str(policy))
     report.add(GraphReport("graph", outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged))
-    module.meta[RECORD] = Record(report, (), lambda: program)
+    module.meta[RECORD] = Record(report, (), lambda: program, fingerprint(module))
     return module
 
 
@@ -101,8 +103,7 @@ def export(
 
 
 def report_of(program: ExportedProgram | GraphModule) -> Report:
-    """The report of a rewritten program. Raises `ValueError` for one that was not rewritten (or was decomposed since: ask
-    before)."""
+    """The report of a rewritten program. Raises `ValueError` for one that was not rewritten."""
     record = record_of(program)
     if record is None:
         raise ValueError(
@@ -120,15 +121,24 @@ def record_of(program: ExportedProgram | GraphModule) -> Record | None:
 def original_of(program: ExportedProgram) -> ExportedProgram:
     """The program before any rewriting of ours, where that is known."""
     record = record_of(program)
-    return record.original() if record is not None else program
+    known = record is not None and record.fingerprint == fingerprint(program.graph_module)
+    return record.original() if record is not None and known else program
+
+
+def fingerprint(module: GraphModule) -> int:
+    """Of every node: its name, what it calls, what it reads."""
+    return hash(
+        tuple(
+            (node.name, str(node.target), tuple(each.name for each in node.all_input_nodes))
+            for node in module.graph.nodes
+        )
+    )
 
 
 def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | None) -> ExportedProgram:
     program = original_of(given)
     module = copy_of(program.graph_module)
     _name_literals(module, program)
-    for node in [node for node in module.graph.nodes if is_assertion(node)]:
-        module.graph.erase_node(node)
     before = _outputs(module)
     ranges = program.range_constraints
     with noted(module, ranges) as questions:
@@ -143,7 +153,7 @@ def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | N
     report = Report(str(policy))
     report.add(GraphReport("program", outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged))
     made = updated(program, module, signature)
-    made.graph_module.meta[RECORD] = Record(report, checks, lambda: program)
+    made.graph_module.meta[RECORD] = Record(report, checks, lambda: program, fingerprint(made.graph_module))
     return made
 
 
