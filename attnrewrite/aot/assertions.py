@@ -13,7 +13,7 @@ from ..emitting import EMITTED, Emitter
 from ..graphs import value_of
 from ..passes.context import Found
 from .check_ops import CHECK_GRADIENT, CHECK_INPUTS, CHECK_SIZE
-from .questions import Condition
+from .questions import Condition, hints_of
 
 DEVICES = {"rocm": "cuda", "tpu": "xla"}  # Machine's words to PyTorch's
 
@@ -141,7 +141,7 @@ def _check_size(emitter: Emitter, inputs: list[Node], condition: Condition) -> s
 def _number(emitter: Emitter, expr: Any, shape_env: Any) -> Any:
     if expr.is_number:
         return int(expr)
-    values = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
+    values = hints_of(shape_env)
     hint = int(expr.xreplace({symbol: values[symbol] for symbol in expr.free_symbols}))
     return emitter.number(shape_env.create_symintnode(expr, hint=hint))
 

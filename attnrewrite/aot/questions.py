@@ -89,8 +89,7 @@ def _answering(mode: Any, questions: Questions, ranges: Any) -> Any:
 
     def evaluate(expr: Any, *args: Any, **kwargs: Any) -> Any:
         symbols: Any = getattr(expr, "free_symbols", ())
-        # 2.13 says backed_var_to_val
-        values = getattr(shape_env, "backed_var_to_val", None) or shape_env.var_to_val
+        values = hints_of(shape_env)
         if not symbols or not all(symbol in values for symbol in symbols):
             return original(expr, *args, **kwargs)  # from data: refused, as the caller asked it
         known = _known(expr, ranges, least=2)
@@ -107,6 +106,12 @@ def _answering(mode: Any, questions: Questions, ranges: Any) -> Any:
 
     shape_env.evaluate_expr = evaluate
     return shape_env
+
+
+def hints_of(shape_env: Any) -> Any:
+    """The sizes of the example, by symbol."""
+    newer = hasattr(shape_env, "backed_var_to_val")  # 2.13
+    return shape_env.backed_var_to_val if newer else shape_env.var_to_val
 
 
 def _known(expr: Any, ranges: Any, least: int) -> Any:
