@@ -77,7 +77,7 @@ class Emitter(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.key == "val" and not isinstance(func, torch._ops.OpOverload):
+        if self.key == "val" and not isinstance(func, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
             with _Operators(self):
                 return func(*args, **kwargs)
         result = func(*args, **kwargs)

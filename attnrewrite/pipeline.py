@@ -40,12 +40,17 @@ def rewrite_graph(
     swap: bool = True,
     prefix: str = "",
     exported: bool = False,
+    elsewhere: bool = False,
 ) -> Outcome:
     """Plans for `root` and every graph below it, and, if `swap`, puts the chosen kernels in place.
 
     `machine` None: the one that the tensors are on. `prefix`: the path of the module that was compiled in the model that it
-    is a part of; the paths of its sites begin with it. `exported`: the graph is one of torch.export, that may be run on a
-    `machine` which is elsewhere. Raises `AttentionRefusedError` under a strict policy, and
+    is a part of; the paths of its sites begin with it.
+
+    `exported`: the graph is that of an `ExportedProgram`, to be saved. `elsewhere`: it will run on a `machine` that is not
+    this one, and no library is loaded.
+
+    Raises `AttentionRefusedError` under a strict policy, and
     `RuntimeError` if the graph does not end up as planned.
     """
     started = time.perf_counter()
@@ -61,7 +66,6 @@ def rewrite_graph(
         replace(each.call, device=on.device, site=_below(prefix, each), exported=exported)
         for each, on in zip(found, machines, strict=True)
     ]
-    elsewhere = exported and machine is not None
     plan = make_plan(calls, policy, machines, load_sources=swap and not elsewhere, name_sources=swap and elsewhere)
     for each, site in zip(found, plan.sites, strict=True):
         each.site, each.call = site, site.call

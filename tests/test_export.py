@@ -152,6 +152,9 @@ def test_graph_modules():
     assert module.code == before
     assert made.layers._modules["0"].weight is module.layers._modules["0"].weight
     assert relative(made(*tensors), model(*tensors)) < 1e-6
+    flex = attnrewrite.rewrite(module, "flex")  # nobody can save it, but it runs
+    assert attnrewrite.report_of(flex).swapped == 1
+    assert relative(flex(*tensors), model(*tensors)) < 1e-6
 
 
 def test_another_choice_starts_from_the_program_before_any():

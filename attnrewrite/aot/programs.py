@@ -15,7 +15,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.fx import GraphModule
 
 from ..emitting import EMITTED
-from ..graphs import LITERAL, value_key
+from ..graphs import LITERAL
 from ..machines import Machine
 from ..pipeline import rewrite_graph
 from ..policies import Choice, Policy, make_policy
@@ -73,7 +73,7 @@ def rewrite(
             "attnrewrite.export(model, ...) exports and rewrites in one call"
         )
     module = copy_of(program)
-    outcome = rewrite_graph(module, policy, machine, exported=value_key(module) == "val")
+    outcome = rewrite_graph(module, policy, machine, elsewhere=machine is not None)
     report = Report(str(policy))
     report.add(GraphReport("graph", outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged))
     module.meta[RECORD] = Record(report, (), lambda: program, fingerprint(module))
@@ -142,7 +142,7 @@ def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | N
     before = _outputs(module)
     ranges = program.range_constraints
     with noted(module, ranges) as questions:
-        outcome = rewrite_graph(module, policy, machine, exported=True)
+        outcome = rewrite_graph(module, policy, machine, exported=True, elsewhere=machine is not None)
         device = machine.device if machine is not None else None
         needed = conditions(questions, outcome.swapped, ranges)
     checks = insert_assertions(module, program.graph_signature, needed, outcome.swapped, device, _trainable(program))
