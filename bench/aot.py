@@ -133,11 +133,15 @@ def packaging(rounds):
 def checking(record, inputs, step):
     tensors = [tensor for tensor in torch.utils._pytree.tree_leaves(inputs)]
     names, kinds = [f"input_{number}" for number in range(len(tensors))], ["cpu"] * len(tensors)
+    rows = [1] * len(tensors)
     dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
 
     def each(calls=20_000):
         took = seconds(
-            lambda: [CHECK_INPUTS(tensors, names=names, dtypes=dtypes, kinds=kinds, sites="") for _ in range(calls)]
+            lambda: [
+                CHECK_INPUTS(tensors, names=names, dtypes=dtypes, kinds=kinds, rows=rows, sites="")
+                for _ in range(calls)
+            ]
         )
         sizes = seconds(lambda: [CHECK_SIZE(tensors[0], 0, 0, relation="==", says="", sites="") for _ in range(calls)])
         return took / calls, sizes / calls

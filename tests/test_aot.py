@@ -77,6 +77,17 @@ def test_a_package_runs_and_checks(packaged):
     assert attnrewrite.explain_file(folder / "package.pt2").swapped == 1
 
 
+def test_inputs_that_lie_otherwise(packaged):
+    """AOTInductor's code would read them as the example lay."""
+    model, folder, _ = packaged
+    step = attnrewrite.load_package(folder / "package.pt2")
+    images, times, labels = inputs(5)
+    turned = images.transpose(2, 3).contiguous().transpose(2, 3)
+    assert relative(step(turned, times, labels), model(images, times, labels)) < 1e-5
+    sliced = torch.stack([images, images + 1])[:, 1:4].unbind()[0]
+    assert relative(step(sliced, times[:3], labels[:3]), model(sliced, times[:3], labels[:3])) < 1e-5
+
+
 def test_bad_packages(packaged, tmp_path):
     _, folder, _ = packaged
     whole = (folder / "package.pt2").read_bytes()

@@ -273,6 +273,24 @@ def test_dtype_and_device():
     assert "input 'x' is on cpu, needed is cuda. Move it, and the program" in violated(elsewhere, *tensors)
 
 
+def test_rows_that_are_read_as_they_lie():
+    """PyTorch's CPU kernel reads a row with a stride as if it were dense; behind a linear layer it does not matter."""
+
+    class Bare(torch.nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q * 2, k.transpose(1, 2).transpose(1, 2), v) * 1
+
+    tensors = [torch.randn(2, 3, 5, 16) for _ in range(3)]
+    made = attnrewrite.rewrite(exported(Bare(), *tensors)[0], "_native_flash")
+    for place, name in enumerate("qkv"):
+        turned = list(tensors)
+        turned[place] = tensors[place].transpose(2, 3).contiguous().transpose(2, 3)
+        assert f"input '{name}' has a stride of 5 in its last dimension, needed is 1" in violated(made, *turned)
+    program, model, (x,) = exported()
+    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert relative(attnrewrite.rewrite(program, "_native_flash").module()(turned), model(x)) < 1e-6
+
+
 def test_one_check_a_condition_and_not_one_a_site():
     program, model, _ = exported(Attend(3), torch.randn(2, 8, 24), dynamic=SIZES)
     made = attnrewrite.rewrite(program, limited(multiple_of_4, empty=False))

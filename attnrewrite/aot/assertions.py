@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.fx import GraphModule, Node
 from ..emitting import EMITTED, Emitter
 from ..graphs import value_of
 from ..passes.context import Found
+from ..sizes import known
 from .check_ops import CHECK_GRADIENT, CHECK_INPUTS, CHECK_SIZE
 from .questions import Condition, hints_of
 
@@ -49,7 +51,8 @@ def insert_assertions(
         watched = [node for node in watched if node in read]
     with emitter.before(first, False, value):
         if watched:
-            said.append(_check_inputs(emitter, watched, device, _sites([_named(found) for found in swapped])))
+            sites = _sites([_named(found) for found in swapped])
+            said.append(_check_inputs(emitter, watched, device, _read_as_they_lie(places), sites))
         if forward_only := [found for found in swapped if not _has_gradient(found)]:
             tensors = [node for node in inputs if _counts(node) and value_of(node).dtype != torch.bool]
             tensors += _parameters(module, None if below else places, trainable)
@@ -59,13 +62,17 @@ def insert_assertions(
     return tuple(said)
 
 
-def _check_inputs(emitter: Emitter, watched: list[Node], device: str | None, sites: str) -> str:
+def _check_inputs(emitter: Emitter, watched: list[Node], device: str | None, as_they_lie: set[Node], sites: str) -> str:
     names = [str(node.name) for node in watched]
     dtypes = [str(value_of(node).dtype).removeprefix("torch.") for node in watched]
     devices = [DEVICES.get(device, device) if device else value_of(node).device.type for node in watched]
     devices = ["" if value_of(node).dim() == 0 else kind for node, kind in zip(watched, devices, strict=True)]
+    rows = [
+        int(node in as_they_lie and value_of(node).dim() > 0 and known(value_of(node).stride(-1) == 1))
+        for node in watched
+    ]
     node = emitter.graph.call_function(
-        CHECK_INPUTS, (watched,), {"names": names, "dtypes": dtypes, "kinds": devices, "sites": sites}
+        CHECK_INPUTS, (watched,), {"names": names, "dtypes": dtypes, "kinds": devices, "rows": rows, "sites": sites}
     )
     node.meta |= {emitter.key: None, EMITTED: True}
     parts = [
@@ -95,6 +102,27 @@ def _places_of_swaps(module: GraphModule) -> list[Node]:
         node for node in module.graph.nodes
         if EMITTED in node.meta and any(EMITTED not in user.meta for user in node.users)
     ]  # fmt: skip
+
+
+def _read_as_they_lie(places: Sequence[Node]) -> set[Node]:
+    """Inputs that come to a kernel through views and what is computed element by element, which keep the order in memory: where
+    the example's rows are dense, the kernel was told so."""
+    seen: set[Node] = set()
+    waiting = list(places)
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting += node.all_input_nodes if EMITTED in node.meta or _keeps_strides(node) else []
+    return {node for node in seen if node.op == "placeholder"}
+
+
+def _keeps_strides(node: Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    views = any(each.alias_info is not None for each in target._schema.returns)
+    return views or torch.Tag.pointwise in target.tags or target._opname in ("clone", "_to_copy", "to", "reshape")
 
 
 def _parameters(module: GraphModule, places: Sequence[Node] | None, trainable: Collection[str]) -> list[Node]:

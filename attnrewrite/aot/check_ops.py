@@ -35,9 +35,15 @@ REMEDY = "Call it as it was exported, or rewrite the program for such a call (at
 
 
 def _inputs_are(
-    inputs: Sequence[Tensor], *, names: Sequence[str], dtypes: Sequence[str], kinds: Sequence[str], sites: str
+    inputs: Sequence[Tensor],
+    *,
+    names: Sequence[str],
+    dtypes: Sequence[str],
+    kinds: Sequence[str],
+    rows: Sequence[int],
+    sites: str,
 ) -> None:
-    for tensor, name, dtype, kind in zip(inputs, names, dtypes, kinds, strict=True):
+    for tensor, name, dtype, kind, row in zip(inputs, names, dtypes, kinds, rows, strict=True):
         if tensor.dtype is not getattr(torch, dtype):
             found = str(tensor.dtype).removeprefix("torch.")
             raise AttentionAssertionError(f"{sites}: input {name!r} is {found}, needed is {dtype}. {REMEDY}")
@@ -45,6 +51,11 @@ def _inputs_are(
             raise AttentionAssertionError(
                 f"{sites}: input {name!r} is on {tensor.device.type}, needed is {kind}. Move it, and the program "
                 "(attnrewrite.load(path, device=...)), or rewrite the program for this device"
+            )
+        if row and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise AttentionAssertionError(
+                f"{sites}: input {name!r} has a stride of {tensor.stride(-1)} in its last dimension, needed is 1. Pass "
+                f"{name}.contiguous()"
             )
 
 
@@ -78,7 +89,7 @@ def _define(name: str, schema: str, real: Any) -> Any:
 
 CHECK_INPUTS = _define(
     "check_program_inputs",
-    "(Tensor[] inputs, *, str[] names, str[] dtypes, str[] kinds, str sites) -> ()",
+    "(Tensor[] inputs, *, str[] names, str[] dtypes, str[] kinds, int[] rows, str sites) -> ()",
     _inputs_are,
 )
 CHECK_SIZE = _define(

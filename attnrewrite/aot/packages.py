@@ -17,11 +17,15 @@ from torch.fx import GraphModule, Node
 from ..reports import Report
 from .archives import ProgramFileError, opened, whole
 from .check_ops import is_assertion
+from .layouts import Layouts, layouts_of
 from .manifests import MANIFEST, Manifest, check_machine, manifest_of
 from .programs import record_of
 
 # What a C++ process includes for the nodes that check: the op's C++ half.
 CHECKS_HEADER = Path(__file__).with_name("program_checks.h")
+
+
+LAYOUTS = "extra/attnrewrite_inputs.json"
 
 
 class NeedsPythonError(RuntimeError):
@@ -61,7 +65,8 @@ def aot_compile(
         package.
     options: Inductor's (`torch._inductor.list_options()`).
 
-    The file is written whole or not at all. Raises `TypeError` if `program` is no `ExportedProgram`, and what Inductor raises.
+    The file is written whole or not at all. Raises `TypeError` if `program` is no `ExportedProgram`, `ValueError` for an input
+    with gaps in memory and symbolic sizes, and what Inductor raises.
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(
@@ -73,29 +78,35 @@ def aot_compile(
             f"cpp=True, and {len(python)} of the program's kernels run in Python: {', '.join(python)}. Choose PyTorch's own "
             'kernels ("_native_flash", "_native_cudnn", "native") there, or load the package from Python'
         )
-    record = record_of(program)
+    record, layouts = record_of(program), layouts_of(program)
     settings = dict(options or {})
     if not weights:
         settings.setdefault("aot_inductor.package_constants_in_so", False)
     with whole(path) as temporary:
         torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=settings)
-        if record is not None:
-            text = manifest_of(record.report, record.checks, python).to_json()
-            with zipfile.ZipFile(temporary, "a") as archive:
-                folder = archive.namelist()[0].partition("/")[0]
-                archive.writestr(f"{folder}/{MANIFEST}", text)
+        with zipfile.ZipFile(temporary, "a") as archive:
+            folder = archive.namelist()[0].partition("/")[0]
+            archive.writestr(f"{folder}/{LAYOUTS}", layouts)
+            if record is not None:
+                archive.writestr(f"{folder}/{MANIFEST}", manifest_of(record.report, record.checks, python).to_json())
     return CompiledPackage(os.fspath(path), python, record.report if record else None)
 
 
 class LoadedPackage:
-    """A package that can be called as the model was. `report`: its plan, None for a stranger's package."""
+    """A package that can be called as the model was. Inputs that lie otherwise in memory than the example's are copied.
+    `report`: its plan, None for a stranger's package."""
 
-    def __init__(self, model: Any, report: Report | None, weights: Mapping[str, Any] | None) -> None:
+    def __init__(
+        self, model: Any, report: Report | None, weights: Mapping[str, Any] | None, layouts: Layouts | None
+    ) -> None:
         self.model = model
+        self.layouts = layouts
         self.report = report
         self.weights = weights  # the package holds their addresses only
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.layouts is not None:
+            args, kwargs = self.layouts(args, kwargs)
         return self.model(*args, **kwargs)
 
 
@@ -122,7 +133,7 @@ def load_package(
                 f"{path}: expected is an AOTInductor package, found is another archive. attnrewrite.aot_compile writes one; "
                 "attnrewrite.load reads exported programs"
             )
-        text = archive.read(MANIFEST)
+        text, layouts = archive.read(MANIFEST), archive.read(LAYOUTS)
     manifest = None if text is None else Manifest.from_json(text, path)
     if manifest is not None and (differing := check_machine(manifest, path, trust_remote_code)):
         warnings.warn(f"{path}: {'; '.join(differing)}", stacklevel=2)
@@ -133,7 +144,9 @@ def load_package(
         if missing:
             raise ProgramFileError(f"{path}: the package reads {missing[0]!r}, which is not among the weights given")
         model.load_constants(needed, check_full_update=True, user_managed=True)
-    return LoadedPackage(model, manifest.report if manifest else None, weights)
+    return LoadedPackage(
+        model, manifest.report if manifest else None, weights, Layouts(layouts, model) if layouts else None
+    )
 
 
 def python_sites(module: GraphModule) -> tuple[str, ...]:

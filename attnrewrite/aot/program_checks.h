@@ -21,7 +21,7 @@ inline const std::map<std::string, at::ScalarType>& dtypes() {
 }
 
 inline void check_inputs(at::TensorList inputs, std::vector<std::string> names, std::vector<std::string> wanted,
-                         std::vector<std::string> kinds, std::string sites) {
+                         std::vector<std::string> kinds, at::IntArrayRef rows, std::string sites) {
   for (size_t i = 0; i < inputs.size(); ++i) {
     const auto found = dtypes().find(wanted[i]);
     TORCH_CHECK(found == dtypes().end() || inputs[i].scalar_type() == found->second, sites, ": input '", names[i], "' is ",
@@ -29,6 +29,8 @@ inline void check_inputs(at::TensorList inputs, std::vector<std::string> names, 
     const auto device = c10::DeviceTypeName(inputs[i].device().type(), /*lower_case=*/true);
     TORCH_CHECK(kinds[i].empty() || kinds[i] == device, sites, ": input '", names[i], "' is on ", device, ", needed is ",
                 kinds[i], ".");
+    TORCH_CHECK(!rows[i] || inputs[i].stride(-1) == 1 || inputs[i].size(-1) < 2, sites, ": input '", names[i],
+                "' has a stride of ", inputs[i].stride(-1), " in its last dimension, needed is 1.");
   }
 }
 
@@ -53,7 +55,9 @@ inline void check_gradient(at::TensorList tensors, std::string sites) {
 }  // namespace attnrewrite
 
 TORCH_LIBRARY_FRAGMENT(attnrewrite, library) {
-  library.def("check_program_inputs(Tensor[] inputs, *, str[] names, str[] dtypes, str[] kinds, str sites) -> ()");
+  library.def(
+      "check_program_inputs(Tensor[] inputs, *, str[] names, str[] dtypes, str[] kinds, int[] rows, "
+      "str sites) -> ()");
   library.def(
       "check_program_size(Tensor anchor, SymInt found, SymInt needed, *, str relation, str says, str sites) -> ()");
   library.def("check_program_gradient(Tensor[] tensors, *, str sites) -> ()");
