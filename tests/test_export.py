@@ -442,6 +442,9 @@ def test_a_file_brings_plan_and_checks(saved):
     back = attnrewrite.rewrite(program, "native")
     assert torch.equal(back.module()(*tensors), model(*tensors))
     assert back.state_dict["shift"] is program.state_dict["shift"]
+    moved = attnrewrite.load(path, device="cpu")
+    assert torch.equal(moved.module()(*tensors), made.module()(*tensors))
+    assert torch.equal(attnrewrite.rewrite(moved, "native").module()(*tensors), model(*tensors))
 
 
 def test_the_plan_is_json_and_nothing_more_is_unpickled(saved, monkeypatch):
@@ -597,6 +600,32 @@ def test_another_machine(tmp_path, monkeypatch):
     older = refused(H200, **{"flash-attn-4": "4.0.0b9"})
     assert "needs flash-attn-4 4.0.0b36; found is 4.0.0b9, which is older" in older
     assert "attnrewrite.retarget(" in older
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "kernel", ["_flash_3", "flash_4", "_native_cudnn", "_native_efficient", "_native_flash", "native"]
+)
+def test_made_on_a_cpu_for_this_gpu(tmp_path, kernel):
+    class Bare(torch.nn.Module):
+        def forward(self, q, k, v):
+            return F.scaled_dot_product_attention(q, k, v) * torch.ones(1)
+
+    here = attnrewrite.machine_of(torch.device("cuda"))
+    described = Machine(here.device, here.capability, dict(here.packages))
+    tensors = [torch.randn(2, length, 4, 64, dtype=torch.bfloat16).transpose(1, 2) for length in (96, 160, 160)]
+    program, model, _ = exported(Bare(), *tensors)
+    made = attnrewrite.rewrite(program, kernel, machine=described)
+    (site,) = attnrewrite.report_of(made).sites
+    if site.chosen is None:
+        pytest.skip(str(site.refusals[0][1]))
+    attnrewrite.save(made, tmp_path / "a.pt2")
+    step = attnrewrite.load(tmp_path / "a.pt2", device="cuda").module()
+    with torch.no_grad():
+        output = step(*(tensor.cuda() for tensor in tensors)).cpu()
+    assert relative(output, model(*(tensor.double() for tensor in tensors))) < 1.2e-2
+    if kernel != "native":
+        assert "is on cpu, needed is cuda" in violated(made, *tensors)
 
 
 def test_a_file_is_written_whole_or_not_at_all(saved, tmp_path, monkeypatch):
