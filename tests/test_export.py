@@ -143,6 +143,26 @@ def test_decomposed_before_and_after(kernel):
     assert "flash_attention_for_cpu" in str(after.graph) or kernel == "_native_math"
 
 
+@pytest.mark.parametrize("around", ["autocast", "cond"])
+def test_attention_in_a_graph_below(around):
+    class Below(Attend):
+        def forward(self, x):
+            if around == "cond":
+                return torch.cond(x.sum() > 0, super().forward, lambda x: x * 2, (x,))
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return super().forward(x).float() + x
+
+    program, model, tensors = exported(Below(), torch.rand(2, 7, 24), dynamic=({0: Dim("b"), 1: Dim("s")},))
+    given = [str(each.graph) for each in program.graph_module.modules()]
+    made = attnrewrite.rewrite(program, "_native_flash")
+    assert attnrewrite.report_of(made).swapped == 1
+    assert [str(each.graph) for each in program.graph_module.modules()] == given
+    for x in (tensors[0], torch.rand(3, 12, 24)):
+        assert relative(made.module()(x), model(x)) < 1e-6
+    assert "needed is x.shape[1] >= 1" in violated(made, torch.rand(2, 0, 24))
+    assert "float64" in violated(made, tensors[0].double())
+
+
 def test_graph_modules():
     program, model, tensors = exported()
     module = program.module()
