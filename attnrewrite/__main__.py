@@ -1,12 +1,14 @@
-"""attnrewrite at the command line: `info`, `table`, `explain`, `run` and `bench`."""
+"""attnrewrite at the command line: `info`, `table`, `explain`, `rewrite`, `run` and `bench`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Sequence
 
 from . import __version__, launching, support
+from .machines import Machine
 
 
 def info(arguments: list[str]) -> None:
@@ -22,17 +24,73 @@ def table(arguments: list[str]) -> None:
 
 
 def explain(arguments: list[str]) -> None:
-    """what is found in a small model that attends in all the ways that are told apart, and which kernels take it"""
+    """the plan of a saved program; without a file, what is found in a small model that attends in all the ways that are told
+    apart, and which kernels take it"""
+    from .aot.archives import ProgramFileError
+    from .aot.files import explain_file
     from .demo_model import Demo, inputs
     from .explaining import explain as explained
 
     parser = argparse.ArgumentParser(prog="attnrewrite explain", description=explain.__doc__)
-    parser.add_argument("--backend", default="_native_flash,flex", help="names in order of preference")
-    names = parser.parse_args(arguments).backend.split(",")
+    parser.add_argument(
+        "file", nargs="?", help="a .pt2 of attnrewrite.save or torch.export.save, or an AOTInductor package"
+    )
+    parser.add_argument(
+        "--backend",
+        help="names in order of preference: what they would do to the file's program, instead of the plan that is in it",
+    )
+    given = parser.parse_args(arguments)
+    names = given.backend.split(",") if given.backend else []
     try:
-        print(explained(Demo().eval(), *inputs(), backend=names))
+        if given.file:
+            print(explain_file(given.file, *names))
+        else:
+            print(explained(Demo().eval(), *inputs(), backend=names or ["_native_flash", "flex"]))
     except ValueError as error:
         parser.error(f"--backend: {error}")
+    except ProgramFileError as error:
+        parser.error(str(error))
+
+
+def rewrite(arguments: list[str]) -> None:
+    """a saved program with other kernels, without its source: attnrewrite rewrite in.pt2 out.pt2 --backend flash_4,native"""
+    from .aot.archives import ProgramFileError
+    from .aot.files import retarget
+    from .plans import AttentionRefusedError
+
+    parser = argparse.ArgumentParser(prog="attnrewrite rewrite", description=rewrite.__doc__)
+    parser.add_argument("source", help="a .pt2 of attnrewrite.save or torch.export.save")
+    parser.add_argument("target", help="the file to write; it may be the same")
+    parser.add_argument("--backend", required=True, help="names in order of preference; native alone is the way back")
+    parser.add_argument("--strict", action="store_true", help="fail if an attention has no kernel that may take it")
+    parser.add_argument("--numerics", choices=("exact", "reordered", "quantised"), help="how far results may differ")
+    parser.add_argument(
+        "--machine",
+        type=_machine,
+        help='hardware that is elsewhere, as JSON: {"device": "cuda", "capability": [9, 0], "packages": {"flash-attn-4": ...}}',
+    )
+    given = parser.parse_args(arguments)
+    try:
+        report = retarget(
+            given.source,
+            given.target,
+            *given.backend.split(","),
+            strict=given.strict,
+            numerics=given.numerics,
+            machine=given.machine,
+        )
+    except ValueError as error:
+        parser.error(f"--backend: {error}")
+    except (ProgramFileError, AttentionRefusedError) as error:
+        parser.error(str(error))
+    print(report)
+
+
+def _machine(text: str) -> Machine:
+    try:
+        return Machine.from_json({"capability": None, "packages": {}, "name": "", **json.loads(text)})
+    except (ValueError, TypeError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} describes no machine: {error}") from error
 
 
 def run(arguments: list[str]) -> None:
@@ -52,6 +110,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "info": info,
     "table": table,
     "explain": explain,
+    "rewrite": rewrite,
     "run": run,
     "bench": bench,
 }

@@ -116,6 +116,7 @@ class AttentionCall:
     captured: bool = False  # the compiler behind the swap records a CUDA graph of it
     obstacle: str | None = None  # why nothing but the call as it stands can be right here
     form: str = "sdpa"  # "operations": spelled out in the graph; "kernel": a kernel that PyTorch has chosen
+    exported: bool = False  # stands in an exported program: operators only, checks as nodes
 
     def described(self) -> AttentionCall:
         """The same call with its symbolic sizes as text, for reports: it keeps no tracing state alive."""

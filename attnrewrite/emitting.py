@@ -3,6 +3,8 @@
 A kernel's `op` is an ordinary function of tensors. `Emitter` runs it under a `TorchFunctionMode`: every torch call that
 it makes becomes one node, with the fake result as the node's value. So shapes, strides and dtypes of what is emitted are
 PyTorch's own, and a record needs no graph code.
+
+An exported program may hold operators only: there, a call that is none becomes the aten operators that it makes.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .graphs import INHERITED_META, value_key, value_of
@@ -74,10 +77,18 @@ class Emitter(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self.key == "val" and not isinstance(func, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+            with _Operators(self):
+                return func(*args, **kwargs)
         result = func(*args, **kwargs)
+        self.write(func, args, kwargs, result)
+        return result
+
+    def write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """The node of a call that gave `result`."""
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and id(leaf) not in self._nodes]
         if not made:  # a question (size, stride, dtype), or a call that gave back what it was given
-            return result
+            return
         kind, target = _target(func)
         node = self.graph.create_node(kind, target, self._arguments(args), self._arguments(kwargs))
         self._finish(node, result)
@@ -85,12 +96,16 @@ class Emitter(TorchFunctionMode):
             for position, member in enumerate(result):
                 if isinstance(member, torch.Tensor):
                     self._finish(self.graph.call_function(operator.getitem, (node, position)), member)
-        return result
 
     def _finish(self, node: Node, value: Any) -> None:
         node.meta |= {**self._meta, self.key: value, EMITTED: True}
         if isinstance(value, torch.Tensor):
             self._know(value, node)
+
+    def same(self, one: torch.Tensor, other: torch.Tensor) -> None:
+        """Two tensors of one node."""
+        if id(other) not in self._nodes:
+            self._know(other, self._nodes[id(one)])
 
     def _know(self, tensor: torch.Tensor, node: Node) -> None:
         self._nodes[id(tensor)] = node
@@ -103,7 +118,7 @@ class Emitter(TorchFunctionMode):
         if isinstance(value, torch.Tensor):
             return self._nodes[id(value)]
         if isinstance(value, torch.SymInt | torch.SymFloat):
-            return self._symbolic(value)
+            return self.number(value)
         if isinstance(value, torch.nn.Module):
             return self._attribute(value)
         return value
@@ -117,7 +132,7 @@ class Emitter(TorchFunctionMode):
             self.module.add_module(f"attnrewrite_{number}", module)
         return self.graph.get_attr(self._modules[id(module)])
 
-    def _symbolic(self, size: torch.SymInt | torch.SymFloat) -> Node | int | float:
+    def number(self, size: torch.SymInt | torch.SymFloat) -> Node | int | float:
         """A node for a symbolic number, computed from the sizes of tensors that are at hand."""
         from torch.utils._sympy.interp import sympy_interp
         from torch.utils._sympy.reference import PythonReferenceAnalysis
@@ -126,33 +141,82 @@ class Emitter(TorchFunctionMode):
         if known is not None:
             number: int | float = known
             return number
-        tracer = torch.fx.proxy.GraphAppendingTracer(self.graph)
+        tracer = _Arithmetic(self.graph)
         symbols = {symbol: torch.fx.Proxy(self._symbol(symbol), tracer) for symbol in size.node.expr.free_symbols}
         node: Node = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr).node
-        node.meta.setdefault(self.key, size)
+        for step in tracer.made:
+            args: Any = map_aggregate(step.args, value_of)
+            step.meta |= {**self._meta, self.key: step.target(*args), EMITTED: True}  # type: ignore[operator]
         return node
 
     def _symbol(self, symbol: Any) -> Node:
         name = str(symbol)
         if name not in self._symbols:
-            for tensor in self._kept:
-                for dim, size in enumerate(tensor.shape):
-                    if isinstance(size, torch.SymInt) and size.node.expr == symbol:
-                        node: Node = self.graph.call_function(
-                            torch.ops.aten.sym_size.int, (self._nodes[id(tensor)], dim)
-                        )
-                        node.meta |= {**self._meta, self.key: size}
-                        self._symbols[name] = node
-                        return node
-            for node in self.graph.find_nodes(op="placeholder"):
-                value = value_of(node)
-                if isinstance(value, torch.SymInt) and value.node.expr == symbol:
-                    self._symbols[name] = node
-                    return node
-            raise RuntimeError(
-                f"attnrewrite: the symbol {name} is no size of a tensor at hand; please report this graph"
-            )
+            self._symbols[name] = self._found(symbol)
         return self._symbols[name]
+
+    def _found(self, symbol: Any) -> Node:
+        """A node for a symbol: an input, the size of a tensor, or, where an exported program has derived sizes, a part of one:
+        2*s stands there for s."""
+        inputs: list[Node] = list(self.graph.find_nodes(op="placeholder"))
+        sizes = [(self._nodes[id(tensor)], tensor) for tensor in self._kept]
+        sizes += [(node, value) for node in inputs if isinstance(value := value_of(node), torch.Tensor)]
+        symbolic: list[tuple[Node, int, Any]] = [
+            (node, dim, size)
+            for node, tensor in sizes
+            for dim, size in enumerate(tensor.shape)
+            if isinstance(size, torch.SymInt)
+        ]
+        for node, dim, size in symbolic:
+            if size.node.expr == symbol:
+                return self._call(torch.ops.aten.sym_size.int, (node, dim), size)
+        for node in inputs:
+            value = value_of(node)
+            if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+                return node
+        for node, dim, size in symbolic:
+            times = size.node.expr / symbol
+            if times.is_Integer and times > 0:
+                whole = self._call(torch.ops.aten.sym_size.int, (node, dim), size)
+                return self._call(operator.floordiv, (whole, int(times)), size // int(times))
+        raise RuntimeError(f"attnrewrite: the symbol {symbol} is no size of a tensor at hand; please report this graph")
+
+    def _call(self, function: Any, args: tuple[Any, ...], value: Any) -> Node:
+        node = self.graph.call_function(function, args)
+        node.meta |= {**self._meta, self.key: value, EMITTED: True}
+        return node
+
+
+class _Operators(TorchDispatchMode):
+    """Writes down the aten operators that a torch call is made of, below autograd and composites."""
+
+    def __init__(self, emitter: Emitter) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.emitter = emitter
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is torch.ops.aten.detach.default:  # how autograd makes a view its own: no operation
+            self.emitter.same(args[0], result)
+        else:
+            self.emitter.write(func, args, kwargs, result)
+        return result
+
+
+class _Arithmetic(torch.fx.proxy.GraphAppendingTracer):
+    """Notes the nodes that arithmetic on symbols appends."""
+
+    def __init__(self, graph: torch.fx.Graph) -> None:
+        super().__init__(graph)
+        self.made: list[Node] = []
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        node = super().create_node(*args, **kwargs)
+        self.made.append(node)
+        return node
 
 
 @contextmanager

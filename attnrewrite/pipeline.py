@@ -31,12 +31,14 @@ class Watch(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """`unchanged`: SDPA calls that stand in the graph afterwards. `seconds`: what all passes took."""
+    """`unchanged`: SDPA calls that stand in the graph afterwards. `seconds`: what all passes took. `swapped`: the attentions
+    that were, with the nodes that give their outputs now."""
 
     plan: Plan
     machine: Machine | None
     unchanged: int
     seconds: float
+    swapped: tuple[Found, ...] = ()
 
 
 def rewrite_graph(
@@ -47,13 +49,19 @@ def rewrite_graph(
     prefix: str = "",
     captured: bool = False,
     watch: Watch | None = None,
+    exported: bool = False,
+    elsewhere: bool = False,
 ) -> Outcome:
     """Plans for `root` and every graph below it, and, if `swap`, puts the chosen kernels in place.
 
     `machine` None: the one that the tensors are on. `prefix`: the path of the module that was compiled in the model that it
     is a part of; the paths of its sites begin with it. `captured`: who compiles the graph records a CUDA graph. `watch` is
-    called around the swap. Raises `AttentionRefusedError` under a strict policy, and `RuntimeError` if the graph does not
-    end up as planned.
+    called around the swap.
+
+    `exported`: the graph is that of an `ExportedProgram`, to be saved. `elsewhere`: it will run on a `machine` that is not
+    this one, and no library is loaded.
+
+    Raises `AttentionRefusedError` under a strict policy, and `RuntimeError` if the graph does not end up as planned.
     """
     started = time.perf_counter()
     names: dict[str, int] = {}
@@ -65,10 +73,16 @@ def rewrite_graph(
     found = [each for _, context in graphs for each in context.found]
     machines = [machine or _machine(each) for each in found]
     calls = [
-        replace(each.call, device=on.device, site=_below(prefix, each), captured=captured and on.device == "cuda")
+        replace(
+            each.call,
+            device=on.device,
+            site=_below(prefix, each),
+            captured=captured and on.device == "cuda",
+            exported=exported,
+        )
         for each, on in zip(found, machines, strict=True)
     ]
-    plan = make_plan(calls, policy, machines, load_sources=swap)
+    plan = make_plan(calls, policy, machines, load_sources=swap and not elsewhere, name_sources=swap and elsewhere)
     for each, site in zip(found, plan.sites, strict=True):
         each.site, each.call = site, site.call
 
@@ -88,13 +102,14 @@ def rewrite_graph(
                 module.graph.lint()
                 module.recompile()
     left = sum(_stands(module, context) for module, context in graphs)
-    expected = len(found) - (sum(each.kernel is not None for each in found) if swap else 0)
+    swapped = tuple(each for each in found if each.kernel is not None) if swap else ()
+    expected = len(found) - len(swapped)
     if left != expected:
         raise RuntimeError(
             f"attnrewrite left {left} attention calls where its plan leaves {expected}; please report this"
         )
     used = machines[0] if machines else None
-    return Outcome(plan.described(), used, left, time.perf_counter() - started)
+    return Outcome(plan.described(), used, left, time.perf_counter() - started, swapped)
 
 
 def _below(prefix: str, found: Found) -> str:

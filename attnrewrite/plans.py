@@ -18,6 +18,7 @@ from .measurements import Measurement
 from .policies import Policy, Selector
 from .reasons import decide
 from .records import Backend
+from .sizes import asking
 from .sources import Source, SourceError, library, load
 
 
@@ -178,16 +179,22 @@ class Plan:
 
 
 def make_plan(
-    calls: Sequence[AttentionCall], policy: Policy, machines: Sequence[Machine], load_sources: bool = False
+    calls: Sequence[AttentionCall],
+    policy: Policy,
+    machines: Sequence[Machine],
+    load_sources: bool = False,
+    name_sources: bool = False,
 ) -> Plan:
     """Decides for each call, with the machine it runs on. Pure but for the guards that `holds` records, unless
     `load_sources`: then the library behind a choice is loaded, and one that cannot be is refused.
+
+    `name_sources`: the machine is elsewhere, and its packages say which library will be there; nothing is loaded.
 
     Raises `AttentionRefusedError` if the policy is strict and a site has no taker.
     """
     loaded: dict[Source, str | Refused] = {}
     sites = tuple(
-        _site(call, policy, machine, loaded if load_sources else None)
+        _site(call, policy, machine, loaded if load_sources else None, name_sources)
         for call, machine in zip(calls, machines, strict=True)
     )
     if policy.strict:
@@ -201,13 +208,22 @@ def make_plan(
     return Plan(sites)
 
 
-def _site(call: AttentionCall, policy: Policy, machine: Machine, loaded: dict[Source, str | Refused] | None) -> Site:
+def _site(
+    call: AttentionCall,
+    policy: Policy,
+    machine: Machine,
+    loaded: dict[Source, str | Refused] | None,
+    name_sources: bool,
+) -> Site:
     taken: list[tuple[str, Decision]] = []
     for candidate in policy.candidates(call, machine, measure=loaded is not None):
         backend = candidate.on(machine)
-        decision = decide(backend, call, machine, policy.numerics, policy.cast)
+        with asking(call.site, candidate.name):
+            decision = decide(backend, call, machine, policy.numerics, policy.cast)
         source: str | None = None
-        if isinstance(decision, Accepted) and backend.source is not None and loaded is not None:
+        if isinstance(decision, Accepted) and backend.source is not None and name_sources:
+            source = backend.source.on(machine.packages)
+        elif isinstance(decision, Accepted) and backend.source is not None and loaded is not None:
             found = _loaded(backend.source, policy.trust_remote_code, loaded)
             refused = found if isinstance(found, Refused) else lacking(backend, found, machine)
             if refused is not None:

@@ -9,7 +9,7 @@ from .calls import AttentionCall, Mask, MaskKind
 from .decisions import Accepted, Code, Decision, Refused, Step
 from .machines import Machine, satisfies
 from .records import Backend, Numerics
-from .sizes import UnbackedSizeError, described, holds
+from .sizes import Attempt, UnbackedSizeError, described, holds
 
 CASTABLE = frozenset({"float16", "bfloat16", "float32", "float64"})
 
@@ -44,10 +44,11 @@ def decide(
     try:
         first: Refused | None = None
         for form, mask in forms(backend, call.mask):
-            asked = replace(call, mask=mask)
+            asked, attempt = replace(call, mask=mask), Attempt()
             if (refused := _refusal(backend, asked, machine)) is None:
                 own = backend.steps(asked) if backend.steps else ()
                 return Accepted(steps + _paddings(backend, asked) + own, form)
+            attempt.forget()
             first = first or refused
         assert first is not None  # there is at least one form
         return first
@@ -147,6 +148,16 @@ def _context(backend: Backend, call: AttentionCall, machine: Machine) -> Refused
     if call.obstacle is None or (backend.any_context and call.form != "operations"):
         return None  # for what is spelled out no choice means to stay
     return Refused(Code.CONTEXT, call.obstacle, "The call stays as it is; nothing is lost but the choice")
+
+
+def _exported(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if not call.exported or not backend.not_exported:
+        return None
+    return Refused(
+        Code.CONTEXT,
+        f"{backend.name} cannot stand in an exported program: {backend.not_exported}",
+        "Choose another kernel, or compile with torch.compile",
+    )
 
 
 def _deterministic(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
@@ -301,6 +312,7 @@ REASONS: tuple[Callable[[Backend, AttentionCall, Machine], Refused | None], ...]
     _packages,
     _capability,
     _context,
+    _exported,
     _deterministic,
     _captured,
     _dtype,

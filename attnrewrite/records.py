@@ -85,6 +85,7 @@ class Backend:
     empty: bool = False  # takes sequences of length 0
     any_context: bool = False  # takes calls that carry an obstacle
     all_scores: bool = False  # holds the scores of all queries and keys in memory
+    not_exported: str = ""  # why no exported program can hold it
     layout: str = "bhsd"
     numerics: Numerics = Numerics.REORDERED
     tolerance: Tolerance = Tolerance()

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,10 @@ class Package:
     def __str__(self) -> str:
         return self.distribution
 
+    def on(self, packages: Mapping[str, str]) -> str:
+        """The text that it will be known by on a machine with these packages."""
+        return f"{self.distribution} {packages[self.distribution]}"
+
     def fetch(self, trust: bool) -> tuple[str, ModuleType]:
         """The module and its source. Raises `SourceError` with the import's own words if it does not import."""
         version = installed(self.distribution)
@@ -77,6 +81,10 @@ class Hub:
 
     def __str__(self) -> str:
         return f"{self.repository}@{self.revision or f'v{self.version}'}"
+
+    def on(self, packages: Mapping[str, str]) -> str:
+        """The text that it will be known by elsewhere: with a branch, which commit that is shows when it is loaded."""
+        return str(self)
 
     def fetch(self, trust: bool) -> tuple[str, ModuleType]:
         """The module and its source. Raises `SourceError` if it can be neither found nor loaded; a download that failed
@@ -139,15 +147,17 @@ def load(source: Source, trust: bool = False) -> str:
     return _TEXTS[source, trust]
 
 
-def library(text: str) -> ModuleType:
+def library(text: str, trust: bool = False) -> ModuleType:
     """The module behind a source's text, for an op that is about to call it.
 
     In a process that has not loaded it (a saved program), it is loaded now. Raises `SourceError` if what is there now is
     another version than the program was made with.
     """
     if (module := _LIBRARIES.get(text)) is None:
-        found = load(_parsed(text))
-        if found != text:
+        source = _parsed(text)
+        found = load(source, trust)
+        pinned = not isinstance(source, Hub) or re.fullmatch("[0-9a-f]{40}|local:.*", source.revision or "")
+        if found != text and pinned:
             raise SourceError(
                 Refused(
                     Code.VERSION,
@@ -155,7 +165,7 @@ def library(text: str) -> ModuleType:
                     f"Install {text}, or make the program again",
                 )
             )
-        module = _LIBRARIES[text]
+        module = _LIBRARIES[text] = _LIBRARIES[found]
     return module
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from .graphs import value_of
+from .graphs import LITERAL, value_of
 from .sizes import UnbackedSizeError, known
 
 _OWNERS = (torch, F, operator, torch.special, builtins)
@@ -162,6 +162,8 @@ def _constant(node: Node, depth: int) -> Any:
     """The number that all elements of a tensor are, where the graph itself says so."""
     if depth == 0:
         return None
+    if LITERAL in node.meta:
+        return node.meta[LITERAL]
     if node.op == "get_attr":
         tensor = getattr(node.graph.owning_module, str(node.target), None)
         # Literal tensors of a traced model. Buffers and parameters may be given other values later.

@@ -15,7 +15,7 @@ from ..calls import AttentionCall, MaskKind
 from ..decisions import Code, Refused
 from ..machines import Machine, satisfies
 from ..records import Backend, HeadDim, Numerics
-from ..sizes import described, holds, is_one, known
+from ..sizes import better, described, holds, is_one, known
 
 aten = torch.ops.aten
 HALF = frozenset({"float16", "bfloat16"})
@@ -37,7 +37,7 @@ def aligned_bias(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tenso
         return None
     if is_one(bias.shape[-1]):
         bias = bias.expand(*bias.shape[:-1], call.kv_len)
-    if not holds(call.kv_len % 16 == 0):  # padding copies, so that the last stride is 1 too
+    if not better(call.kv_len % 16 == 0):  # padding copies, so that the last stride is 1 too
         missing: Any = (0, 16 - call.kv_len % 16)
         bias = torch.nn.functional.pad(bias, missing)[..., : call.kv_len]
     elif not known(bias.stride(-1) == 1) or not all(
@@ -112,7 +112,7 @@ def flash_backward_on_consumer_gpus(call: AttentionCall, machine: Machine) -> Re
 def rows_of_the_bias(call: AttentionCall, machine: Machine) -> Refused | None:
     """`aligned_bias` will ask this of a mask; asked here, a data-dependent kv_len is refused."""
     if call.mask.is_tensor:
-        holds(call.kv_len % 16 == 0)
+        better(call.kv_len % 16 == 0)
     return None
 
 

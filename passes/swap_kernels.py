@@ -20,7 +20,7 @@ from ..ops import Origin, zero_unless
 from ..plans import Site
 from ..reasons import cast_to
 from ..records import Backend
-from ..sizes import holds, known
+from ..sizes import asking, holds, known
 from ..spellings import spelled
 from ..strides import restrided, same_strides, strides_matter
 from .context import Context, Found, Operand, Operands
@@ -44,7 +44,8 @@ def swap_kernels(graph_module: GraphModule, context: Context) -> int:
     swapped = 0
     for found in context.found:
         if found.site is not None and (kernel := found.kernel) is not None and found.operands is not None:
-            moved |= _swap(found, found.site, found.operands.moved(moved), kernel, emitter, written)
+            with asking(found.call.site, kernel.name):
+                moved |= _swap(found, found.site, found.operands.moved(moved), kernel, emitter, written)
             swapped += 1
     return swapped
 

@@ -18,10 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # The folder in the repository -> in the package.
 FOLDERS = {
     "attnrewrite": "attnrewrite",
+    "attnrewrite/aot": "attnrewrite/aot",
     "attnrewrite/benchmarks": "attnrewrite/benchmarks",
     "passes": "attnrewrite/passes",
     "backends": "attnrewrite/backends",
 }
+OTHERS = {"attnrewrite/py.typed", "attnrewrite/aot/program_checks.h"}
 NEEDED = ("attnrewrite", "passes", "backends", "tests", "pyproject.toml", "README.md", "LICENSE")
 
 
@@ -72,7 +74,7 @@ def information(wheel):
 
 def test_wheel_has_every_python_file_and_no_other(wheel):
     found = {name for name in files_in(wheel) if ".dist-info/" not in name}
-    assert found == python_files() | {"attnrewrite/py.typed"}
+    assert found == python_files() | OTHERS
     assert {path.name for path in wheel.iterdir()} == {"attnrewrite", information(wheel).name}
 
 
@@ -100,7 +102,7 @@ def test_sdist_can_build_and_has_what_a_reader_needs(built):
     (path,) = built.glob("*.tar.gz")
     with tarfile.open(path) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "attnrewrite/py.typed"} <= names
+    assert {"pyproject.toml", "README.md", "LICENSE", *OTHERS} <= names
     wanted = {f"{folder}/{path.name}" for folder in FOLDERS for path in (ROOT / folder).glob("*.py")}
     assert wanted <= names
 

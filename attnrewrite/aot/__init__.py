@@ -1,0 +1,1 @@
+"""Ahead of time: exported programs with swapped kernels, their files, and AOTInductor packages."""

@@ -1,0 +1,245 @@
+"""Checks as nodes: what was decided when a program was rewritten, asked again at every call (check_ops.py)."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ..emitting import EMITTED, Emitter
+from ..graphs import value_of
+from ..passes.context import Found
+from ..sizes import known
+from .check_ops import CHECK_GRADIENT, CHECK_INPUTS, CHECK_SIZE
+from .questions import Condition, hints_of
+
+DEVICES = {"rocm": "cuda", "tpu": "xla"}  # Machine's words to PyTorch's
+
+
+def insert_assertions(
+    module: GraphModule,
+    signature: Any,
+    conditions: Sequence[Condition],
+    swapped: Sequence[Found],
+    device: str | None,
+    trainable: Collection[str],
+) -> tuple[str, ...]:
+    """Writes the checks behind the inputs of the graph, and returns what each says.
+
+    device: the `Machine.device` that kernels were chosen for; None: the one that each input is on.
+    trainable: the inputs that are parameters which may need a gradient.
+    """
+    inputs = _user_inputs(module, signature)
+    first = next(node for node in module.graph.nodes if node.op != "placeholder")
+    value = next((value_of(node) for node in inputs if isinstance(value_of(node), Tensor)), None)
+    if value is None:
+        return ()
+    emitter = Emitter(module)
+    for node in inputs:
+        if isinstance(value_of(node), Tensor):
+            emitter.tensor(node)
+    said = []
+    watched = [node for node in inputs if _counts(node)] if swapped else []
+    below = any(found.node.graph is not module.graph for found in swapped)  # in a graph that this one calls
+    places = _places_of_swaps(module)
+    if swapped and not below:
+        read = _read_by(places)
+        watched = [node for node in watched if node in read]
+    with emitter.before(first, False, value):
+        if watched:
+            sites = _sites([_named(found) for found in swapped])
+            said.append(_check_inputs(emitter, watched, device, _read_as_they_lie(places), sites))
+        if forward_only := [found for found in swapped if not _has_gradient(found)]:
+            tensors = [node for node in inputs if _counts(node) and value_of(node).dtype != torch.bool]
+            tensors += _parameters(module, None if below else places, trainable)
+            said.append(_check_gradient(emitter, tensors, _sites([_named(found) for found in forward_only])))
+        for condition in conditions:
+            said.append(_check_size(emitter, inputs, condition))
+    return tuple(said)
+
+
+def _check_inputs(emitter: Emitter, watched: list[Node], device: str | None, as_they_lie: set[Node], sites: str) -> str:
+    names = [str(node.name) for node in watched]
+    dtypes = [str(value_of(node).dtype).removeprefix("torch.") for node in watched]
+    devices = [DEVICES.get(device, device) if device else value_of(node).device.type for node in watched]
+    devices = ["" if value_of(node).dim() == 0 else kind for node, kind in zip(watched, devices, strict=True)]
+    rows = [
+        int(node in as_they_lie and value_of(node).dim() > 0 and known(value_of(node).stride(-1) == 1))
+        for node in watched
+    ]
+    node = emitter.graph.call_function(
+        CHECK_INPUTS, (watched,), {"names": names, "dtypes": dtypes, "kinds": devices, "rows": rows, "sites": sites}
+    )
+    node.meta |= {emitter.key: None, EMITTED: True}
+    parts = [
+        f"{name} {dtype}" + (f" on {kind}" if kind else "")
+        for name, dtype, kind in zip(names, dtypes, devices, strict=True)
+    ]
+    return f"inputs are {', '.join(parts)}: {sites}"
+
+
+def _check_gradient(emitter: Emitter, tensors: list[Node], sites: str) -> str:
+    node = emitter.graph.call_function(CHECK_GRADIENT, (tensors,), {"sites": sites})
+    node.meta |= {emitter.key: None, EMITTED: True}
+    return f"no gradient is asked for: {sites}"
+
+
+def _has_gradient(found: Found) -> bool:
+    """Whether what was put in has its gradient although none was asked for: operators with a formula that needs nothing more
+    than their inputs and outputs. The others were told not to keep what their backward needs."""
+    return found.kernel is not None and (
+        found.kernel.op is None or found.kernel.name in ("_native_math", "_native_flash")
+    )
+
+
+def _places_of_swaps(module: GraphModule) -> list[Node]:
+    """What came of the swaps, as it stands after all passes: emitted nodes that others read."""
+    return [
+        node for node in module.graph.nodes
+        if EMITTED in node.meta and any(EMITTED not in user.meta for user in node.users)
+    ]  # fmt: skip
+
+
+def _read_as_they_lie(places: Sequence[Node]) -> set[Node]:
+    """Inputs that come to a kernel through views and what is computed element by element, which keep the order in memory: where
+    the example's rows are dense, the kernel was told so."""
+    seen: set[Node] = set()
+    waiting = list(places)
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting += node.all_input_nodes if EMITTED in node.meta or _keeps_strides(node) else []
+    return {node for node in seen if node.op == "placeholder"}
+
+
+def _keeps_strides(node: Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return target is operator.getitem
+    views = any(each.alias_info is not None for each in target._schema.returns)
+    return views or torch.Tag.pointwise in target.tags or target._opname in ("clone", "_to_copy", "to", "reshape")
+
+
+def _parameters(module: GraphModule, places: Sequence[Node] | None, trainable: Collection[str]) -> list[Node]:
+    """A parameter that may need a gradient behind each of these attentions; the nearest will do. None: anywhere."""
+    nearest: dict[Node, None] = {}
+    if places is None:
+        return [node for node in module.graph.find_nodes(op="placeholder") if node.name in trainable]
+    for place in places:
+        seen, waiting = {place}, [place]
+        while waiting:
+            node = waiting.pop(0)
+            if node.op == "placeholder" and node.name in trainable:
+                nearest[node] = None
+                break
+            waiting += [each for each in node.all_input_nodes if each not in seen]
+            seen.update(node.all_input_nodes)
+    return list(nearest)
+
+
+def _check_size(emitter: Emitter, inputs: list[Node], condition: Condition) -> str:
+    import sympy  # type: ignore[import-untyped]
+
+    sizes = _sizes(inputs)
+    relation = condition.relation
+    sites = _sites(condition.needed_by)
+    signs = {sympy.Eq: "==", sympy.Ne: "!=", sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">="}
+    sign = signs.get(type(relation))
+    if sign is None:  # "or" and the like: as a number that must be 1
+        left, right, sign = sympy.Piecewise((1, relation), (0, True)), sympy.Integer(1), "=="
+    else:
+        left, right = relation.lhs, relation.rhs
+    shape_env = next(value.node.shape_env for _, _, _, value in sizes)
+    symbols = {str(symbol): place for symbol, place in _places(relation, sizes).items()}
+    says = f"{_text(left, symbols)} {sign} {_text(right, symbols)}"
+    anchor = next(node for node, _, _, _ in sizes if isinstance(value_of(node), Tensor))
+    found, needed = (_number(emitter, part, shape_env) for part in (left, right))
+    node = emitter.graph.call_function(
+        CHECK_SIZE, (anchor, found, needed), {"relation": sign, "says": says, "sites": sites}
+    )
+    node.meta |= {emitter.key: None, EMITTED: True}
+    return f"{says}: {sites}"
+
+
+def _number(emitter: Emitter, expr: Any, shape_env: Any) -> Any:
+    if expr.is_number:
+        return int(expr)
+    values = hints_of(shape_env)
+    hint = int(expr.xreplace({symbol: values[symbol] for symbol in expr.free_symbols}))
+    return emitter.number(shape_env.create_symintnode(expr, hint=hint))
+
+
+def _sizes(inputs: list[Node]) -> list[tuple[Node, int, Any, Any]]:
+    """Every symbolic size of an input: its node, the dimension, its expression, its value."""
+    found: list[tuple[Node, int, Any, Any]] = []
+    for node in inputs:
+        value = value_of(node)
+        if isinstance(value, Tensor):
+            found += [
+                (node, dim, size.node.expr, size)  # type: ignore[attr-defined]
+                for dim, size in enumerate(value.shape)
+                if isinstance(size, torch.SymInt)
+            ]
+    return found
+
+
+def _places(relation: Any, sizes: Any) -> dict[Any, str]:
+    """For each symbol where it can be read: hidden_states.shape[1]."""
+    places: dict[Any, str] = {}
+    for node, dim, expr, _ in sizes:
+        if expr in relation.free_symbols:
+            places.setdefault(expr, f"{node.name}.shape[{dim}]")
+    return places
+
+
+def _text(expr: Any, symbols: dict[str, str]) -> str:
+    import sympy
+
+    named = expr.xreplace({s: sympy.Symbol(symbols[str(s)]) for s in expr.free_symbols if str(s) in symbols})
+    if type(named).__name__ in ("Mod", "PythonMod") and len(named.args) == 2:
+        left, right = named.args
+        return f"{left} % {right}" if left.is_Symbol else f"({left}) % {right}"
+    return str(named)
+
+
+def _user_inputs(module: GraphModule, signature: Any) -> list[Node]:
+    from torch.export.graph_signature import InputKind
+
+    users = {spec.arg.name for spec in signature.input_specs if spec.kind is InputKind.USER_INPUT}
+    return [node for node in module.graph.nodes if node.op == "placeholder" and node.name in users]
+
+
+def _counts(node: Node) -> bool:
+    """Integers (positions, time steps, token ids) may come in any width."""
+    value = value_of(node)
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+
+
+def _read_by(nodes: Sequence[Node]) -> set[Node]:
+    seen: set[Node] = set()
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node not in seen:
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return seen
+
+
+def _named(found: Found) -> tuple[str, str]:
+    return found.call.site, found.kernel.name if found.kernel else ""
+
+
+def _sites(needed_by: Sequence[tuple[str, str]]) -> str:
+    """attention site 'blocks.0.attn1' (_native_flash) and 3 more"""
+    named = [each for each in needed_by if each[0]]
+    if not named:
+        return "the rewritten attention"
+    site, kernel = named[0]
+    more = f" and {len(named) - 1} more" if len(named) > 1 else ""
+    return f"attention site {site!r} ({kernel}){more}"

@@ -1,0 +1,83 @@
+"""How the inputs of a package lie in memory. AOTInductor's code has the strides of the example in it and does not look at
+those of a call (2.13): another view of the same sizes would be read wrongly, in silence. So inputs that lie otherwise are
+copied.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+from ..graphs import value_of
+from ..sizes import known
+
+Layout = dict[str, list[int]]
+
+
+def layouts_of(program: ExportedProgram) -> str:
+    """JSON: for each tensor among the inputs {"order": dimensions, the outermost first} where it has no gaps, otherwise
+    {"strides": ...}. Raises `ValueError` for an input with gaps and symbolic sizes."""
+    users = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
+    nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
+    tensors = [(name, value_of(nodes[name])) for name in users if name in nodes]
+    return json.dumps([_layout(name, value) for name, value in tensors if isinstance(value, torch.Tensor)])
+
+
+def _layout(name: str, tensor: torch.Tensor) -> Layout:
+    strides = [_hint(stride) for stride in tensor.stride()]
+    order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
+    if all(known(a == b) or _hint(size) == 1 for a, b, size in zip(
+        tensor.stride(), dense_strides(tensor.shape, order), tensor.shape, strict=True
+    )):  # fmt: skip
+        return {"order": order}
+    if not all(isinstance(stride, int) for stride in tensor.stride()):
+        raise ValueError(
+            f"input {name!r} has strides {tuple(map(str, tensor.stride()))}, which leave gaps between its elements, and "
+            "symbolic sizes: export with an example that has none, as .contiguous() gives"
+        )
+    return {"strides": strides}
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def dense_strides(shape: Any, order: list[int]) -> list[Any]:
+    """The strides of a tensor without gaps whose dimensions lie in this order."""
+    strides: list[Any] = [1] * len(order)
+    step: Any = 1
+    for dim in reversed(order):
+        strides[dim] = step
+        step = step * shape[dim]
+    return strides
+
+
+def laid_out(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
+    """The tensor, or a copy that lies as the example did."""
+    strides = layout["strides"] if "strides" in layout else dense_strides(tensor.shape, layout["order"])
+    same = (have == want or size == 1 for have, want, size in zip(tensor.stride(), strides, tensor.shape, strict=True))
+    if tensor.dim() != len(strides) or all(same):
+        return tensor
+    return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+
+
+class Layouts:
+    """Brings the arguments of a call into the layouts of a package."""
+
+    def __init__(self, text: str | bytes, model: Any) -> None:
+        self._layouts: list[Layout] = json.loads(text)
+        self._spec = pytree.treespec_loads(model.loader.get_call_spec()[0])
+
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        from torch.export._tree_utils import reorder_kwargs
+
+        leaves, spec = pytree.tree_flatten((args, reorder_kwargs(kwargs, self._spec)))
+        layouts = iter(self._layouts)
+        leaves = [laid_out(leaf, next(layouts)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+        moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
+        return moved

@@ -1,0 +1,170 @@
+"""`Manifest`: what a saved program or package says of itself, and what that asks of the machine that loads it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ..machines import Machine, installed, machine_of
+from ..plans import Site
+from ..records import Backend
+from ..registry import records_of
+from ..reports import Report
+from ..sources import Hub, Package, SourceError, library
+from .archives import ProgramFileError
+from .assertions import DEVICES
+
+FORMAT = 1
+MANIFEST = "extra/attnrewrite.json"
+ORIGINAL = "extra/attnrewrite_original_graph.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """report: the plan, with the machine that it is for. checks: what the nodes that check say. sources: the library behind
+    each chosen kernel, with its version or commit. python: sites whose kernel only a Python process has."""
+
+    attnrewrite: str
+    torch: str
+    report: Report
+    checks: tuple[str, ...] = ()
+    python: tuple[str, ...] = ()
+
+    @property
+    def machine(self) -> Machine | None:
+        return next((graph.machine for graph in self.report.graphs if graph.machine), None)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(site.source for site in self.report.sites if site.source))
+
+    def to_json(self) -> str:
+        data = {
+            "format": FORMAT, "attnrewrite": self.attnrewrite, "torch": self.torch, "sources": self.sources,
+            "checks": self.checks, "python": self.python, "report": json.loads(self.report.to_json()),
+        }  # fmt: skip
+        return json.dumps(data)
+
+    @staticmethod
+    def from_json(text: str | bytes, path: Any) -> Manifest:
+        """Raises `ProgramFileError` for a format that is newer than this attnrewrite, or a text that is none."""
+        from .. import __version__
+
+        try:
+            data = json.loads(text)
+            if data["format"] > FORMAT:
+                raise ProgramFileError(
+                    f"{path}: it was written by attnrewrite {data['attnrewrite']} in format {data['format']}; expected is "
+                    f"format {FORMAT}, which attnrewrite {__version__} reads. Update attnrewrite"
+                )
+            report = Report.from_json(json.dumps(data["report"]))
+            return Manifest(data["attnrewrite"], data["torch"], report, tuple(data["checks"]), tuple(data["python"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ProgramFileError(
+                f"{path}: expected is the plan of attnrewrite as JSON, found is something else ({error}). Save it again"
+            ) from error
+
+
+def manifest_of(report: Report, checks: tuple[str, ...], python: tuple[str, ...] = ()) -> Manifest:
+    from .. import __version__
+
+    return Manifest(__version__, torch.__version__.split("+")[0], report, checks, python)
+
+
+def check_machine(manifest: Manifest, path: Any, trust: bool = False) -> tuple[str, ...]:
+    """What differs here, and may: the versions of torch and attnrewrite, the name of the GPU. Loads the library behind each
+    chosen kernel, and nothing else.
+
+    Raises `ProgramFileError` where a kernel was chosen for another device or compute capability, or its library is missing,
+    of another version, or does not load.
+    """
+    planned = manifest.machine
+    sites = [site for site in manifest.report.sites if _is_bound(site)]
+    if not sites or planned is None:
+        return _differences(manifest, None)
+    here = _machine_like(planned)
+    remedy = f"Load it there, or attnrewrite.retarget({str(path)!r}, ...) for this machine"
+    named = f"the kernel {sites[0].chosen} of attention site {sites[0].name!r}"
+    if here is None:
+        raise ProgramFileError(f"{path}: {named} was chosen for {planned.device}, found is no such device. {remedy}")
+    if (here.device, here.capability) != (planned.device, planned.capability):
+        raise ProgramFileError(
+            f"{path}: {named} was chosen for {_short(planned)}, found is {_short(here)} ({here.name}). {remedy}"
+        )
+    for site in {site.source: site for site in sites if site.source}.values():
+        _check_library(site, path, remedy, trust)
+    return _differences(manifest, here)
+
+
+def _check_library(site: Site, path: Any, remedy: str, trust: bool) -> None:
+    text = str(site.source)
+    source = next((record.source for record in _records(site) if _is_from(record.source, text)), None)
+    needed = f"{path}: the kernel {site.chosen} of attention site {site.name!r} needs {text}"
+    if isinstance(source, Package):
+        found = installed(source.distribution)
+        if found is None:
+            raise ProgramFileError(f"{needed}; found is no {source.distribution}. Install it. {remedy}")
+        if text != f"{source.distribution} {found}":
+            older = _older(found, text.rpartition(" ")[2])
+            raise ProgramFileError(f"{needed}; found is {found}{older}. Install that version. {remedy}")
+    try:
+        library(text, trust)
+    except SourceError as error:
+        raise ProgramFileError(f"{needed}; {error}. {remedy}") from error
+
+
+def _is_from(source: Any, text: str) -> bool:
+    if isinstance(source, Package):
+        return text.rpartition(" ")[0] == source.distribution
+    return isinstance(source, Hub) and text.partition("@")[0] == source.repository
+
+
+def _older(found: str, needed: str) -> str:
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return ", which is older" if Version(found) < Version(needed) else ", which is newer"
+    except InvalidVersion:
+        return ""
+
+
+def _is_bound(site: Site) -> bool:
+    """Whether a site holds a kernel that not every machine has."""
+    return site.chosen is not None and site.chosen != "native"
+
+
+def _records(site: Site) -> tuple[Backend, ...]:
+    """None for a record that somebody passed, or of a plug-in that is not here."""
+    try:
+        return records_of(str(site.chosen))
+    except ValueError:
+        return ()
+
+
+def _machine_like(planned: Machine) -> Machine | None:
+    kind = DEVICES.get(planned.device, planned.device)
+    if kind == "cuda" and not torch.cuda.is_available():
+        return None
+    if kind not in ("cpu", "cuda"):
+        return planned  # what else there is says itself what it cannot run
+    return machine_of(torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind))
+
+
+def _short(machine: Machine) -> str:
+    return str(replace(machine, packages={}, name=""))
+
+
+def _differences(manifest: Manifest, here: Machine | None) -> tuple[str, ...]:
+    from .. import __version__
+
+    planned = manifest.machine
+    pairs = [
+        ("attnrewrite", manifest.attnrewrite, __version__),
+        ("torch", manifest.torch, torch.__version__.split("+")[0]),
+    ]
+    if planned is not None and here is not None and planned.name:
+        pairs.append(("device", planned.name, here.name))
+    return tuple(f"{name}: made with {made}, here is {found}" for name, made, found in pairs if made != found)

@@ -1,0 +1,206 @@
+"""AOTInductor packages of programs with swapped kernels: from Python, from C++, and one for all blocks of a model."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import relative
+from torch.export import Dim
+
+import attnrewrite
+from attnrewrite import Machine
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning"),  # torch.export's own
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning"),  # Inductor's
+]
+ROOT = Path(__file__).resolve().parent.parent
+SLOW = pytest.mark.skipif(
+    not os.environ.get("ATTNREWRITE_SLOW"), reason="AOTInductor takes half a minute a model: ATTNREWRITE_SLOW=1 runs it"
+)
+
+
+class Step(torch.nn.Module):
+    """As the digits model of examples/aot: images (N, 1, 8, 8), times and labels (N,) in, (N, 1, 8, 8) out."""
+
+    def __init__(self):
+        super().__init__()
+        self.labels = torch.nn.Embedding(10, 12)
+        self.project = torch.nn.Linear(8, 36)
+        self.back = torch.nn.Linear(12, 8)
+
+    def forward(self, images, times, labels):
+        q, k, v = (part.unflatten(-1, (3, 4)).transpose(1, 2) for part in self.project(images[:, 0]).chunk(3, -1))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.back(attended + self.labels(labels)[:, None])[:, None] * (times[:, None, None, None] / 1000)
+
+
+def inputs(batch):
+    return torch.randn(batch, 1, 8, 8), torch.full((batch,), 500), torch.arange(batch)
+
+
+@pytest.fixture(scope="module")
+def packaged(tmp_path_factory):
+    """The model, its package for C++, and what compiling it returned."""
+    torch.manual_seed(0)
+    folder, model, batch = tmp_path_factory.mktemp("aot"), Step().eval().requires_grad_(False), Dim("batch", max=64)
+    program = attnrewrite.export(
+        model, inputs(10), backend="_native_flash", dynamic_shapes=({0: batch}, {0: batch}, {0: batch})
+    )
+    package = attnrewrite.aot_compile(program, folder / "package.pt2", cpp=True)
+    images, times, labels = inputs(10)
+    images.numpy().tofile(folder / "images.bin")
+    model(images, times, labels).numpy().tofile(folder / "velocity.bin")
+    return model, folder, package
+
+
+def test_a_package_runs_and_checks(packaged):
+    model, folder, package = packaged
+    assert package.python == ()
+    assert str(package).endswith("runs from Python and C++")
+    step = attnrewrite.load_package(folder / "package.pt2")
+    assert step.report.to_json() == package.report.to_json()
+    assert step.report.sites[0].chosen == "_native_flash"
+    for batch in (10, 3):
+        given = inputs(batch)
+        assert relative(step(*given), model(*given)) < 1e-5
+    with pytest.raises(RuntimeError, match=r"\(_native_flash\): input 'images' is float64, needed is float32"):
+        step(inputs(3)[0].double(), *inputs(3)[1:])
+    with pytest.raises(RuntimeError, match=r"needed is images\.shape\[0\] >= 1, found 0"):
+        step(*inputs(0))
+    assert attnrewrite.explain_file(folder / "package.pt2").swapped == 1
+
+
+def test_inputs_that_lie_otherwise(packaged):
+    """AOTInductor's code would read them as the example lay."""
+    model, folder, _ = packaged
+    step = attnrewrite.load_package(folder / "package.pt2")
+    images, times, labels = inputs(5)
+    turned = images.transpose(2, 3).contiguous().transpose(2, 3)
+    assert relative(step(turned, times, labels), model(images, times, labels)) < 1e-5
+    sliced = torch.stack([images, images + 1])[:, 1:4].unbind()[0]
+    assert relative(step(sliced, times[:3], labels[:3]), model(sliced, times[:3], labels[:3])) < 1e-5
+
+
+def test_bad_packages(packaged, tmp_path):
+    _, folder, _ = packaged
+    whole = (folder / "package.pt2").read_bytes()
+    (tmp_path / "cut.pt2").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(attnrewrite.ProgramFileError, match=r"cut\.pt2: .*or a part of one"):
+        attnrewrite.load_package(tmp_path / "cut.pt2")
+    with pytest.raises(
+        attnrewrite.ProgramFileError, match=r"expected is an exported program.*found is an AOTInductor package"
+    ):
+        attnrewrite.load(folder / "package.pt2")
+    with zipfile.ZipFile(tmp_path / "other.pt2", "w") as archive:
+        archive.writestr("x/models/model.json", "{}")
+    with pytest.raises(
+        attnrewrite.ProgramFileError, match="expected is an AOTInductor package, found is another archive"
+    ):
+        attnrewrite.load_package(tmp_path / "other.pt2")
+
+
+def test_kernels_that_need_python_are_named_when_compiling(tmp_path):
+    h200 = Machine("cuda", (9, 0), {"torch": "2.11.0", "flash-attn-4": "4.0.0b36"})
+    model = Step().bfloat16().eval().requires_grad_(False)
+    images, times, labels = inputs(3)
+    program = attnrewrite.export(model, (images.bfloat16(), times, labels), backend="flash_4", machine=h200)
+    with pytest.raises(
+        attnrewrite.NeedsPythonError, match=r"1 of the program's kernels run in Python: Step \(flash_4\)\. Choose"
+    ):
+        attnrewrite.aot_compile(program, tmp_path / "x.pt2", cpp=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = torch.nn.Linear(12, 36)
+        self.register_buffer("shift", torch.randn(12), persistent=False)
+
+    def forward(self, x, scale=None):
+        q, k, v = (part.unflatten(-1, (3, 4)).transpose(1, 2) for part in self.project(x + self.shift).chunk(3, -1))
+        return x + F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2) * scale
+
+
+class Repeats(torch.nn.Module):
+    _repeated_blocks = ("Block",)
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x):
+        for number, block in enumerate(self.blocks):
+            x = block(x, scale=torch.full((1,), 0.5 + number))
+        return x
+
+
+def test_one_package_for_all_blocks(tmp_path):
+    model, x = Repeats().eval().requires_grad_(False), torch.randn(2, 7, 12)
+    expected = model(x)
+    packages = attnrewrite.aot_compile_blocks(model, tmp_path, (x,), backend="_native_flash")
+    assert list(packages) == ["Block"]
+    assert packages["Block"].report.swapped == 1
+    assert attnrewrite.load_blocks(model, tmp_path) == 3
+    assert relative(model(x), expected) < 1e-5
+    model.blocks[1].project.weight.data.zero_()  # shared, not copied
+    changed = model(x)
+    for block in model.blocks:
+        del block.forward
+    assert relative(changed, model(x)) < 1e-5
+
+    other = Repeats().eval().requires_grad_(False)
+    expected = other(x)
+    attnrewrite.load_blocks(other, tmp_path)
+    assert relative(other(x), expected) < 1e-5
+
+    with pytest.raises(ValueError, match="Step declares no repeated blocks"):
+        attnrewrite.aot_compile_blocks(Step(), tmp_path, backend="native")
+    with pytest.raises(attnrewrite.ProgramFileError, match=r"expected is a package Block\.pt2, found is none"):
+        attnrewrite.load_blocks(other, tmp_path / "elsewhere")
+
+
+@pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("g++")), reason="needs cmake and g++")
+def test_cpp_runs_the_package(packaged, tmp_path):
+    """The C++ example, built against the installed libtorch, without Python."""
+    _, folder, _ = packaged
+    made = subprocess.run(
+        ["make", "-C", str(ROOT / "examples/aot/cpp"), "run", f"PYTHON={sys.executable}", f"OUT={folder}", f"BUILD={tmp_path}",
+         "EXPORT=true"],
+        capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CXXFLAGS": "-O0"},
+    )  # fmt: skip
+    assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
+    assert "largest difference to the eager model: " in made.stdout
+    assert (
+        "called with float64: attention site 'Step' (_native_flash): input 'images' is Double, needed is float32"
+        in made.stdout
+    )
+
+
+@SLOW
+@pytest.mark.parametrize("name", ["flux", "wan", "sdxl_unet", "vae"])
+def test_real_models(name, tmp_path):
+    pytest.importorskip("diffusers")
+    from model_zoo import MODELS
+    from test_export import FIXED, _only_dims, with_batch
+
+    model, kwargs = MODELS[name]()
+    model.requires_grad_(False)
+    expected = model(**kwargs)[0]
+    batch = len(expected)
+    dims = with_batch(lambda value: {0: Dim.DYNAMIC}, {k: v for k, v in kwargs.items() if k not in FIXED}, batch)
+    dynamic = {**dict.fromkeys(kwargs), **{key: _only_dims(value) for key, value in dims.items()}}
+    program = attnrewrite.export(model, (), kwargs, backend="_native_flash", dynamic_shapes=dynamic)
+    attnrewrite.aot_compile(program, tmp_path / "x.pt2", cpp=True)
+    step = attnrewrite.load_package(tmp_path / "x.pt2")
+    assert relative(step(**kwargs)[0], expected) < 1e-5
+    larger = with_batch(lambda value: torch.cat([value, value.flip(0), value[:1]]), kwargs, batch)
+    assert relative(step(**larger)[0], model(**larger)[0]) < 1e-5
