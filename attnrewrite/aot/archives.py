@@ -15,7 +15,6 @@ import io
 import json
 import os
 import shutil
-import tempfile
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -164,21 +163,3 @@ def _with_state(program: ExportedProgram, state: dict[str, Any]) -> ExportedProg
     finally:
         if record is not None:
             program.graph_module.meta[RECORD] = record
-
-
-@contextmanager
-def whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary file beside `path`, which takes its place at the end, if all went well."""
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{path} cannot be written: there is no folder {target.parent}. Make it first")
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".pt2", dir=target.parent)
-    os.close(handle)
-    try:
-        yield Path(name)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp lets only its owner read
-        os.replace(name, target)
-    finally:
-        Path(name).unlink(missing_ok=True)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from ..files import whole
 from ..machines import Machine
 from ..policies import Choice, make_policy
 from ..reports import Report
-from .archives import EXTRA, MODEL, Archive, ProgramFileError, graph_text, loaded, opened, whole, with_graph
+from .archives import EXTRA, MODEL, Archive, ProgramFileError, graph_text, loaded, opened, with_graph
 from .manifests import MANIFEST, ORIGINAL, Manifest, check_machine, manifest_of
 from .programs import RECORD, Record, fingerprint, original_of, record_of, rewrite_program
 
@@ -29,7 +30,7 @@ def save(program: ExportedProgram, path: Path_) -> None:
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"program is {type(program).__name__}: give a torch.export.ExportedProgram")
     record, original = record_of(program), original_of(program)
-    with whole(path) as temporary, _without_record(program):
+    with whole(path, ".pt2") as temporary, _without_record(program):
         extras = _extras(record, None if original is program else original)
         extra = {name.removeprefix(EXTRA): text.decode() for name, text in extras.items()}
         torch.export.save(program, temporary, extra_files=extra)
@@ -99,7 +100,7 @@ def retarget(
         record = record_of(made)
         assert record is not None
         changed = {MODEL: graph_text(made), **_extras(record, program)}
-        with whole(target) as temporary:
+        with whole(target, ".pt2") as temporary:
             archive.copy(temporary, changed)
     return record.report
 

@@ -14,8 +14,9 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from ..files import whole
 from ..reports import Report
-from .archives import ProgramFileError, opened, whole
+from .archives import ProgramFileError, opened
 from .check_ops import is_assertion
 from .layouts import Layouts, layouts_of
 from .manifests import MANIFEST, Manifest, check_machine, manifest_of
@@ -82,7 +83,7 @@ def aot_compile(
     settings = dict(options or {})
     if not weights:
         settings.setdefault("aot_inductor.package_constants_in_so", False)
-    with whole(path) as temporary:
+    with whole(path, ".pt2") as temporary:
         torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=settings)
         with zipfile.ZipFile(temporary, "a") as archive:
             folder = archive.namelist()[0].partition("/")[0]
