@@ -109,6 +109,17 @@ def flash_backward_on_consumer_gpus(call: AttentionCall, machine: Machine) -> Re
     )
 
 
+def random_state_of_uint64(call: AttentionCall, machine: Machine) -> Refused | None:
+    """The operator also returns its random state, in uint64: `torch.export.save` knows no such dtype on 2.11, it does on 2.13."""
+    if not call.exported or satisfies(torch.__version__, ">=2.13"):
+        return None
+    return Refused(
+        Code.VERSION,
+        f"torch.export.save writes the kernel's uint64 random state from torch 2.13 on, this is {torch.__version__}",
+        "Export with a newer PyTorch, or choose another kernel",
+    )
+
+
 def rows_of_the_bias(call: AttentionCall, machine: Machine) -> Refused | None:
     """`aligned_bias` will ask this of a mask; asked here, a data-dependent kv_len is refused."""
     if call.mask.is_tensor:
@@ -206,7 +217,7 @@ FLASH_CUDA = Backend(
     gqa=True,
     dropout=True,
     backward=True,
-    checks=(flash_backward_on_consumer_gpus,),
+    checks=(random_state_of_uint64, flash_backward_on_consumer_gpus),
     tested="sm_90",
 )
 

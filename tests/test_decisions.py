@@ -220,6 +220,17 @@ def with_wrong_sizes(record, name):
     return decide(record, call, change.machine or SPECS[key(record)].machine, limit(record, change)), env.guards
 
 
+@pytest.mark.parametrize("name", ["_native_flash", "_native_varlen"])
+def test_exported_programs_that_an_older_torch_cannot_save(name, monkeypatch):
+    record = next(each for each in RECORDS if each.name == name and "cuda" in each.devices)
+    for version, taken in (("2.11.0+cu130", False), ("2.13.0", True)):
+        monkeypatch.setattr(torch, "__version__", version)
+        for exported in (False, True):
+            decision = decide(record, replace(CALL, exported=exported), gpu(9, 0))
+            assert isinstance(decision, Accepted) == (taken or not exported)
+            assert isinstance(decision, Accepted) or decision.code is Code.VERSION
+
+
 @each_record
 def test_questions_of_an_accepted_call(record):
     call, env = symbolic(CALL)
