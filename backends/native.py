@@ -110,7 +110,7 @@ def flash_backward_on_consumer_gpus(call: AttentionCall, machine: Machine) -> Re
 
 
 def random_state_of_uint64(call: AttentionCall, machine: Machine) -> Refused | None:
-    """The operator also returns its random state, in uint64: `torch.export.save` knows no such dtype on 2.11, it does on 2.13."""
+    """The operator also returns its random state, in uint64: a dtype that `torch.export.save` knows on 2.13, not on 2.11."""
     if not call.exported or satisfies(torch.__version__, ">=2.13"):
         return None
     return Refused(
