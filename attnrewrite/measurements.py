@@ -13,7 +13,8 @@ from .timing import deviation
 class Measurement:
     """milliseconds: the median of `rounds` samples; None where nothing was timed. spread: two standard errors of that
     median, in parts of it. error: |out - ref| / |ref| against float64 on the site's own tensors; None under dropout.
-    dropped: why it cannot be chosen; a kernel may be timed and still be too inexact."""
+    dropped: why it cannot be chosen; a kernel may be timed and still be too inexact. host: milliseconds that the host takes to
+    launch it from compiled code, where that is a GPU."""
 
     name: str
     milliseconds: float | None = None
@@ -21,6 +22,12 @@ class Measurement:
     error: float | None = None
     rounds: int = 0
     dropped: str | None = None
+    host: float | None = None
+
+    @property
+    def least(self) -> float:
+        """Milliseconds that a call takes in a model that waits for its host."""
+        return max(self.milliseconds or 0.0, self.host or 0.0)
 
     def __str__(self) -> str:
         parts = [] if self.milliseconds is None else [f"{self.milliseconds:.4g} ms"]
@@ -35,11 +42,15 @@ def choose(
 ) -> str | None:
     """The fastest that was not dropped, or a simpler one that is as fast.
 
-    samples: seconds by name, of the same rounds for all. `simplest` comes first, then all in order; each takes the place of the
-    best so far if it is faster by more than `min_gain` and by more than the noise, in the median of the ratios of the
-    rounds. So every change from a simpler kernel is worth it, and nothing that was left is faster by more than that.
+    samples: seconds by name, of the same rounds for all; one of which the host takes longer than that counts as long as it: a
+    small kernel that is quick on the GPU and slow to launch makes a model slower. `simplest` comes first, then all in order;
+    each takes the place of the best so far if it is faster by more than `min_gain` and by more than the noise, in the median
+    of the ratios of the rounds. So every change from a simpler kernel is worth it, and nothing that was left is faster by
+    more than that.
     """
     able = [each.name for each in measured if each.dropped is None and each.name in samples]
+    hosts = {each.name: (each.host or 0.0) / 1e3 for each in measured}
+    samples = {name: [max(each, hosts[name]) for each in samples[name]] for name in able}
     best: str | None = None
     for name in sorted(able, key=lambda name: name != simplest):
         if best is None:

@@ -48,13 +48,14 @@ class Settings:
 
 @dataclass
 class Runner:
-    """A candidate that runs. spent: seconds of its time limit."""
+    """A candidate that runs. spent: seconds of its time limit. host: seconds that its launch takes."""
 
     name: str
     call: Callable[[], Any]
     error: float | None
     seconds: float
     spent: float
+    host: float = 0.0
     samples: list[float] = field(default_factory=list)
 
 
@@ -98,7 +99,7 @@ class _Measuring:
             middle = statistics.median(runner.samples)
             self.done[runner.name] = Measurement(
                 runner.name, 1e3 * middle, deviation(runner.samples) / (middle or 1.0), runner.error, len(runner.samples),
-                self._too_inexact(runner),
+                self._too_inexact(runner), 1e3 * runner.host or None,
             )  # fmt: skip
         measured = tuple(self.done[each.name] for each, _ in planned if each.name in self.done)
         chosen = choose(measured, {each.name: each.samples for each in runners}, self.settings.min_gain)
@@ -171,7 +172,8 @@ class _Measuring:
         for _ in range(4 if seconds < SHORT else 0):  # one sample alone may have met whatever else the machine does
             self.worker.check()
             seconds = min(seconds, self.watch.sample(run, min(3, self.watch.calls(seconds))))
-        return Runner(candidate.name, run, error, seconds, time.perf_counter() - started)
+        host = self.watch.host(run)
+        return Runner(candidate.name, run, error, seconds, time.perf_counter() - started, host)
 
     def _compared(self, output: Tensor) -> float | None:
         """The error. Raises `ValueError` for an output that cannot be one."""

@@ -133,7 +133,7 @@ class Tune:
 def measured_candidates(site: Site, by: str) -> tuple[Candidate, ...]:
     """The choice, then the others that were timed, the fastest first; of names that are known here."""
     timed = {each.name: each for each in site.measured if each.milliseconds is not None and each.dropped is None}
-    order = sorted(timed, key=lambda name: (name != site.chosen, timed[name].milliseconds))
+    order = sorted(timed, key=lambda name: (name != site.chosen, timed[name].least))
     if site.chosen is not None and site.chosen not in timed:
         order.insert(0, site.chosen)
     return tuple(_known(order, site, by))

@@ -37,6 +37,19 @@ class Stopwatch:
         self.settle()
         return time.perf_counter() - started
 
+    def host(self, call: Call) -> float:
+        """Seconds until a call has come back from an idle GPU: the least of some. On a CPU that is the call itself: 0."""
+        if self.device.type != "cuda":
+            return 0.0
+        least = math.inf
+        for _ in range(5):
+            self.settle()
+            started = time.perf_counter()
+            call()
+            least = min(least, time.perf_counter() - started)
+        self.settle()
+        return least
+
     def calls(self, seconds: float) -> int:
         """How many calls of so many seconds make a sample."""
         wanted = SAMPLE.get(self.device.type, SAMPLE["cpu"])
