@@ -34,6 +34,7 @@ from attnrewrite.capturing import capture
 from attnrewrite.demo_model import Demo, inputs
 from attnrewrite.example_tensors import example
 from attnrewrite.identity import identity_of
+from attnrewrite.machines import satisfies
 from attnrewrite.measurements import choose
 from attnrewrite.measuring import Settings, measure_site
 from attnrewrite.policies import candidates_of
@@ -134,7 +135,9 @@ def test_every_kernel_is_timed_and_compared_at_every_site(demo):
     _, _, plan = demo
     assert [site.name for site in plan.sites] == ["causal", "prompt", "spelled_out", "joint", "outer", "positions"]
     for site in plan.sites:
-        assert set(by_name(site)) == set(KERNELS), site.name
+        # flex takes no boolean mask on a CPU before 2.13
+        fenced = {"flex"} if site.call.mask.is_boolean and not satisfies(torch.__version__, ">=2.13") else set()
+        assert set(by_name(site)) | fenced == set(KERNELS), site.name
         for each in site.measured:
             assert each.milliseconds > 0
             assert each.error < 1e-6, f"{site.name}: {each}"

@@ -536,8 +536,9 @@ def test_symbolic_sizes(kernel, spelling):
         m = torch.rand(batch, kv_len) > 0.3
         with torch.no_grad():
             assert relative(run(q, k, v, m), reference(q, k, v, m)) < max(TOLERANCE[q.dtype], 1e-3)
-    assert len(backend.report.graphs) == 1
-    (site,) = backend.report.sites
+    again = spelling == "lower-right" and not satisfies(torch.__version__, ">=2.11")  # its offset is guarded there
+    assert len(backend.report.graphs) == (2 if again else 1)
+    site = backend.report.sites[-1]
     assert str(site.call.mask).startswith(kinds.get(spelling, "key padding"))
     skip_if_fenced(site)
     assert (site.chosen == kernel) == (kernel != "flash_varlen" or spelling != "window")
