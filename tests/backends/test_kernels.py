@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from parity import TOLERANCE, attend, check, compiled, doubled, qkv, relative, skip_if_fenced
 
 import attnrewrite
-from attnrewrite import Backend, MaskKind, Numerics
+from attnrewrite import Backend, Code, MaskKind, Numerics
 
 KERNELS = ("native", "_native_flash", "_native_math", "flex")
 
@@ -283,3 +283,20 @@ def test_flex_takes_no_boolean_mask_on_the_cpu_of_an_older_torch():
     new, old = (attnrewrite.Machine("cpu", packages={"torch": version}) for version in ("2.13.0", "2.11.0"))
     assert isinstance(attnrewrite.decide(record, call, new), attnrewrite.Accepted)
     assert attnrewrite.decide(record, call, old).code is attnrewrite.Code.VERSION
+
+
+def test_what_reads_the_output_of_flex():
+    """Inductor's CPU template fails where it shall compute that too (2.13): rows that a mask hides, then heads side by side."""
+
+    def step(query, key, value, mask):
+        keep = mask[:, None, :, None] & mask[:, None, None, :]
+        return F.scaled_dot_product_attention(query, key, value, keep).transpose(1, 2).flatten(2)
+
+    mask = torch.rand(2, 11) > 0.3
+    mask[:, 0] = True
+    tensors, backend = qkv(q_len=11, kv_len=11, dim=16), attnrewrite.with_backend("flex")
+    with torch.no_grad():
+        output = torch.compile(step, backend=backend, fullgraph=True)(*tensors, mask)
+    (site,) = backend.report.sites
+    assert site.chosen == "flex" or site.refusals[0][1].code is Code.VERSION  # before 2.13
+    assert relative(output, step(*map(doubled, tensors), mask)) < 1e-5
