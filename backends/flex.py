@@ -57,11 +57,18 @@ def flex(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call:
         query, key, value, prepared.score_mod, (*prepared.blocks, prepared.mask_mod), scale, options,
         prepared.score_tensors, prepared.mask_tensors,
     )[0]  # fmt: skip
-    if call.device == "cpu":
+    if call.device == "cpu" and not _of_data(output):
         # Nor does that template take what reads its output into itself, and it fails where Inductor tries: it does not behind
         # this.
         output = output.as_strided(output.shape, output.stride())
     return output
+
+
+def _of_data(tensor: Tensor) -> bool:
+    """Whether only the data decides a size of it."""
+    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+    return any(isinstance(size, torch.SymInt) and free_unbacked_symbols(size) for size in tensor.shape)
 
 
 def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
