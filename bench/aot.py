@@ -19,12 +19,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import statistics
 import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ import torch
 import attnrewrite
 from attnrewrite.aot.check_ops import CHECK_INPUTS, CHECK_SIZE
 from attnrewrite.aot.programs import record_of
+from attnrewrite.benchmarks.measuring import by_rounds, in_turn
 from attnrewrite.machines import machine_of
 
 PACKAGES = ("torch=2.11.0", "cudnn=9.19.0", "fa3-fwd=0.0.3", "flash-attn-4=4.0.0b36")
@@ -63,20 +64,11 @@ def seconds(function, *args):
     return time.perf_counter() - started
 
 
-def in_turn(steps, rounds):
-    """Seconds of each step in each round, in another order every round."""
-    times = {name: [] for name in steps}
+def by_turns(steps, rounds):
+    """Seconds of each step in each round."""
     for step in steps.values():
         step()
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(steps), len(steps)):
-            times[name].append(seconds(steps[name]))
-    return times
-
-
-def ratio(times, name, base):
-    return statistics.median(one / other for one, other in zip(times[name], times[base], strict=True))
+    return in_turn({name: partial(seconds, step) for name, step in steps.items()}, rounds)
 
 
 def rewriting(depths):
@@ -108,12 +100,12 @@ def packaging(rounds):
         }
         path = Path(folder) / "saved.pt2"
         attnrewrite.save(made["_native_flash"], path)
-        times = in_turn(
+        times = by_turns(
             {"torch": lambda: torch.export.load(path), "attnrewrite": lambda: attnrewrite.load(path)}, rounds
         )
         print(
             f"load: {statistics.median(times['attnrewrite']):.3f} s and {statistics.median(times['torch']):.3f} s by "
-            f"torch.export.load, ratio {ratio(times, 'attnrewrite', 'torch'):.3f} ({path.stat().st_size >> 20} MiB)"
+            f"torch.export.load, ratio {by_rounds(times['attnrewrite'], times['torch']):.3f} ({path.stat().st_size >> 20} MiB)"
         )
         steps = {}
         for name, each in made.items():
@@ -121,12 +113,11 @@ def packaging(rounds):
             package = attnrewrite.load_package(Path(folder) / f"{name}.pt2")
             steps[name] = lambda package=package: package(*inputs)
         steps["unrewritten again"] = steps["unrewritten"]
-        times = in_turn(steps, 3 * rounds)
+        times = by_turns(steps, 3 * rounds)
     step = statistics.median(times["unrewritten"])
     for name in ("native", "_native_flash", "unrewritten again"):
-        print(
-            f"package: {name} / unrewritten: ratio {ratio(times, name, 'unrewritten'):.3f} (a step: {1000 * step:.1f} ms)"
-        )
+        found = by_rounds(times[name], times["unrewritten"])
+        print(f"package: {name} / unrewritten: ratio {found:.3f} (a step: {1000 * step:.1f} ms)")
     checking(record_of(made["_native_flash"]), inputs, step)
 
 
@@ -197,11 +188,13 @@ def running(folder, rounds, target, device):
         for name, step in steps.items():
             output = step()
             errors[name] = ((output.float() - exact).norm() / exact.norm()).item()
-        times = {name: [1000 * each for each in found] for name, found in in_turn(_synchronised(steps), rounds).items()}
+        times = {
+            name: [1000 * each for each in found] for name, found in by_turns(_synchronised(steps), rounds).items()
+        }
     rows = [
         {
             "step": name, "ms": statistics.median(found), "error": errors[name],
-            "gain": ratio(times, f"native, {name.partition(', ')[2]}", name),
+            "gain": by_rounds(times[f"native, {name.partition(', ')[2]}"], times[name]),
         }
         for name, found in times.items()
     ]  # fmt: skip
