@@ -80,6 +80,7 @@ class Backend:
     value_dim: bool = False  # value_dim may differ from head_dim
     dropout: bool = False
     backward: bool = False
+    always_differentiable: bool = False  # also where the call was planned without a gradient: nothing is kept for it
     deterministic: bool = True
     capturable: bool = True  # right under capture and replay of a CUDA graph
     empty: bool = False  # takes sequences of length 0

@@ -37,6 +37,7 @@ NATIVE_VARLEN = replace(
     op=varlen,
     summary="FlashAttention 2 inside PyTorch on packed keys, for key padding",
     masks=FLASH_CUDA.masks | {MaskKind.KEY_PADDING},
+    always_differentiable=False,  # not tried
     dropout=False,  # the kernel has it; it was not tried
     layout="bshd",
     prepare=packing,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -91,9 +91,7 @@ def _check_gradient(emitter: Emitter, tensors: list[Node], sites: str) -> str:
 def _has_gradient(found: Found) -> bool:
     """Whether what was put in has its gradient although none was asked for: operators with a formula that needs nothing more
     than their inputs and outputs. The others were told not to keep what their backward needs."""
-    return found.kernel is not None and (
-        found.kernel.op is None or found.kernel.name in ("_native_math", "_native_flash")
-    )
+    return found.kernel is not None and (found.kernel.op is None or found.kernel.always_differentiable)
 
 
 def _places_of_swaps(module: GraphModule) -> list[Node]:
@@ -107,14 +105,8 @@ def _places_of_swaps(module: GraphModule) -> list[Node]:
 def _read_as_they_lie(places: Sequence[Node]) -> set[Node]:
     """Inputs that come to a kernel through views and what is computed element by element, which keep the order in memory: where
     the example's rows are dense, the kernel was told so."""
-    seen: set[Node] = set()
-    waiting = list(places)
-    while waiting:
-        node = waiting.pop()
-        if node not in seen:
-            seen.add(node)
-            waiting += node.all_input_nodes if EMITTED in node.meta or _keeps_strides(node) else []
-    return {node for node in seen if node.op == "placeholder"}
+    behind = _read_by(places, lambda node: EMITTED in node.meta or _keeps_strides(node))
+    return {node for node in behind if node.op == "placeholder"}
 
 
 def _keeps_strides(node: Node) -> bool:
@@ -220,14 +212,15 @@ def _counts(node: Node) -> bool:
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
-def _read_by(nodes: Sequence[Node]) -> set[Node]:
+def _read_by(nodes: Sequence[Node], through: Callable[[Node], bool] = lambda node: True) -> set[Node]:
+    """The nodes, and all that they are computed from, as far back as `through` holds."""
     seen: set[Node] = set()
     waiting = list(nodes)
     while waiting:
         node = waiting.pop()
         if node not in seen:
             seen.add(node)
-            waiting += node.all_input_nodes
+            waiting += node.all_input_nodes if through(node) else []
     return seen
 
 
