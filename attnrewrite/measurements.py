@@ -56,7 +56,24 @@ def choose(
         if best is None:
             best = name
             continue
-        ratios = [old / new for old, new in zip(samples[best], samples[name], strict=True) if new > 0]
-        if ratios and statistics.median(ratios) - 1 > max(min_gain, deviation(ratios)):
+        gain, noise = _gain(samples[best], samples[name])
+        if gain > max(min_gain, noise):
             best = name
     return best
+
+
+def undecided(samples: Sequence[Sequence[float]], min_gain: float) -> bool:
+    """Whether noise hides if one of them is faster than another by `min_gain`: then what is chosen may be slower than the
+    fastest by that noise too, and more rounds would tell. Noise of less than half of `min_gain` hides nothing.
+
+    samples: seconds of each kernel, of the same rounds for all.
+    """
+    fastest = min(samples, key=statistics.median, default=[])
+    found = [_gain(each, fastest) for each in samples if each is not fastest]
+    return any(noise > min_gain / 2 and abs(gain - min_gain) < noise for gain, noise in found)
+
+
+def _gain(old: Sequence[float], new: Sequence[float]) -> tuple[float, float]:
+    """By what part the new one is faster, the median over rounds, and its noise."""
+    ratios = [before / after for before, after in zip(old, new, strict=True) if after > 0]
+    return (statistics.median(ratios) - 1, deviation(ratios)) if ratios else (0.0, 0.0)

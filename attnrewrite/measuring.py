@@ -17,7 +17,7 @@ from torch import Tensor
 from .capturing import Captured
 from .inner import Inner, compile_with
 from .machines import Machine
-from .measurements import Measurement, choose
+from .measurements import Measurement, choose, undecided
 from .memory import enough_memory
 from .plans import Site
 from .policies import Candidate
@@ -29,6 +29,7 @@ from .workers import OverdueError, Worker
 
 ROUNDS = (7, 25)  # at least and at most
 SECONDS = 2.0  # of rounds a site
+MORE = 3  # so many times as many rounds, where noise hides which kernel is worth it
 FAR_BEHIND = 3.0  # who takes so many times as long as the fastest takes no part in the rounds
 SHORT = 0.1  # seconds of a call that is worth another look before it takes no part
 WRONG = 10.0  # so many times the error of `native` is no rounding
@@ -215,7 +216,9 @@ class _Measuring:
         a_round = sum(each.seconds * calls[each.name] for each in near)
         rounds = max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / max(a_round, 1e-9))))
         shuffle = random.Random(0).shuffle
-        for number in range(-1, rounds):  # the first one warms up
+        for number in range(-1, MORE * rounds):  # the first one warms up
+            if number >= rounds and not undecided([each.samples for each in near], self.settings.min_gain):
+                break
             self.say(f"round {number + 1}/{rounds}")
             order = list(near)
             shuffle(order)

@@ -94,6 +94,8 @@ def test_a_record_of_a_model(measured):
     assert record["about"].startswith("HunyuanVideo, 1 + 1 of 20 + 40 blocks")
     rows = record["variants"]
     assert rows["torch.compile"]["ratio"] == 1
+    assert record["again"] > 0  # the same step once more
+    assert record["again"] != 1
     assert all(row["ms"] > 0 and 0 <= row["error"] < 1e-5 for row in rows.values())
     assert set(rows["ours"]["sites"].values()) == {"_native_math"}
     assert rows["ours"]["error"] > 0
@@ -244,6 +246,10 @@ def test_models_kernels_json_and_picture(tmp_path, capsys):
     assert "FLUX.1, 1 + 1 of 19 + 38 blocks" in said
     assert "TFLOP/s" in said
 
+    bench("--from", out)
+    rows = [{line for line in text.splitlines() if "  error " in line} for text in (said, capsys.readouterr().out)]
+    assert rows[0] == rows[1]  # the table as it was printed first
+    assert len(rows[0]) == 2 * 2 + 2
     bench("--from", out, "--plot", tmp_path / "again.svg")
     text = (tmp_path / "again.svg").read_text()
     assert "<!-- CPU, torch" in text  # the machine, in the title
@@ -332,8 +338,7 @@ def refused(capsys, *arguments):
         (["--small", "--models", "--out", "/gone/b.json"], "/gone is no folder"),
         (["--small", "--models", "--plot", "b.bmp"], "'b.bmp' ends in '.bmp': a picture is one of .png, .svg, .pdf"),
         (["--small", "--models", "--inner", "inducter"], "inner is 'inducter', which is no backend of torch.compile"),
-        (["--from", "b.json", "--models"], "--from draws an earlier result: leave out --models"),
-        (["--from", "b.json"], "--from needs --plot FILE"),
+        (["--from", "b.json", "--models"], "--from shows an earlier result: leave out --models"),
         (["--from", "/gone/b.json", "--plot", "b.png"], "No such file or directory: '/gone/b.json'"),
     ],
 )

@@ -35,7 +35,7 @@ from attnrewrite.demo_model import Demo, inputs
 from attnrewrite.example_tensors import example
 from attnrewrite.identity import identity_of
 from attnrewrite.machines import satisfies
-from attnrewrite.measurements import choose
+from attnrewrite.measurements import choose, undecided
 from attnrewrite.measuring import Settings, measure_site
 from attnrewrite.policies import candidates_of
 from attnrewrite.reference import reference
@@ -50,6 +50,7 @@ FLASH = attnrewrite.records_of("_native_flash")[1]
 def quick(monkeypatch, tmp_path):
     """Few rounds, and a cache that nobody else has."""
     monkeypatch.setattr(measuring, "ROUNDS", (3, 3))
+    monkeypatch.setattr(measuring, "MORE", 1)
     monkeypatch.setenv("ATTNREWRITE_CACHE", str(tmp_path / "cache"))
     caching._KNOWN.clear()
     caching._WARNED.clear()
@@ -128,6 +129,7 @@ def demo():
     model, given = Demo().eval(), inputs()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(measuring, "ROUNDS", (3, 3))
+        patch.setattr(measuring, "MORE", 1)
         return model, given, tuned(model, *given, candidates=KERNELS)
 
 
@@ -443,6 +445,37 @@ def test_what_is_within_the_noise_is_equal():
     assert choice({"native": drift, "a": [0.9 * each for each in drift]}) == "a"
 
 
+@pytest.mark.parametrize(("jitter", "rounds"), [(0.0, 7), (0.02, 21)])
+def test_more_rounds_where_noise_hides_which_is_worth_it(monkeypatch, jitter, rounds):
+    """The second kernel is faster by 3 %: where rounds differ by 2 %, seven of them cannot tell that."""
+    monkeypatch.setattr(measuring, "ROUNDS", (7, 7))
+    monkeypatch.setattr(measuring, "MORE", 3)
+    noise = torch.Generator().manual_seed(0)
+
+    def sample(self, runner, calls):
+        strays = 1 + jitter * torch.randn((), generator=noise).item()
+        return strays * (1.0 if runner.name == "native" else 0.97)
+
+    monkeypatch.setattr(measuring._Measuring, "_sample", sample)
+    call = AttentionCall("site", 2, 3, 3, 7, 9, 8, 8, "float32", "cpu")
+    settings = Settings(candidates_of(["native", "_native_flash"], "candidates"))
+    site = measure_site(example(call, torch.device("cpu")), CPU, settings)
+    assert [each.rounds for each in site.measured] == [rounds, rounds]
+
+
+def test_what_noise_hides():
+    assert not undecided([[1.0] * 9, [0.9] * 9], 0.02)
+    assert not undecided([[1.0] * 9], 0.02)
+    assert not undecided([], 0.02)
+    noisy = [0.85, 1.08, 0.88, 1.05, 0.93, 1.1, 0.87, 0.95, 1.0]
+    assert undecided([[1.0] * 9, noisy], 0.02)  # some per cent faster, or not
+    assert not undecided([[1.0] * 9, [0.5 * each for each in noisy]], 0.02)  # whatever the noise, it is faster
+    small = [1.0 + 0.1 * (each - 1.0) for each in noisy]
+    assert not undecided([[1.021] * 9, small], 0.1)  # less than what would be a gain
+    drift = [1.0 + 0.1 * number for number in range(9)]  # both alike: the ratio is what counts
+    assert not undecided([drift, [0.9 * each for each in drift]], 0.02)
+
+
 # -- plans
 
 
@@ -454,6 +487,7 @@ def plan():
     """Of self-attention on 9 tokens, all of them valid or not: two sites each, all of which chose `_native_math` for both."""
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(measuring, "ROUNDS", (3, 3))
+        patch.setattr(measuring, "MORE", 1)
         given = torch.randn(2, 9, 48)
         found = [tuned(Layers(2).eval(), given, *rest, candidates=["_native_math"]).sites for rest in ((), (VALID,))]
         made = tuned(Layers(2).eval(), given, candidates=["_native_math"])

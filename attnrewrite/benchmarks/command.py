@@ -65,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         "--plot", type=Path, metavar="FILE", help="draw the result there: .png, .svg or .pdf (extra 'plot')"
     )
     made.add_argument(
-        "--from", dest="source", type=Path, metavar="FILE", help="draw an earlier result, measure nothing"
+        "--from", dest="source", type=Path, metavar="FILE", help="show or draw an earlier result, measure nothing"
     )
     return made
 
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
     given = options.parse_args(arguments)
     try:
         if given.source is not None:
-            _draw_earlier(given)
+            _show_earlier(given)
             return
         run = _checked(given)
     except (ValueError, OSError, ImportError) as error:
@@ -84,13 +84,18 @@ def main(arguments: Sequence[str]) -> None:
     _measure(given, *run, command=shlex.join(["attnrewrite", "bench", *arguments]))
 
 
-def _draw_earlier(given: argparse.Namespace) -> None:
+def _show_earlier(given: argparse.Namespace) -> None:
     if given.models or given.kernels or given.out:
-        raise ValueError("--from draws an earlier result: leave out --models, --kernels and --out")
-    if given.plot is None:
-        raise ValueError("--from needs --plot FILE: where the picture goes")
+        raise ValueError("--from shows an earlier result: leave out --models, --kernels and --out")
     found = results.read(given.source)
-    plots.plot(found, plotting.possible(given.plot))
+    if given.plot is not None:
+        plots.plot(found, plotting.possible(given.plot))
+    _say(f"{found['device']}, torch {found['packages']['torch']}")
+    for record in found.get("kernels", {}).values():
+        op_level.show(record, _say)
+    for record in found.get("models", {}).values():
+        _say(f"\n{record['about']}")
+        model_level.show(record, _say)
 
 
 def _checked(

@@ -30,6 +30,7 @@ from .denoisers import Denoiser
 from .measuring import by_rounds, in_turn, milliseconds, words
 from .op_level import products
 
+AGAIN = "torch.compile, again"  # the same step once more: how far its ratio is from 1 is the noise
 EAGER, PLAIN, AUTO, TUNED, QUANTISED = "eager", "torch.compile", "auto", "tuned", "tuned, quantised"
 Step = Callable[[], torch.Tensor]
 PEER = "diffusers, "  # in front of the name that its dispatcher is set to
@@ -95,8 +96,9 @@ def measure(
     ceiling: float | None = None,
 ) -> dict[str, Any]:
     """The record of one model: {"about", "variants": {name: {"ms", "ratio", "error", ...}}, "failed": {name: error}, ...}.
+    "again": the ratio of torch.compile to itself, which is the noise.
 
-    A variant that cannot run is a result: its error stands under "failed". `say` gets a line for each when all is done.
+    A variant that cannot run is a result: its error stands under "failed". `say` gets the table when all is done.
     ceiling: TFLOP/s of a matmul; with it, and a variant that was tuned, the record has "limit" (`limit_of`).
     """
     torch.compiler.reset()
@@ -132,6 +134,8 @@ def measure(
             for name, (step, peer) in steps.items():
                 _, rows[name]["graphs"] = _warm(denoiser, step, peer)
         timed = {name: _timed(denoiser, device, *each) for name, each in steps.items()}
+        if PLAIN in timed:
+            timed[AGAIN] = timed[PLAIN]
         in_turn(timed, 1)  # variants that share code may be compiled anew when they take turns
         before = _graphs()
         times = in_turn(timed, rounds)
@@ -142,10 +146,6 @@ def measure(
         if PLAIN in times:
             row["ratio"] = by_rounds(times[PLAIN], times[name])
         rows[name] = {key: row[key] for key in sorted(row, key=_order)}
-        ratio = f"  ratio {row['ratio']:5.3f}" if "ratio" in row else ""
-        say(f"{name:24} {row['ms']:8.2f} ms{ratio}  error {row['error']:.1e}  {_kernels(row)}".rstrip())
-    for name, text in failed.items():
-        say(f"{name:24} {text}")
     record = {
         "about": denoiser.about,
         "variants": rows,
@@ -153,15 +153,30 @@ def measure(
         "rounds": rounds,
         "compiled_while_timed": late,
     }
-    if late:
-        say(f"! {late} graphs were compiled while steps were timed: these times say nothing")
+    if AGAIN in times:
+        record["again"] = by_rounds(times[PLAIN], times[AGAIN])
     if plan is not None:
         record["plan"] = json.loads(plan.to_json())
         if ceiling is not None and PLAIN in rows:
             record["limit"] = limit_of(plan, rows[PLAIN]["ms"], ceiling)
-            say(f"{'limit':24} ratio {record['limit']:5.3f}, attention at {ceiling:.0f} TFLOP/s")
     record["seconds"] = time.perf_counter() - started
+    show(record, say)
     return record
+
+
+def show(record: dict[str, Any], say: Callable[[str], object]) -> None:
+    """The table of a record, a line at a time."""
+    for name, row in record["variants"].items():
+        ratio = f"  ratio {row['ratio']:5.3f}" if "ratio" in row else ""
+        say(f"{name:24} {row['ms']:8.2f} ms{ratio}  error {row['error']:.1e}  {_kernels(row)}".rstrip())
+    if "again" in record:
+        say(f"{AGAIN:24} {'':11}  ratio {record['again']:5.3f}")
+    for name, text in record["failed"].items():
+        say(f"{name:24} {text}")
+    if late := record.get("compiled_while_timed"):
+        say(f"! {late} graphs were compiled while steps were timed: these times say nothing")
+    if "limit" in record:
+        say(f"{'limit':24} {'':11}  ratio {record['limit']:5.3f}, attention at the rate of a matmul")
 
 
 def limit_of(plan: Plan, plain: float, ceiling: float) -> float:

@@ -138,7 +138,7 @@ def measure(
     for choice, numerics in (("auto", "reordered"), ("auto, quantised", "quantised")):
         choices[choice] = make_plan([call], make_policy(["auto"], numerics=numerics), [machine]).sites[0].chosen
     record = {"call": call.to_json(), "line": shape.line, "kernels": rows, "choices": choices}
-    _print(record, say)
+    show(record, say)
     return record
 
 
@@ -188,7 +188,8 @@ def products(call: AttentionCall) -> int:
     return 2 * pairs * (int(call.head_dim) + int(call.value_dim))
 
 
-def _print(record: dict[str, Any], say: Callable[[str], object]) -> None:
+def show(record: dict[str, Any], say: Callable[[str], object]) -> None:
+    """The table of a record, a line at a time."""
     call = AttentionCall.from_json(record["call"])
     sizes = " ".join(f"{size:,}" for size in (call.batch, call.heads, call.q_len, call.kv_len, call.head_dim))
     say(f"\n{call.site}: ({sizes}), mask {call.mask}, {call.dtype}")
