@@ -1,8 +1,8 @@
-"""Ahead of time: what rewriting, loading, checking and packaging cost; and packages of a block on an H200.
+"""Ahead of time: what rewriting, loading, checking and packaging cost; and packages of a block on a GPU.
 
     python bench/aot.py                                 # on a CPU, about five minutes
-    python bench/aot.py --export out/h200               # anywhere: programs for a described H200; needs diffusers, no GPU
-    python bench/aot.py --run out/h200 --json bench/results/aot_h200.json     # there: needs no diffusers
+    python bench/aot.py --export out/aot                # anywhere: programs for a described Hopper GPU; needs diffusers, no GPU
+    python bench/aot.py --run out/aot --json bench/results/aot_h100.json      # there: needs no diffusers
 
 rewrite   seconds of `attnrewrite.rewrite` on FLUX.1's export at published widths with fake weights, by number of blocks
 load      `attnrewrite.load` / `torch.export.load` of one file, in turn, the median of the ratios
@@ -39,21 +39,23 @@ PACKAGES = ("torch=2.11.0", "cudnn=9.19.0", "fa3-fwd=0.0.3", "flash-attn-4=4.0.0
 KERNELS = ("_flash_3", "flash_4", "_native_cudnn", "_native_flash")
 
 
-def block(frames, height, width, dtype, text=512):
-    """A block of Wan 2.1 1.3B and its inputs: (batch 1, tokens, 1536), text, modulation, rotary embedding."""
+def block(frames, rows, columns, dtype, text=512, heads=12):
+    """A block of Wan 2.1 1.3B and its inputs: (batch 1, tokens, 1536), text, modulation, rotary embedding. Fewer heads make a
+    narrower one."""
     import diffusers
     from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 
     torch.manual_seed(0)
-    made = WanTransformerBlock(1536, 8960, 12, qk_norm="rms_norm_across_heads", cross_attn_norm=True)
+    width = 128 * heads
+    made = WanTransformerBlock(width, 8960 * heads // 12, heads, qk_norm="rms_norm_across_heads", cross_attn_norm=True)
     made = made.to(dtype).eval().requires_grad_(False)
-    rotary = WanRotaryPosEmbed(128, (1, 2, 2), 1024)(torch.empty(1, 16, frames, height, width))
-    tokens = frames * (height // 2) * (width // 2)
-    print(f"WanTransformerBlock of diffusers {diffusers.__version__}, 12 heads of 128, {tokens} tokens, {dtype}")
+    rotary = WanRotaryPosEmbed(128, (1, 2, 2), 1024)(torch.empty(1, 16, frames, rows, columns))
+    tokens = frames * (rows // 2) * (columns // 2)
+    print(f"WanTransformerBlock of diffusers {diffusers.__version__}, {heads} heads of 128, {tokens} tokens, {dtype}")
     return made, (
-        torch.randn(1, tokens, 1536, dtype=dtype),
-        torch.randn(1, text, 1536, dtype=dtype),
-        torch.randn(1, 6, 1536),
+        torch.randn(1, tokens, width, dtype=dtype),
+        torch.randn(1, text, width, dtype=dtype),
+        torch.randn(1, 6, width),
         rotary,
     )
 
@@ -146,11 +148,13 @@ def checking(record, inputs, step):
     )
 
 
-def exporting(folder, packages, small=False):
-    machine = attnrewrite.Machine("cuda", (9, 0), dict(pair.split("=", 1) for pair in packages))
-    machine = None if small else machine
+def exporting(folder, packages, device, small):
+    machine = None  # this one
+    if device != "cpu":
+        machine = attnrewrite.Machine(device, (9, 0), dict(pair.split("=", 1) for pair in packages))
     folder.mkdir(parents=True, exist_ok=True)
-    model, inputs = block(1, 16, 16, torch.bfloat16) if small else block(21, 60, 104, torch.bfloat16)
+    sizes, heads = ((3, 16, 24), 2) if small else ((21, 60, 104), 12)
+    model, inputs = block(*sizes, torch.bfloat16, heads=heads)
     with torch.no_grad():
         program = torch.export.export(model, inputs)
     for kernel in ("native", *KERNELS):
@@ -158,7 +162,7 @@ def exporting(folder, packages, small=False):
         attnrewrite.save(made, folder / f"{kernel}.pt2")
         print(f"{kernel}: {attnrewrite.report_of(made).swapped} of {len(attnrewrite.report_of(made).sites)} sites")
     torch.save(inputs, folder / "inputs.pt")
-    print(f"for {machine}; wrote {folder}")
+    print(f"for {machine or 'this machine'}; wrote {folder}")
 
 
 def running(folder, rounds, target, device):
@@ -183,7 +187,7 @@ def running(folder, rounds, target, device):
                     plain.module(), backend=attnrewrite.with_backend(*dict.fromkeys([kernel, "native"]))
                 )
                 steps[f"{kernel}, jit"] = lambda jit=jit: jit(*inputs)
-            except (attnrewrite.ProgramFileError, RuntimeError) as error:
+            except Exception as error:  # a result, like a time
                 print(f"{kernel}: {type(error).__name__}: {str(error).splitlines()[0]}")
         for name, step in steps.items():
             output = step()
@@ -246,8 +250,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--export", type=Path, metavar="DIR")
     parser.add_argument("--run", type=Path, metavar="DIR")
-    parser.add_argument("--device", default="cuda", help="of --run; cpu to try the script")
-    parser.add_argument("--small", action="store_true", help="--export: 64 tokens, for this CPU, to try the script")
+    parser.add_argument("--device", default="cuda", help="of both; cpu: this one, to try the script")
+    parser.add_argument(
+        "--small", action="store_true", help="--export: 288 tokens and 2 heads, to try the script or the files"
+    )
     parser.add_argument("--packages", nargs="+", default=PACKAGES, metavar="NAME=VERSION")
     parser.add_argument("--blocks", type=int, nargs="*", default=[8, 16, 32, 57], help="depths of the rewrite's bench")
     parser.add_argument("--only-rewrite", action="store_true")
@@ -256,7 +262,7 @@ def main():
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch.export's and diffusers' own
     if options.export:
-        exporting(options.export, options.packages, options.small)
+        exporting(options.export, options.packages, options.device, options.small)
     elif options.run:
         running(options.run, options.rounds, options.json, options.device)
     else:

@@ -1,0 +1,86 @@
+"""How long `attnrewrite.tune` takes for a denoiser at its published depth: HunyuanVideo's 20 + 40 blocks, 32,896 tokens.
+
+    python bench/tuning.py --json bench/results/tuning_h100.json      # a GPU with 40 GiB
+    python bench/tuning.py --small                                    # on a CPU: as many blocks, tiny
+
+step      seconds of one uncompiled step: what `tune` cannot do without, since it runs the model
+tune      seconds of `attnrewrite.tune`; of them what is spent on sites: compiling, timing and comparing kernels
+sites     how many the plan has, and how many of them were measured: equal ones are measured once
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+import attnrewrite
+from attnrewrite import tuning
+from attnrewrite.benchmarks.denoisers import MODELS, Place
+from attnrewrite.machines import machine_of
+
+BLOCKS = {"num_layers": 20, "num_single_layers": 40}
+
+
+def denoiser(small):
+    """HunyuanVideo at its published depth, with the inputs of `attnrewrite bench`."""
+    device = torch.device("cpu" if small else "cuda")
+    place = Place(device, torch.float32 if small else torch.bfloat16, small)
+    made = MODELS["hunyuan"](place)
+    made.model = place.built("HunyuanVideoTransformer3DModel", **{**made.model.config, **BLOCKS})
+    return made, device
+
+
+def seconds(function, device):
+    started = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started, result
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="tiny sizes, on a CPU")
+    parser.add_argument("--candidates", metavar="A,B", help="kernels to try (all but those of the hub)")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # diffusers' own
+    made, device = denoiser(options.small)
+    of_sites = []
+    measure = tuning.measure_site
+
+    def measured(*args):
+        took, site = seconds(lambda: measure(*args), device)
+        of_sites.append(took)
+        return site
+
+    tuning.measure_site = measured
+    with torch.no_grad():
+        made.step()  # loads what the first step loads
+        step, _ = seconds(made.step, device)
+        candidates = options.candidates and options.candidates.split(",")
+        took, plan = seconds(
+            lambda: attnrewrite.tune(made.model, **made.inputs, return_dict=False, candidates=candidates), device
+        )
+    result = {
+        "machine": machine_of(device).to_json(), "model": "HunyuanVideo", **BLOCKS, "step_s": step, "tune_s": took,
+        "sites": len(plan.sites), "measured": len(of_sites), "measured_s": of_sites,
+        "chosen": dict(Counter(site.chosen for site in plan.sites)),
+    }  # fmt: skip
+    print(f"{machine_of(device)}\nHunyuanVideo, {sum(BLOCKS.values())} blocks; a step: {step:.2f} s, uncompiled")
+    print(
+        f"tune: {took:.1f} s, of which {sum(of_sites):.1f} s for {len(of_sites)} of {len(plan.sites)} sites; "
+        f"chosen: {result['chosen']}"
+    )
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
