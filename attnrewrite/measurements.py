@@ -42,24 +42,21 @@ def choose(
 ) -> str | None:
     """The fastest that was not dropped, or a simpler one that is as fast.
 
-    samples: seconds by name, of the same rounds for all; one of which the host takes longer than that counts as long as it: a
-    small kernel that is quick on the GPU and slow to launch makes a model slower. `simplest` comes first, then all in order;
-    each takes the place of the best so far if it is faster by more than `min_gain` and by more than the noise, in the median
-    of the ratios of the rounds. So every change from a simpler kernel is worth it, and nothing that was left is faster by
-    more than that.
+    samples: seconds by name, of the same rounds for all. `simplest` comes first, then all in order; each takes the place of
+    the best so far if it is faster by more than `min_gain` and by more than the noise, in the median of the ratios of the
+    rounds, and if it is no slower (`least`) in a model that waits for its host: a small kernel that is quick on the GPU and
+    slow to launch makes such a model slower. So every change from a simpler kernel is worth it.
     """
-    able = [each.name for each in measured if each.dropped is None and each.name in samples]
-    hosts = {each.name: (each.host or 0.0) / 1e3 for each in measured}
-    samples = {name: [max(each, hosts[name]) for each in samples[name]] for name in able}
-    best: str | None = None
-    for name in sorted(able, key=lambda name: name != simplest):
+    able = {each.name: each for each in measured if each.dropped is None and each.name in samples}
+    best: Measurement | None = None
+    for found in sorted(able.values(), key=lambda each: each.name != simplest):
         if best is None:
-            best = name
+            best = found
             continue
-        gain, noise = _gain(samples[best], samples[name])
-        if gain > max(min_gain, noise):
-            best = name
-    return best
+        gain, noise = _gain(samples[best.name], samples[found.name])
+        if gain > max(min_gain, noise) and found.least <= best.least * (1 + min_gain):
+            best = found
+    return None if best is None else best.name
 
 
 def undecided(samples: Sequence[Sequence[float]], min_gain: float) -> bool:

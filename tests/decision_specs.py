@@ -508,7 +508,10 @@ SPECS |= {
     "_sage_qk_int8_pv_fp8_cuda_sm90 on cuda": half_precision(
         H200, first=(9, 0), last=(9, 0), **UNCAPTURED, gaps=NO_ARCHITECTURE
     ),
-    "_sage_qk_int8_pv_fp16_cuda on cuda": half_precision(H200, first=(8, 0), last=(9, 0), **UNCAPTURED, gaps=NO_ARCHITECTURE),
+    "_sage_qk_int8_pv_fp16_cuda on cuda": half_precision(
+        H200, first=(8, 0), last=(9, 0), **UNCAPTURED, gaps=NO_ARCHITECTURE, asks=("kv_len",),
+        more={"kv_len 1": (Code.LENGTH, "below 64 keys", "here are 1")},
+    ),
     "_sage_qk_int8_pv_fp16_triton on cuda (sageattention>=2.1.1)": half_precision(
         H200, first=(8, 0), last=(9, 0), **SAGE, gaps=NO_ARCHITECTURE
     ),

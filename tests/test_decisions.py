@@ -278,7 +278,7 @@ def test_unbacked_sizes_with_a_bound(record, size):
     """The fix that the refusal names."""
     env = ShapeEnv()
     unknown = env.create_unbacked_symint()
-    torch._check(unknown >= 2)
+    torch._check(unknown >= 64)  # SageAttention's kernel with float16 values
     torch._check(unknown % 64 == 0)  # SageAttention 1.x
     torch._check(unknown % 128 == 0)  # _native_xla
     torch._check(unknown <= 512)

@@ -424,6 +424,9 @@ def test_a_kernel_that_is_slow_to_launch_does_not_win_by_its_work():
         measured = [Measurement("native", 0.033, host=0.025), Measurement("quick", 0.030, host=host)]
         assert choose(measured, samples, 0.02) == chosen
     assert [each.least for each in measured] == [0.033, 0.15]
+    # Nor one that is quick to launch, by that alone.
+    measured = [Measurement("native", 0.013, host=0.060), Measurement("slow", 0.024, host=0.058)]
+    assert choose(measured, {"native": [13e-6] * 9, "slow": [24e-6] * 9}, 0.02) == "native"
 
 
 def test_the_fastest_wins_if_the_gain_is_worth_it():

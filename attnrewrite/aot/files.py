@@ -139,7 +139,11 @@ def moved(program: ExportedProgram, device: str | torch.device | None) -> Export
         return program
     from torch.export.passes import move_to_device_pass
 
-    return move_to_device_pass(program, str(device))
+    place = torch.device(device)
+    if place.type == "cuda" and place.index is None:
+        # Nodes that name a device stand for that one alone: AOTInductor finds "cuda" unequal to a tensor's "cuda:0".
+        place = torch.device("cuda", torch.cuda.current_device())
+    return move_to_device_pass(program, str(place))
 
 
 def _manifest(archive: Archive) -> Manifest | None:

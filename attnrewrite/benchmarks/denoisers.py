@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import CodeType, FunctionType, MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -66,11 +67,9 @@ class Denoiser:
 
     def compile(self, backend: Any) -> Callable[[], torch.Tensor]:
         """A step of the model compiled through a backend. Steps of several backends can be run in turn."""
-        if not self.blocks:
-            compiled = torch.compile(self.model, backend=backend, dynamic=False)
-            return lambda: compiled(**self.inputs, return_dict=False)[0]
-        regions = [module for module in self.model.modules() if type(module).__name__ in self.blocks]
-        calls = [torch.compile(module._call_impl, backend=backend, dynamic=False) for module in regions]
+        regions = [module for module in self.model.modules() if type(module).__name__ in self.blocks] or [self.model]
+        codes: dict[type, CodeType] = {}
+        calls = [torch.compile(_own(module, codes), backend=backend, dynamic=False) for module in regions]
 
         def step() -> torch.Tensor:
             for module, call in zip(regions, calls, strict=True):
@@ -82,6 +81,16 @@ class Denoiser:
                     module._compiled_call_impl = None
 
         return step
+
+
+def _own(module: torch.nn.Module, codes: dict[type, CodeType]) -> MethodType:
+    """`module.forward` with a code object that all modules of its class in `codes` share. Dynamo keeps what it compiled with
+    the code object, and each call looks through all of that: variants that shared one would slow each other down."""
+    forward: Any = type(module).forward
+    code = codes.setdefault(type(module), forward.__code__.replace())
+    function = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
+    function.__kwdefaults__ = forward.__kwdefaults__
+    return MethodType(function, module)
 
 
 def imported() -> Any:

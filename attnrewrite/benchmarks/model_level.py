@@ -109,7 +109,7 @@ def measure(
     failed: dict[str, str] = {}
     steps: dict[str, tuple[Step, str]] = {}
     plan: Plan | None = None
-    # All variants share the code of a block, so each counts as a recompilation of the others.
+    # Where a variant raises while it is traced, parts of blocks are compiled, and those are shared by all variants.
     limits: Any = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=10_000)
     with torch.no_grad(), limits:
         reference = exact(denoiser)

@@ -1,12 +1,13 @@
 """Kernels by shape: one attention each, every kernel that takes it, in turn, under the matmul rate of the same run.
 
 As `attnrewrite.tune` measures (measuring.py): a kernel stands in a compiled graph as it would in a model, with the packing of a
-mask and the padding of a head dim; on a GPU the host does not count. Tensors lie in memory as (batch, length, heads, dim), as
-diffusers makes them; random numbers; of a key padding one key in 16 is hidden; nothing needs a gradient.
+mask and the padding of a head dim. Tensors lie in memory as (batch, length, heads, dim), as diffusers makes them; random
+numbers; of a key padding one key in 16 is hidden; nothing needs a gradient.
 
-ms      the median of rounds in turn; of one that is far behind the fastest, a single sample
+ms      on a GPU its time alone, the median of rounds in turn; of one that is far behind the fastest, a single sample
 tflops  2 * batch * heads * q_len * kv_len * (head_dim + value_dim) / time: hidden keys count, quantisation and packing are
         part of the time
+host    milliseconds that the host takes to launch it from compiled code, on a GPU
 error   relative error to float64 on the same tensors, at most 256 queries of each head
 """
 
@@ -143,10 +144,11 @@ def measure(
 
 
 def to_best(record: dict[str, Any], choice: str) -> float | None:
-    """The time of what was chosen to that of the fastest kernel that could have been; None where it was not timed."""
+    """The time of what was chosen to that of the fastest kernel that could have been; None where it was not timed. A call
+    takes at least what the host takes to launch it."""
     rows = record["kernels"]
     able = [name for name in rows if choice.endswith("quantised") or not quantised(name)]
-    times = {name: rows[name]["ms"] for name in able if "ms" in rows[name]}
+    times = {name: max(rows[name]["ms"], rows[name].get("host") or 0.0) for name in able if "ms" in rows[name]}
     chosen = record["choices"].get(choice)
     return times[chosen] / min(times.values()) if chosen in times else None
 
@@ -179,6 +181,7 @@ def _row(found: Measurement, call: AttentionCall) -> dict[str, Any]:
     row: dict[str, Any] = {
         "ms": ms, "tflops": products(call) / ms / 1e9, "error": found.error, "spread": found.spread, "rounds": found.rounds,
     }  # fmt: skip
+    row |= {"host": found.host} if found.host else {}
     return row | ({"dropped": found.dropped} if found.dropped else {})
 
 

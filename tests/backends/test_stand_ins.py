@@ -6,9 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import attend, doubled, qkv, relative
-from stand_ins import KERNELS, RECORDS, compiler, is_sage_1, name_of
+from stand_ins import KERNELS, RECORDS, compiler, fewest_keys, is_sage_1, machine_for, name_of
 
-from attnrewrite import Code, MaskKind
+from attnrewrite import AttentionCompiler, Code, Machine, MaskKind, make_policy
 from attnrewrite.backends.packing import leading, packing
 from attnrewrite.inner import captures
 
@@ -26,8 +26,7 @@ def kernel(request, stand_ins):
 
 
 def sizes(record, **given):
-    """SageAttention 1.x takes whole blocks of 64 keys."""
-    return {"q_len": 7, "kv_len": 64 if is_sage_1(record) else 11, "dim": 64, "dtype": torch.bfloat16} | given
+    return {"q_len": 7, "kv_len": max(11, fewest_keys(record)), "dim": 64, "dtype": torch.bfloat16} | given
 
 
 def tensors_for(record, **given):
@@ -318,6 +317,19 @@ def test_lengths_of_sage_1(stand_ins):
         refused(record, Code.LENGTH, *tensors_for(record, kv_len=77))
 
 
+def test_sage_on_an_a100_takes_a_block_of_keys(stand_ins):
+    """There it chooses the kernel with float16 values."""
+    (sage,) = (stand_ins(record) for record in RECORDS if record.name == "sage" and not is_sage_1(record))
+    for capability, keys, chosen in (((8, 0), 63, None), ((8, 0), 64, "sage"), ((9, 0), 63, "sage")):
+        torch.compiler.reset()
+        machine = Machine("cuda", capability, machine_for(sage).packages)
+        backend = AttentionCompiler(make_policy([sage], numerics="quantised"), "eager", machine)
+        torch.compile(attend, backend=backend)(*tensors_for(sage, kv_len=keys))
+        (site,) = backend.report.sites
+        assert site.chosen == chosen
+        assert chosen or site.refusals[0][1].code is Code.LENGTH
+
+
 def test_inputs_are_left_alone(kernel):
     tensors = tensors_for(kernel)
     copies = [tensor.clone() for tensor in tensors]
@@ -326,7 +338,7 @@ def test_inputs_are_left_alone(kernel):
 
 
 def test_dynamic_lengths(kernel):
-    lengths = (128, 192, 256) if is_sage_1(kernel) else (33, 40, 51)
+    lengths = (128, 192, 256) if fewest_keys(kernel) == 64 else (33, 40, 51)
     backend = compiler(kernel)
     function = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
     with torch.no_grad():

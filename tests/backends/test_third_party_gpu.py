@@ -119,7 +119,7 @@ def test_head_dims(record):
 @pytest.mark.parametrize("lengths", [(1, 64), (128, 128), (1024, 4096), (1, 77), (77, 1), (1013, 1021), (3, 2)])
 def test_lengths(record, lengths):
     tensors = gpu(record, q_len=lengths[0], kv_len=lengths[1])
-    if is_sage_1(record) and lengths[1] % 64:
+    if (is_sage_1(record) and lengths[1] % 64) or (record.name == "_sage_qk_int8_pv_fp16_cuda" and lengths[1] < 64):
         refused(record, Code.LENGTH, *tensors)
     else:
         right(record, *tensors)

@@ -48,6 +48,11 @@ def is_sage_1(record):
     return record.requires.get("sageattention") == ">=1.0.6,<2"
 
 
+def fewest_keys(record):
+    """SageAttention 1.x takes whole blocks of 64 keys, the CUDA kernel with float16 values one at least."""
+    return 64 if is_sage_1(record) or record.name == "_sage_qk_int8_pv_fp16_cuda" else 1
+
+
 def machine_for(record):
     """A machine that has everything the record needs, and no other record of its name."""
     others = {package for other in registry.records_of(record.name) for package in other.requires} - set(
