@@ -148,7 +148,7 @@ def checking(record, inputs, step):
     )
 
 
-def exporting(folder, packages, device, small):
+def exporting(folder, packages, device, small, kernels):
     machine = None  # this one
     if device != "cpu":
         machine = attnrewrite.Machine(device, (9, 0), dict(pair.split("=", 1) for pair in packages))
@@ -157,7 +157,7 @@ def exporting(folder, packages, device, small):
     model, inputs = block(*sizes, torch.bfloat16, heads=heads)
     with torch.no_grad():
         program = torch.export.export(model, inputs)
-    for kernel in ("native", *KERNELS):
+    for kernel in ("native", *kernels):
         made = attnrewrite.rewrite(program, kernel, machine=machine)
         attnrewrite.save(made, folder / f"{kernel}.pt2")
         print(f"{kernel}: {attnrewrite.report_of(made).swapped} of {len(attnrewrite.report_of(made).sites)} sites")
@@ -165,7 +165,7 @@ def exporting(folder, packages, device, small):
     print(f"for {machine or 'this machine'}; wrote {folder}")
 
 
-def running(folder, rounds, target, device):
+def running(folder, rounds, target, device, kernels):
     sys.modules["diffusers"] = None
     warnings.filterwarnings("ignore", message=".*made with")
     to = {"device": device}
@@ -174,7 +174,7 @@ def running(folder, rounds, target, device):
     steps, errors, reports = {}, {}, {}
     with torch.no_grad(), tempfile.TemporaryDirectory() as made:
         exact = _in_float32(plain, inputs)
-        for kernel in ("native", *KERNELS):
+        for kernel in ("native", *kernels):
             try:
                 program = attnrewrite.load(folder / f"{kernel}.pt2", **to)
                 output = program.module()(*inputs)
@@ -195,17 +195,15 @@ def running(folder, rounds, target, device):
         times = {
             name: [1000 * each for each in found] for name, found in by_turns(_synchronised(steps), rounds).items()
         }
-    rows = [
-        {
-            "step": name, "ms": statistics.median(found), "error": errors[name],
-            "gain": by_rounds(times[f"native, {name.partition(', ')[2]}"], times[name]),
-        }
-        for name, found in times.items()
-    ]  # fmt: skip
+    rows = []
+    for name, found in times.items():
+        base = times.get(f"native, {name.partition(', ')[2]}", found)
+        ms = statistics.median(found)
+        rows.append({"step": name, "ms": ms, "gain": by_rounds(base, found), "error": errors[name]})
     print(machine_of(torch.device(device)))
     for row in rows:
         print(f"  {row['step']:24} {row['ms']:8.3f} ms  gain {row['gain']:.3f}  error {row['error']:.2e}")
-    for kernel in KERNELS:
+    for kernel in kernels:
         if kernel in reports:
             print(reports[kernel])
     if target is not None:
@@ -254,6 +252,7 @@ def main():
     parser.add_argument(
         "--small", action="store_true", help="--export: 288 tokens and 2 heads, to try the script or the files"
     )
+    parser.add_argument("--kernels", nargs="+", default=KERNELS, metavar="NAME", help="of both, beside native")
     parser.add_argument("--packages", nargs="+", default=PACKAGES, metavar="NAME=VERSION")
     parser.add_argument("--blocks", type=int, nargs="*", default=[8, 16, 32, 57], help="depths of the rewrite's bench")
     parser.add_argument("--only-rewrite", action="store_true")
@@ -262,9 +261,9 @@ def main():
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # torch.export's and diffusers' own
     if options.export:
-        exporting(options.export, options.packages, options.device, options.small)
+        exporting(options.export, options.packages, options.device, options.small, options.kernels)
     elif options.run:
-        running(options.run, options.rounds, options.json, options.device)
+        running(options.run, options.rounds, options.json, options.device, options.kernels)
     else:
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
         if options.blocks:
