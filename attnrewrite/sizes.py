@@ -18,13 +18,16 @@ class UnbackedSizeError(Exception):
     """A question about a size that only the data decides (from `.item()`, `nonzero()`): no guard can hold its answer."""
 
 
-def holds(condition: bool | torch.SymBool) -> bool:
+def holds(condition: bool | torch.SymBool, at_run_time: bool = False) -> bool:
     """The answer to a question about sizes, and the promise to ask again when the sizes change.
 
     A question about known sizes is a plain bool. About symbolic sizes, evaluating it makes PyTorch record the
     answer as a shape guard of the graph being compiled, so that a later call with another answer recompiles:
     refusals too come back when the size comes back within the limit. An idle question therefore costs a
     recompilation: ask about static facts first, about sizes last, and stop at the first refusal.
+
+    `at_run_time`: of an exported program, ask again when it runs, even if what PyTorch assumes of symbolic sizes while it traces,
+    that they are at least 2, answers it: a program is not held to that.
 
     Raises `UnbackedSizeError` where the answer depends on data.
     """
@@ -33,6 +36,9 @@ def holds(condition: bool | torch.SymBool) -> bool:
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     if known(condition):
+        record = QUESTIONS.get()
+        if at_run_time and record is not None:
+            record.asked.append((condition.node.expr, *record.subject))
         return True
     try:
         return bool(condition)

@@ -175,7 +175,7 @@ def cudnn_head_dim(call: AttentionCall, machine: Machine) -> Refused | None:
 
 
 def cudnn_length(call: AttentionCall, machine: Machine) -> Refused | None:
-    if holds(call.kv_len >= 2):
+    if holds(call.kv_len >= 2, at_run_time=True):
         return None
     return Refused(
         Code.LENGTH, f"cuDNN needs kv_len of at least 2, this is {described(call.kv_len)}", "Choose another kernel"

@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tracemalloc
@@ -319,11 +320,60 @@ def test_one_check_a_condition_and_not_one_a_site():
     targets = [node.target for node in assertions(made)]
     assert targets.count(CHECK_INPUTS) == 1
     said = [node.kwargs["says"] for node in assertions(made) if node.target is CHECK_SIZE]
-    assert sorted(said) == ["x.shape[1] % 4 == 0", "x.shape[1] >= 1"]
+    assert sorted(said) == ["x.shape[0] >= 1", "x.shape[1] % 4 == 0", "x.shape[1] >= 1"]
     assert "(limited) and 2 more" in assertions(made)[1].kwargs["sites"]
     assert relative(made.module()(wide := torch.randn(5, 12, 24)), model(wide)) < 1e-6
     assert "needed is x.shape[1] % 4 == 0, found 2, where == 0 must hold" in violated(made, torch.randn(2, 10, 24))
     assert "needed is x.shape[1] >= 1, found 0" in violated(made, torch.randn(2, 0, 24))
+    # Dim("b", min=1) is in the range constraints, which hold no program to a least size of 2 or less.
+    assert "needed is x.shape[0] >= 1, found 0" in violated(made, torch.randn(0, 8, 24))
+
+
+def test_what_is_assumed_while_tracing_is_asked_when_it_runs():
+    """Dim.DYNAMIC gives a range from 2 on, and the program runs with 0 and 1. PyTorch's CPU kernel divides by a length of 0."""
+    sizes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
+    program, model, _ = exported(None, torch.randn(3, 8, 24), dynamic=sizes)
+    made = attnrewrite.rewrite(program, "_native_flash")
+    assert "needed is x.shape[1] >= 1, found 0" in violated(made, torch.randn(3, 0, 24))
+    assert relative(made.module()(one := torch.randn(1, 1, 24)), model(one)) < 1e-6
+    program, _, _ = exported(Attend().half(), torch.randn(3, 8, 24).half(), dynamic=sizes)
+    made = attnrewrite.rewrite(program, "_native_cudnn", machine=H200)
+    assert attnrewrite.report_of(made).swapped == 1
+    assert "x.shape[1] >= 2" in [node.kwargs["says"] for node in assertions(made) if node.target is CHECK_SIZE]
+
+
+def test_sizes_that_the_program_is_made_for():
+    """ExportedProgram.module() looks at them too, a package of AOTInductor does not: so does the node (test_aot.py)."""
+
+    class Prompted(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words = torch.nn.Embedding(9, 24)
+            self.attend = Attend()
+
+        def forward(self, x, tokens, unused):
+            return self.attend(x + self.words(tokens)) * unused.mean()
+
+    tensors = (torch.randn(2, 8, 24), torch.zeros(2, 8, dtype=torch.int64), torch.ones(5))
+    program, _, _ = exported(Prompted(), *tensors, dynamic=({1: (s := Dim("s", min=4, max=96))}, {1: s}, None))
+    (node,) = (
+        each for each in assertions(attnrewrite.rewrite(program, "_native_flash")) if each.target is CHECK_INPUTS
+    )
+    assert [each.name for each in node.args[0]] == node.kwargs["names"] == ["x", "tokens"]
+    assert node.kwargs["dtypes"] == ["float32", ""]  # integers of any width
+    assert node.kwargs["ranks"] == [3, 2]
+    assert node.kwargs["least"] == [2, 4, 24, 2, 4]
+    assert node.kwargs["most"] == [2, 96, 24, 2, 96]
+    asked = dict(node.kwargs)
+    for given, said in (
+        ((tensors[0][:, :3], tensors[1]), "input 'x' has size 3 in dimension 1, needed is at least 4"),
+        ((torch.randn(2, 97, 24), tensors[1]), "input 'x' has size 97 in dimension 1, needed is at most 96"),
+        ((tensors[0], tensors[1][:1]), "input 'tokens' has size 1 in dimension 0, needed is 2"),
+        ((tensors[0], tensors[1][0]), "input 'tokens' has 1 dimensions, needed are 2"),
+    ):
+        with pytest.raises(attnrewrite.AttentionAssertionError, match=re.escape(said)):
+            CHECK_INPUTS(list(given), **asked)
+    CHECK_INPUTS([tensors[0], tensors[1].int()], **asked)
 
 
 def test_a_second_rewrite_asks_again():

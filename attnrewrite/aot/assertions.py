@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,11 +28,13 @@ def insert_assertions(
     swapped: Sequence[Found],
     device: str | None,
     trainable: Collection[str],
+    ranges: Mapping[Any, Any],
 ) -> tuple[str, ...]:
     """Writes the checks behind the inputs of the graph, and returns what each says.
 
     device: the `Machine.device` that kernels were chosen for; None: the one that each input is on.
     trainable: the inputs that are parameters which may need a gradient.
+    ranges: the program's range constraints.
     """
     inputs = _user_inputs(module, signature)
     first = next(node for node in module.graph.nodes if node.op != "placeholder")
@@ -43,7 +46,7 @@ def insert_assertions(
         if isinstance(value_of(node), Tensor):
             emitter.tensor(node)
     said = []
-    watched = [node for node in inputs if _counts(node)] if swapped else []
+    watched = [node for node in inputs if isinstance(value_of(node), Tensor)] if swapped else []
     below = any(found.node.graph is not module.graph for found in swapped)  # in a graph that this one calls
     places = _places_of_swaps(module)
     if swapped and not below:
@@ -52,7 +55,7 @@ def insert_assertions(
     with emitter.before(first, False, value):
         if watched:
             sites = _sites([_named(found) for found in swapped])
-            said.append(_check_inputs(emitter, watched, device, _read_as_they_lie(places), sites))
+            said.append(_check_inputs(emitter, watched, device, _read_as_they_lie(places), ranges, sites))
         if forward_only := [found for found in swapped if not _has_gradient(found)]:
             tensors = [node for node in inputs if _counts(node) and value_of(node).dtype != torch.bool]
             tensors += _parameters(module, None if below else places, trainable)
@@ -62,24 +65,48 @@ def insert_assertions(
     return tuple(said)
 
 
-def _check_inputs(emitter: Emitter, watched: list[Node], device: str | None, as_they_lie: set[Node], sites: str) -> str:
+def _check_inputs(
+    emitter: Emitter,
+    watched: list[Node],
+    device: str | None,
+    as_they_lie: set[Node],
+    ranges: Mapping[Any, Any],
+    sites: str,
+) -> str:
     names = [str(node.name) for node in watched]
-    dtypes = [str(value_of(node).dtype).removeprefix("torch.") for node in watched]
+    dtypes = [str(value_of(node).dtype).removeprefix("torch.") if _counts(node) else "" for node in watched]
     devices = [DEVICES.get(device, device) if device else value_of(node).device.type for node in watched]
     devices = ["" if value_of(node).dim() == 0 else kind for node, kind in zip(watched, devices, strict=True)]
     rows = [
         int(node in as_they_lie and value_of(node).dim() > 0 and known(value_of(node).stride(-1) == 1))
         for node in watched
     ]
+    limits = [_limits(size, ranges) for node in watched for size in value_of(node).shape]
     node = emitter.graph.call_function(
-        CHECK_INPUTS, (watched,), {"names": names, "dtypes": dtypes, "kinds": devices, "rows": rows, "sites": sites}
-    )
+        CHECK_INPUTS, (watched,), {
+            "names": names, "dtypes": dtypes, "kinds": devices, "rows": rows,
+            "ranks": [value_of(node).dim() for node in watched],
+            "least": [least for least, _ in limits], "most": [most for _, most in limits], "sites": sites,
+        }
+    )  # fmt: skip
     node.meta |= {emitter.key: None, EMITTED: True}
     parts = [
-        f"{name} {dtype}" + (f" on {kind}" if kind else "")
+        f"{name} {dtype or 'of integers'}" + (f" on {kind}" if kind else "")
         for name, dtype, kind in zip(names, dtypes, devices, strict=True)
     ]
     return f"inputs are {', '.join(parts)}: {sites}"
+
+
+def _limits(size: Any, ranges: Mapping[Any, Any]) -> tuple[int, int]:
+    """The least and the most that a size may be, -1 for no limit. A range that begins with 2 or less has no least
+    (questions.py)."""
+    if isinstance(size, int):
+        return size, size
+    found = ranges.get(size.node.expr)  # a size that is computed from others is theirs to check
+    if found is None:
+        return 0, -1
+    least, most = found.lower, found.upper
+    return int(least) if least > 2 else 0, int(most) if most < sys.maxsize else -1
 
 
 def _check_gradient(emitter: Emitter, tensors: list[Node], sites: str) -> str:

@@ -1,8 +1,8 @@
 """The ops that check the inputs of a rewritten program at every call. program_checks.h has them for C++.
 
 They return nothing and have a side effect, so that torch.export, its decompositions, torch.compile and AOTInductor keep them;
-AOTInductor drops `aten._assert_tensor_metadata` and the text of `aten._assert_scalar` (2.13). Registered when attnrewrite is
-imported: `torch.export.load` then finds them.
+AOTInductor drops `aten._assert_tensor_metadata`, the text of `aten._assert_scalar`, and what `ExportedProgram.module()` checks
+of sizes (2.13). Registered when attnrewrite is imported: `torch.export.load` then finds them.
 """
 
 from __future__ import annotations
@@ -41,10 +41,16 @@ def _inputs_are(
     dtypes: Sequence[str],
     kinds: Sequence[str],
     rows: Sequence[int],
+    ranks: Sequence[int],
+    least: Sequence[int],
+    most: Sequence[int],
     sites: str,
 ) -> None:
-    for tensor, name, dtype, kind, row in zip(inputs, names, dtypes, kinds, rows, strict=True):
-        if tensor.dtype is not getattr(torch, dtype):
+    """For each input: its dtype and device type ("": any), whether its rows are dense, its rank; and for each dimension of each
+    the least and the most that it may be (-1: no limit)."""
+    limits = iter(zip(least, most, strict=True))
+    for tensor, name, dtype, kind, row, rank in zip(inputs, names, dtypes, kinds, rows, ranks, strict=True):
+        if dtype and tensor.dtype is not getattr(torch, dtype):
             found = str(tensor.dtype).removeprefix("torch.")
             raise AttentionAssertionError(f"{sites}: input {name!r} is {found}, needed is {dtype}. {REMEDY}")
         if kind and tensor.device.type != kind:
@@ -57,6 +63,17 @@ def _inputs_are(
                 f"{sites}: input {name!r} has a stride of {tensor.stride(-1)} in its last dimension, needed is 1. Pass "
                 f"{name}.contiguous()"
             )
+        if tensor.dim() != rank:
+            raise AttentionAssertionError(
+                f"{sites}: input {name!r} has {tensor.dim()} dimensions, needed are {rank}. {REMEDY}"
+            )
+        for dim, size in enumerate(tensor.shape):
+            low, high = next(limits)
+            if size < low or (size > high >= 0):
+                needed = f"{low}" if low == high else f"at least {low}" if size < low else f"at most {high}"
+                raise AttentionAssertionError(
+                    f"{sites}: input {name!r} has size {size} in dimension {dim}, needed is {needed}. {REMEDY}"
+                )
 
 
 def _size_is(anchor: Tensor, found: int, needed: int, *, relation: str, says: str, sites: str) -> None:
@@ -89,7 +106,8 @@ def _define(name: str, schema: str, real: Any) -> Any:
 
 CHECK_INPUTS = _define(
     "check_program_inputs",
-    "(Tensor[] inputs, *, str[] names, str[] dtypes, str[] kinds, int[] rows, str sites) -> ()",
+    "(Tensor[] inputs, *, str[] names, str[] dtypes, str[] kinds, int[] rows, int[] ranks, int[] least, int[] most, "
+    "str sites) -> ()",
     _inputs_are,
 )
 CHECK_SIZE = _define(

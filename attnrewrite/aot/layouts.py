@@ -58,10 +58,13 @@ def dense_strides(shape: Any, order: list[int]) -> list[Any]:
 
 
 def laid_out(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The tensor, or a copy that lies as the example did."""
+    """The tensor, or a copy that lies as the example did. One of another rank is the checks' to refuse."""
+    (of_example,) = layout.values()
+    if tensor.dim() != len(of_example):
+        return tensor
     strides = layout["strides"] if "strides" in layout else dense_strides(tensor.shape, layout["order"])
     same = (have == want or size == 1 for have, want, size in zip(tensor.stride(), strides, tensor.shape, strict=True))
-    if tensor.dim() != len(strides) or all(same):
+    if all(same):
         return tensor
     return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
 

@@ -21,7 +21,9 @@ inline const std::map<std::string, at::ScalarType>& dtypes() {
 }
 
 inline void check_inputs(at::TensorList inputs, std::vector<std::string> names, std::vector<std::string> wanted,
-                         std::vector<std::string> kinds, at::IntArrayRef rows, std::string sites) {
+                         std::vector<std::string> kinds, at::IntArrayRef rows, at::IntArrayRef ranks, at::IntArrayRef least,
+                         at::IntArrayRef most, std::string sites) {
+  size_t at = 0;  // the dimension, counted through all inputs
   for (size_t i = 0; i < inputs.size(); ++i) {
     const auto found = dtypes().find(wanted[i]);
     TORCH_CHECK(found == dtypes().end() || inputs[i].scalar_type() == found->second, sites, ": input '", names[i], "' is ",
@@ -31,6 +33,15 @@ inline void check_inputs(at::TensorList inputs, std::vector<std::string> names, 
                 kinds[i], ".");
     TORCH_CHECK(!rows[i] || inputs[i].stride(-1) == 1 || inputs[i].size(-1) < 2, sites, ": input '", names[i],
                 "' has a stride of ", inputs[i].stride(-1), " in its last dimension, needed is 1.");
+    TORCH_CHECK(inputs[i].dim() == ranks[i], sites, ": input '", names[i], "' has ", inputs[i].dim(),
+                " dimensions, needed are ", ranks[i], ".");
+    for (int64_t dim = 0; dim < ranks[i]; ++dim, ++at) {
+      const auto size = inputs[i].size(dim);
+      TORCH_CHECK(size >= least[at], sites, ": input '", names[i], "' has size ", size, " in dimension ", dim,
+                  ", needed is at least ", least[at], ".");
+      TORCH_CHECK(most[at] < 0 || size <= most[at], sites, ": input '", names[i], "' has size ", size, " in dimension ", dim,
+                  ", needed is at most ", most[at], ".");
+    }
   }
 }
 
@@ -56,8 +67,8 @@ inline void check_gradient(at::TensorList tensors, std::string sites) {
 
 TORCH_LIBRARY_FRAGMENT(attnrewrite, library) {
   library.def(
-      "check_program_inputs(Tensor[] inputs, *, str[] names, str[] dtypes, str[] kinds, int[] rows, "
-      "str sites) -> ()");
+      "check_program_inputs(Tensor[] inputs, *, str[] names, str[] dtypes, str[] kinds, int[] rows, int[] ranks, "
+      "int[] least, int[] most, str sites) -> ()");
   library.def(
       "check_program_size(Tensor anchor, SymInt found, SymInt needed, *, str relation, str says, str sites) -> ()");
   library.def("check_program_gradient(Tensor[] tensors, *, str sites) -> ()");

@@ -145,7 +145,9 @@ def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | N
         outcome = rewrite_graph(module, policy, machine, exported=True, elsewhere=machine is not None)
         device = machine.device if machine is not None else None
         needed = conditions(questions, outcome.swapped, ranges)
-    checks = insert_assertions(module, program.graph_signature, needed, outcome.swapped, device, _trainable(program))
+    checks = insert_assertions(
+        module, program.graph_signature, needed, outcome.swapped, device, _trainable(program), ranges
+    )
     for node in module.graph.nodes:
         node.meta.pop(EMITTED, None)
         node.meta.pop(LITERAL, None)

@@ -61,7 +61,8 @@ def conditions(questions: Questions, swapped: Sequence[Found], ranges: Any) -> t
     needed: dict[Any, dict[tuple[str, str], None]] = {}
     for relation, site, kernel in asked:
         for part in relation.args if isinstance(relation, sympy.And) else (relation,):
-            needed.setdefault(part, {})[site, kernel] = None
+            if _known(part, ranges, least=0) is not sympy.true:
+                needed.setdefault(part, {})[site, kernel] = None
     return tuple(Condition(relation, tuple(sites)) for relation, sites in needed.items())
 
 
@@ -115,7 +116,8 @@ def hints_of(shape_env: Any) -> Any:
 
 
 def _known(expr: Any, ranges: Any, least: int) -> Any:
-    """The answer for every size in the program's ranges, None if there is none. Sizes are at least `least`."""
+    """The answer for every size in the program's ranges, None if there is none. Sizes are at least `least`: a range that begins
+    with 2 or less says nothing, since no program is held to it (torch/_export/utils.py, 2.9 to 2.13)."""
     import sympy
     from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
@@ -125,7 +127,7 @@ def _known(expr: Any, ranges: Any, least: int) -> Any:
     for symbol in expr.free_symbols:
         lower, upper = least, sympy.oo
         if symbol in ranges:
-            lower, upper = max(ranges[symbol].lower, least), ranges[symbol].upper
+            lower, upper = ranges[symbol].lower if ranges[symbol].lower > 2 else least, ranges[symbol].upper
         bounds[symbol] = ValueRanges(lower, upper) if lower <= upper else ranges[symbol]
     found: Any = bound_sympy(expr, bounds)
     if found.is_singleton():
