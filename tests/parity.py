@@ -5,6 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import attnrewrite
+from attnrewrite.machines import satisfies
+
+# Before 2.13 flex takes no boolean mask on a CPU (backends/flex.py).
+FLEX_TAKES_MASKS = satisfies(torch.__version__, ">=2.13")
 
 # Relative error that rounding alone explains, by the dtype of the products.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from parity import relative
 from torch.export import Dim
+from torch.utils.cpp_extension import CUDA_HOME
 
 import attnrewrite
 from attnrewrite import Machine
@@ -202,6 +203,10 @@ def test_one_package_for_all_blocks(tmp_path):
 
 
 @pytest.mark.skipif(not (shutil.which("cmake") and shutil.which("g++")), reason="needs cmake and g++")
+@pytest.mark.skipif(
+    torch.version.cuda is not None and not Path(CUDA_HOME or "", "include/cuda_runtime_api.h").exists(),
+    reason="CMake's part of a PyTorch for CUDA wants the toolkit",
+)
 def test_cpp_runs_the_package(packaged, tmp_path):
     """The C++ example, built against the installed libtorch, without Python."""
     _, folder, _ = packaged

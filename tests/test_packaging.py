@@ -176,8 +176,8 @@ def test_imports_within_the_package_are_relative(folder):
 
 def packages_imported_by(statement, folder):
     """The packages besides PyTorch and the standard library that a statement adds to a process with PyTorch in it."""
-    code = (
-        f"import sys, torch; before = set(sys.modules); {statement}\n"
+    code = (  # flop_counter imports triton, where that is installed
+        f"import sys, torch, torch.utils.flop_counter; before = set(sys.modules); {statement}\n"
         "print(*{name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names))\n"
         "print(torch.cuda.is_initialized())"
     )

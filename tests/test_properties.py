@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from parity import TOLERANCE, compiled, doubled
+from parity import FLEX_TAKES_MASKS, TOLERANCE, compiled, doubled
 
 from attnrewrite import AttentionCall, Code, Machine, Report, make_plan, make_policy
 from attnrewrite.reports import GraphReport
@@ -117,6 +117,8 @@ def refusals_of(kernel, asked):
         codes.add(Code.VALUE_DIM)
     if kernel == "flex" and asked.dtype == "float64":
         codes.add(Code.DTYPE)
+    elif kernel == "flex" and asked.mask == "boolean" and not FLEX_TAKES_MASKS:
+        codes.add(Code.VERSION)
     if kernel == "_native_math" and asked.mask == "float32" and asked.dtype != "float32":
         codes.add(Code.MASK)
     return codes
