@@ -29,7 +29,10 @@ from attnrewrite.aot.questions import noted
 from attnrewrite.decisions import Code, Refused
 from attnrewrite.machines import satisfies
 
-pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch.export's own
+pytestmark = [  # torch.export's own
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:The given buffer is not writable:UserWarning"),
+]
 
 H200 = Machine("cuda", (9, 0), {"torch": "2.11.0", "cudnn": "9.19.0", "fa3-fwd": "0.0.3", "flash-attn-4": "4.0.0b36"})
 
