@@ -481,10 +481,11 @@ def test_the_smaller_code_does_not_bind_a_program():
     assert [node.kwargs["says"] for node in assertions(made) if node.target is CHECK_SIZE] == ["x.shape[1] >= 1"]
 
 
-def test_checks_survive_compilation():
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_checks_survive_compilation(compiler):
     program, _, _tensors = exported(None, torch.randn(2, 8, 24), dynamic=SIZES)
     made = attnrewrite.rewrite(program, limited(multiple_of_4))
-    step = torch.compile(made.module(), backend="aot_eager", dynamic=True)
+    step = torch.compile(made.module(), backend=compiler, dynamic=True)
     assert step(torch.randn(3, 12, 24)).shape == (3, 12, 24)
     for wrong, said in ((torch.randn(3, 10, 24), "found 2"), (torch.randn(3, 12, 24).double(), "float64")):
         with pytest.raises(attnrewrite.AttentionAssertionError, match=said):

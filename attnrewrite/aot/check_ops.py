@@ -28,7 +28,7 @@ class AttentionAssertionError(RuntimeError):
 
 
 def is_assertion(node: Node) -> bool:
-    return node.op == "call_function" and node.target in (CHECK_INPUTS, CHECK_SIZE, CHECK_GRADIENT)
+    return node.op == "call_function" and node.target in CHECKS
 
 
 REMEDY = "Call it as it was exported, or rewrite the program for such a call (attnrewrite.retarget)"
@@ -116,3 +116,4 @@ CHECK_SIZE = _define(
     _size_is,
 )
 CHECK_GRADIENT = _define("check_program_gradient", "(Tensor[] tensors, *, str sites) -> ()", _no_gradient)
+CHECKS = (CHECK_INPUTS, CHECK_SIZE, CHECK_GRADIENT)

@@ -15,6 +15,7 @@ from ..machines import Machine
 from ..policies import Choice, make_policy
 from ..reports import Report
 from .archives import EXTRA, MODEL, Archive, ProgramFileError, graph_text, loaded, opened, with_graph
+from .inductor import keep_checks
 from .manifests import MANIFEST, ORIGINAL, Manifest, check_machine, manifest_of
 from .programs import RECORD, Record, fingerprint, original_of, record_of, rewrite_program
 
@@ -58,6 +59,7 @@ def load(path: Path_, device: str | torch.device | None = None, *, trust_remote_
     if manifest is not None and (differing := check_machine(manifest, path, trust_remote_code)):
         warnings.warn(f"{path}: {'; '.join(differing)}", stacklevel=2)
     program = moved(loaded(path), device)
+    keep_checks()
     if manifest is not None:
         program.graph_module.meta[RECORD] = Record(
             manifest.report,

@@ -18,10 +18,10 @@ from ..files import whole
 from ..reports import Report
 from .archives import ProgramFileError, opened
 from .check_ops import is_assertion
+from .inductor import checked_calls, keep_checks
 from .layouts import Layouts, layouts_of
 from .manifests import MANIFEST, Manifest, check_machine, manifest_of
 from .programs import record_of
-from .proxy_calls import checked_calls
 
 # What a C++ process includes for the nodes that check: the op's C++ half.
 CHECKS_HEADER = Path(__file__).with_name("program_checks.h")
@@ -84,6 +84,7 @@ def aot_compile(
     settings = dict(options or {})
     if not weights:
         settings.setdefault("aot_inductor.package_constants_in_so", False)
+    keep_checks()
     with whole(path, ".pt2") as temporary, checked_calls():
         torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=settings)
         with zipfile.ZipFile(temporary, "a") as archive:

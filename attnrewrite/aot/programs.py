@@ -21,6 +21,7 @@ from ..pipeline import rewrite_graph
 from ..policies import Choice, Policy, make_policy
 from ..reports import GraphReport, Report
 from .assertions import insert_assertions
+from .inductor import keep_checks
 from .questions import conditions, noted
 
 RECORD = "attnrewrite"  # in the metadata of the graph module of a rewritten program
@@ -148,6 +149,7 @@ def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | N
     checks = insert_assertions(
         module, program.graph_signature, needed, outcome.swapped, device, _trainable(program), ranges
     )
+    keep_checks()
     for node in module.graph.nodes:
         node.meta.pop(EMITTED, None)
         node.meta.pop(LITERAL, None)

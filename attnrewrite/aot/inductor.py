@@ -1,10 +1,15 @@
-"""Ops that are called from a package through PyTorch's proxy: what they raise must end the call."""
+"""What older versions of Inductor need to be told, so that a check that fails ends the call."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+import torch
+
+from ..machines import satisfies
+from .check_ops import CHECKS
 
 CALL = "aoti_torch_proxy_executor_call_function("
 
@@ -32,3 +37,22 @@ def checked_calls() -> Iterator[None]:
         yield
     finally:
         del wrapper.writeline
+
+
+def keep_checks() -> None:
+    """Before torch 2.11 Inductor takes an op for dead code if it returns nothing and its schema writes into nothing
+    (`FallbackKernel.has_side_effects` in torch/_inductor/ir.py), which a check does. From here on it keeps them."""
+    if satisfies(torch.__version__, ">=2.11"):
+        return
+    from torch._inductor.ir import FallbackKernel
+
+    kernel: Any = FallbackKernel
+    original = kernel.has_side_effects
+    if hasattr(original, "keeps_checks"):
+        return
+
+    def has_side_effects(self: Any) -> bool:
+        return self.op_overload in CHECKS or original(self)
+
+    has_side_effects.keeps_checks = True  # type: ignore[attr-defined]
+    kernel.has_side_effects = has_side_effects
