@@ -26,8 +26,8 @@ def holds(condition: bool | torch.SymBool, at_run_time: bool = False) -> bool:
     refusals too come back when the size comes back within the limit. An idle question therefore costs a
     recompilation: ask about static facts first, about sizes last, and stop at the first refusal.
 
-    `at_run_time`: of an exported program, ask again when it runs, even if what PyTorch assumes of symbolic sizes while it traces,
-    that they are at least 2, answers it: a program is not held to that.
+    `at_run_time`: of an exported program, ask again when it runs, even if what PyTorch assumes of symbolic sizes while it
+    traces, that they are at least 2, answers it: a program is not held to that.
 
     Raises `UnbackedSizeError` where the answer depends on data.
     """
