@@ -219,7 +219,7 @@ class _Measuring:
         for number in range(-1, MORE * rounds):  # the first one warms up
             if number >= rounds and not undecided([each.samples for each in near], self.settings.min_gain):
                 break
-            self.say(f"round {number + 1}/{rounds}")
+            self.say(f"round {number + 1}/{max(rounds, number + 1)}")
             order = list(near)
             shuffle(order)
             for each in order:

@@ -2,7 +2,7 @@
 
     python bench/aot.py                                 # on a CPU, about five minutes
     python bench/aot.py --export out/aot                # anywhere: programs for a described Hopper GPU; needs diffusers, no GPU
-    python bench/aot.py --run out/aot --json bench/results/aot_h100.json      # there: needs no diffusers
+    python bench/aot.py --run out/aot --json bench/results/aot_h200.json      # there: needs no diffusers
 
 rewrite   seconds of `attnrewrite.rewrite` on FLUX.1's export at published widths with fake weights, by number of blocks
 load      `attnrewrite.load` / `torch.export.load` of one file, in turn, the median of the ratios

@@ -52,6 +52,8 @@ CHOICES = [
     ("1,024 tokens", call(q_len=1024), H200, "native"),
     ("SDXL", call(heads=10, q_len=4096, dim=64), H200, "native"),
     ("SD3.5-large", call(heads=38, q_len=4429, dim=64), H200, "_flash_3"),
+    ("8,192 tokens of 64", call(batch=1, q_len=8192, dim=64), H200, "_flash_3"),
+    ("6,144 tokens of 64", call(batch=1, q_len=6144, dim=64), H200, "native"),
     ("16,384 tokens of 64", call(batch=1, q_len=16384, dim=64), H200, "flash_4"),
     ("HunyuanVideo", call(batch=1, q_len=32896, mask=PADDED), H200, "_flash_3"),
     ("HunyuanVideo, PyTorch alone", call(batch=1, q_len=32896, mask=PADDED), BARE, "native"),

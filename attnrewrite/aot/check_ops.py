@@ -58,14 +58,14 @@ def _inputs_are(
                 f"{sites}: input {name!r} is on {tensor.device.type}, needed is {kind}. Move it, and the program "
                 "(attnrewrite.load(path, device=...)), or rewrite the program for this device"
             )
+        if tensor.dim() != rank:
+            raise AttentionAssertionError(
+                f"{sites}: input {name!r} has {tensor.dim()} dimensions, needed are {rank}. {REMEDY}"
+            )
         if row and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise AttentionAssertionError(
                 f"{sites}: input {name!r} has a stride of {tensor.stride(-1)} in its last dimension, needed is 1. Pass "
                 f"{name}.contiguous()"
-            )
-        if tensor.dim() != rank:
-            raise AttentionAssertionError(
-                f"{sites}: input {name!r} has {tensor.dim()} dimensions, needed are {rank}. {REMEDY}"
             )
         for dim, size in enumerate(tensor.shape):
             low, high = next(limits)

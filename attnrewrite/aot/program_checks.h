@@ -23,7 +23,7 @@ inline const std::map<std::string, at::ScalarType>& dtypes() {
 inline void check_inputs(at::TensorList inputs, std::vector<std::string> names, std::vector<std::string> wanted,
                          std::vector<std::string> kinds, at::IntArrayRef rows, at::IntArrayRef ranks, at::IntArrayRef least,
                          at::IntArrayRef most, std::string sites) {
-  size_t at = 0;  // the dimension, counted through all inputs
+  size_t position = 0;  // the dimension, counted through all inputs
   for (size_t i = 0; i < inputs.size(); ++i) {
     const auto found = dtypes().find(wanted[i]);
     TORCH_CHECK(found == dtypes().end() || inputs[i].scalar_type() == found->second, sites, ": input '", names[i], "' is ",
@@ -31,16 +31,16 @@ inline void check_inputs(at::TensorList inputs, std::vector<std::string> names, 
     const auto device = c10::DeviceTypeName(inputs[i].device().type(), /*lower_case=*/true);
     TORCH_CHECK(kinds[i].empty() || kinds[i] == device, sites, ": input '", names[i], "' is on ", device, ", needed is ",
                 kinds[i], ".");
-    TORCH_CHECK(!rows[i] || inputs[i].stride(-1) == 1 || inputs[i].size(-1) < 2, sites, ": input '", names[i],
-                "' has a stride of ", inputs[i].stride(-1), " in its last dimension, needed is 1.");
     TORCH_CHECK(inputs[i].dim() == ranks[i], sites, ": input '", names[i], "' has ", inputs[i].dim(),
                 " dimensions, needed are ", ranks[i], ".");
-    for (int64_t dim = 0; dim < ranks[i]; ++dim, ++at) {
+    TORCH_CHECK(!rows[i] || inputs[i].stride(-1) == 1 || inputs[i].size(-1) < 2, sites, ": input '", names[i],
+                "' has a stride of ", inputs[i].stride(-1), " in its last dimension, needed is 1.");
+    for (int64_t dim = 0; dim < ranks[i]; ++dim, ++position) {
       const auto size = inputs[i].size(dim);
-      TORCH_CHECK(size >= least[at], sites, ": input '", names[i], "' has size ", size, " in dimension ", dim,
-                  ", needed is at least ", least[at], ".");
-      TORCH_CHECK(most[at] < 0 || size <= most[at], sites, ": input '", names[i], "' has size ", size, " in dimension ", dim,
-                  ", needed is at most ", most[at], ".");
+      TORCH_CHECK(size >= least[position], sites, ": input '", names[i], "' has size ", size, " in dimension ", dim,
+                  ", needed is at least ", least[position], ".");
+      TORCH_CHECK(most[position] < 0 || size <= most[position], sites, ": input '", names[i], "' has size ", size,
+                  " in dimension ", dim, ", needed is at most ", most[position], ".");
     }
   }
 }
