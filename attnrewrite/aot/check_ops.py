@@ -48,7 +48,7 @@ def _inputs_are(
 ) -> None:
     """For each input: its dtype and device type ("": any), whether its rows are dense, its rank; and for each dimension of each
     the least and the most that it may be (-1: no limit)."""
-    limits = iter(zip(least, most, strict=True))
+    lows, highs = iter(least), iter(most)
     for tensor, name, dtype, kind, row, rank in zip(inputs, names, dtypes, kinds, rows, ranks, strict=True):
         if dtype and tensor.dtype is not getattr(torch, dtype):
             found = str(tensor.dtype).removeprefix("torch.")
@@ -67,8 +67,9 @@ def _inputs_are(
                 f"{sites}: input {name!r} has a stride of {tensor.stride(-1)} in its last dimension, needed is 1. Pass "
                 f"{name}.contiguous()"
             )
-        for dim, size in enumerate(tensor.shape):
-            low, high = next(limits)
+        for dim, (size, low, high) in enumerate(
+            zip(tensor.shape, lows, highs, strict=False)
+        ):  # goes on at the next tensor's
             if size < low or (size > high >= 0):
                 needed = f"{low}" if low == high else f"at least {low}" if size < low else f"at most {high}"
                 raise AttentionAssertionError(
