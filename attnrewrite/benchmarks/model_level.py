@@ -30,7 +30,7 @@ from .denoisers import Denoiser
 from .measuring import by_rounds, in_turn, milliseconds, words
 from .op_level import products
 
-AGAIN = "torch.compile, again"  # the same step once more: how far its ratio is from 1 is the noise
+AGAIN = "torch.compile, again"  # the same once more, compiled for itself: how far its ratio is from 1 is the noise
 EAGER, PLAIN, AUTO, TUNED, QUANTISED = "eager", "torch.compile", "auto", "tuned", "tuned, quantised"
 Step = Callable[[], torch.Tensor]
 PEER = "diffusers, "  # in front of the name that its dispatcher is set to
@@ -74,6 +74,7 @@ def usual(
         Variant(AUTO, lambda _: with_backend("auto", inner=inner)),
         Variant(TUNED, lambda denoiser: tuned(denoiser, "reordered")),
         Variant(QUANTISED, lambda denoiser: tuned(denoiser, "quantised")),
+        Variant(AGAIN, lambda _: inner),
     )
 
 
@@ -134,8 +135,6 @@ def measure(
             for name, (step, peer) in steps.items():
                 _, rows[name]["graphs"] = _warm(denoiser, step, peer)
         timed = {name: _timed(denoiser, device, *each) for name, each in steps.items()}
-        if PLAIN in timed:
-            timed[AGAIN] = timed[PLAIN]
         in_turn(timed, 1)  # variants that share code may be compiled anew when they take turns
         before = _graphs()
         times = in_turn(timed, rounds)
@@ -153,8 +152,8 @@ def measure(
         "rounds": rounds,
         "compiled_while_timed": late,
     }
-    if AGAIN in times:
-        record["again"] = by_rounds(times[PLAIN], times[AGAIN])
+    if "ratio" in rows.get(AGAIN, {}):
+        record["again"] = rows.pop(AGAIN)["ratio"]
     if plan is not None:
         record["plan"] = json.loads(plan.to_json())
         if ceiling is not None and PLAIN in rows:
@@ -175,6 +174,8 @@ def show(record: dict[str, Any], say: Callable[[str], object]) -> None:
         say(f"{name:24} {text}")
     if late := record.get("compiled_while_timed"):
         say(f"! {late} graphs were compiled while steps were timed: these times say nothing")
+    if "plan" in record and (worst := worst_choice(Plan.from_json(json.dumps(record["plan"])))):
+        say(f"{'tuned':24} at its worst site {worst:.3f} of the time of the fastest kernel there")
     if "limit" in record:
         say(f"{'limit':24} {'':11}  ratio {record['limit']:5.3f}, attention at the rate of a matmul")
 
@@ -188,6 +189,17 @@ def limit_of(plan: Plan, plain: float, ceiling: float) -> float:
         native = next((each.milliseconds for each in site.measured if each.name == "native"), None)
         saved += max(0.0, (native or 0.0) - bound)
     return plain / max(plain - saved, 1e-9)
+
+
+def worst_choice(plan: Plan) -> float | None:
+    """The time of a site's choice to that of the fastest kernel that it might have had, where that is largest. A call takes at
+    least what its launch takes."""
+    found = []
+    for site in plan.sites:
+        able = {each.name: each.least for each in site.measured if each.milliseconds and each.dropped is None}
+        if site.chosen in able:
+            found.append(able[site.chosen] / min(able.values()))
+    return max(found, default=None)
 
 
 def _plan_of(backend: Any) -> Plan | None:
