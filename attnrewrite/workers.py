@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 Result = TypeVar("Result")
 
@@ -34,6 +35,7 @@ class Worker:
     def run(self, function: Callable[[], Result], seconds: float) -> Result:
         """What the function returns or raises. Raises `OverdueError` after so many seconds."""
         if self._jobs is None:
+            _enter_a_fake_mode()
             self._jobs = queue.SimpleQueue()
             self._thread = threading.Thread(target=self._work, args=(self._jobs,), name="attnrewrite.tune", daemon=True)
             self._thread.start()
@@ -71,6 +73,13 @@ class Worker:
                 except BaseException as error:
                     finished.put((False, error))
                 job = function = finished = None  # what it held is free
+
+
+def _enter_a_fake_mode() -> None:
+    """Where there is no GPU, a PyTorch for CUDA keeps a device guard of the first thread that enters a fake mode, and goes on
+    reading it when that thread has ended (segfault, 2.11). So that is never a thread of ours."""
+    with FakeTensorMode():
+        pass
 
 
 @atexit.register
