@@ -128,17 +128,11 @@ def checking(record, inputs, step):
     names, kinds = [f"input_{number}" for number in range(len(tensors))], ["cpu"] * len(tensors)
     rows = [1] * len(tensors)
     dtypes = [str(tensor.dtype).removeprefix("torch.") for tensor in tensors]
-    ranks = [tensor.dim() for tensor in tensors]
-    sizes = [size for tensor in tensors for size in tensor.shape]
+    shape = [size for tensor in tensors for size in tensor.shape]
     asked = {
-        "names": names,
-        "dtypes": dtypes,
-        "kinds": kinds,
-        "rows": rows,
-        "ranks": ranks,
-        "least": sizes,
-        "most": sizes,
-    }
+        "names": names, "dtypes": dtypes, "kinds": kinds, "rows": rows, "ranks": [tensor.dim() for tensor in tensors],
+        "least": shape, "most": shape,
+    }  # fmt: skip
 
     def each(calls=20_000):
         took = seconds(lambda: [CHECK_INPUTS(tensors, **asked, sites="") for _ in range(calls)])

@@ -16,7 +16,7 @@ from ..graphs import value_of
 from ..passes.context import Found
 from ..sizes import known
 from .check_ops import CHECK_GRADIENT, CHECK_INPUTS, CHECK_SIZE
-from .questions import Condition, hints_of
+from .questions import Condition, hints_of, least_of
 
 DEVICES = {"rocm": "cuda", "tpu": "xla"}  # Machine's words to PyTorch's
 
@@ -98,15 +98,13 @@ def _check_inputs(
 
 
 def _limits(size: Any, ranges: Mapping[Any, Any]) -> tuple[int, int]:
-    """The least and the most that a size may be, -1 for no limit. A range that begins with 2 or less has no least
-    (questions.py)."""
+    """The least and the most that a size may be, -1 for no limit."""
     if isinstance(size, int):
         return size, size
     found = ranges.get(size.node.expr)  # a size that is computed from others is theirs to check
     if found is None:
         return 0, -1
-    least, most = found.lower, found.upper
-    return int(least) if least > 2 else 0, int(most) if most < sys.maxsize else -1
+    return int(least_of(found, 0)), int(found.upper) if found.upper < sys.maxsize else -1
 
 
 def _check_gradient(emitter: Emitter, tensors: list[Node], sites: str) -> str:

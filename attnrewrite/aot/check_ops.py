@@ -67,9 +67,8 @@ def _inputs_are(
                 f"{sites}: input {name!r} has a stride of {tensor.stride(-1)} in its last dimension, needed is 1. Pass "
                 f"{name}.contiguous()"
             )
-        for dim, (size, low, high) in enumerate(
-            zip(tensor.shape, lows, highs, strict=False)
-        ):  # goes on at the next tensor's
+        limits = zip(tensor.shape, lows, highs, strict=False)  # takes those of this tensor, and leaves the next ones'
+        for dim, (size, low, high) in enumerate(limits):
             if size < low or (size > high >= 0):
                 needed = f"{low}" if low == high else f"at least {low}" if size < low else f"at most {high}"
                 raise AttentionAssertionError(

@@ -115,9 +115,14 @@ def hints_of(shape_env: Any) -> Any:
     return shape_env.backed_var_to_val if newer else shape_env.var_to_val
 
 
+def least_of(bounds: Any, otherwise: int) -> Any:
+    """Where a range constraint begins. One that begins with 2 or less says nothing, since no program is held to it
+    (torch/_export/utils.py, 2.9 to 2.13)."""
+    return bounds.lower if bounds.lower > 2 else otherwise
+
+
 def _known(expr: Any, ranges: Any, least: int) -> Any:
-    """The answer for every size in the program's ranges, None if there is none. Sizes are at least `least`: a range that begins
-    with 2 or less says nothing, since no program is held to it (torch/_export/utils.py, 2.9 to 2.13)."""
+    """The answer for every size in the program's ranges, None if there is none. Sizes are at least `least`."""
     import sympy
     from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
@@ -127,7 +132,7 @@ def _known(expr: Any, ranges: Any, least: int) -> Any:
     for symbol in expr.free_symbols:
         lower, upper = least, sympy.oo
         if symbol in ranges:
-            lower, upper = ranges[symbol].lower if ranges[symbol].lower > 2 else least, ranges[symbol].upper
+            lower, upper = least_of(ranges[symbol], least), ranges[symbol].upper
         bounds[symbol] = ValueRanges(lower, upper) if lower <= upper else ranges[symbol]
     found: Any = bound_sympy(expr, bounds)
     if found.is_singleton():
