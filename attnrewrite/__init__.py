@@ -6,30 +6,34 @@ from .aot.check_ops import AttentionAssertionError
 from .aot.files import explain_file, load, retarget, save
 from .aot.packages import CHECKS_HEADER, CompiledPackage, LoadedPackage, NeedsPythonError, aot_compile, load_package
 from .aot.programs import export, report_of, rewrite
-from .calls import AttentionCall, Mask, MaskKind
-from .checking import AttentionCheckError
-from .compilers import AttentionCompiler, with_backend
-from .decisions import Accepted, Code, Decision, Refused, Step
-from .explaining import explain
-from .fidelity import check
-from .fidelity_report import Fidelity, SiteFidelity
-from .in_place import reset_attention_backend, set_attention_backend
-from .machines import Machine, machine_of
-from .measurements import Measurement
-from .plans import AttentionRefusedError, Plan, Site, Tuning, make_plan
-from .policies import Policy, make_policy
-from .reasons import decide
-from .records import Backend, HeadDim, Numerics, Tolerance
-from .registry import names, records_of
-from .reports import Report
-from .schedules import Schedule, schedule
-from .sizes import UnbackedSizeError, holds
-from .sources import Hub, Package
-from .stacking import inductor_pass
-from .switching import attention_backend
-from .tuning import tune
-
-__version__ = "0.1.0"
+from .entrances.checking import check
+from .entrances.choices import make_policy
+from .entrances.compilers import AttentionCompiler, with_backend
+from .entrances.contexts import attention_backend
+from .entrances.explaining import explain
+from .entrances.in_place import reset_attention_backend, set_attention_backend
+from .entrances.inductor_pass import inductor_pass
+from .entrances.schedules import Schedule, schedule
+from .entrances.tuning import tune
+from .graphs.sizes import UnbackedSizeError, holds
+from .kernels.calls import AttentionCall, Mask, MaskKind
+from .kernels.decisions import Accepted, Code, Decision, Refused, Step
+from .kernels.machines import Machine
+from .kernels.records import Backend, HeadDim, Numerics, Tolerance
+from .kernels.sources import Hub, Package
+from .passes.check_values import AttentionCheckError
+from .planning.measurements import Measurement, Tuning
+from .planning.planner import AttentionRefusedError, make_plan
+from .planning.plans import Plan
+from .planning.policies import Policy
+from .planning.reasons import decide
+from .planning.registry import names, records_of
+from .planning.sites import Site
+from .planning.this_machine import machine_of
+from .reports.fidelity import Fidelity
+from .reports.report import Report
+from .reports.site_fidelity import SiteFidelity
+from .version import __version__ as __version__
 
 __all__ = [
     "CHECKS_HEADER",

@@ -7,8 +7,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 
-from . import __version__, launching, support
-from .machines import Machine
+from .commands import run as launching
+from .commands import support
+from .kernels.machines import Machine
+from .version import __version__
 
 
 def info(arguments: list[str]) -> None:
@@ -28,8 +30,8 @@ def explain(arguments: list[str]) -> None:
     apart, and which kernels take it"""
     from .aot.archives import ProgramFileError
     from .aot.files import explain_file
-    from .demo_model import Demo, inputs
-    from .explaining import explain as explained
+    from .commands.demo_model import Demo, inputs
+    from .entrances.explaining import explain as explained
 
     parser = argparse.ArgumentParser(prog="attnrewrite explain", description=explain.__doc__)
     parser.add_argument(
@@ -56,7 +58,7 @@ def rewrite(arguments: list[str]) -> None:
     """a saved program with other kernels, without its source: attnrewrite rewrite in.pt2 out.pt2 --backend flash_4,native"""
     from .aot.archives import ProgramFileError
     from .aot.files import retarget
-    from .plans import AttentionRefusedError
+    from .planning.planner import AttentionRefusedError
 
     parser = argparse.ArgumentParser(prog="attnrewrite rewrite", description=rewrite.__doc__)
     parser.add_argument("source", help="a .pt2 of attnrewrite.save or torch.export.save")
@@ -100,7 +102,7 @@ def run(arguments: list[str]) -> None:
 
 def bench(arguments: list[str]) -> None:
     """kernels by shape and steps of denoisers by variant, measured side by side (`attnrewrite bench --help`)"""
-    from .benchmarks import command
+    from .commands.bench import command
 
     command.main(arguments)
 

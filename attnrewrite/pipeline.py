@@ -10,15 +10,17 @@ from typing import Any, Protocol
 import torch
 from torch.fx import GraphModule
 
-from .checking import check_calls, check_outputs
-from .emitting import EMITTED
-from .graphs import OPAQUE_TARGETS, SDPA_TARGETS, graphs_below, module_of, value_of
-from .machines import Machine, machine_of
+from .graphs.emitting import EMITTED
+from .graphs.nodes import OPAQUE_TARGETS, SDPA_TARGETS, graphs_below, module_of, value_of
+from .kernels.machines import Machine
 from .passes import ANALYSES, REWRITES, Context
+from .passes.check_values import check_calls, check_outputs
 from .passes.context import Found
 from .passes.fused_kernels import FUSED_TARGETS
-from .plans import Plan, make_plan
-from .policies import Policy
+from .planning.planner import make_plan
+from .planning.plans import Plan
+from .planning.policies import Policy
+from .planning.this_machine import machine_of
 
 
 class Watch(Protocol):

@@ -1,6 +1,7 @@
-"""The kernels: one file a family, one record a kernel. `RECORDS` is the one list of them; adding a family adds a line here."""
+"""The kernels: one file a family, one record a kernel. `RECORDS` is the one list of them; adding a family adds a line here.
+Imports `kernels`, `graphs` and what is below them."""
 
-from ..records import Backend
+from ..kernels.records import Backend
 from . import (
     aiter,
     flash_attention_2,

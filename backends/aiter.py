@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import ops
-from ..calls import AttentionCall, MaskKind
-from ..records import Backend, HeadDim
-from ..sources import Hub
+from ..kernels import ops
+from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.records import Backend, HeadDim
+from ..kernels.sources import Hub
 
 
 def forward(library: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Tensor:

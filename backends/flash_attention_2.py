@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..calls import AttentionCall, MaskKind
-from ..records import Backend, HeadDim
-from ..sources import Hub, Package
+from ..kernels import ops
+from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.records import Backend, HeadDim
+from ..kernels.sources import Hub, Package
 from .packing import Packing, pack, packing, packing_steps, unpack
 
 # -- the library's functions

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..calls import AttentionCall, MaskKind
-from ..records import Backend, HeadDim, Numerics, Tolerance
-from ..sources import Hub, Package
+from ..kernels import ops
+from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.records import Backend, HeadDim, Numerics, Tolerance
+from ..kernels.sources import Hub, Package
 from .packing import Leading, Packing, lead, leading, pack, packing, packing_steps, unpack
 
 FP8 = torch.float8_e4m3fn

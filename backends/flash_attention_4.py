@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..calls import AttentionCall, MaskKind
-from ..decisions import Code, Refused
-from ..machines import Machine
-from ..records import Backend, HeadDim
-from ..sizes import described, holds
-from ..sources import Hub, Package
+from ..graphs.sizes import described, holds
+from ..kernels import ops
+from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.decisions import Code, Refused
+from ..kernels.machines import Machine
+from ..kernels.records import Backend, HeadDim
+from ..kernels.sources import Hub, Package
 from .packing import Leading, lead, leading, packing_steps
 
 

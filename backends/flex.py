@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
-from ..calls import AttentionCall, MaskKind
-from ..decisions import Code, Refused
-from ..machines import Machine, satisfies
-from ..records import Backend, HeadDim
-from ..sizes import Size, described, holds, is_one
+from ..graphs.sizes import Size, described, holds, is_one
+from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.decisions import Code, Refused
+from ..kernels.machines import Machine, satisfies
+from ..kernels.records import Backend, HeadDim
 
 BLOCK = 128  # PyTorch's own default: the kernels' tiles must divide it
 WHOLE = 1 << 30  # the block size by which PyTorch says that there is no block mask

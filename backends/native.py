@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall, MaskKind
-from ..decisions import Code, Refused
-from ..machines import Machine, satisfies
-from ..records import Backend, HeadDim, Numerics
-from ..sizes import better, described, holds, is_one, known
+from ..graphs.sizes import better, described, holds, is_one, known
+from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.decisions import Code, Refused
+from ..kernels.machines import Machine, satisfies
+from ..kernels.records import Backend, HeadDim, Numerics
 
 aten = torch.ops.aten
 HALF = frozenset({"float16", "bfloat16"})

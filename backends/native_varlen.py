@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..calls import AttentionCall, MaskKind
+from ..kernels.calls import AttentionCall, MaskKind
 from .native import FLASH_CUDA
 from .packing import Packing, pack, packing, packing_steps, unpack
 

@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..calls import AttentionCall, MaskKind
-from ..decisions import Code, Refused
-from ..machines import Machine
-from ..records import Backend, HeadDim
-from ..sizes import described, holds, is_one
-from ..sources import Package
+from ..graphs.sizes import described, holds, is_one
+from ..kernels import ops
+from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.decisions import Code, Refused
+from ..kernels.machines import Machine
+from ..kernels.records import Backend, HeadDim
+from ..kernels.sources import Package
 
 UPPER_LEFT = 2  # sparse_mode: causal by a compressed mask of 2048 x 2048
 COMPRESSED = 2048

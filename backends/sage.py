@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..calls import AttentionCall, MaskKind
-from ..decisions import Code, Refused
-from ..machines import Machine
-from ..records import Backend, HeadDim, LibraryCheck, Numerics, Tolerance
-from ..sizes import described, holds
-from ..sources import Hub, Package
+from ..graphs.sizes import described, holds
+from ..kernels import ops
+from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.decisions import Code, Refused
+from ..kernels.machines import Machine
+from ..kernels.records import Backend, HeadDim, LibraryCheck, Numerics, Tolerance
+from ..kernels.sources import Hub, Package
 from .packing import Packing, pack, packing, packing_steps, unpack
 
 # -- the library's functions

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import ops
-from ..calls import AttentionCall, MaskKind
-from ..decisions import Code, Refused
-from ..machines import Machine
-from ..records import Backend, HeadDim
-from ..sizes import holds
-from ..sources import Package
+from ..graphs.sizes import holds
+from ..kernels import ops
+from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.decisions import Code, Refused
+from ..kernels.machines import Machine
+from ..kernels.records import Backend, HeadDim
+from ..kernels.sources import Package
 from .native import aligned_bias, rows_of_the_bias
 
 

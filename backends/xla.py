@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .. import ops
-from ..calls import AttentionCall, MaskKind
-from ..decisions import Code, Refused, Step
-from ..machines import Machine
-from ..records import Backend
-from ..sizes import described, holds
-from ..sources import Package
+from ..graphs.sizes import described, holds
+from ..kernels import ops
+from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.decisions import Code, Refused, Step
+from ..kernels.machines import Machine
+from ..kernels.records import Backend
+from ..kernels.sources import Package
 from .native import additive
 
 BLOCK, SMALL = 512, 128  # keys are read in blocks of 512; fewer in multiples of 128 where there are segment ids

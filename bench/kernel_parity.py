@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import attnrewrite
-from attnrewrite.support import usable
+from attnrewrite.planning.usable import usable
 
 BATCH, HEADS, Q_LEN, KV_LEN, DIM = 2, 6, 300, 270, 64
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 import attnrewrite
-from attnrewrite.benchmarks import results
-from attnrewrite.benchmarks.denoisers import MODELS, Place
-from attnrewrite.benchmarks.model_level import PEER, PLAIN, Variant, measure
+from attnrewrite.commands.bench import results
+from attnrewrite.commands.bench.denoisers import MODELS, Place
+from attnrewrite.commands.bench.model_level import PEER, PLAIN, Variant, measure
 
 PADDED = ("hunyuan", "qwen-image", "ltx", "lumina2")
 PEERS = ("_flash_3", "_flash_varlen_3")

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnrewrite
-from attnrewrite.support import usable
+from attnrewrite.planning.usable import usable
 
 # batch, heads, q_len, kv_len, dim
 SHAPES = {

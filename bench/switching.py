@@ -43,7 +43,7 @@ def main():
     compilations = []
 
     def inner(graph_module, example_inputs):
-        compilations.append(str(attnrewrite.switching.active()))
+        compilations.append(str(contexts.active()))
         return plain_backend(graph_module, example_inputs)
 
     plain = torch.compile(lambda *given: attend(*given), backend=plain_backend)

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 import attnrewrite
-from attnrewrite import tuning
-from attnrewrite.benchmarks.denoisers import MODELS, Place
-from attnrewrite.machines import machine_of
+from attnrewrite.commands.bench.denoisers import MODELS, Place
+from attnrewrite.entrances import tuning
+from attnrewrite.planning.this_machine import machine_of
 
 BLOCKS = {"num_layers": 20, "num_single_layers": 40}
 

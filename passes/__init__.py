@@ -1,6 +1,7 @@
 """The passes, one a file, each a function `(graph_module, context) -> int` that says how many places it changed.
 
-`ANALYSES` only read, or open what hides an attention; after them the plan is made. `REWRITES` carry the plan out.
+`ANALYSES` only read, or open what hides an attention; after them the plan is made. `REWRITES` carry the plan out. Imports
+`planning` and what is below it.
 """
 
 from collections.abc import Callable

@@ -3,8 +3,8 @@
 import torch
 from torch.fx import GraphModule, Node
 
-from ..emitting import EMITTED
-from ..graphs import value_of
+from ..graphs.emitting import EMITTED
+from ..graphs.nodes import value_of
 from .context import Context
 
 

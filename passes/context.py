@@ -9,13 +9,13 @@ from functools import cached_property
 import torch
 from torch.fx import Node
 
-from ..axes import Views, applied
-from ..calls import AttentionCall
-from ..emitting import Emitter
-from ..graphs import Surroundings, value_of, values_only
-from ..mask_building import Proof
-from ..plans import Site
-from ..records import Backend
+from ..graphs.axes import Views, applied
+from ..graphs.emitting import Emitter
+from ..graphs.nodes import Surroundings, value_of, values_only
+from ..kernels.calls import AttentionCall
+from ..kernels.records import Backend
+from ..masks.building import Proof
+from ..planning.sites import Site
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..graphs import OPAQUE_TARGETS, SDPA_TARGETS
+from ..graphs.nodes import OPAQUE_TARGETS, SDPA_TARGETS
 from .context import Context
 
 SETS = torch.nn.attention._sdpa_kernel

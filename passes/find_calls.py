@@ -11,20 +11,12 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..calls import AttentionCall, Mask, MaskKind
-from ..emitting import EMITTED
-from ..graphs import (
-    MHA,
-    OPAQUE_TARGETS,
-    SDPA_TARGETS,
-    Surroundings,
-    site_name,
-    value_of,
-    with_surroundings,
-)
-from ..mutations import Writes
-from ..sizes import Size, holds, known
-from ..spellings import spelled
+from ..graphs.emitting import EMITTED
+from ..graphs.mutations import Writes
+from ..graphs.nodes import MHA, OPAQUE_TARGETS, SDPA_TARGETS, Surroundings, site_name, value_of, with_surroundings
+from ..graphs.sizes import Size, holds, known
+from ..graphs.spellings import spelled
+from ..kernels.calls import AttentionCall, Mask, MaskKind
 from .context import Context, Found, MaskTerm, Operand, Operands
 from .fused_kernels import FUSED_TARGETS, LOWER_RIGHT, fused_arguments
 from .masks import mask_of, tensor_mask

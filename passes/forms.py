@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..axes import Atom, Axes, Axis, Layout
+from ..graphs.axes import Atom, Axes, Axis, Layout
 from .operands import Candidate
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graphs import value_of
+from ..graphs.nodes import value_of
 
 aten = torch.ops.aten
 FUSED = (

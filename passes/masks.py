@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..calls import Mask, MaskKind
-from ..graphs import value_of, values_only
-from ..sizes import known
+from ..graphs.nodes import value_of, values_only
+from ..graphs.sizes import known
+from ..kernels.calls import Mask, MaskKind
 from .context import MaskTerm, Operand
 
 

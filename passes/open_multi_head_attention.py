@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ..graphs import INHERITED_META, MHA, value_key, value_of
+from ..graphs.nodes import INHERITED_META, MHA, value_key, value_of
 from .context import Context
 
 

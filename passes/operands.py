@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..axes import Atom, Axes, Layout, Views
-from ..graphs import value_of
-from ..mutations import Writes, written_by
-from ..sizes import is_one
-from ..spellings import argument, first, integers, is_number, same_shape, spelled
+from ..graphs.axes import Atom, Axes, Layout, Views
+from ..graphs.mutations import Writes, written_by
+from ..graphs.nodes import value_of
+from ..graphs.sizes import is_one
+from ..graphs.spellings import argument, first, integers, is_number, same_shape, spelled
 from .scores import DEPTH, before
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..axes import Atom, Axes, Axis, Layout
-from ..graphs import value_of
-from ..sizes import is_one, known
-from ..spellings import argument, first, spelled
+from ..graphs.axes import Atom, Axes, Axis, Layout
+from ..graphs.nodes import value_of
+from ..graphs.sizes import is_one, known
+from ..graphs.spellings import argument, first, spelled
 
 PRODUCTS = frozenset({"matmul", "baddbmm", "einsum"})
 

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..axes import Axes, Axis, Layout
-from ..graphs import value_of
-from ..mutations import Writes
-from ..sizes import UnbackedSizeError, known
-from ..spellings import argument, first, number, spelled
+from ..graphs.axes import Axes, Axis, Layout
+from ..graphs.mutations import Writes
+from ..graphs.nodes import value_of
+from ..graphs.sizes import UnbackedSizeError, known
+from ..graphs.spellings import argument, first, number, spelled
 from .context import MaskTerm, Operand, Operands
 from .forms import Form, Sides, find_form
 from .operands import Candidate, best, candidates

@@ -9,20 +9,20 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..axes import applied
-from ..calls import AttentionCall, Mask
-from ..decisions import Accepted, Step
-from ..emitting import Emitter
-from ..graphs import SDPA, value_of
-from ..mask_building import built
-from ..mutations import storage_of, written_storages
-from ..ops import Origin, zero_unless
-from ..plans import Site
-from ..reasons import cast_to
-from ..records import Backend
-from ..sizes import asking, holds, known
-from ..spellings import spelled
-from ..strides import restrided, same_strides, strides_matter
+from ..graphs.axes import applied
+from ..graphs.emitting import Emitter
+from ..graphs.mutations import storage_of, written_storages
+from ..graphs.nodes import SDPA, value_of
+from ..graphs.sizes import asking, holds, known
+from ..graphs.spellings import spelled
+from ..graphs.strides import restrided, same_strides, strides_matter
+from ..kernels.calls import AttentionCall, Mask
+from ..kernels.decisions import Accepted, Step
+from ..kernels.ops import Origin, zero_unless
+from ..kernels.records import Backend
+from ..masks.building import built
+from ..planning.reasons import cast_to
+from ..planning.sites import Site
 from .context import Context, Found, Operand, Operands
 from .find_calls import leading
 from .masks import build_mask

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from ..calls import AttentionCall, Mask, MaskKind
-from ..graphs import value_of
-from ..index_expressions import Index, at_least_zero, axis, exchanged, index_of
-from ..mask_building import Home, Proof
-from ..mask_expressions import Expressions, Value, rounded
-from ..mask_reading import Reader, Unstable, is_plain
-from ..mask_views import before_views
+from ..graphs.nodes import value_of
+from ..kernels.calls import AttentionCall, Mask, MaskKind
+from ..masks.building import Home, Proof
+from ..masks.expressions import Expressions, Value, rounded
+from ..masks.indices import Index, at_least_zero, axis, exchanged, index_of
+from ..masks.reading import Reader, Unstable, is_plain
+from ..masks.views import before_views
 from .context import Context, Found, MaskTerm, Operands
 
 # A number that hides a key, as the models have it: -10000 (-9984 in bfloat16), -1e9, finfo.min. A key behind it takes part

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..axes import Axes, Axis, Layout
-from ..graphs import value_of
-from ..mutations import written_by
-from ..spellings import (
+from ..graphs.axes import Axes, Axis, Layout
+from ..graphs.mutations import written_by
+from ..graphs.nodes import value_of
+from ..graphs.spellings import (
     TURNS,
     argument,
     first,

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import attnrewrite
-from attnrewrite.machines import satisfies
+from attnrewrite.kernels.machines import satisfies
 
 # Before 2.13 flex takes no boolean mask on a CPU (backends/flex.py).
 FLEX_TAKES_MASKS = satisfies(torch.__version__, ">=2.13")

@@ -10,19 +10,10 @@ from decision_specs import PACKAGES
 from parity import TOLERANCE, attend, doubled, qkv, relative
 
 import attnrewrite
-from attnrewrite import (
-    AttentionCall,
-    AttentionCompiler,
-    Machine,
-    Mask,
-    MaskKind,
-    Numerics,
-    make_policy,
-    preferences,
-    selecting,
-)
-from attnrewrite.matching import foreign
-from attnrewrite.preferences import ROWS, UNMASKED, Row
+from attnrewrite import AttentionCall, AttentionCompiler, Machine, Mask, MaskKind, Numerics, make_policy
+from attnrewrite.planning import preferences, selectors
+from attnrewrite.planning.matching import foreign
+from attnrewrite.planning.preferences import ROWS, UNMASKED, Row
 
 ROOT = Path(__file__).parent.parent
 TORCH = {"torch": "2.11.0", "cuda": "13.0", "cudnn": "9.19.0"}
@@ -152,7 +143,7 @@ def lengths_through(backend, lengths):
 
 
 def test_sizes_that_are_asked_are_guards(monkeypatch):
-    monkeypatch.setattr(selecting, "ROWS", (SMALL,))
+    monkeypatch.setattr(selectors, "ROWS", (SMALL,))
     backend = attnrewrite.with_backend("auto", inner="eager")
     taken, graphs = lengths_through(backend, [8, 20, 100, 21, 9])
     assert taken[:3] == ["native", "_native_math", "native"]

@@ -12,12 +12,13 @@ from parity import relative
 
 import attnrewrite
 from attnrewrite.__main__ import main
-from attnrewrite.benchmarks import command, model_level, op_level, plots, results
-from attnrewrite.benchmarks.denoisers import MODELS, Place
-from attnrewrite.benchmarks.measuring import by_rounds, in_turn
-from attnrewrite.benchmarks.model_level import Variant
-from attnrewrite.measurements import Measurement
-from attnrewrite.plans import Plan, Site
+from attnrewrite.commands.bench import command, model_level, op_level, plots, results
+from attnrewrite.commands.bench.denoisers import MODELS, Place
+from attnrewrite.commands.bench.measuring import by_rounds, in_turn
+from attnrewrite.commands.bench.model_level import Variant
+from attnrewrite.planning.measurements import Measurement
+from attnrewrite.planning.plans import Plan
+from attnrewrite.planning.sites import Site
 
 CPU = Place(torch.device("cpu"), torch.float32, small=True)
 

@@ -13,11 +13,11 @@ from parity import qkv, relative
 
 import attnrewrite
 from attnrewrite import check, with_backend
-from attnrewrite.accuracy import accuracy
-from attnrewrite.calls import AttentionCall
-from attnrewrite.capturing import undone
-from attnrewrite.demo_model import Demo, inputs
-from attnrewrite.reference import Reference, reference
+from attnrewrite.commands.demo_model import Demo, inputs
+from attnrewrite.kernels.calls import AttentionCall
+from attnrewrite.measuring.accuracy import accuracy
+from attnrewrite.measuring.capturing import undone
+from attnrewrite.measuring.reference import Reference, reference
 
 MATH = attnrewrite.records_of("_native_math")[0]
 

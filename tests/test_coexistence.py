@@ -19,8 +19,9 @@ from test_context import FLASH, MATH, Counting, Layer
 from torch.utils.checkpoint import checkpoint
 
 import attnrewrite
-from attnrewrite import attention_backend, identity, set_attention_backend, with_backend
-from attnrewrite.machines import satisfies
+from attnrewrite import attention_backend, set_attention_backend, with_backend
+from attnrewrite.entrances import identity
+from attnrewrite.kernels.machines import satisfies
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -94,7 +95,7 @@ def test_identity_changes_with_what_matters(monkeypatch):
     changed["another op"] = identity_with(op=op_of_a_setting)
     monkeypatch.setattr(sys.modules[__name__], "SCALE", 3.0)
     changed["plain global"] = identity_with(op=op_of_a_setting)
-    monkeypatch.setattr(attnrewrite, "__version__", "9.9")
+    monkeypatch.setattr(identity, "__version__", "9.9")
     changed["version"] = identity_with()
     monkeypatch.undo()
     cpu = attnrewrite.machine_of(torch.device("cpu"))

@@ -12,7 +12,8 @@ from parity import TOLERANCE, attend, doubled, qkv, relative
 from torch.utils.checkpoint import checkpoint
 
 import attnrewrite
-from attnrewrite import attention_backend, switching, with_backend
+from attnrewrite import attention_backend, with_backend
+from attnrewrite.entrances import contexts as switching
 
 MATH, FLASH = "_native_math", "_native_flash"
 

@@ -37,12 +37,12 @@ from attnrewrite import (
     Refused,
     Report,
     decide,
-    decisions,
     make_plan,
     make_policy,
 )
 from attnrewrite.backends import RECORDS
-from attnrewrite.reports import GraphReport
+from attnrewrite.kernels import decisions
+from attnrewrite.reports.report import GraphReport
 
 
 def key(record):

@@ -26,8 +26,8 @@ from attnrewrite.aot import archives, manifests
 from attnrewrite.aot.check_ops import CHECK_INPUTS, CHECK_SIZE, is_assertion
 from attnrewrite.aot.programs import record_of
 from attnrewrite.aot.questions import noted
-from attnrewrite.decisions import Code, Refused
-from attnrewrite.machines import satisfies
+from attnrewrite.kernels.decisions import Code, Refused
+from attnrewrite.kernels.machines import satisfies
 
 pytestmark = [  # torch.export's own
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning"),

@@ -7,8 +7,8 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from attnrewrite.index_expressions import Index, at_least_zero, axis, constant, divided, exchanged, index_of, within
-from attnrewrite.mask_expressions import Expressions, rounded
+from attnrewrite.masks.expressions import Expressions, rounded
+from attnrewrite.masks.indices import Index, at_least_zero, axis, constant, divided, exchanged, index_of, within
 
 BATCH, HEAD, QUERY, KEY = (axis(dim, constant(size)) for dim, size in zip((-4, -3, -2, -1), (3, 2, 7, 11), strict=True))
 

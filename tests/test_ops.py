@@ -11,8 +11,8 @@ from torch.testing._internal.optests import OpCheckError
 from torch.utils.flop_counter import FlopCounterMode
 
 import attnrewrite
-from attnrewrite import ops, sources
-from attnrewrite.machines import satisfies
+from attnrewrite.kernels import ops, sources
+from attnrewrite.kernels.machines import satisfies
 
 REGISTERED = [record for record in KERNELS if record.family != "Ascend"]  # its op is torch_npu's own
 

@@ -16,10 +16,23 @@ import attnrewrite
 
 ROOT = Path(__file__).resolve().parent.parent
 # The folder in the repository -> in the package.
+ROOMS = (
+    *(
+        "aot",
+        "commands",
+        "commands/bench",
+        "entrances",
+        "graphs",
+        "kernels",
+        "masks",
+        "measuring",
+        "planning",
+        "reports",
+    ),
+)
 FOLDERS = {
     "attnrewrite": "attnrewrite",
-    "attnrewrite/aot": "attnrewrite/aot",
-    "attnrewrite/benchmarks": "attnrewrite/benchmarks",
+    **{f"attnrewrite/{room}": f"attnrewrite/{room}" for room in ROOMS},
     "passes": "attnrewrite/passes",
     "backends": "attnrewrite/backends",
 }
@@ -94,7 +107,7 @@ def test_wheel_metadata(wheel):
     assert metadata.rstrip().endswith((ROOT / "README.md").read_text(encoding="utf-8").rstrip())
     entries = configparser.ConfigParser()
     entries.read(folder / "entry_points.txt")
-    assert dict(entries["torch_dynamo_backends"]) == {"attnrewrite": "attnrewrite.compilers:entry"}
+    assert dict(entries["torch_dynamo_backends"]) == {"attnrewrite": "attnrewrite.entrances.compilers:entry"}
     assert dict(entries["console_scripts"]) == {"attnrewrite": "attnrewrite.__main__:main"}
 
 
@@ -125,7 +138,7 @@ def test_the_wheel_alone_works(wheel, tmp_path):
 
 def test_the_wheels_entry_point_leads_somewhere(wheel, tmp_path):
     code = (
-        "from importlib.metadata import distribution; import attnrewrite.compilers as compilers\n"
+        "from importlib.metadata import distribution; import attnrewrite.entrances.compilers as compilers\n"
         "found = {entry.group: entry.load() for entry in distribution('attnrewrite').entry_points}\n"
         "assert found['torch_dynamo_backends'] is compilers.entry; print(compilers.__file__)\n"
         "found['console_scripts'](['info'])"

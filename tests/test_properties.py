@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from parity import FLEX_TAKES_MASKS, TOLERANCE, compiled, doubled
 
 from attnrewrite import AttentionCall, Code, Machine, Report, make_plan, make_policy
-from attnrewrite.reports import GraphReport
+from attnrewrite.reports.report import GraphReport
 
 modest = settings(deadline=None, derandomize=True, database=None, max_examples=150)
 

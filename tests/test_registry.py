@@ -9,7 +9,7 @@ import torch
 from parity import check, qkv
 
 import attnrewrite
-from attnrewrite import registry
+from attnrewrite.planning import registry
 
 PYPROJECT = """
 [build-system]

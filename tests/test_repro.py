@@ -13,9 +13,10 @@ from parity import qkv
 
 import attnrewrite
 from attnrewrite import AttentionCall, Mask, MaskKind, check, with_backend
-from attnrewrite.decisions import Accepted
-from attnrewrite.plans import Plan, Site
-from attnrewrite.reports import GraphReport, Report
+from attnrewrite.kernels.decisions import Accepted
+from attnrewrite.planning.plans import Plan
+from attnrewrite.planning.sites import Site
+from attnrewrite.reports.report import GraphReport, Report
 
 FLASH = "_native_flash"
 Q, K = 13, 17  # lengths of queries and keys
@@ -94,7 +95,7 @@ def test_the_error_is_that_of_the_kernel(monkeypatch, capsys):
         op=lambda query, *rest, call: query * 0 + 1,
         masks=frozenset(MaskKind),
     )
-    monkeypatch.setattr("attnrewrite.policies.records_of", lambda name: (broken,))
+    monkeypatch.setattr("attnrewrite.entrances.choices.records_of", lambda name: (broken,))
     text = report_of(call_of(), "_native_math").repro("blocks.0.attn")
     _, said = run(text, monkeypatch, capsys)
     assert float(re.search(r"relative error (\S+) to", said)[1]) > 0.5

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from attnrewrite import Report, launching
+from attnrewrite import Report
 from attnrewrite.__main__ import main
+from attnrewrite.commands import run as launching
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = ROOT / "examples" / "zero_code" / "plain_script.py"

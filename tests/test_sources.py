@@ -22,9 +22,11 @@ from stand_ins import (
 )
 
 import attnrewrite
-from attnrewrite import AttentionCompiler, Code, Hub, Package, Report, make_policy, records_of, sources
-from attnrewrite.sources import SourceError, library, load
-from attnrewrite.support import info, usable
+from attnrewrite import AttentionCompiler, Code, Hub, Package, Report, make_policy, records_of
+from attnrewrite.commands.support import info
+from attnrewrite.kernels import sources
+from attnrewrite.kernels.sources import SourceError, library, load
+from attnrewrite.planning.usable import usable
 
 HUB = [record for record in RECORDS if isinstance(record.source, Hub)]
 TENSORS = {"q_len": 7, "kv_len": 64, "dim": 64, "dtype": torch.bfloat16}  # whole blocks of keys, for SageAttention

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 
 import attnrewrite
-from attnrewrite import registry
 from attnrewrite.__main__ import main
-from attnrewrite.support import matrix
+from attnrewrite.commands.support import matrix
+from attnrewrite.planning import registry
 
 ROOT = Path(__file__).parent.parent
 

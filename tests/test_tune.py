@@ -25,20 +25,19 @@ from attnrewrite import (
     Measurement,
     Numerics,
     Plan,
-    caching,
     make_policy,
-    measuring,
-    selecting,
 )
-from attnrewrite.capturing import capture
-from attnrewrite.demo_model import Demo, inputs
-from attnrewrite.example_tensors import example
-from attnrewrite.identity import identity_of
-from attnrewrite.machines import satisfies
-from attnrewrite.measurements import choose, undecided
-from attnrewrite.measuring import Settings, measure_site
-from attnrewrite.policies import candidates_of
-from attnrewrite.reference import reference
+from attnrewrite.commands.demo_model import Demo, inputs
+from attnrewrite.entrances.choices import candidates_of
+from attnrewrite.entrances.identity import identity_of
+from attnrewrite.kernels.machines import satisfies
+from attnrewrite.measuring import cache, first_use
+from attnrewrite.measuring import measure_site as measuring
+from attnrewrite.measuring.capturing import capture
+from attnrewrite.measuring.choosing import choose, undecided
+from attnrewrite.measuring.example_tensors import example
+from attnrewrite.measuring.measure_site import Settings, measure_site
+from attnrewrite.measuring.reference import reference
 
 CPU = attnrewrite.machine_of(torch.device("cpu"))
 KERNELS = ("native", "_native_flash", "_native_math", "flex")
@@ -52,8 +51,8 @@ def quick(monkeypatch, tmp_path):
     monkeypatch.setattr(measuring, "ROUNDS", (3, 3))
     monkeypatch.setattr(measuring, "MORE", 1)
     monkeypatch.setenv("ATTNREWRITE_CACHE", str(tmp_path / "cache"))
-    caching._KNOWN.clear()
-    caching._WARNED.clear()
+    cache._KNOWN.clear()
+    cache._WARNED.clear()
 
 
 def kernel(name, function, **changes):
@@ -197,7 +196,7 @@ def test_equal_sites_are_measured_once(monkeypatch):
         counted.append(captured.call.site)
         return measure_site(captured, *rest)
 
-    monkeypatch.setattr("attnrewrite.tuning.measure_site", count)
+    monkeypatch.setattr("attnrewrite.entrances.tuning.measure_site", count)
     plan = tuned(Layers(4).eval(), torch.randn(2, 9, 48))
     assert counted == ["blocks.0"]
     assert [site.name for site in plan.sites] == [f"blocks.{number}" for number in range(4)]
@@ -215,7 +214,7 @@ def test_tensors_are_the_sites_own_and_one_site_is_in_memory(demo):
         seen.append((captured.query.clone(), captured.query.stride(), captured.output.clone()))
 
     with torch.no_grad():
-        output = capture(model, (given,), {}, receive)
+        output = capture(model, (given,), {}, receive, attnrewrite.make_policy(["native"]))
         tokens = given
         for (query, stride, attended), block in zip(seen, model.blocks, strict=True):
             wanted = block.qkv(tokens).chunk(3, dim=-1)[0].unflatten(-1, (3, 16)).transpose(1, 2)
@@ -340,7 +339,7 @@ def test_a_slow_one_is_measured_once_and_not_chosen():
 
 
 def test_more_memory_than_there_is_is_not_tried(monkeypatch):
-    monkeypatch.setattr("attnrewrite.memory.free_memory", lambda device: 1000)
+    monkeypatch.setattr("attnrewrite.measuring.measure_site.free_memory", lambda device: 1000)
     (site,) = tuned(attend, *qkv(), candidates=["_native_math"]).sites
     assert by_name(site)["_native_math"].dropped.startswith("MemoryError: needs about")
 
@@ -657,13 +656,13 @@ def few(monkeypatch):
         measured.append(captured.call)
         return measure_site(captured, machine, replace(settings, inner="eager"), *rest)
 
-    monkeypatch.setattr(selecting, "measure_site", count)
-    monkeypatch.setattr(selecting, "usual_candidates", lambda: candidates_of(["native", "_native_math"], ""))
+    monkeypatch.setattr(first_use, "measure_site", count)
+    monkeypatch.setattr(first_use, "usual_candidates", lambda: candidates_of(["native", "_native_math"], ""))
     return measured
 
 
 def forget():
-    caching._KNOWN.clear()
+    cache._KNOWN.clear()
     torch.compiler.reset()
 
 
@@ -719,9 +718,9 @@ def test_many_writers_do_no_harm(few, tmp_path):
 
     def write_and_read():
         for _ in range(20):
-            caching.save(site, CPU, settings)
-            caching._KNOWN.clear()
-            if caching.load(call, CPU, settings) != site.described():
+            cache.save(site, CPU, settings)
+            cache._KNOWN.clear()
+            if cache.load(call, CPU, settings) != site.described():
                 failed.append(1)
 
     threads = [threading.Thread(target=write_and_read) for _ in range(4)]

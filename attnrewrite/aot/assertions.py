@@ -11,14 +11,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..emitting import EMITTED, Emitter
-from ..graphs import value_of
+from ..graphs.emitting import EMITTED, Emitter
+from ..graphs.nodes import value_of
+from ..graphs.sizes import known
 from ..passes.context import Found
-from ..sizes import known
 from .check_ops import CHECK_GRADIENT, CHECK_INPUTS, CHECK_SIZE
 from .questions import Condition, hints_of, least_of
-
-DEVICES = {"rocm": "cuda", "tpu": "xla"}  # Machine's words to PyTorch's
 
 
 def insert_assertions(
@@ -32,7 +30,7 @@ def insert_assertions(
 ) -> tuple[str, ...]:
     """Writes the checks behind the inputs of the graph, and returns what each says.
 
-    device: the `Machine.device` that kernels were chosen for; None: the one that each input is on.
+    device: the type of device that kernels were chosen for, in PyTorch's word; None: the one that each input is on.
     trainable: the inputs that are parameters which may need a gradient.
     ranges: the program's range constraints.
     """
@@ -75,7 +73,7 @@ def _check_inputs(
 ) -> str:
     names = [str(node.name) for node in watched]
     dtypes = [str(value_of(node).dtype).removeprefix("torch.") if _counts(node) else "" for node in watched]
-    devices = [DEVICES.get(device, device) if device else value_of(node).device.type for node in watched]
+    devices = [device or value_of(node).device.type for node in watched]
     devices = ["" if value_of(node).dim() == 0 else kind for node, kind in zip(watched, devices, strict=True)]
     rows = [
         int(node in as_they_lie and value_of(node).dim() > 0 and known(value_of(node).stride(-1) == 1))

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-from ..machines import Machine
-from ..policies import Choice
+from ..entrances.choices import Choice
+from ..entrances.model_parts import repeated_blocks
+from ..kernels.machines import Machine
 from .archives import ProgramFileError
 from .packages import CompiledPackage, aot_compile, load_package
 from .programs import export
@@ -80,11 +81,6 @@ def load_blocks(model: torch.nn.Module, folder: str | os.PathLike[str], device_i
     for block, package in zip(blocks, made, strict=True):
         block.forward = package.__call__
     return len(blocks)
-
-
-def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    declared = getattr(model, "_repeated_blocks", None) or ()
-    return [module for module in model.modules() if type(module).__name__ in declared]
 
 
 def _inputs(model: Any, blocks: dict[str, torch.nn.Module], args: Any, kwargs: Any) -> dict[str, tuple[Any, Any]]:

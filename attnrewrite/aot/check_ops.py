@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..ops import LIBRARY, NAMESPACE
+from ..kernels.ops import LIBRARY, NAMESPACE
 
 HOLDS = {
     "==": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,

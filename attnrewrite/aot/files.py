@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from ..entrances.choices import Choice, make_policy
 from ..files import whole
-from ..machines import Machine
-from ..policies import Choice, make_policy
-from ..reports import Report
+from ..kernels.machines import Machine
+from ..pipeline import rewrite_graph
+from ..reports.report import GraphReport, Report
 from .archives import EXTRA, MODEL, Archive, ProgramFileError, graph_text, loaded, opened, with_graph
 from .inductor import keep_checks
 from .manifests import MANIFEST, ORIGINAL, Manifest, check_machine, manifest_of
-from .programs import RECORD, Record, fingerprint, original_of, record_of, rewrite_program
+from .programs import RECORD, Record, copy_of, fingerprint, original_of, record_of, rewrite_program
+from .questions import noted
 
 Path_ = str | os.PathLike[str]
 
@@ -122,11 +124,6 @@ def explain_file(path: Path_, *choices: Choice, machine: Machine | None = None) 
 
 def planned(program: ExportedProgram, choices: Iterable[Choice], machine: Machine | None) -> Report:
     """What a rewrite would report, without loading a library."""
-    from ..pipeline import rewrite_graph
-    from ..reports import GraphReport
-    from .programs import copy_of
-    from .questions import noted
-
     policy = make_policy(choices)
     module = copy_of(program.graph_module)
     with noted(module, program.range_constraints):

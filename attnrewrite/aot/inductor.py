@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..machines import satisfies
+from ..kernels.machines import satisfies
 from .check_ops import CHECKS
 
 CALL = "aoti_torch_proxy_executor_call_function("

@@ -13,8 +13,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
-from ..graphs import value_of
-from ..sizes import known
+from ..graphs.nodes import value_of
+from ..graphs.sizes import known
 
 Layout = dict[str, list[int]]
 

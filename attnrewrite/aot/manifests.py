@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 
-from ..machines import Machine, installed, machine_of
-from ..plans import Site
-from ..records import Backend
-from ..registry import records_of
-from ..reports import Report
-from ..sources import Hub, Package, SourceError, library
+from ..kernels.machines import Machine, installed
+from ..kernels.records import Backend
+from ..kernels.sources import Hub, Package, SourceError, library
+from ..planning.registry import records_of
+from ..planning.sites import Site
+from ..planning.this_machine import machine_of
+from ..reports.report import Report
+from ..version import __version__
 from .archives import ProgramFileError
-from .assertions import DEVICES
 
 FORMAT = 1
 MANIFEST = "extra/attnrewrite.json"
@@ -51,8 +52,6 @@ class Manifest:
     @staticmethod
     def from_json(text: str | bytes, path: Any) -> Manifest:
         """Raises `ProgramFileError` for a format that is newer than this attnrewrite, or a text that is none."""
-        from .. import __version__
-
         try:
             data = json.loads(text)
             if data["format"] > FORMAT:
@@ -69,8 +68,6 @@ class Manifest:
 
 
 def manifest_of(report: Report, checks: tuple[str, ...], python: tuple[str, ...] = ()) -> Manifest:
-    from .. import __version__
-
     return Manifest(__version__, torch.__version__.split("+")[0], report, checks, python)
 
 
@@ -145,7 +142,7 @@ def _records(site: Site) -> tuple[Backend, ...]:
 
 
 def _machine_like(planned: Machine) -> Machine | None:
-    kind = DEVICES.get(planned.device, planned.device)
+    kind = planned.torch_device
     if kind == "cuda" and not torch.cuda.is_available():
         return None
     if kind not in ("cpu", "cuda"):
@@ -158,8 +155,6 @@ def _short(machine: Machine) -> str:
 
 
 def _differences(manifest: Manifest, here: Machine | None) -> tuple[str, ...]:
-    from .. import __version__
-
     planned = manifest.machine
     pairs = [
         ("attnrewrite", manifest.attnrewrite, __version__),

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from ..files import whole
-from ..reports import Report
+from ..reports.report import Report
 from .archives import ProgramFileError, opened
 from .check_ops import is_assertion
 from .inductor import checked_calls, keep_checks

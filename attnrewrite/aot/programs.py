@@ -14,12 +14,13 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.fx import GraphModule
 
-from ..emitting import EMITTED
-from ..graphs import LITERAL
-from ..machines import Machine
+from ..entrances.choices import Choice, make_policy
+from ..graphs.emitting import EMITTED
+from ..graphs.nodes import LITERAL
+from ..kernels.machines import Machine
 from ..pipeline import rewrite_graph
-from ..policies import Choice, Policy, make_policy
-from ..reports import GraphReport, Report
+from ..planning.policies import Policy
+from ..reports.report import GraphReport, Report
 from .assertions import insert_assertions
 from .inductor import keep_checks
 from .questions import conditions, noted
@@ -144,7 +145,7 @@ def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | N
     ranges = program.range_constraints
     with noted(module, ranges) as questions:
         outcome = rewrite_graph(module, policy, machine, exported=True, elsewhere=machine is not None)
-        device = machine.device if machine is not None else None
+        device = machine.torch_device if machine is not None else None
         needed = conditions(questions, outcome.swapped, ranges)
     checks = insert_assertions(
         module, program.graph_signature, needed, outcome.swapped, device, _trainable(program), ranges

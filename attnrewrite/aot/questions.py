@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from ..graphs import value_of
+from ..graphs.nodes import value_of
+from ..graphs.sizes import QUESTIONS, Questions
 from ..passes.context import Found
-from ..sizes import QUESTIONS, Questions
 
 
 @dataclass(frozen=True)

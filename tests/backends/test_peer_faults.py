@@ -13,7 +13,7 @@ from stand_ins import compiler, fewest_keys
 
 import attnrewrite
 from attnrewrite import Code, records_of
-from attnrewrite.support import usable
+from attnrewrite.planning.usable import usable
 
 VARLEN = ("_native_varlen", "flash_varlen", "flash_varlen_hub", "_flash_varlen_3", "_flash_3_varlen_hub", "sage_varlen")
 

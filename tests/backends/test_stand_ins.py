@@ -10,7 +10,7 @@ from stand_ins import KERNELS, RECORDS, compiler, fewest_keys, is_sage_1, machin
 
 from attnrewrite import AttentionCompiler, Code, Machine, MaskKind, make_policy
 from attnrewrite.backends.packing import leading, packing
-from attnrewrite.inner import captures
+from attnrewrite.graphs.inner_compilers import captures
 
 HALF = 1.2e-2  # rounding to bfloat16
 
@@ -403,7 +403,7 @@ def test_numerics(record):
 
 def test_every_third_party_record_has_a_stand_in(stand_ins):
     """A new record fails here until it has one."""
-    from attnrewrite.sources import load
+    from attnrewrite.kernels.sources import load
 
     for record in RECORDS:
         assert load(record.source)

@@ -9,10 +9,11 @@ from parity import attend, check, compiled, doubled, qkv, recorded, relative
 from stand_ins import local_kernels
 
 import attnrewrite
-from attnrewrite import Code, MaskKind, registry
-from attnrewrite.machines import installed
-from attnrewrite.sources import Hub
-from attnrewrite.support import usable
+from attnrewrite import Code, MaskKind
+from attnrewrite.kernels.machines import installed
+from attnrewrite.kernels.sources import Hub
+from attnrewrite.planning import registry
+from attnrewrite.planning.usable import usable
 
 pytestmark = [
     pytest.mark.gpu,

@@ -10,9 +10,10 @@ from stand_ins import compiler
 from torch.utils._pytree import tree_map
 
 import attnrewrite
-from attnrewrite import MaskKind, registry
-from attnrewrite.machines import satisfies
+from attnrewrite import MaskKind
+from attnrewrite.kernels.machines import satisfies
 from attnrewrite.pipeline import rewrite_graph
+from attnrewrite.planning import registry
 
 BATCH, HEADS, Q_LEN, KV_LEN = 3, 4, 7, 11
 CAUSAL_PADDING = "causal and key padding (3, 11)"

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Interpreter
 
-from attnrewrite.graphs import value_of
-from attnrewrite.index_expressions import Axis, Quotient, axis, index_of
-from attnrewrite.mask_reading import Reader
+from attnrewrite.graphs.nodes import value_of
+from attnrewrite.masks.indices import Axis, Quotient, axis, index_of
+from attnrewrite.masks.reading import Reader
 
 # -- one step after another, chosen by the shape and dtype at hand
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from decision_specs import PACKAGES
 
-from attnrewrite import AttentionCompiler, Machine, machines, make_policy, registry, sources
+from attnrewrite import AttentionCompiler, Machine, make_policy
+from attnrewrite.kernels import machines, sources
+from attnrewrite.planning import registry
 
 HERE = Path(__file__).parent
 MODULES = (

@@ -1,0 +1,1 @@
+"""What `attnrewrite COMMAND` runs. Imports everything else."""

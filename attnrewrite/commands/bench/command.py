@@ -1,0 +1,236 @@
+"""`attnrewrite bench`: measures kernels and models, prints a table, writes JSON and a picture."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import shlex
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...files import writable
+from ...graphs.inner_compilers import known_inner
+from ...planning.registry import names as all_kernels
+from ...planning.selectors import usual_candidates
+from ...reports import pictures as plotting
+from . import model_level, op_level, plots, results
+from .denoisers import MODELS, Place, imported
+from .measuring import matmul_rate, words
+
+ALL = "all"
+# diffusers' names that are fastest for one model or another; quantised ones do not compile there.
+PEERS = {"cuda": "_flash_3,_flash_varlen_3", "cpu": "_native_flash"}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="attnrewrite bench",
+        description="Kernels by shape (--kernels) and steps of denoisers by variant (--models), in turn in one process. Models "
+        "are diffusers' own classes at published widths and token counts, with fewer layers and random weights.",
+        epilog="attnrewrite bench --models flux,hunyuan --out b.json --plot b.png",
+    )
+    made.add_argument("--models", nargs="?", const=ALL, metavar="A,B", help=f"of {', '.join(MODELS)}; alone: all")
+    made.add_argument(
+        "--kernels",
+        nargs="?",
+        const=ALL,
+        metavar="A,B",
+        help="names of kernels; alone: all that run here, but the hub's",
+    )
+    made.add_argument(
+        "--shapes",
+        metavar="A;B",
+        help=f"for --kernels: named (published models), lines (lengths), or of: {'; '.join(op_level.SHAPES)}",
+    )
+    made.add_argument("--variants", metavar="A;B", help="for --models: only these, by their names in the table")
+    made.add_argument("--peers", metavar="A,B", help="names for diffusers' dispatcher (CUDA: " + PEERS["cuda"] + ")")
+    made.add_argument(
+        "--candidates", metavar="A,B", help="kernels that attnrewrite.tune tries in models (all but those of the hub)"
+    )
+    made.add_argument(
+        "--rounds", type=int, default=10, help="timed rounds of models (10); kernels: as attnrewrite.tune"
+    )
+    made.add_argument("--inner", default="inductor", help="the compiler of all compiled variants (inductor)")
+    made.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU where there is one")
+    made.add_argument("--small", action="store_true", help="tiny sizes, on a CPU too: to see that all of it runs")
+    made.add_argument("--out", type=Path, metavar="FILE", help="write the result there, as JSON")
+    made.add_argument(
+        "--append", action="store_true", help="add to the result that FILE holds, of the same machine and versions"
+    )
+    made.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the result there: .png, .svg or .pdf (extra 'plot')"
+    )
+    made.add_argument(
+        "--from", dest="source", type=Path, metavar="FILE", help="show or draw an earlier result, measure nothing"
+    )
+    return made
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Everything that can be wrong with the arguments is found before anything is measured."""
+    options = parser()
+    given = options.parse_args(arguments)
+    try:
+        if given.source is not None:
+            _show_earlier(given)
+            return
+        run = _checked(given)
+    except (ValueError, OSError, ImportError) as error:
+        options.error(str(error))
+    _measure(given, *run, command=shlex.join(["attnrewrite", "bench", *arguments]))
+
+
+def _show_earlier(given: argparse.Namespace) -> None:
+    if given.models or given.kernels or given.out:
+        raise ValueError("--from shows an earlier result: leave out --models, --kernels and --out")
+    found = results.read(given.source)
+    if given.plot is not None:
+        plots.plot(found, plotting.possible(given.plot))
+    _say(f"{found['device']}, torch {found['packages']['torch']}")
+    for record in found.get("kernels", {}).values():
+        op_level.show(record, _say)
+    for record in found.get("models", {}).values():
+        _say(f"\n{record['about']}")
+        model_level.show(record, _say)
+
+
+def _checked(
+    given: argparse.Namespace,
+) -> tuple[torch.device, list[str], list[str], dict[str, op_level.Shape], list[model_level.Variant], dict[str, Any]]:
+    """The device, the models, the kernels, the shapes, the variants, and the result so far."""
+    if not given.models and not given.kernels:
+        raise ValueError("nothing to measure: give --models, --kernels or both (alone: all of them)")
+    if given.rounds < 1:
+        raise ValueError(f"--rounds is {given.rounds}: at least 1")
+    if given.append and given.out is None:
+        raise ValueError("--append needs --out FILE: what to add to")
+    kind = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, and PyTorch sees no CUDA GPU here")
+    if kind == "cpu" and not given.small:
+        raise ValueError("published sizes need a CUDA GPU; --small runs everything at tiny sizes on a CPU")
+    device = torch.device(kind)
+    models = _picked("--models", given.models, MODELS)
+    usual = [each.name for each in usual_candidates()]  # without the hub's, which would be downloaded
+    kernels = usual if given.kernels == ALL else _picked("--kernels", given.kernels, all_kernels())
+    known = op_level.SMALL if given.small else op_level.SHAPES
+    groups = {"named": False, "lines": True}
+    if given.shapes in groups:
+        shapes = {name: shape for name, shape in known.items() if bool(shape.line) is groups[given.shapes]}
+    else:
+        shapes = {name: known[name] for name in _picked("--shapes", given.shapes or ALL, known, ";")}
+    known_inner(given.inner)
+    peers = (given.peers or PEERS[kind]).split(",")
+    candidates = _picked("--candidates", given.candidates, all_kernels()) or None
+    variants = {each.name: each for each in model_level.usual(peers, given.inner, candidates)}
+    chosen = [variants[name] for name in _picked("--variants", given.variants or ALL, variants, ";")]
+    if models:
+        imported()
+    if given.plot is not None:
+        plotting.possible(given.plot)
+    result = results.header(device, given.small)
+    if given.out is not None:
+        writable(given.out)
+        if given.out.exists() and not given.append:
+            raise ValueError(f"--out {given.out} exists: name another file, or add to it with --append")
+        if given.append and given.out.exists():
+            try:
+                result = results.joined(results.read(given.out), result)
+            except ValueError as error:
+                raise ValueError(f"--append to {given.out}: {error}") from error
+    return device, models, kernels, shapes, chosen, result
+
+
+def _picked(option: str, given: str | None, known: Iterable[str], separator: str = ",") -> list[str]:
+    """Names that the option lists, "all" for every known one. Raises `ValueError` for an unknown name."""
+    every = list(known)
+    if not given:
+        return []
+    if given == ALL:
+        return every
+    found = [name.strip() for name in given.split(separator) if name.strip()]
+    for name in found:
+        if name not in every:
+            near = difflib.get_close_matches(name, every, n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(every)}"
+            raise ValueError(f"{option} names {name!r}, which is none of them; {hint}")
+    if not found:
+        raise ValueError(f"{option} is {given!r}: it names nothing")
+    return list(dict.fromkeys(found))
+
+
+def _measure(
+    given: argparse.Namespace,
+    device: torch.device,
+    models: list[str],
+    kernels: list[str],
+    shapes: Mapping[str, op_level.Shape],
+    variants: list[model_level.Variant],
+    result: dict[str, Any],
+    command: str,
+) -> None:
+    """Measures one shape or model after the other. What is done is written at once: an interruption loses only the rest."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    def keep(**found: Any) -> None:
+        nonlocal result
+        result = results.joined(result, {**{key: result[key] for key in results.SAME}, **found})
+        if given.out is not None:
+            results.write(given.out, result)
+
+    print(f"attnrewrite bench on {result['device']}, torch {result['packages']['torch']}", flush=True)
+    keep(commands=[command])
+    try:
+        if kernels:
+            _kernels(given, device, dtype, kernels, shapes, keep)
+        rate, made = None, None
+        if models:
+            keep(ceiling=[matmul_rate(device, dtype)])
+            rate = list(result["ceiling"][-1].values())[-1]
+        for name in models:
+            try:
+                made = MODELS[name](Place(device, dtype, given.small))
+                found = model_level.measure(made, variants, given.rounds, _say, rate)
+            except torch.OutOfMemoryError as error:  # the next may be smaller
+                found = {"about": name, "variants": {}, "failed": {"all": words(error)}}
+                _say(f"{name}: {words(error)}")
+            made = None  # its memory is the next model's
+            keep(models={name: found})
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    except KeyboardInterrupt:
+        print("interrupted" + (f"; what was measured is in {given.out}" if given.out else ""), file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if given.plot is not None and (result.get("models") or result.get("kernels")):
+            plots.plot(result, given.plot)
+
+
+def _kernels(
+    given: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    kernels: list[str],
+    shapes: Mapping[str, op_level.Shape],
+    keep: Callable[..., None],
+) -> None:
+    """All shapes, between two measurements of the matmul rate: the first finds a cold card, the last a hot one."""
+    here, missing = op_level.kernels(kernels, device)
+    for name, why in missing.items():
+        _say(f"{name}: {why}")
+    if not here:
+        raise SystemExit(f"attnrewrite bench: none of {', '.join(kernels)} runs on this machine")
+    keep(ceiling=[matmul_rate(device, dtype)], missing=missing)
+    for name, shape in shapes.items():
+        keep(kernels={name: op_level.measure(name, shape, here, device, dtype, given.inner, _say)})
+    rates = matmul_rate(device, dtype)
+    keep(ceiling=[rates])
+    _say("\nmatmul: " + ", ".join(f"{size}: {rate:.1f} TFLOP/s" for size, rate in rates.items()))
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)

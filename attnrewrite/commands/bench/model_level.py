@@ -1,0 +1,266 @@
+"""Steps of denoisers by variant: eager, torch.compile, diffusers' dispatcher and torch.compile, attnrewrite.
+
+All variants of a model run in turn in one process, each round in another order, and all compile the same regions. The choice of
+diffusers' dispatcher is process-wide: it is set before each step, to "native" for every variant but its own.
+
+ms      the median step, by CUDA events (on a CPU by the wall clock)
+ratio   the median over rounds of (torch.compile / variant) in the same round
+error   |output - exact| / |exact|, where exact is the unchanged model in float32, uncompiled: the error of torch.compile is
+        that of the model's dtype
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...entrances.compilers import AttentionCompiler, with_backend
+from ...entrances.tuning import tune
+from ...planning.plans import Plan
+from ...planning.selectors import Planned
+from .denoisers import Denoiser
+from .measuring import by_rounds, in_turn, milliseconds, words
+from .op_level import products
+
+AGAIN = "torch.compile, again"  # the same once more, compiled for itself: how far its ratio is from 1 is the noise
+EAGER, PLAIN, AUTO, TUNED, QUANTISED = "eager", "torch.compile", "auto", "tuned", "tuned, quantised"
+Step = Callable[[], torch.Tensor]
+PEER = "diffusers, "  # in front of the name that its dispatcher is set to
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`backend(denoiser)`: what torch.compile gets, None where nothing is compiled. `peer`: the name that the model's
+    `set_attention_backend` is called with before each step."""
+
+    name: str
+    backend: Callable[[Denoiser], Any]
+    peer: str = "native"
+
+
+def usual(
+    peers: Iterable[str], inner: str = "inductor", candidates: Sequence[str] | None = None
+) -> tuple[Variant, ...]:
+    """The variants of `attnrewrite bench`. `peers`: names for diffusers' dispatcher; the fastest is what counts. `candidates`:
+    of `attnrewrite.tune`, which measures a model once for both variants: without `numerics="quantised"` a plan's quantised
+    choices are refused, and its next one takes the site."""
+    plans: dict[int, Plan] = {}
+
+    def tuned(denoiser: Denoiser, numerics: str) -> AttentionCompiler:
+        if id(denoiser) not in plans:
+            plans.clear()
+            plans[id(denoiser)] = tune(
+                denoiser.model,
+                **denoiser.inputs,
+                return_dict=False,
+                numerics="quantised",
+                candidates=candidates,
+                inner=inner,
+            )
+        return with_backend(plans[id(denoiser)], inner=inner, numerics=numerics)
+
+    return (
+        Variant(EAGER, lambda _: None),
+        Variant(PLAIN, lambda _: inner),
+        *(Variant(f"{PEER}{name}", lambda _: inner, peer=name) for name in peers),
+        Variant(AUTO, lambda _: with_backend("auto", inner=inner)),
+        Variant(TUNED, lambda denoiser: tuned(denoiser, "reordered")),
+        Variant(QUANTISED, lambda denoiser: tuned(denoiser, "quantised")),
+        Variant(AGAIN, lambda _: inner),
+    )
+
+
+def exact(denoiser: Denoiser) -> torch.Tensor:
+    """The output of the unchanged model in float32."""
+
+    def wide(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    inputs = torch.utils._pytree.tree_map(wide, denoiser.inputs)
+    output: torch.Tensor = copy.deepcopy(denoiser.model).float()(**inputs, return_dict=False)[0]
+    return output
+
+
+def measure(
+    denoiser: Denoiser,
+    variants: Iterable[Variant],
+    rounds: int,
+    say: Callable[[str], object] = print,
+    ceiling: float | None = None,
+) -> dict[str, Any]:
+    """The record of one model: {"about", "variants": {name: {"ms", "ratio", "error", ...}}, "failed": {name: error}, ...}.
+    "again": the ratio of torch.compile to itself, which is the noise.
+
+    A variant that cannot run is a result: its error stands under "failed". `say` gets the table when all is done.
+    ceiling: TFLOP/s of a matmul; with it, and a variant that was tuned, the record has "limit" (`limit_of`).
+    """
+    torch.compiler.reset()
+    device = next(denoiser.model.parameters()).device
+    started = time.perf_counter()
+    say(f"\n{denoiser.about}")
+    rows: dict[str, dict[str, Any]] = {}
+    failed: dict[str, str] = {}
+    steps: dict[str, tuple[Step, str]] = {}
+    plan: Plan | None = None
+    # Where a variant raises while it is traced, parts of blocks are compiled, and those are shared by all variants.
+    limits: Any = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=10_000)
+    with torch.no_grad(), limits:
+        reference = exact(denoiser)
+        for variant in variants:
+            try:
+                _choose(denoiser, "native")
+                backend = variant.backend(denoiser)
+                plan = plan or _plan_of(backend)
+                step = denoiser.step if backend is None else denoiser.compile(backend)
+                output, graphs = _warm(denoiser, step, variant.peer)
+                rows[variant.name] = {**_row(variant, backend, output, reference), "graphs": graphs}
+                steps[variant.name] = (step, variant.peer)
+            except Exception as error:
+                failed[variant.name] = words(error)
+                torch.compiler.reset()
+            finally:
+                _choose(denoiser, "native")
+        if failed:
+            # Where code raises while it is traced, Dynamo leaves that frame uncompiled from then on, for every backend: what
+            # was compiled before and after is compiled again, as if nothing had failed.
+            torch.compiler.reset()
+            for name, (step, peer) in steps.items():
+                _, rows[name]["graphs"] = _warm(denoiser, step, peer)
+        timed = {name: _timed(denoiser, device, *each) for name, each in steps.items()}
+        in_turn(timed, 1)  # variants that share code may be compiled anew when they take turns
+        before = _graphs()
+        times = in_turn(timed, rounds)
+        late = _graphs() - before
+        _choose(denoiser, "native")
+    for name, row in rows.items():
+        row["ms"] = statistics.median(times[name])
+        if PLAIN in times:
+            row["ratio"] = by_rounds(times[PLAIN], times[name])
+        rows[name] = {key: row[key] for key in sorted(row, key=_order)}
+    record = {
+        "about": denoiser.about,
+        "variants": rows,
+        "failed": failed,
+        "rounds": rounds,
+        "compiled_while_timed": late,
+    }
+    if "ratio" in rows.get(AGAIN, {}):
+        record["again"] = rows.pop(AGAIN)["ratio"]
+    if plan is not None:
+        record["plan"] = json.loads(plan.to_json())
+        if ceiling is not None and PLAIN in rows:
+            record["limit"] = limit_of(plan, rows[PLAIN]["ms"], ceiling)
+    record["seconds"] = time.perf_counter() - started
+    show(record, say)
+    return record
+
+
+def show(record: dict[str, Any], say: Callable[[str], object]) -> None:
+    """The table of a record, a line at a time."""
+    for name, row in record["variants"].items():
+        ratio = f"  ratio {row['ratio']:5.3f}" if "ratio" in row else ""
+        say(f"{name:24} {row['ms']:8.2f} ms{ratio}  error {row['error']:.1e}  {_kernels(row)}".rstrip())
+    if "again" in record:
+        say(f"{AGAIN:24} {'':11}  ratio {record['again']:5.3f}")
+    for name, text in record["failed"].items():
+        say(f"{name:24} {text}")
+    if late := record.get("compiled_while_timed"):
+        say(f"! {late} graphs were compiled while steps were timed: these times say nothing")
+    if "plan" in record and (worst := worst_choice(Plan.from_json(json.dumps(record["plan"])))):
+        say(f"{'tuned':24} at its worst site {worst:.3f} of the time of the fastest kernel there")
+    if "limit" in record:
+        say(f"{'limit':24} {'':11}  ratio {record['limit']:5.3f}, attention at the rate of a matmul")
+
+
+def limit_of(plan: Plan, plain: float, ceiling: float) -> float:
+    """The ratio to a step of torch.compile (`plain`, in ms) if each attention that is slower than a matmul of as many
+    operations took that matmul's time (`ceiling`, in TFLOP/s); of masked keys all are counted."""
+    saved = 0.0
+    for site in plan.sites:
+        bound = products(site.call) / ceiling / 1e9
+        native = next((each.milliseconds for each in site.measured if each.name == "native"), None)
+        saved += max(0.0, (native or 0.0) - bound)
+    return plain / max(plain - saved, 1e-9)
+
+
+def worst_choice(plan: Plan) -> float | None:
+    """The time of a site's choice to that of the fastest kernel that it might have had, where that is largest. A call takes at
+    least what its launch takes."""
+    found = []
+    for site in plan.sites:
+        able = {each.name: each.least for each in site.measured if each.milliseconds and each.dropped is None}
+        if site.chosen in able:
+            found.append(able[site.chosen] / min(able.values()))
+    return max(found, default=None)
+
+
+def _plan_of(backend: Any) -> Plan | None:
+    choices = backend.policy.choices if isinstance(backend, AttentionCompiler) else ()
+    return next((choice.plan for choice in choices if isinstance(choice, Planned)), None)
+
+
+def _warm(denoiser: Denoiser, step: Step, peer: str) -> tuple[torch.Tensor, int]:
+    """The output, and how many graphs were compiled for it."""
+    _choose(denoiser, peer)
+    before = _graphs()
+    for _ in range(3):
+        output = step()
+    return output, _graphs() - before
+
+
+def _timed(denoiser: Denoiser, device: torch.device, step: Step, peer: str) -> Callable[[], float]:
+    def timed() -> float:
+        _choose(denoiser, peer)
+        return milliseconds(device, step)
+
+    return timed
+
+
+def _row(variant: Variant, backend: Any, output: torch.Tensor, reference: torch.Tensor) -> dict[str, Any]:
+    row: dict[str, Any] = {"error": ((output.float() - reference).norm() / reference.norm()).item()}
+    if variant.peer != "native":
+        row["peer"] = variant.peer
+    if isinstance(backend, AttentionCompiler):
+        row["sites"] = {site.name: site.chosen for site in backend.report.sites}
+    return row
+
+
+def _graphs() -> int:
+    """How many graphs Dynamo has compiled."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def _choose(denoiser: Denoiser, name: str) -> None:
+    """Sets diffusers' dispatcher, outside of what is timed."""
+    if hasattr(denoiser.model, "set_attention_backend"):
+        with contextlib.ExitStack() as quiet:
+            from diffusers.utils import logging  # type: ignore[import-untyped, unused-ignore]
+
+            level = logging.get_verbosity()  # it warns at every call that this is an experimental feature
+            logging.set_verbosity_error()
+            quiet.callback(logging.set_verbosity, level)
+            model: Any = denoiser.model
+            model.set_attention_backend(name)
+
+
+def best_peer(variants: dict[str, dict[str, Any]]) -> str | None:
+    """Of the variants of one model, the fastest of diffusers' dispatcher."""
+    peers = [name for name, row in variants.items() if "peer" in row]
+    return min(peers, key=lambda name: float(variants[name]["ms"]), default=None)
+
+
+def _kernels(row: dict[str, Any]) -> str:
+    return ", ".join(sorted({kernel or "(unchanged)" for kernel in row.get("sites", {}).values()}))
+
+
+def _order(key: str) -> int:
+    known = ("ms", "ratio", "error")
+    return known.index(key) if key in known else len(known)

@@ -1,0 +1,210 @@
+"""Kernels by shape: one attention each, every kernel that takes it, in turn, under the matmul rate of the same run.
+
+As `attnrewrite.tune` measures (measuring.py): a kernel stands in a compiled graph as it would in a model, with the packing of a
+mask and the padding of a head dim. Tensors lie in memory as (batch, length, heads, dim), as diffusers makes them; random
+numbers; of a key padding one key in 16 is hidden; nothing needs a gradient.
+
+ms      on a GPU its time alone, the median of rounds in turn; of one that is far behind the fastest, a single sample
+tflops  2 * batch * heads * q_len * kv_len * (head_dim + value_dim) / time: hidden keys count, quantisation and packing are
+        part of the time
+host    milliseconds that the host takes to launch it from compiled code, on a GPU
+error   relative error to float64 on the same tensors, at most 256 queries of each head
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...entrances.choices import candidates_of, make_policy
+from ...graphs.inner_compilers import Inner
+from ...kernels.calls import AttentionCall, Mask, MaskKind
+from ...kernels.decisions import Refused
+from ...kernels.records import Numerics
+from ...measuring.example_tensors import example
+from ...measuring.measure_site import Settings, measure_site
+from ...planning.measurements import Measurement
+from ...planning.planner import make_plan
+from ...planning.registry import records_of
+from ...planning.sites import Site
+from ...planning.this_machine import machine_of
+from ...planning.usable import usable
+
+
+@dataclass(frozen=True)
+class Shape:
+    """padded: with a boolean key mask. kv_heads: 0 for as many as heads. line: the panel of the plot in which it is a point
+    of a line."""
+
+    batch: int
+    heads: int
+    q_len: int
+    kv_len: int
+    dim: int
+    padded: bool = False
+    kv_heads: int = 0
+    line: str = ""
+
+    def call(self, name: str, device: str, dtype: str) -> AttentionCall:
+        mask = Mask(MaskKind.KEY_PADDING, "bool", (self.batch, 1, 1, self.kv_len)) if self.padded else Mask()
+        role = "self" if self.q_len == self.kv_len else "cross"
+        return AttentionCall(
+            name, self.batch, self.heads, self.kv_heads or self.heads, self.q_len, self.kv_len, self.dim, self.dim, dtype,
+            device, mask, layout="bshd", role=role,
+        )  # fmt: skip
+
+
+# What published denoisers ask for, and lengths at both sides of the limits of "auto" (attnrewrite/preferences.py).
+NAMED = {
+    "FLUX.1": Shape(1, 24, 4608, 4608, 128),
+    "FLUX.1, batch 2": Shape(2, 24, 4608, 4608, 128),
+    "1,024 tokens of 128": Shape(2, 24, 1024, 1024, 128),
+    "2,048 tokens of 128": Shape(2, 24, 2048, 2048, 128),
+    "4,096 tokens of 128, 12 heads": Shape(1, 12, 4096, 4096, 128),
+    "Wan2.1 14B": Shape(1, 40, 32760, 32760, 128),
+    "Wan2.1 1.3B": Shape(1, 12, 32760, 32760, 128),
+    "Wan2.1 14B, cross": Shape(1, 40, 32760, 512, 128),
+    "SD3.5-large": Shape(2, 38, 4429, 4429, 64),
+    "SDXL, 4,096": Shape(2, 10, 4096, 4096, 64),
+    "SDXL, 1,024": Shape(2, 20, 1024, 1024, 64),
+    "SDXL, cross": Shape(2, 10, 4096, 77, 64),
+    "LTX-Video": Shape(2, 32, 6144, 6144, 64),
+    "CogVideoX": Shape(2, 48, 17776, 17776, 64),
+    "Lumina-Image 2": Shape(2, 24, 4352, 4352, 96, kv_heads=8),
+    "HunyuanVideo, padded": Shape(1, 24, 32896, 32896, 128, padded=True),
+    "Qwen-Image, padded": Shape(2, 24, 7145, 7145, 128, padded=True),
+    "4,096 tokens of 128, padded": Shape(2, 24, 4096, 4096, 128, padded=True),
+    "16,384 tokens of 128, padded": Shape(1, 24, 16384, 16384, 128, padded=True),
+    "6,144 tokens of 64, padded": Shape(2, 32, 6144, 6144, 64, padded=True),
+    "Lumina-Image 2, padded": Shape(2, 24, 4352, 4352, 96, padded=True, kv_heads=8),
+    "LTX-Video, cross, padded": Shape(2, 32, 6144, 128, 64, padded=True),
+}
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+LINES = {
+    f"{length:,} of {dim}": Shape(1, 24, length, length, dim, line=f"1 x 24 heads of {dim}")
+    for dim in (64, 128)
+    for length in LENGTHS
+}
+SHAPES = NAMED | LINES
+SMALL = {
+    "tiny": Shape(2, 3, 33, 33, 16),
+    "tiny, padded": Shape(2, 3, 20, 27, 16, padded=True),
+    **{f"{length} of 16": Shape(1, 2, length, length, 16, line="1 x 2 heads of 16") for length in (16, 64)},
+}
+
+
+def kernels(names: Iterable[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """Those that run on this machine, and why the others do not."""
+    machine = machine_of(device)
+    here, missing = [], {}
+    for name in names:
+        refused, _ = usable(name, machine)
+        if refused is None:
+            here.append(name)
+        else:
+            missing[name] = str(refused)
+    return here, missing
+
+
+def measure(
+    name: str, shape: Shape, names: Sequence[str], device: torch.device, dtype: torch.dtype, inner: Inner = "inductor",
+    say: Callable[[str], object] = print,
+) -> dict[str, Any]:  # fmt: skip
+    """The record of one shape: its call; for each kernel {"ms", "tflops", "error", ...} or {"failed": why}; and what `auto` and
+    `tune` choose there, by the limit of numerics.
+
+    Kernels that compute as SDPA does take turns; then the quantised ones, with `native` and the best of the others.
+    """
+    torch.compiler.reset()
+    machine = machine_of(device)
+    call = shape.call(name, device.type, str(dtype).removeprefix("torch."))
+    inexact = [name for name in names if quantised(name)]
+    exact = [name for name in names if not quantised(name)]
+
+    def found(candidates: Iterable[str], numerics: Numerics) -> Site:
+        ordered = candidates_of(list(dict.fromkeys(["native", *candidates])), "kernels")
+        return measure_site(captured, machine, Settings(ordered, numerics, inner=inner))
+
+    with torch.no_grad():
+        captured = example(call, device)
+        one = found(exact, Numerics.REORDERED)
+        rows = _rows(one, exact)
+        choices = {"tuned": one.chosen}
+        if inexact:
+            two = found([one.chosen or "native", *inexact], Numerics.QUANTISED)
+            rows |= _rows(two, inexact)
+            choices["tuned, quantised"] = two.chosen
+    for choice, numerics in (("auto", "reordered"), ("auto, quantised", "quantised")):
+        choices[choice] = make_plan([call], make_policy(["auto"], numerics=numerics), [machine]).sites[0].chosen
+    record = {"call": call.to_json(), "line": shape.line, "kernels": rows, "choices": choices}
+    show(record, say)
+    return record
+
+
+def to_best(record: dict[str, Any], choice: str) -> float | None:
+    """The time of what was chosen to that of the fastest kernel that could have been; None where it was not timed. A call
+    takes at least what the host takes to launch it."""
+    rows = record["kernels"]
+    able = [name for name in rows if choice.endswith("quantised") or not quantised(name)]
+    times = {name: max(rows[name]["ms"], rows[name].get("host") or 0.0) for name in able if "ms" in rows[name]}
+    chosen = record["choices"].get(choice)
+    return times[chosen] / min(times.values()) if chosen in times else None
+
+
+def quantised(name: str) -> bool:
+    """By its record; a plug-in's kernel of another machine, which is not known here, counts as exact."""
+    try:
+        return records_of(name)[0].numerics is Numerics.QUANTISED
+    except ValueError:
+        return False
+
+
+def _rows(site: Site, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    measured = {each.name: each for each in site.measured}
+    decided = dict(site.decisions)
+    rows: dict[str, dict[str, Any]] = {}
+    for name in names:
+        decision = decided.get(name)
+        if name in measured:
+            rows[name] = _row(measured[name], site.call)
+        elif isinstance(decision, Refused):
+            rows[name] = {"failed": f"{decision.code.value}: {decision.detail}"}
+    return rows
+
+
+def _row(found: Measurement, call: AttentionCall) -> dict[str, Any]:
+    if found.milliseconds is None:
+        return {"failed": found.dropped}
+    ms = found.milliseconds
+    row: dict[str, Any] = {
+        "ms": ms, "tflops": products(call) / ms / 1e9, "error": found.error, "spread": found.spread, "rounds": found.rounds,
+    }  # fmt: skip
+    row |= {"host": found.host} if found.host else {}
+    return row | ({"dropped": found.dropped} if found.dropped else {})
+
+
+def products(call: AttentionCall) -> int:
+    """Multiplications and additions of a call whose sizes are numbers; hidden keys count."""
+    pairs = int(call.batch) * int(call.heads) * int(call.q_len) * int(call.kv_len)
+    return 2 * pairs * (int(call.head_dim) + int(call.value_dim))
+
+
+def show(record: dict[str, Any], say: Callable[[str], object]) -> None:
+    """The table of a record, a line at a time."""
+    call = AttentionCall.from_json(record["call"])
+    sizes = " ".join(f"{size:,}" for size in (call.batch, call.heads, call.q_len, call.kv_len, call.head_dim))
+    say(f"\n{call.site}: ({sizes}), mask {call.mask}, {call.dtype}")
+    for name, row in sorted(record["kernels"].items(), key=lambda item: float(item[1].get("ms", "inf"))):
+        if "failed" in row:
+            say(f"  {name:34} {row['failed']}")
+        else:
+            said = f"  {name:34} {row['ms']:9.3f} ms  {row['tflops']:7.4g} TFLOP/s  error {row['error']:.1e}"
+            say(said + (f"  ({row['dropped']})" if "dropped" in row else ""))
+    native = record["kernels"].get("native", {}).get("ms")
+    for choice, kernel in record["choices"].items():
+        ratio, ms = to_best(record, choice), record["kernels"].get(kernel, {}).get("ms")
+        said = f"  {choice}: {kernel}" + ("" if ratio is None else f", {ratio:.3f} of the fastest's time")
+        say(said + (", slower than native" if native and ms and ms > 1.02 * native else ""))

@@ -1,0 +1,213 @@
+"""What `attnrewrite run` changes in its process: torch.compile, diffusers' pipelines, and a count of attention calls.
+
+The library itself patches nothing. The launcher owns its process, and a script that nobody edits can be reached no
+other way.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import Module
+
+from ..entrances import in_place, model_parts
+from ..entrances.compilers import AttentionCompiler
+from ..graphs.inner_compilers import NAME
+from ..planning.policies import Policy
+from ..planning.tables import count
+from ..reports.report import Report
+
+PIPELINES = "diffusers.pipelines.pipeline_utils"
+
+
+@dataclass
+class Interception:
+    """One launched process: what was compiled, what its compilations report, and the attention that no graph had.
+
+    `compile`: "existing" (the script's own calls of torch.compile), "denoiser" or "all" (besides, the denoisers or all
+    models of diffusers' pipelines, which get `inner`).
+    """
+
+    policy: Policy
+    compile: str = "existing"
+    inner: str = "inductor"
+    report: Report = field(init=False)
+    calls: int = 0  # of torch.compile, by the script
+    parts: list[str] = field(default_factory=list)  # of pipelines, compiled at their first call
+    left: list[str] = field(default_factory=list)  # of pipelines, that the script compiles itself
+    outside: Counter[tuple[str, int, str]] = field(default_factory=Counter)  # by file, line and function
+
+    def __post_init__(self) -> None:
+        self.report = Report(str(self.policy))
+        self._compilers: dict[Any, AttentionCompiler] = {}
+
+    def compiler(self, inner: Any) -> AttentionCompiler:
+        if inner not in self._compilers:
+            self._compilers[inner] = AttentionCompiler(self.policy, inner, report=self.report)
+        return self._compilers[inner]
+
+    def install(self) -> None:
+        torch.compile = self._compile(torch.compile)
+        functional: Any = torch.nn.functional
+        functional.scaled_dot_product_attention = self._counted(functional.scaled_dot_product_attention)
+        if self.compile != "existing":
+            after_import(PIPELINES, self._watch_pipelines)
+
+    # -- torch.compile
+
+    def _compile(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def compile(model: Any = None, **kwargs: Any) -> Any:
+            backend = kwargs.get("backend", "inductor")
+            if kwargs.get("disable") or not self._takes(backend):
+                return original(model, **kwargs)
+            if model is None:  # torch.compile(dynamic=True) as a decorator
+                return functools.partial(compile, **kwargs)
+            if isinstance(model, Module) and isinstance(model.__dict__.get(in_place.IMPLEMENTATION), FirstCall):
+                delattr(model, in_place.IMPLEMENTATION)  # the script compiles it itself
+            self.calls += 1
+            return original(model, **{**kwargs, "backend": self.compiler(backend)})
+
+        return compile
+
+    def _takes(self, backend: Any) -> bool:
+        """Not what is ours already; an unknown name is left to PyTorch, whose error the script expects."""
+        if isinstance(backend, str):
+            return backend != NAME and backend in torch._dynamo.list_backends(exclude_tags=())
+        return callable(backend) and not isinstance(backend, AttentionCompiler)
+
+    # -- attention outside of graphs
+
+    def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
+            # While Dynamo traces, this is the constant False, and the call below all that is left. A fake tensor is
+            # one of ours, in a graph that is being rewritten.
+            if not torch.compiler.is_compiling() and not any(isinstance(value, FakeTensor) for value in args[:1]):
+                frame = sys._getframe(1)
+                self.outside[frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name] += 1
+            return original(*args, **kwargs)
+
+        return scaled_dot_product_attention
+
+    # -- diffusers' pipelines
+
+    def _watch_pipelines(self, module: ModuleType) -> None:
+        pipeline = module.DiffusionPipeline
+        original = pipeline.__setattr__
+
+        @functools.wraps(original)
+        def set_attribute(pipe: Any, name: str, value: Any) -> None:
+            original(pipe, name, value)
+            if isinstance(value, Module) and (self.compile == "all" or name in model_parts.DENOISERS):
+                self._arm(name, value)
+
+        pipeline.__setattr__ = set_attribute
+
+    def _arm(self, name: str, module: Module) -> None:
+        if hasattr(module, "_orig_mod"):
+            return
+        for path, part in model_parts.called_parts(name, module):
+            if part.__dict__.get(in_place.IMPLEMENTATION) is None:
+                setattr(part, in_place.IMPLEMENTATION, FirstCall(self, path, part))
+
+    # -- the report
+
+    def to_json(self, **about: Any) -> str:
+        places = [
+            {"file": file, "line": line, "function": function, "calls": calls}
+            for (file, line, function), calls in self.outside.most_common()
+        ]
+        data = {
+            "version": 1,
+            **about,
+            "backend": str(self.policy),
+            "compile": self.compile,
+            "compile_calls": self.calls,
+            "compiled_parts": self.parts,
+            "parts_compiled_by_the_script": self.left,
+            "attention": json.loads(self.report.to_json()),
+            "outside": {"calls": self.outside.total(), "places": places},
+        }
+        return json.dumps(data, indent=1)
+
+    def __str__(self) -> str:
+        what = [f"{count(self.calls, 'call')} of torch.compile"] if self.calls else []
+        what += [f"{', '.join(dict.fromkeys(self.parts))} of diffusers' pipelines"] if self.parts else []
+        lines = [f"attnrewrite run: compiled: {' and '.join(what) or 'nothing'}"]
+        if not what:
+            lines[0] += f", so nothing has changed. {self._remedy()}"
+        for part in dict.fromkeys(self.left):
+            lines.append(f"{part}: left to the script, which compiles it itself")
+        if self.report.graphs:
+            lines.append(str(self.report))
+        elif what:
+            lines.append("no compiled graph has run")
+        lines.append(f"attention outside of any compiled graph: {count(self.outside.total(), 'call')}")
+        places = self.outside.most_common()
+        lines += [f"    {calls:6d}  {file}:{line} in {function}" for (file, line, function), calls in places[:10]]
+        if len(places) > 10:
+            lines.append(f"            and {len(places) - 10} places more")
+        return "\n".join(lines)
+
+    def _remedy(self) -> str:
+        if self.compile == "existing":
+            return (
+                "The script calls no torch.compile; --compile denoiser compiles the denoisers of diffusers' pipelines"
+            )
+        return "The script calls neither torch.compile nor a diffusers pipeline"
+
+
+class FirstCall:
+    """Stands where a module's compiled call would, until it is called first."""
+
+    def __init__(self, run: Interception, path: str, module: Module) -> None:
+        self.run, self.path, self.module = run, path, module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():  # the script compiles what calls it
+            return self.module._call_impl(*args, **kwargs)
+        delattr(self.module, in_place.IMPLEMENTATION)
+        if any(part.__dict__.get(in_place.IMPLEMENTATION) is not None for part in self.module.modules()):
+            self.run.left.append(self.path)
+        else:
+            in_place.compile_parts({self.path: self.module}, self.run.compiler(self.run.inner))
+            self.run.parts.append(self.path)
+        return self.module(*args, **kwargs)
+
+
+def after_import(name: str, then: Callable[[ModuleType], None]) -> None:
+    """Calls `then(module)` once a module has been imported; now, if it has been."""
+    if name in sys.modules:
+        then(sys.modules[name])
+        return
+
+    class Finder(importlib.abc.MetaPathFinder):
+        def find_spec(self, fullname: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+            if fullname != name:
+                return None
+            sys.meta_path.remove(self)
+            spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+            if spec is not None and spec.loader is not None:
+                loader: Any = spec.loader
+                execute = loader.exec_module
+
+                def execute_and(module: ModuleType) -> None:
+                    execute(module)
+                    then(module)
+
+                loader.exec_module = execute_and
+            return spec
+
+    sys.meta_path.insert(0, Finder())

@@ -1,0 +1,163 @@
+"""`attnrewrite run script.py`: a script that knows nothing of attnrewrite, with its compiled attention on other kernels."""
+
+from __future__ import annotations
+
+import argparse
+import atexit
+import builtins
+import contextlib
+import os
+import runpy
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import NoReturn
+
+from ..entrances.choices import CASTS
+from ..entrances.compilers import with_backend
+from ..kernels.records import Numerics
+from .interception import Interception
+
+BACKEND = "ATTNREWRITE_BACKEND"  # environment: the choices of `attnrewrite run`, where --backend does not give them
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="attnrewrite run",
+        description="Runs a Python script; attention in what it compiles gets other kernels. At its end a report on stderr "
+        "says what was swapped, what was not and why, and how many attention calls ran outside of any compiled graph. "
+        "Exit code, arguments, stdin and tracebacks are the script's own.",
+    )
+    made.add_argument(
+        "--backend", help=f"kernels in order of preference: a,b; or auto, or tune (or the environment's {BACKEND})"
+    )
+    made.add_argument(
+        "--rule",
+        action="append",
+        default=[],
+        metavar="PATTERN=A,B",
+        help="other kernels for some sites; may be repeated",
+    )
+    made.add_argument(
+        "--compile",
+        choices=("existing", "denoiser", "all"),
+        default="existing",
+        help="existing: what the script compiles with torch.compile; denoiser: besides, the denoisers of diffusers' "
+        "pipelines, at their first call; all: every model of theirs",
+    )
+    made.add_argument("--inner", default="inductor", help="the compiler for these models (inductor)")
+    made.add_argument("--report", metavar="FILE", help="write the report there too, as JSON")
+    made.add_argument("--strict", action="store_true", help="an attention that no kernel may take is an error")
+    made.add_argument("--numerics", choices=[each.name.lower() for each in Numerics], default="reordered")
+    made.add_argument("--cast", choices=CASTS)
+    made.add_argument("--checks", action="store_true", default=None, help="check values around every swapped attention")
+    made.add_argument("--trust-remote-code", action="store_true")
+    made.add_argument("-m", action="store_true", dest="module", help="script is the name of a module, as for python -m")
+    made.add_argument("script")
+    made.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    return made
+
+
+def main(arguments: Sequence[str]) -> NoReturn:
+    """Runs the script and leaves the process as it would."""
+    options = parser()
+    given = options.parse_args(arguments)
+    name, choices = ("--backend", given.backend) if given.backend else (BACKEND, os.environ.get(BACKEND, ""))
+    if not choices.strip():
+        options.error(
+            f"no attention backend is named: give --backend, or set {BACKEND} (`attnrewrite info` lists them)"
+        )
+    try:
+        rules = dict(rule.split("=", 1) for rule in given.rule)
+    except ValueError:
+        options.error(f"--rule is {given.rule[-1]!r}: write a pattern and its kernels, as 'cross=native'")
+    try:
+        backend = with_backend(
+            *_names(choices),
+            rules={pattern: _names(chosen) for pattern, chosen in rules.items()},
+            strict=given.strict, numerics=given.numerics, cast=given.cast,
+            trust_remote_code=given.trust_remote_code, checks=given.checks, inner=given.inner,
+        )  # fmt: skip
+    except ValueError as error:  # of other arguments it says which
+        options.error(f"{name}: {error}" if "attention backend is called" in str(error)[:30] else str(error))
+    report = _report_file(given.report, options)
+    if not given.module and not os.path.isfile(given.script):
+        options.error(f"there is no script {given.script!r}")
+
+    interception = Interception(backend.policy, given.compile, given.inner)
+    interception.install()
+    # Registered first, so that it comes last: after the script's threads and its own functions at exit.
+    atexit.register(_finish, interception, report, given.script)
+    _run(given.script, given.module, given.arguments)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _report_file(path: str | None, options: argparse.ArgumentParser) -> Path | None:
+    """Where the report goes, known to be writable before the script runs. Of a distributed job each rank has its own."""
+    if path is None:
+        return None
+    file = Path(path).absolute()
+    if (rank := os.environ.get("RANK", "0")) != "0":
+        file = file.with_name(f"{file.stem}.rank{rank}{file.suffix}")
+    try:
+        file.open("a").close()
+    except OSError as error:
+        options.error(f"--report {path}: {error.strerror}")
+    return file
+
+
+def _finish(interception: Interception, report: Path | None, script: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # the script may have closed stderr
+        print(interception, file=sys.stderr)
+    if report is not None:
+        report.write_text(interception.to_json(script=script) + "\n", encoding="utf-8")
+
+
+def _run(script: str, module: bool, arguments: Sequence[str]) -> NoReturn:
+    """As `python script.py` or `python -m module`: its `__main__`, its arguments, its traceback, its exit code."""
+    sys.argv = [script, *arguments]
+    try:
+        if module:
+            if not sys.flags.safe_path:
+                sys.path[0] = os.getcwd()
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
+        else:
+            if not sys.flags.safe_path:
+                sys.path[0] = os.path.dirname(os.path.realpath(script))
+            path = os.path.abspath(script)  # as Python's own since 3.9; sys.argv has it as it was written
+            main = ModuleType("__main__")
+            vars(main).update(__file__=path, __builtins__=builtins, __cached__=None)
+            sys.modules["__main__"] = main
+            with open(path, "rb") as file:
+                code = compile(file.read(), path, "exec")
+            exec(code, vars(main))
+    except SystemExit:
+        raise
+    except BaseException as error:
+        error.__traceback__ = _of_the_script(error.__traceback__)
+        sys.excepthook(type(error), error, error.__traceback__)
+        if isinstance(error, KeyboardInterrupt):  # a shell looks whether the signal ended the process
+            _flush()
+            atexit._run_exitfuncs()
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _of_the_script(traceback: TracebackType | None) -> TracebackType | None:
+    """Without the frames by which it was started."""
+    ours = (__file__, runpy.__file__, "<frozen runpy>")
+    while traceback is not None and traceback.tb_frame.f_code.co_filename in ours:
+        traceback = traceback.tb_next
+    return traceback
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()

@@ -1,0 +1,96 @@
+"""What stands in the records, for people: the support matrix, and what of it can run here."""
+
+from __future__ import annotations
+
+import torch
+
+from ..kernels.calls import MaskKind
+from ..kernels.records import Backend
+from ..kernels.sources import Hub
+from ..planning.registry import names, records_of
+from ..planning.this_machine import machine_of
+from ..planning.usable import usable
+
+HEADER = """# Attention backends
+
+Generated from the records by `python -m attnrewrite table`; do not edit. A call that a kernel does not take is refused with
+one of the codes of `attnrewrite.Code`, and the next choice is asked.
+
+*causal* is SDPA's `is_causal`, aligned upper-left; *causal lower-right* is FlashAttention's: kernels that have only this
+one take `is_causal` where q_len == kv_len. *key padding* is a mask that is the same for every head and query: a boolean tensor
+of such a shape, or a boolean or additive one that the graph makes so; a kernel with it takes padding of queries and keys too.
+What is known of a mask takes no kernel away: one that takes boolean or additive masks gets the model's own tensor.
+*tested*: the machine that the parity tests of `tests/backends/` passed on;
+"stand-in": a function of the library's signature that computes the reference, so that only the mapping of arguments is
+tested; "interpreter": the kernel, run on a CPU (docs/xla-and-npu.md); "as a package": not the hub's build, but the package that
+it is made from, served from a local folder. *error*: the relative error that these tests allow in
+half precision.
+
+| backend | device | dtypes | head_dim | masks | GQA | value_dim | dropout | backward | numerics | error | needs | tested |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def matrix() -> str:
+    """The table as Markdown, a row for each record."""
+    rows = [_row(record) for name in names() for record in records_of(name)]
+    return HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _row(record: Backend) -> tuple[str, ...]:
+    yes = {True: "yes", False: "no"}
+    return (
+        f"`{record.name}`",
+        "any" if len(record.devices) > 3 else _device(record),
+        "any" if len(record.dtypes) > 4 else ", ".join(sorted(record.dtypes)),
+        _head_dim(record),
+        ", ".join(kind.value for kind in MaskKind if kind in record.masks and kind is not MaskKind.NONE) or "none",
+        yes[record.gqa],
+        yes[record.value_dim],
+        yes[record.dropout],
+        yes[record.backward],
+        record.numerics.name.lower(),
+        f"{record.tolerance.error:g}",
+        _needs(record),
+        record.tested,
+    )
+
+
+def _needs(record: Backend) -> str:
+    packages = [f"{package} {version}" for package, version in record.requires.items()]
+    repository = [str(record.source)] if isinstance(record.source, Hub) else []
+    return ", ".join(packages + repository) or "PyTorch"
+
+
+def _device(record: Backend) -> str:
+    text = ", ".join(sorted(record.devices))
+    if record.capability:
+        (first, last) = record.capability
+        text += f" {first[0]}.{first[1]}" if first == last else f" {first[0]}.{first[1]} to {last[0]}.{last[1]}"
+    return text
+
+
+def _head_dim(record: Backend) -> str:
+    rule = record.head_dim
+    parts = [f"from {rule.minimum}"] if rule.minimum > 1 else []
+    parts += [f"to {rule.max}"] if rule.max else []
+    if rule.multiple > 1:
+        parts.append("padded to multiples of" if rule.pad else "multiples of")
+        parts[-1] += f" {rule.multiple}"
+    return ", ".join(parts) or "any"
+
+
+def info(version: str) -> str:
+    """The machine, and a line for each kernel: usable on its device, or the reason why not. Imports the packages of kernels
+    that could run here; downloads nothing."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    machine = machine_of(device)
+    lines = [f"attnrewrite {version} on {machine}"]
+    width = max(map(len, names()))
+    for name in names():
+        refused, record = usable(name, machine)
+        said = str(refused) if refused is not None else record.summary
+        if refused is None and isinstance(record.source, Hub):
+            said += f" (loads {record.source} when a plan chooses it)"
+        lines.append(f"{name:<{width}}  {'yes' if refused is None else 'no':<3}  {said}")
+    return "\n".join(lines)

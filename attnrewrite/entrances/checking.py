@@ -1,0 +1,162 @@
+"""`check`: a model with swapped attention, compared site by site with float64 and as a whole with the unchanged model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from ..graphs.inner_compilers import Inner, compile_with
+from ..graphs.tracing import AttributesOf, traced, uncompiled
+from ..kernels.records import Backend, Numerics, Tolerance
+from ..measuring.accuracy import accuracy
+from ..measuring.capturing import Captured, capture
+from ..measuring.reference import rank4, reference
+from ..measuring.site_graphs import site_graph
+from ..planning.policies import Candidate
+from ..planning.sites import Site
+from ..planning.this_machine import machine_of
+from ..reports.fidelity import Fidelity
+from ..reports.reproducing import layouts
+from ..reports.site_fidelity import Outputs, SiteFidelity
+from .choices import Choice
+from .compilers import AttentionCompiler, compiler_of
+
+# Relative errors that rounding explains, by the dtype of the products. Half precision: the record's own (`Tolerance`).
+ROUNDING = {"float64": 1e-12, "float32": 1e-5}
+TF32 = 5e-3  # of products in float32 where PyTorch may round their factors to TF32
+
+
+def check(
+    model: Callable[..., Any],
+    *args: Any,
+    backend: AttentionCompiler | Choice | Iterable[Choice],
+    **kwargs: Any,
+) -> Fidelity:
+    """Runs `model(*args, **kwargs)` with the kernels of `backend` and says how far each attention lies from float64, and the
+    whole from the unchanged model.
+
+        fidelity = attnrewrite.check(model, latents, timestep=t, backend=["sage", "native"])
+        print(fidelity)                 # a table, and the first site that goes wrong
+        fidelity.plot("check.png")      # a picture
+
+    backend: the object from `with_backend`, or what it takes: a name, a record, or several in order of preference. Its
+        settings hold, but for `strict` and `checks`: a refused site is in the table, and no value raises.
+
+    Three runs, each from the same random state, which is put back, as are the model's attributes:
+    the unchanged model, uncompiled; the model with the kernels in it, whose graph runs as it is, each site being compared with
+    SDPA in float64 on the very tensors that it gets there (at most 256 queries of each head, one head at a time in memory); and
+    the model compiled as `backend` compiles it. A kernel that Inductor makes (`flex`) runs by itself, compiled, on the site's
+    tensors, and `native` gives what the run goes on with.
+
+    Call it under `torch.no_grad()` for an inference, as the model itself. Raises `TypeError` for a model that cannot be
+    called, `ValueError` for tensors without values (the "meta" device), what `with_backend` raises, and what the model or a
+    kernel raises.
+    """
+    if not callable(model):
+        raise TypeError(f"model is {model!r} ({type(model).__name__}): give a module or a function")
+    compiler = compiler_of(backend)
+    policy = replace(compiler.policy_now(), strict=False, checks=False)
+    _with_values(model, args, kwargs)
+
+    target = uncompiled(model)
+    with _same_state(target), torch.compiler.set_stance("force_eager"):  # parts of it may be compiled already
+        expected = _tensors(target(*args, **kwargs))
+
+    sites: list[SiteFidelity] = []
+
+    def receive(captured: Captured) -> None:
+        sites.append(_site(captured, compiler.inner, sites))
+
+    with _same_state(target):
+        capture(model, args, kwargs, receive, policy, compiler.machine, aside=_needs_compiler)
+
+    swapped = AttentionCompiler(policy, compiler.inner, compiler.machine, prefix=compiler.prefix)
+    with _same_state(target):
+        output = _tensors(traced(model, args, kwargs, swapped))
+    looked_at = {site.call.site for site in sites}
+    missing = tuple(dict.fromkeys(site.name for site in swapped.report.sites if site.name not in looked_at))
+    machines = [str(graph.machine) for graph in swapped.report.graphs if graph.machine]
+    return Fidelity(str(policy), tuple(sites), Outputs.of(expected, output), missing, machines[0] if machines else "")
+
+
+def limit_of(site: Site) -> tuple[float, str]:
+    """The relative error up to which a site's kernel does what its class of numerics promises, and what that class is."""
+    record = site.backend
+    tolerance = record.tolerance if record is not None else Tolerance()
+    dtype = site.call.dtype
+    if record is not None and record.numerics is Numerics.QUANTISED:
+        return tolerance.error, tolerance.reason
+    if dtype not in ROUNDING or any(step.name == "cast" for step in site.steps):
+        return tolerance.error, tolerance.reason
+    if dtype == "float32" and site.call.device == "cuda" and torch.get_float32_matmul_precision() != "highest":
+        return TF32, "rounding to TF32"
+    return ROUNDING[dtype], f"rounding to {dtype}"
+
+
+def _site(captured: Captured, inner: Inner, before: list[SiteFidelity]) -> SiteFidelity:
+    call, site = captured.call, captured.site
+    tensors = (captured.query, captured.key, captured.value)
+    output = captured.output
+    if _needs_compiler(site):
+        output = _by_itself(captured, inner)
+    exact = reference(call, *tensors, captured.mask)
+    lead = tuple(output.shape[:-3]) if output.dim() > 3 else tuple(output.shape[:-2])
+    limit, why = limit_of(site)
+    bad = {name: int((~each.isfinite()).sum()) for name, each in zip(("query", "key", "value"), tensors, strict=True)}
+    runs = sum(each.call.site == call.site for each in before)
+    return SiteFidelity(
+        site.described(),
+        accuracy(exact, rank4(output, lead, int(call.heads))),
+        limit,
+        why,
+        {name: count for name, count in bad.items() if count},
+        runs + 1,
+        layouts(*tensors),
+    )
+
+
+def _needs_compiler(site: Site) -> bool:
+    return site.backend is not None and site.backend.compiled
+
+
+def _by_itself(captured: Captured, inner: Inner) -> Tensor:
+    """What the site's kernel, compiled, makes of the site's tensors, in SDPA's form."""
+    site, call = captured.site, captured.call
+    record: Backend | None = site.backend
+    assert record is not None
+    candidate = Candidate(str(site.chosen), (record,))
+    graph = site_graph(captured, site, candidate, machine_of(captured.query.device))
+    output: Tensor = compile_with(inner, graph.module, list(graph.inputs))(*graph.inputs)[0].detach()
+    if captured.query.dim() == 4:
+        output = output.unflatten(2, (int(call.heads), int(call.value_dim))).transpose(1, 2)
+    return output
+
+
+@contextmanager
+def _same_state(model: Any) -> Iterator[None]:
+    """What runs inside draws the same random numbers each time, and leaves those of the caller and the model as they were."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(list(devices)), AttributesOf(model):
+        yield
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    """The floating tensors that a model returns."""
+    leaves = tree_leaves(output if not hasattr(output, "to_tuple") else output.to_tuple())
+    return [each.detach() for each in leaves if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+def _with_values(model: Any, args: Any, kwargs: Any) -> None:
+    held = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
+    for each in (*tree_leaves((args, kwargs)), *held):
+        if isinstance(each, Tensor) and each.is_meta:
+            raise ValueError(
+                f"check runs the model, and it has a tensor {tuple(each.shape)} without values (device 'meta'): give real "
+                "tensors, or ask attnrewrite.explain, which needs none"
+            )

@@ -1,0 +1,228 @@
+"""`with_backend`: the torch.compile backend that swaps attention and hands the graph to another compiler."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from ..graphs.inner_compilers import NAME, Inner, captures, compile_with, known_inner, known_options
+from ..kernels.machines import Machine
+from ..pipeline import rewrite_graph
+from ..planning.plans import Plan
+from ..planning.policies import Policy, matches
+from ..planning.tables import folded
+from ..reports.report import GraphReport, Report
+from . import contexts as switching
+from .choices import Choice, make_policy
+
+logger = logging.getLogger("attnrewrite")
+
+CHECKS = "ATTNREWRITE_CHECKS"  # environment: 1, yes or true checks values around every swapped attention
+
+
+class AttentionCompiler:
+    """A torch.compile backend. Made by `with_backend`; `report` tells what it did.
+
+    Two of them are equal if they are configured equally: Dynamo then reuses compiled code between them.
+    """
+
+    # torch.compile takes an object for a registered backend by its name. Only for those does it release the tracing
+    # state, without which `model.to(...)` can fail after compiling (torch/_dynamo/convert_frame.py, 2.13).
+    __name__ = NAME
+
+    def __init__(
+        self,
+        policy: Policy,
+        inner: Inner = "inductor",
+        machine: Machine | None = None,
+        *,
+        prefix: str = "",
+        report: Report | None = None,
+    ) -> None:
+        """`prefix`: where the compiled module stands in its model; sites are named from there. `report`: one that several
+        compilers of one model share."""
+        self.policy = policy
+        self.inner = inner
+        self.machine = machine
+        self.prefix = prefix
+        self.report = Report(str(policy)) if report is None else report
+        self._warned: set[str] = set()
+
+    def __call__(self, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
+        """Rewrites the graph in place and compiles it. `kwargs` (mode, options) are torch.compile's, for the inner compiler."""
+        if self.rewrite(graph_module, captured=captures(self.inner, **kwargs)):
+            switching.guard_choice()
+        self.check_rules()
+        return compile_with(self.inner, graph_module, example_inputs, **kwargs)
+
+    def rewrite(self, graph_module: GraphModule, swap: bool = True, captured: bool = False) -> int:
+        """Plans, reports, and, if `swap`, puts the chosen kernels in place. Returns the number of attention sites.
+        `captured`: a CUDA graph is recorded of what is compiled.
+
+        The policy is that of the context that it is called in (`attention_backend`), outside of all its own."""
+        override = switching.active()
+        outcome = rewrite_graph(graph_module, self.policy_now(), self.machine, swap, self.prefix, captured)
+        if outcome.plan.sites:
+            switching.mark_used()
+        context = torch._guards.CompileContext.try_get()
+        # Dynamo's id of the compilation, as "0/1": the frame, and how many times it was compiled before.
+        name = str(context.compile_id) if context else f"graph {len(self.report.graphs)}"
+        under = str(override) if override else ""
+        graph = GraphReport(name, outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged, under)
+        self.report.add(graph, (context, context.attempt) if context else None)
+        _log(graph)
+        self._warn_of_stale(outcome.plan)
+        return len(outcome.plan.sites)
+
+    def policy_now(self) -> Policy:
+        override = switching.active()
+        return self.policy if override is None else override.over(self.policy)
+
+    def check_rules(self) -> None:
+        """Warns, once, of each rule of its own that no site seen so far has matched."""
+        sites = [site for graph in self.report.graphs if not graph.context for site in graph.plan.sites]
+        if not sites or self.prefix:  # who compiles a part knows the whole model, and has looked there (in_place.py)
+            return
+        unmatched = [
+            pattern for pattern, _ in self.policy.rules if not any(matches(pattern, site.call) for site in sites)
+        ]
+        self.report.unmatched_rules[:] = unmatched
+        for pattern in set(unmatched) - self._warned:
+            self._warned.add(pattern)
+            near = difflib.get_close_matches(pattern, [site.name for site in sites], n=1, cutoff=0.0)
+            warnings.warn(
+                f"rules: {pattern!r} matches none of the {len(sites)} attention sites seen so far (one of them: {near[0]!r}). "
+                "Under regional compile a path begins at the compiled block.",
+                stacklevel=2,
+            )
+
+    def _warn_of_stale(self, plan: Plan) -> None:
+        """Says once, for each reason, at which sites a plan does not say what is best."""
+        reasons: dict[str, list[str]] = {}
+        for site in plan.sites:
+            if site.stale is not None:
+                reasons.setdefault(site.stale, []).append(site.name)
+        for reason, names in reasons.items():
+            text = f'{reason}. Its choices are not used at {folded(names)}, what "auto" prefers is: tune again'
+            if text not in self._warned:
+                self._warned.add(text)
+                warnings.warn(text, stacklevel=3)
+
+    def reset(self) -> None:
+        """Called by `torch._dynamo.reset()`: lets Inductor drop its CUDA graphs."""
+        if self.inner == "inductor":
+            torch._TorchCompileInductorWrapper(None, None, None).reset()
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:  # Dynamo asks at every call of a compiled region
+            return True
+        return isinstance(other, AttentionCompiler) and self._identity() == other._identity()
+
+    def __hash__(self) -> int:
+        return hash(self._identity())
+
+    def _identity(self) -> tuple[Any, ...]:
+        return (type(self), self.policy, self.inner, self.machine, self.prefix)
+
+    def __repr__(self) -> str:
+        return f"attnrewrite.with_backend({self.policy}, inner={self.inner!r})"
+
+
+def with_backend(
+    *choices: Choice,
+    rules: Mapping[str, Choice | Iterable[Choice]] | None = None,
+    inner: Inner = "inductor",
+    strict: bool = False,
+    numerics: str = "reordered",
+    cast: str | None = None,
+    trust_remote_code: bool = False,
+    checks: bool | None = None,
+) -> AttentionCompiler:
+    """A torch.compile backend that gives each attention the first of `choices` that may take it.
+
+        model = torch.compile(model, backend=attnrewrite.with_backend("_native_cudnn", "flex"))
+
+    choices: names (`python -m attnrewrite info` lists them) or `Backend` records, in order of preference. An attention
+        that none may take stays as it is, and `.report` says why. "name@revision" pins a kernel of the hub. Three choices
+        name kernels for each call themselves: "auto" by what was measured on machines like this one, a plan of
+        `attnrewrite.tune` by what was measured on this model, "tune" by measuring at the first compilation
+        (docs/performance.md).
+    rules: other choices for some sites: a glob over module paths ("*.attn2"), "self", "cross", "masked" (by a tensor) or
+        "unmasked", to a name, a record or a sequence of them. The first rule that matches a site holds for it.
+    inner: the compiler that gets the graph then: a name of `torch._dynamo.list_backends(None)` or a callable
+        `(graph_module, example_inputs, **kwargs)`. It receives torch.compile's `mode` and `options`.
+    strict: raise `AttentionRefusedError` instead of leaving a site as it is. It comes out of the compiled model's first call
+        as the `inner_exception` of Dynamo's BackendCompilerFailed, whose message has it whole.
+    numerics: how far results may lie from SDPA's: "exact" (the same kernel), "reordered" (rounding), "quantised".
+    cast: "bfloat16" or "float16": cast query, key, value and bias to it for a kernel that does not take their dtype, and the
+        output back. None: such a kernel is refused.
+    trust_remote_code: load kernels of the kernels hub whose publisher the hub does not vouch for. They run code of that
+        publisher in this process. (For all of a process: the environment's ATTNREWRITE_TRUST_REMOTE_CODE=1.)
+    checks: before every swapped attention look for values that no guard sees (query, key and value that are not finite, a
+        row without a valid key), and behind it for an output that is not finite; raise `AttentionCheckError` with the site,
+        the kernel and the place. It reads results back each time, for debugging only. None: what the environment's
+        ATTNREWRITE_CHECKS says now (1, yes or true), which is off without it.
+
+    Raises `ValueError` for an unknown or repeated name, for no choice at all, an unknown `inner`, `numerics` or `cast`;
+    `TypeError` for a choice that is neither name nor record.
+    """
+    if checks is None:
+        checks = os.environ.get(CHECKS, "").lower() in ("1", "true", "yes")
+    policy = make_policy(choices, rules, strict, numerics, cast, trust_remote_code, checks)
+    return AttentionCompiler(policy, known_inner(inner))
+
+
+def compiler_of(backend: AttentionCompiler | Choice | Iterable[Choice]) -> AttentionCompiler:
+    """The object from `with_backend` as it is; a name, a record or several in order of preference through it."""
+    if isinstance(backend, AttentionCompiler):
+        return backend
+    return with_backend(*([backend] if isinstance(backend, str) or not isinstance(backend, Iterable) else backend))
+
+
+SETTINGS = ("rules", "inner", "strict", "numerics", "cast", "trust_remote_code", "checks")
+OPTIONS = ("attention", *SETTINGS, "mode")
+
+
+def entry(
+    graph_module: GraphModule,
+    example_inputs: list[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """`torch.compile(model, backend="attnrewrite", options={"attention": "flex"})`: what the entry point registers.
+
+    Options of `with_backend` by their names, its choices as "attention" (a name, a record or a list of them), and "mode",
+    which torch.compile does not take beside options; all others go to the inner compiler. Raises, as the
+    `inner_exception` of Dynamo's BackendCompilerFailed, what `with_backend` raises, and `ValueError` for an option that
+    nobody knows.
+    """
+    rest = dict(options or {})
+    choices = rest.pop("attention", "native")
+    own = {name: rest.pop(name) for name in SETTINGS if name in rest}
+    mode = rest.pop("mode", mode)
+    several = isinstance(choices, Iterable) and not isinstance(choices, str)
+    compiler = with_backend(*(choices if several else [choices]), **own)
+    known_options(rest, compiler.inner, OPTIONS)
+    kwargs: dict[str, Any] = {"mode": mode} if mode else {}
+    if rest:
+        kwargs["options"] = rest
+    return compiler(graph_module, example_inputs, **kwargs)
+
+
+def _log(graph: GraphReport) -> None:
+    sites = graph.plan.sites
+    logger.info(
+        "graph %s: %d attention sites, %d taken by a choice, %d left as they were, %.3f s",
+        graph.name, len(sites), graph.plan.swapped, len(sites) - graph.plan.swapped, graph.seconds,
+    )  # fmt: skip
+    for site in sites:
+        reasons = "".join(f"; {name} refused: {refused}" for name, refused in site.refusals)
+        logger.debug("graph %s: %s: %s%s", graph.name, site.name, site.chosen or "unchanged", reasons)

@@ -1,0 +1,227 @@
+"""`attention_backend`: another choice of kernels for the compiled models that are called inside a `with`.
+
+The choice stands in a context variable, so threads and asyncio tasks each have their own. A graph with attention in it is
+compiled once a choice: a guard of its compiled code asks whether the choice is still the one that it was made for. A
+lambda guard is what Dynamo itself uses for such state (torch/_dynamo/guards.py); a dispatcher in the callable that the
+backend returns would cost as much a call, keep an unrewritten copy of every graph alive, and show up in no log of
+recompilations.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+from torch._guards import Guard, TracingContext
+from torch.compiler import is_compiling
+
+from ..planning.policies import Policy
+from .choices import Choice, make_policy
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+SETTINGS = ("strict", "numerics", "cast", "trust_remote_code", "checks")
+
+
+@dataclass(frozen=True)
+class Override:
+    """What a context puts in the place of a model's own policy: choices and rules, and of the settings those in `given`."""
+
+    policy: Policy
+    given: frozenset[str] = frozenset()
+
+    def over(self, own: Policy) -> Policy:
+        kept = {name: getattr(own, name) for name in SETTINGS if name not in self.given}
+        return replace(self.policy, **kept)
+
+    def __str__(self) -> str:
+        return str(self.policy)
+
+
+# What is open: [the override, what is open around it, whether compiled code with attention has run inside]. A list, because
+# a context around a call costs as much as making it.
+Entered = list[Any]
+_ENTERED: ContextVar[Entered] = ContextVar("attnrewrite.attention_backend", default=[None, None, False])  # noqa: B039
+_entered, _enter = _ENTERED.get, _ENTERED.set
+
+# Equal choices are one object, so that a guard compares identities. Kept as long as a context or compiled code has them.
+_ONE: weakref.WeakKeyDictionary[Override, weakref.ref[Override]] = weakref.WeakKeyDictionary()
+
+
+def active() -> Override | None:
+    """The choice of the innermost open context, None outside of all."""
+    override: Override | None = _entered()[0]
+    return override
+
+
+def mark_used() -> None:
+    """Compiled code with attention in it runs here: the context has something to change."""
+    _entered()[2] = True
+
+
+def guard_choice() -> None:
+    """Makes the graph that is being compiled hold for the active choice only. Without Dynamo there is nothing to guard."""
+    tracing = TracingContext.try_get()
+    if tracing is None:
+        return
+    guards = tracing.guards_context.dynamo_guards
+    if any(getattr(guard.create_fn, "__name__", "") == "ATTENTION_BACKEND" for guard in guards):
+        return
+    from torch._dynamo.guards import get_verbose_code_parts
+    from torch._dynamo.source import GlobalStateSource
+
+    wanted = active()
+    code = f"attnrewrite.attention_backend is {str(wanted)!r}" if wanted else "no attnrewrite.attention_backend"
+
+    def unchanged(_: Any) -> bool:
+        entered = _entered()
+        if entered[0] is not wanted:
+            return False
+        entered[2] = True
+        return True
+
+    def ATTENTION_BACKEND(builder: Any, guard: Guard) -> None:  # its name is what logs of guards show
+        guard.guard_types, guard.code_list = ["ATTENTION_BACKEND"], [code]
+        parts = get_verbose_code_parts([code], guard)
+        root = builder.guard_manager.root
+        try:
+            root.add_lambda_guard(unchanged, parts, guard.user_stack)
+        except TypeError:  # before 2.12
+            root.add_lambda_guard(unchanged, parts)
+
+    guards.add(Guard(GlobalStateSource(), ATTENTION_BACKEND))
+
+
+class AttentionContext:
+    """What `attention_backend` returns: a context manager and a decorator. It may be entered again, also while it is open
+    and in several threads and tasks at once."""
+
+    __slots__ = ("override",)
+
+    def __init__(self, override: Override) -> None:
+        self.override = override
+
+    def __enter__(self) -> AttentionContext:
+        _enter([self.override, _entered(), False])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        override, outer, used = _entered()
+        if override is not self.override:
+            raise RuntimeError(
+                f"{self!r} is left where another context is open: it was entered in another thread or task, or in a "
+                "generator that was left open. Put the `with` around the call of the model"
+            )
+        _enter(outer)
+        if used:
+            outer[2] = True
+        elif kind is None:
+            warnings.warn(
+                f"{self!r} changed nothing: no attention of a model compiled through attnrewrite ran inside. Compile it with "
+                "torch.compile(model, backend=attnrewrite.with_backend(...)), or use "
+                "attnrewrite.set_attention_backend(model, ...)",
+                stacklevel=2,
+            )
+
+    def __call__(self, function: Function) -> Function:
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise TypeError(
+                f"attention_backend decorates {function.__qualname__}, a generator, whose caller would run inside the context "
+                "between two items: put a `with` around what calls the model"
+            )
+        if inspect.iscoroutinefunction(function):
+
+            @functools.wraps(function)
+            async def call_and_wait(*args: Any, **kwargs: Any) -> Any:
+                with self:
+                    return await function(*args, **kwargs)
+
+            return call_and_wait  # type: ignore[return-value]
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return function(*args, **kwargs)
+
+        return call  # type: ignore[return-value]
+
+    def __repr__(self) -> str:
+        return f"attnrewrite.attention_backend({self.override})"
+
+
+def attention_backend(
+    *choices: Choice,
+    rules: Mapping[str, Choice | Iterable[Choice]] | None = None,
+    strict: bool | None = None,
+    numerics: str | None = None,
+    cast: str | None = None,
+    trust_remote_code: bool | None = None,
+    checks: bool | None = None,
+) -> AttentionContext:
+    """Inside `with attention_backend("flash", "native"):` compiled models use these choices, outside their own.
+
+    It holds for every model compiled with `with_backend`, by `backend="attnrewrite"` or by `set_attention_backend`, on this
+    thread or asyncio task. Of nested contexts the innermost holds. Choices and `rules` replace those of the model; the
+    other settings, of the same names as in `with_backend`, do where they are given.
+
+    Each choice compiles once, at the first call inside; switching afterwards compiles nothing. PyTorch counts it as a
+    recompilation: `torch._dynamo.config.recompile_limit` (8) is the most variants of one function, sizes included.
+    A context in which no such model ran warns when it is left. As a decorator it also takes coroutine functions. A new
+    thread starts outside (`contextvars.copy_context().run` takes the context along), an asyncio task with its creator's
+    choice. What `torch.utils.checkpoint` runs again in a backward outside the context needs it there too, by its `context_fn`.
+
+    Raises what `with_backend` raises for unknown names and settings.
+    """
+    if is_compiling():
+        _not_traced()
+    # Reading names costs tens of microseconds: a context around each step of a loop should not.
+    if (
+        rules is None
+        and strict is None
+        and numerics is None
+        and cast is None
+        and trust_remote_code is None
+        and checks is None
+    ):
+        try:
+            return _known_context(choices)
+        except TypeError:  # what cannot be hashed is neither name nor record: the error says so
+            pass
+    return _context(choices, strict, numerics, cast, trust_remote_code, checks, rules)
+
+
+def _context(
+    choices: Any,
+    strict: Any = None,
+    numerics: Any = None,
+    cast: Any = None,
+    trust: Any = None,
+    checks: Any = None,
+    rules: Any = None,
+) -> AttentionContext:
+    given = dict(zip(SETTINGS, (strict, numerics, cast, trust, checks), strict=True))
+    given = {name: value for name, value in given.items() if value is not None}
+    override = Override(make_policy(choices, rules, **given), frozenset(given))
+    known = _ONE.get(override)
+    one = known() if known is not None else None
+    if one is None:
+        _ONE[override] = weakref.ref(override)
+        one = override
+    return AttentionContext(one)
+
+
+_known_context = functools.lru_cache(maxsize=256)(_context)
+
+
+def _not_traced() -> None:
+    """A compiled function that opens a context is broken there: what it calls inside is compiled by itself, with the choice."""
+    torch._dynamo.graph_break("attnrewrite.attention_backend is entered inside a compiled function")

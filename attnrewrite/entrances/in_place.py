@@ -1,0 +1,216 @@
+"""`set_attention_backend`: a model is compiled in place, as `torch.nn.Module.compile` does it, and can be put back.
+
+What a module calls when it is compiled stands in one attribute, `_compiled_call_impl`, which PyTorch leaves out of copies
+and pickles. Everything of ours stands there too, so that nothing of a model but this attribute changes: `forward`,
+parameters, hooks, the state dict and the class stay.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+from ..graphs.inner_compilers import Inner
+from ..planning.policies import Policy
+from .choices import Choice
+from .compilers import AttentionCompiler, with_backend
+from .model_parts import _components, _join, _known, parts
+from .schedules import Progress, Schedule
+
+IMPLEMENTATION = "_compiled_call_impl"
+
+
+@dataclass
+class SetModel:
+    """What a set model calls. `before`: every module whose implementation was changed, and what it had."""
+
+    call: Callable[..., Any]
+    compiler: AttentionCompiler
+    progress: Progress | None = None
+    before: list[tuple[Module, Any]] = field(default_factory=list)
+    placed: list[Any] = field(default_factory=list)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.progress is None:
+            return self.call(*args, **kwargs)
+        with self.progress.next_call():
+            return self.call(*args, **kwargs)
+
+    def place(self, module: Module, implementation: Any) -> None:
+        self.before.append((module, module.__dict__.get(IMPLEMENTATION, _NOTHING)))
+        self.placed.append(implementation)
+        setattr(module, IMPLEMENTATION, implementation)
+
+    def undo(self) -> None:
+        """Puts back what was there; what somebody has compiled since stays."""
+        for (module, before), placed in zip(reversed(self.before), reversed(self.placed), strict=True):
+            if module.__dict__.get(IMPLEMENTATION, _NOTHING) is not placed:
+                continue
+            if before is _NOTHING:
+                delattr(module, IMPLEMENTATION)
+            else:
+                setattr(module, IMPLEMENTATION, before)
+
+
+_NOTHING = object()
+
+
+def set_attention_backend(
+    model: Any,
+    *choices: Choice | AttentionCompiler | Schedule,
+    components: Iterable[str] | None = None,
+    regional: bool | None = None,
+    rules: Mapping[str, Choice | Iterable[Choice]] | None = None,
+    inner: Inner = "inductor",
+    strict: bool = False,
+    numerics: str = "reordered",
+    cast: str | None = None,
+    trust_remote_code: bool = False,
+    checks: bool | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> AttentionCompiler:
+    """Compiles a model in place with other attention kernels; `reset_attention_backend` puts it back.
+
+        attnrewrite.set_attention_backend(pipe, "_flash_3_hub", "native")
+
+    model: a `torch.nn.Module`, or a diffusers pipeline: then its denoiser (`transformer`, `transformer_2`, `unet`).
+    choices: as in `with_backend`, or one `schedule(...)`, or one object from `with_backend`, which has the settings then.
+    components: of a pipeline, other parts by name: ["transformer", "text_encoder", "vae"]. Of a part that is called by its
+        `encode` and `decode` (a VAE) the encoder and the decoder are compiled.
+    regional: compile the repeated blocks, which share one compilation, instead of the whole. None: where the model declares
+        them (`_repeated_blocks`, as diffusers' models do). Attention outside of the blocks stays as it is then.
+    rules ... checks: those of `with_backend`. Paths begin at `model`, in regional compilation too, and in a pipeline with
+        the component's name; blocks that the rules treat alike share a compilation and are reported under the first.
+    fullgraph, dynamic, mode, options: torch.compile's.
+
+    Nothing is compiled before the first call. Returns the backend object, whose `report` tells what was done. A model that
+    was set before is put back first; one that was compiled otherwise (`model.compile()`) is so again after the reset.
+    Copies and unpickled models are plain, as those of any model that `torch.nn.Module.compile` was called on.
+
+    Raises `TypeError` for a model that is none, `ValueError` for an unknown component, for `regional=True` without blocks,
+    and what `with_backend` raises. The model is unchanged then.
+    """
+    plan = choices[0] if len(choices) == 1 and isinstance(choices[0], Schedule) else None
+    if len(choices) == 1 and isinstance(choices[0], AttentionCompiler):
+        compiler = choices[0]
+    else:
+        chosen: Any = choices if plan is None else plan.middle
+        compiler = with_backend(
+            *chosen, rules=rules, inner=inner, strict=strict, numerics=numerics, cast=cast,
+            trust_remote_code=trust_remote_code, checks=checks,
+        )  # fmt: skip
+    roots = parts(model, components)
+    progress = Progress(plan, None if isinstance(model, Module) else model) if plan is not None else None
+    compile_parts(roots, compiler, regional, progress, fullgraph=fullgraph, dynamic=dynamic, mode=mode, options=options)
+    return compiler
+
+
+def compile_parts(
+    roots: Mapping[str, Module],
+    compiler: AttentionCompiler,
+    regional: bool | None = None,
+    progress: Progress | None = None,
+    **how: Any,
+) -> None:
+    """Compiles each of the modules, by their paths, as `set_attention_backend` does. `how`: for torch.compile."""
+    blocks = {path: _blocks(path, root, regional) for path, root in roots.items()}
+    made = {path: _compiled(path, root, blocks[path], compiler, how) for path, root in roots.items()}
+    if any(path or blocks[path] for path in roots):
+        _warn_of_rules(compiler.policy, roots)
+
+    for path, root in roots.items():
+        _undo(root)
+        call, of_blocks = made[path]
+        model = SetModel(call, compiler, progress)
+        for module in list(root.modules()):
+            # What somebody else compiled as a whole, with blocks in it, would run them by his compiler. What he compiled
+            # inside of what is ours, Dynamo takes in as it stands; what is beside, stays his.
+            if module.__dict__.get(IMPLEMENTATION) is not None and _holds_any(module, of_blocks):
+                model.place(module, None)
+        for block, implementation in of_blocks:
+            model.place(block, implementation)
+        model.place(root, model)
+
+
+def _holds_any(module: Module, blocks: list[tuple[Module, Any]]) -> bool:
+    inside = {id(part) for part in module.modules() if part is not module}
+    return any(id(block) in inside for block, _ in blocks)
+
+
+def reset_attention_backend(model: Any, components: Iterable[str] | None = None) -> None:
+    """Puts back the callables that the model, or a pipeline's components (None: all of them), had before
+    `set_attention_backend`. A model that was not set stays as it is."""
+    if isinstance(model, Module):
+        roots = [model]
+    else:
+        named = _components(model)
+        roots = [named[name] for name in (named if components is None else _known(components, named))]
+    for root in roots:
+        _undo(root)
+
+
+def _undo(root: Module) -> None:
+    for module in reversed(list(root.modules())):  # of a part that was set after its model, first
+        if isinstance(implementation := module.__dict__.get(IMPLEMENTATION), SetModel):
+            implementation.undo()
+
+
+def _blocks(path: str, root: Module, regional: bool | None) -> dict[str, Module]:
+    """The repeated blocks by their paths from `root`; none where it is compiled as a whole."""
+    declared = getattr(root, "_repeated_blocks", None) or ()
+    found = {name: module for name, module in root.named_modules() if name and type(module).__name__ in declared}
+    if regional and not found:
+        raise ValueError(
+            f"regional=True, and {_join(path, type(root).__name__)} has none of the repeated blocks it declares "
+            f"(_repeated_blocks is {list(declared)}): leave regional out to compile it as a whole"
+        )
+    return found if regional or regional is None else {}
+
+
+def _compiled(
+    path: str, root: Module, blocks: Mapping[str, Module], compiler: AttentionCompiler, how: Mapping[str, Any]
+) -> tuple[Callable[..., Any], list[tuple[Module, Any]]]:
+    """What the root is to call, and its blocks with theirs."""
+
+    def part(prefix: str) -> AttentionCompiler:
+        return AttentionCompiler(
+            compiler.policy, compiler.inner, compiler.machine, prefix=prefix, report=compiler.report
+        )
+
+    if not blocks:
+        return torch.compile(root._call_impl, backend=part(path) if path else compiler, **how), []
+    like: dict[Any, AttentionCompiler] = {}
+    made = []
+    for name, block in blocks.items():
+        full = _join(path, name)
+        backend = like.setdefault((type(block), _treatment(compiler.policy, full, block)), part(full))
+        made.append((block, torch.compile(block._call_impl, backend=backend, **how)))
+    return root._call_impl, made
+
+
+def _treatment(policy: Policy, path: str, block: Module) -> Any:
+    """Which rule holds for each module of a block: blocks where it is the same share compiled code."""
+    globs = [pattern for pattern, _ in policy.rules if pattern not in ("self", "cross")]
+    if any("#" in pattern for pattern in globs):  # of one call among several, which only the graph tells
+        return path
+    inside = {name: _join(path, name) for name, _ in block.named_modules()} if globs else {}
+    return tuple(
+        (name, next((glob for glob in globs if fnmatch.fnmatchcase(full, glob)), None)) for name, full in inside.items()
+    )
+
+
+def _warn_of_rules(policy: Policy, roots: Mapping[str, Module]) -> None:
+    paths = [_join(path, name) for path, root in roots.items() for name, _ in root.named_modules()]
+    for pattern, _ in policy.rules:
+        plain = pattern.split("#")[0]
+        if pattern not in ("self", "cross") and not any(fnmatch.fnmatchcase(path, plain) for path in paths):
+            warnings.warn(f"rules: {pattern!r} matches no module of this model", stacklevel=4)

@@ -1,0 +1,73 @@
+"""The parts of a pipeline or a model that are compiled: components, what is called of them, repeated blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.nn import Module
+
+DENOISERS = ("transformer", "transformer_2", "unet")
+
+
+def parts(model: Any, components: Iterable[str] | None = None) -> dict[str, Module]:
+    """The modules to compile, by their paths in `model`; "" for itself."""
+    if hasattr(model, "_orig_mod"):
+        raise TypeError(
+            "model is what torch.compile(...) returned: set the backend on the model that was compiled, or compile it with "
+            "torch.compile(model, backend=attnrewrite.with_backend(...))"
+        )
+    if isinstance(model, Module):
+        if components is not None:
+            raise ValueError(f"components is {components!r}, and model is a module: components are parts of a pipeline")
+        return dict(called_parts("", model))
+    named = _components(model)
+    if components is None:
+        components = [name for name in DENOISERS if name in named]
+        if not components:
+            raise ValueError(
+                f"{type(model).__name__} has no {' or '.join(DENOISERS)}: name its parts by components=, of {', '.join(named)}"
+            )
+    found: dict[str, Module] = {}
+    for name in _known(components, named):
+        if hasattr(named[name], "_orig_mod"):
+            raise TypeError(
+                f"{name} of the pipeline is what torch.compile(...) returned: set the pipeline before, or not both"
+            )
+        found |= dict(called_parts(name, named[name]))
+    return found
+
+
+def _components(pipeline: Any) -> dict[str, Module]:
+    named = getattr(pipeline, "components", None)
+    if not isinstance(named, Mapping):
+        raise TypeError(f"model is {type(pipeline).__name__}: give a torch.nn.Module or a diffusers pipeline")
+    return {name: part for name, part in named.items() if isinstance(part, Module)}
+
+
+def _known(components: Iterable[str], named: Mapping[str, Module]) -> list[str]:
+    wanted = [components] if isinstance(components, str) else list(components)
+    for name in wanted:
+        if name not in named:
+            raise ValueError(f"components has {name!r}, which is no module of this pipeline; it has {', '.join(named)}")
+    return wanted
+
+
+def called_parts(path: str, module: Module) -> Iterator[tuple[str, Module]]:
+    """What is called of a module: itself, or encoder and decoder of one that is called by its methods."""
+    inside = [name for name in ("encoder", "decoder") if isinstance(getattr(module, name, None), Module)]
+    if inside and hasattr(module, "encode") and hasattr(module, "decode"):
+        for name in inside:
+            yield _join(path, name), getattr(module, name)
+    else:
+        yield path, module
+
+
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    declared = getattr(model, "_repeated_blocks", None) or ()
+    return [module for module in model.modules() if type(module).__name__ in declared]

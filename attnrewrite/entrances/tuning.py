@@ -1,0 +1,161 @@
+"""`tune`: every kernel that may take a site of a model, timed there on the site's own tensors, and the best chosen."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any
+
+from ..graphs.inner_compilers import Inner, known_inner
+from ..kernels.calls import AttentionCall
+from ..kernels.machines import Machine
+from ..measuring.capturing import Captured, capture
+from ..measuring.measure_site import Settings, measure_site
+from ..planning.measurements import Tuning
+from ..planning.plans import Plan
+from ..planning.policies import Candidate
+from ..planning.selectors import candidate, usual_candidates
+from ..planning.sites import Site
+from ..planning.this_machine import machine_of
+from ..version import __version__
+from .choices import Choice, candidates_of, make_policy, numerics_of
+
+
+def tune(
+    model: Callable[..., Any],
+    *args: Any,
+    candidates: Choice | Iterable[Choice] | None = None,
+    numerics: str = "reordered",
+    max_error: float | None = None,
+    min_gain: float = 0.02,
+    inner: Inner = "inductor",
+    time_limit: float = 60.0,
+    progress: bool | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """Runs `model(*args, **kwargs)` once and finds the fastest kernel for each of its attention sites.
+
+        with torch.no_grad():
+            plan = attnrewrite.tune(model, **inputs)
+        plan.save("plan.json")
+        compiled = torch.compile(model, backend=attnrewrite.with_backend(plan))
+
+    At each site that differs from those before in more than its name, the run stops, and every candidate that may take the
+    site is compiled as it would stand in the model (with its padding and packing), run on the site's own query, key, value
+    and mask, timed in turn with the others, and compared with float64 (on up to 256 query rows). Sites that are equal are
+    measured once. A call that needs a gradient is timed with its backward. Call it under `torch.no_grad()` for an inference.
+
+    candidates: names or `Backend` records. None: all of this machine but those of the kernels hub, which would be
+        downloaded: name them to have them. `native` always takes part.
+    numerics: "exact", "reordered" (rounding) or "quantised". A plan with quantised choices is used by
+        `with_backend(plan, numerics="quantised")`; without it they are refused and the next one takes the site.
+    max_error: the largest |out - ref| / |ref| that is allowed. None: what rounding explains (10 times the error of `native`),
+        and twice the stated error of a quantised kernel.
+    min_gain: a kernel that is not faster by this part (0.02: 2 %), or by more than the noise, does not replace a simpler
+        one: `native` first, then the order of `candidates`.
+    inner: the compiler, as in `with_backend`.
+    time_limit: seconds for each candidate at each site, compiling included. One that raises, is not ready in time, returns NaN,
+        infinity or another shape is dropped, with the reason in the plan. What hangs on the host is left behind on its
+        thread; a CUDA kernel that hangs cannot be ended, and `RuntimeError` says so.
+    progress: a line on stderr. None: where stderr is a terminal.
+
+    Ctrl-C ends the run and returns the plan so far (`plan.tuning.complete` is False).
+
+    Raises `TypeError` and `ValueError` for arguments that are none of these, and what the model raises.
+    """
+    settings = _settings(model, candidates, numerics, max_error, min_gain, inner, time_limit)
+    started = time.perf_counter()
+    line = _Line(sys.stderr.isatty() if progress is None else progress)
+    known: dict[AttentionCall, Site] = {}
+    sites: dict[str, Site] = {}
+    machines: list[Machine] = []
+
+    def receive(captured: Captured) -> None:
+        call = captured.call
+        if call.site in sites and like(sites[call.site].call) == like(call):
+            return  # it runs again
+        if like(call) not in known:
+            machines.append(machine_of(captured.query.device))
+            at = f"site {len(known) + 1}, {call.site} ({call.batch}, {call.heads}, {call.q_len}, {call.head_dim}): "
+            known[like(call)] = measure_site(captured, machines[-1], settings, lambda text: line.say(at + text))
+        name = call.site
+        while name in sites:  # of another graph, or of other sizes
+            name += "'"
+        sites[name] = replace(known[like(call)], call=call)
+
+    complete = True
+    try:
+        capture(model, args, kwargs, receive, make_policy(["native"]))
+    except KeyboardInterrupt:
+        complete = False
+        print("\nattnrewrite.tune: interrupted, returning the plan so far", file=sys.stderr)
+    finally:
+        line.end()
+    return Plan(tuple(sites.values()), _tuning(model, machines, settings, complete, time.perf_counter() - started))
+
+
+def like(call: AttentionCall) -> AttentionCall:
+    """Equal for calls that a kernel takes the same time for."""
+    return replace(call, site="", role="", scale=None)
+
+
+def _settings(
+    model: Any, candidates: Any, numerics: Any, max_error: Any, min_gain: Any, inner: Any, time_limit: Any
+) -> Settings:
+    if isinstance(getattr(model, "components", None), dict):
+        raise TypeError(
+            f"model is a pipeline ({type(model).__name__}): give its denoiser, as pipe.transformer, with the inputs of one step"
+        )
+    if not callable(model):
+        raise TypeError(
+            f"model is {model!r} ({type(model).__name__}): give a torch.nn.Module, or a function of tensors"
+        )
+    numbers = {"max_error": max_error, "min_gain": min_gain, "time_limit": time_limit}
+    for name, value in numbers.items():
+        if name == "max_error" and value is None:
+            continue
+        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+            raise ValueError(f"{name} is {value!r}: give a number from 0 on{_UNITS[name]}")
+    found = usual_candidates() if candidates is None else candidates_of(candidates, "candidates")
+    native = [each for each in found if each.name == "native"] or [candidate("native")]
+    ordered: tuple[Candidate, ...] = (*native, *(each for each in found if each.name != "native"))
+    return Settings(ordered, numerics_of(numerics), max_error, min_gain, known_inner(inner), time_limit)
+
+
+_UNITS = {
+    "max_error": ", the relative error that is allowed, or None",
+    "min_gain": ", as 0.02 for 2 %",
+    "time_limit": " of seconds",
+}
+
+
+def _tuning(model: Any, machines: list[Machine], settings: Settings, complete: bool, seconds: float) -> Tuning:
+    plain = getattr(model, "_orig_mod", model)
+    name = getattr(plain, "__qualname__", None) or type(plain).__name__
+    return Tuning(
+        name, tuple({repr(each): each for each in machines}.values()), __version__, settings.numerics.name.lower(),
+        settings.max_error, settings.min_gain, complete, seconds,
+    )  # fmt: skip
+
+
+class _Line:
+    """One line of a terminal, written over and over."""
+
+    def __init__(self, on: bool) -> None:
+        self._on = on
+        self._width = 0
+
+    def say(self, text: str) -> None:
+        if self._on:
+            text = f"attnrewrite.tune: {text}"[:118]
+            sys.stderr.write("\r" + text.ljust(self._width))
+            sys.stderr.flush()
+            self._width = len(text)
+
+    def end(self) -> None:
+        if self._on and self._width:
+            sys.stderr.write("\r" + " " * self._width + "\r")
+            sys.stderr.flush()

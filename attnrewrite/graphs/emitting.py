@@ -1,0 +1,239 @@
+"""Writes plain PyTorch code into a graph by running it on the graph's own fake tensors.
+
+A kernel's `op` is an ordinary function of tensors. `Emitter` runs it under a `TorchFunctionMode`: every torch call that
+it makes becomes one node, with the fake result as the node's value. So shapes, strides and dtypes of what is emitted are
+PyTorch's own, and a record needs no graph code.
+
+An exported program may hold operators only: there, a call that is none becomes the aten operators that it makes.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from .nodes import INHERITED_META, value_key, value_of
+
+EMITTED = "attnrewrite"  # in the metadata of every node that an Emitter wrote
+
+
+class Emitter(TorchFunctionMode):
+    """Emits into one graph. `tensor(node)` gives the fake tensor that stands for a node, `node(tensor)` the way back."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        super().__init__()
+        self.module = graph_module
+        self.graph = graph_module.graph
+        self.key = value_key(graph_module)
+        self._nodes: dict[int, Node] = {}
+        self._kept: list[torch.Tensor] = []  # alive, so that no id is given twice
+        self._meta: dict[str, Any] = {}
+        self._modules: dict[int, str] = {}
+        self._symbols: dict[str, Node] = {}
+        self._shared: dict[Any, Any] = {}
+
+    def tensor(self, node: Node) -> torch.Tensor:
+        value: torch.Tensor = value_of(node)
+        self._know(value, node)
+        return value
+
+    def node(self, tensor: torch.Tensor) -> Node:
+        return self._nodes[id(tensor)]
+
+    @contextmanager
+    def before(self, node: Node, needs_grad: bool, value: torch.Tensor) -> Iterator[None]:
+        """What runs inside is emitted before `node`, as part of the same module and source line. `value`: one of its."""
+        self._meta = {key: node.meta[key] for key in INHERITED_META if key in node.meta}
+        self._symbols = {}
+        fake_mode = value.fake_mode  # type: ignore[attr-defined]
+        with (
+            self.graph.inserting_before(node),
+            torch.set_grad_enabled(needs_grad),
+            torch._C._DisableAutocast(),
+            enable_python_dispatcher(),  # symbolic sizes need the Python meta kernels
+            _no_saved_tensors(),
+            fake_mode,
+            self,
+        ):
+            yield
+
+    def once(self, key: Any, build: Callable[[], Any]) -> Any:
+        """`build()` at the first use of `key` in this graph, and its result again at later ones."""
+        if key not in self._shared:
+            self._shared[key] = build()
+        return self._shared[key]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.key == "val" and not isinstance(func, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+            with _Operators(self):
+                return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        self.write(func, args, kwargs, result)
+        return result
+
+    def write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """The node of a call that gave `result`."""
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and id(leaf) not in self._nodes]
+        if not made:  # a question (size, stride, dtype), or a call that gave back what it was given
+            return
+        kind, target = _target(func)
+        node = self.graph.create_node(kind, target, self._arguments(args), self._arguments(kwargs))
+        self._finish(node, result)
+        if not isinstance(result, torch.Tensor):  # a tuple: each member is a node of its own
+            for position, member in enumerate(result):
+                if isinstance(member, torch.Tensor):
+                    self._finish(self.graph.call_function(operator.getitem, (node, position)), member)
+
+    def _finish(self, node: Node, value: Any) -> None:
+        node.meta |= {**self._meta, self.key: value, EMITTED: True}
+        if isinstance(value, torch.Tensor):
+            self._know(value, node)
+
+    def same(self, one: torch.Tensor, other: torch.Tensor) -> None:
+        """Two tensors of one node."""
+        if id(other) not in self._nodes:
+            self._know(other, self._nodes[id(one)])
+
+    def _know(self, tensor: torch.Tensor, node: Node) -> None:
+        self._nodes[id(tensor)] = node
+        self._kept.append(tensor)
+
+    def _arguments(self, values: Any) -> Any:
+        return map_aggregate(values, self._argument)  # unlike pytrees it looks into slices
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return self._nodes[id(value)]
+        if isinstance(value, torch.SymInt | torch.SymFloat):
+            return self.number(value)
+        if isinstance(value, torch.nn.Module):
+            return self._attribute(value)
+        return value
+
+    def _attribute(self, module: torch.nn.Module) -> Node:
+        if id(module) not in self._modules:
+            number = len(self._modules)
+            while hasattr(self.module, f"attnrewrite_{number}"):
+                number += 1
+            self._modules[id(module)] = f"attnrewrite_{number}"
+            self.module.add_module(f"attnrewrite_{number}", module)
+        return self.graph.get_attr(self._modules[id(module)])
+
+    def number(self, size: torch.SymInt | torch.SymFloat) -> Node | int | float:
+        """A node for a symbolic number, computed from the sizes of tensors that are at hand."""
+        from torch.utils._sympy.interp import sympy_interp
+        from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+        known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size.node.maybe_as_float()
+        if known is not None:
+            number: int | float = known
+            return number
+        tracer = _Arithmetic(self.graph)
+        symbols = {symbol: torch.fx.Proxy(self._symbol(symbol), tracer) for symbol in size.node.expr.free_symbols}
+        node: Node = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr).node
+        for step in tracer.made:
+            args: Any = map_aggregate(step.args, value_of)
+            step.meta |= {**self._meta, self.key: step.target(*args), EMITTED: True}  # type: ignore[operator]
+        return node
+
+    def _symbol(self, symbol: Any) -> Node:
+        name = str(symbol)
+        if name not in self._symbols:
+            self._symbols[name] = self._found(symbol)
+        return self._symbols[name]
+
+    def _found(self, symbol: Any) -> Node:
+        """A node for a symbol: an input, the size of a tensor, or, where an exported program has derived sizes, a part of one:
+        2*s stands there for s."""
+        inputs: list[Node] = list(self.graph.find_nodes(op="placeholder"))
+        sizes = [(self._nodes[id(tensor)], tensor) for tensor in self._kept]
+        sizes += [(node, value) for node in inputs if isinstance(value := value_of(node), torch.Tensor)]
+        symbolic: list[tuple[Node, int, Any]] = [
+            (node, dim, size)
+            for node, tensor in sizes
+            for dim, size in enumerate(tensor.shape)
+            if isinstance(size, torch.SymInt)
+        ]
+        for node, dim, size in symbolic:
+            if size.node.expr == symbol:
+                return self._call(torch.ops.aten.sym_size.int, (node, dim), size)
+        for node in inputs:
+            value = value_of(node)
+            if isinstance(value, torch.SymInt) and value.node.expr == symbol:
+                return node
+        for node, dim, size in symbolic:
+            times = size.node.expr / symbol
+            if times.is_Integer and times > 0:
+                whole = self._call(torch.ops.aten.sym_size.int, (node, dim), size)
+                return self._call(operator.floordiv, (whole, int(times)), size // int(times))
+        raise RuntimeError(f"attnrewrite: the symbol {symbol} is no size of a tensor at hand; please report this graph")
+
+    def _call(self, function: Any, args: tuple[Any, ...], value: Any) -> Node:
+        node = self.graph.call_function(function, args)
+        node.meta |= {**self._meta, self.key: value, EMITTED: True}
+        return node
+
+
+class _Operators(TorchDispatchMode):
+    """Writes down the aten operators that a torch call is made of, below autograd and composites."""
+
+    def __init__(self, emitter: Emitter) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.emitter = emitter
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is torch.ops.aten.detach.default:  # how autograd makes a view its own: no operation
+            self.emitter.same(args[0], result)
+        else:
+            self.emitter.write(func, args, kwargs, result)
+        return result
+
+
+class _Arithmetic(torch.fx.proxy.GraphAppendingTracer):
+    """Notes the nodes that arithmetic on symbols appends."""
+
+    def __init__(self, graph: torch.fx.Graph) -> None:
+        super().__init__(graph)
+        self.made: list[Node] = []
+
+    def create_node(self, *args: Any, **kwargs: Any) -> Node:
+        node = super().create_node(*args, **kwargs)
+        self.made.append(node)
+        return node
+
+
+@contextmanager
+def _no_saved_tensors() -> Iterator[None]:
+    """A checkpoint around the compiled function counts what its first call saves: fake tensors are none of that."""
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
+        yield
+        return
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
+
+
+def _target(func: Any) -> tuple[str, Any]:
+    """Graphs call methods of tensors by name; everything else is a function."""
+    name = getattr(func, "__name__", "")
+    if name == "__getitem__":
+        return "call_function", operator.getitem
+    if getattr(torch.Tensor, name, None) is func:
+        return "call_method", name
+    return "call_function", func

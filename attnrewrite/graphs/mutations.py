@@ -1,0 +1,158 @@
+"""Which tensors of a graph are written to: what was read of them once may not be what they hold later."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from .nodes import value_of
+
+_WRITES = frozenset(
+    {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift",
+     "irshift"}
+)  # fmt: skip
+_WRITING_METHODS = frozenset(f"__{name}__" for name in _WRITES)
+# In place of what a tensor is, not of what it holds.
+RESHAPES = frozenset(
+    {
+        "unsqueeze_",
+        "squeeze_",
+        "t_",
+        "transpose_",
+        "swapaxes_",
+        "swapdims_",
+        "resize_",
+        "resize_as_",
+        "as_strided_",
+        "set_",
+    }
+)
+# Functions of these modules say by their name, `inplace=` or `out=` that they write. Of others nothing is known.
+_KNOWN_MODULES = frozenset({"torch", "_operator", "operator", "math", "builtins"})
+
+
+def written_by(node: Node) -> tuple[Node, ...]:
+    """The arguments that a node may write into: `fill_`, `x[i] = y`, `x += y`, `out=`, `inplace=True`,
+    `torch._foreach_mul_`, an op whose schema says so. A function that says nothing counts as one that writes into all."""
+    return tuple(leaf for argument in _written_by(node) for leaf in _nodes(argument))
+
+
+def written_storages(graph_module: GraphModule) -> set[int]:
+    """The storages (`storage_of`) that some node writes into."""
+    found = {storage_of(value_of(target)) for node in graph_module.graph.nodes for target in written_by(node)}
+    return {storage for storage in found if storage is not None}
+
+
+def storage_of(value: Any) -> int | None:
+    """A number for the memory behind a tensor; views of one memory have the same. None where there is none of its own."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    try:
+        storage: int = value.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # sparse, or wrapped by torch.func
+        return None
+    return storage
+
+
+class Writes:
+    """Where the nodes of a graph stand, and what they write into."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.position: dict[Node, int] = {}
+        self._writers: dict[int, list[Node]] = {}
+        self._edits: dict[Node, list[Node]] = {}
+        for position, node in enumerate(graph_module.graph.nodes):
+            self.position[node] = position
+            for target in written_by(node):
+                self._edits.setdefault(target, []).append(node)
+                if (storage := storage_of(value_of(target))) is not None:
+                    self._writers.setdefault(storage, []).append(node)
+
+    def current(self, node: Node, reader: Node) -> Node:
+        """The node whose result `node` holds when `reader` reads it: after `x.mul_(2)`, that of mul_."""
+        before = [edit for edit in self._edits.get(node, ()) if self.position[edit] < self.position[reader]]
+        return before[-1] if before else node
+
+    def writers(self, node: Node) -> list[Node]:
+        """All that write into the memory of a node's value."""
+        storage = storage_of(value_of(node))
+        return [] if storage is None else self._writers.get(storage, [])
+
+    def unchanged(self, node: Node, reader: Node, later: Node) -> bool:
+        """Whether `later` finds the same in a node as `reader` did."""
+        start, end = self.position[reader], self.position[later]
+        return not any(start < self.position[writer] < end for writer in self.writers(node))
+
+
+def _nodes(argument: Any) -> list[Node]:
+    return [
+        leaf for leaf in tree_leaves(argument, is_leaf=lambda leaf: isinstance(leaf, Node)) if isinstance(leaf, Node)
+    ]
+
+
+def _written_by(node: Node) -> Iterator[Any]:
+    if node.op == "call_method":
+        name = str(node.target)
+        if _in_place(name) or name in _WRITING_METHODS:
+            yield node.args[0]
+    elif node.op == "call_module":
+        owner = node.graph.owning_module
+        module = owner.get_submodule(str(node.target)) if owner is not None else None
+        # PyTorch's own say so by `inplace`; among them is what `ExportedProgram.module()` checks its inputs with.
+        if not type(module).__module__.startswith("torch.") or getattr(module, "inplace", False):
+            yield from (*node.args, *node.kwargs.values())
+    elif node.op == "call_function":
+        yield from _written_by_function(node.target, node.args, node.kwargs)
+
+
+def _written_by_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    if isinstance(target, torch._ops.OpOverload):
+        yield from _written_by_schema(target._schema, args, kwargs)
+    elif isinstance(target, torch._ops.OpOverloadPacket):
+        for overload in target.overloads():
+            yield from _written_by_schema(getattr(target, overload)._schema, args, kwargs)
+    elif isinstance(target, torch._ops.HigherOrderOperator) or not _is_known(target):
+        yield from (*args, *kwargs.values())
+    else:
+        name = getattr(target, "__name__", "")
+        if name in _WRITES or (_in_place(name) and not _is_operator(target)) or _says_inplace(target, args, kwargs):
+            yield args[0] if args else next(iter(kwargs.values()))
+        yield kwargs.get("out")
+
+
+def _written_by_schema(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    for position, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            yield kwargs.get(argument.name, args[position] if position < len(args) else None)
+
+
+def _in_place(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _is_operator(target: Any) -> bool:
+    """and_, or_ and not_ of the module `operator` write nothing."""
+    return getattr(target, "__module__", "") in ("_operator", "operator")
+
+
+def _is_known(target: Any) -> bool:
+    module = (
+        getattr(target, "__module__", None) or getattr(getattr(target, "__self__", None), "__name__", "") or "torch"
+    )
+    return str(module).partition(".")[0] in _KNOWN_MODULES
+
+
+def _says_inplace(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    if "inplace" in kwargs:
+        return bool(kwargs["inplace"])
+    if not any(each is True for each in args):  # 1 is no flag
+        return False
+    try:
+        return bool(inspect.signature(target).bind(*args, **kwargs).arguments.get("inplace", False))
+    except (TypeError, ValueError):  # a builtin without a signature, none of which has `inplace`
+        return False

@@ -1,0 +1,160 @@
+"""What is particular to a kind of graph: where a node's value stands, what a site is called, which graphs hang below.
+
+A Dynamo graph keeps fake values under `meta["example_value"]`, an exported one under `meta["val"]`. Nothing else in
+attnrewrite knows the difference.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import GraphModule, Node
+
+SDPA = torch._C._nn.scaled_dot_product_attention
+SDPA_TARGETS = frozenset(
+    {SDPA, torch.ops.aten.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
+)
+MHA = torch.nn.functional.multi_head_attention_forward
+# Attention inside one operator, which leaves no call to swap. The value: how to have one.
+_FUSED = "torch.backends.mha.set_fastpath_enabled(False) before compiling makes it a call that can be swapped"
+OPAQUE_TARGETS = {
+    torch._transformer_encoder_layer_fwd: _FUSED,
+    torch._native_multi_head_attention: _FUSED,
+    MHA: "with need_weights=False and outside autocast it is opened, and its attention swapped",
+}
+# In the metadata of an input: the number that torch.export lifted out of the graph as a constant.
+LITERAL = "attnrewrite_literal"
+INHERITED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "from_node")
+
+# Under `attnrewrite run` every call of SDPA passes through a function of this file, which counts.
+LAUNCHER = str(Path(__file__).parents[1] / "commands" / "interception.py")
+
+# torch.func's transforms stand in a Dynamo graph as calls that enter and leave a nesting level.
+_ENTERS = {"_vmap_increment_nesting": "vmap", "_grad_increment_nesting": "grad", "_jvp_increment_nesting": "jvp"}
+_LEAVES = {"_vmap_decrement_nesting", "_grad_decrement_nesting", "_jvp_decrement_nesting"}
+_CHANGES = _ENTERS.keys() | _LEAVES | {"_enter_autocast", "_exit_autocast"}
+
+
+def value_key(graph_module: GraphModule) -> str:
+    """The metadata key under which the nodes of this graph keep their fake values."""
+    exported = any("val" in node.meta and "example_value" not in node.meta for node in graph_module.graph.nodes)
+    return "val" if exported else "example_value"
+
+
+def value_of(node: Any) -> Any:
+    """The fake value of a node; anything else is its own value."""
+    if not isinstance(node, Node):
+        return node
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+@contextmanager
+def values_only(value: torch.Tensor) -> Iterator[None]:
+    """What runs inside computes with fake values such as `value`, sizes symbolic or not, and traces nothing."""
+    with torch.no_grad(), enable_python_dispatcher(), getattr(value, "fake_mode", None) or nullcontext():
+        yield
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a node stands in: the innermost torch.func transform, and the autocast regions, each (device type, enabled)."""
+
+    transform: str | None = None
+    autocast: tuple[tuple[str, bool], ...] = ()
+
+    def autocasts(self, device: str) -> bool:
+        """Whether autocast is on for a device: what the graph says last of it, or what it is compiled under."""
+        said = [enabled for kind, enabled in self.autocast if kind == device]
+        return said[-1] if said else torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def graphs_below(root: GraphModule) -> Iterator[tuple[GraphModule, Surroundings]]:
+    """`root` and every graph that it calls (bodies of checkpoints, branches of cond, repeated regions), each once, with
+    what it is called in."""
+    seen: set[int] = set()
+    waiting: list[tuple[GraphModule, Surroundings]] = [(root, Surroundings())]
+    while waiting:
+        module, inherited = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield module, inherited
+        for node, inside in with_surroundings(module, inherited):
+            if node.op in ("get_attr", "call_module"):
+                child = _attribute(module, str(node.target))
+                if isinstance(child, GraphModule):
+                    waiting.append((child, _around_the_call(node, inside)))
+
+
+def with_surroundings(module: GraphModule, outer: Surroundings) -> Iterator[tuple[Node, Surroundings]]:
+    """The nodes in order, each with what it stands in."""
+    transforms: list[str] = []
+    regions: dict[Node, tuple[str, bool]] = {}
+    now = outer
+    for node in module.graph.nodes:
+        name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
+        if name in _ENTERS:
+            transforms.append(_ENTERS[name])
+        elif name in _LEAVES and transforms:
+            transforms.pop()
+        elif name == "_enter_autocast":
+            regions[node] = (node.args[0], node.args[2])
+        elif name == "_exit_autocast":
+            regions.pop(node.args[0], None)
+        if name in _CHANGES:
+            transform = f"it stands inside torch.func.{transforms[-1]}" if transforms else outer.transform
+            now = Surroundings(transform, (*outer.autocast, *regions.values()))
+        yield node, now
+
+
+def _around_the_call(graph: Node, inside: Surroundings) -> Surroundings:
+    """An exported program keeps an autocast region as an operator that calls a graph."""
+    for user in graph.users:
+        if getattr(user.target, "__name__", "") == "wrap_with_autocast":
+            device, _, enabled = user.args[:3]
+            return replace(inside, autocast=(*inside.autocast, (str(device), bool(enabled))))
+    return inside
+
+
+def _attribute(module: torch.nn.Module, path: str) -> Any:
+    value: Any = module
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def module_of(node: Node) -> str:
+    """The path of the module that makes the call, as "blocks.0.attn1"; "" for the compiled module or function itself."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return module_path(str(stack[-1][0])) if stack else ""
+
+
+def site_name(node: Node) -> str:
+    """The path of the module that makes the call; where there is none, the name of the compiled module's class or function."""
+    if path := module_of(node):
+        return path
+    if stack := list((node.meta.get("nn_module_stack") or {}).values()):
+        kind = stack[-1][1]
+        return str(getattr(kind, "__name__", kind)).rsplit(".", 1)[-1]
+    frames = re.findall(r'File "([^"]*)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
+    frames = [frame for frame in frames if frame[0] != LAUNCHER]
+    # Behind a graph break Dynamo calls the rest of f torch_dynamo_resume_in_f_at_LINE.
+    return re.sub(r"^torch_dynamo_resume_in_(.+)_at_(\d+)$", r"\1:\2", frames[-1][2]) if frames else "attention"
+
+
+def module_path(source: str) -> str:
+    """Dynamo's expression for a module as a path: L['self'].blocks.0 -> blocks.0, and L['self'] -> ''.
+
+    It also writes L['self'].__dict__['_modules']['blocks']._modules['0'] for the same, and `_orig_mod` where a block was
+    compiled by itself.
+    """
+    text = re.sub(r"^[LG]\['[^']*'\]", "", source)
+    parts = re.findall(r"[^.\[\]']+", text)
+    return ".".join(part for part in parts if part not in ("__dict__", "_modules", "_orig_mod"))

@@ -1,0 +1,189 @@
+"""One name for each operation, whichever way a graph spells it: function, method, operator, in place, aten overload."""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+from .nodes import LITERAL, value_of
+from .sizes import UnbackedSizeError, known
+
+_OWNERS = (torch, F, operator, torch.special, builtins)
+_SAME = {
+    "imul": "mul", "multiply": "mul", "truediv": "div", "itruediv": "div", "divide": "div", "true_divide": "div",
+    "iadd": "add", "isub": "sub", "subtract": "sub", "reshape": "view", "_unsafe_view": "view", "view_as": "view",
+    "reshape_as": "view", "unsqueeze": "view", "squeeze": "view", "flatten": "view", "unflatten": "view",
+    "contiguous": "clone", "alias": "clone", "swapaxes": "transpose", "swapdims": "transpose", "expand_as": "expand",
+    "broadcast_to": "expand", "float": "to", "half": "to", "bfloat16": "to", "double": "to", "type": "to", "type_as": "to",
+    "_to_copy": "to", "bitwise_not": "logical_not", "invert": "logical_not", "_softmax": "softmax",
+    "_safe_softmax": "softmax", "mm": "matmul", "bmm": "matmul", "tile": "repeat",
+}  # fmt: skip
+TURNS = frozenset({"transpose", "permute", "movedim", "getattr", "mT", "adjoint", "t", "T", "numpy_T"})
+
+
+def spelled(node: Node) -> str | None:
+    """The common name of what a node computes: "mul" for `x * y`, `x *= y`, `torch.mul`, `aten.mul.Scalar`. None for what
+    is not PyTorch's own. Names that mean the same to an attention are one: "view" is whatever keeps the order of elements."""
+    name = _own_name(node)
+    if name is None:
+        return None
+    if name.endswith("_") and not name.endswith("__"):
+        name = name[:-1]
+    return _SAME.get(name, name)
+
+
+def _own_name(node: Node) -> str | None:
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op != "call_function":
+        return None
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._opname if target.namespace == "aten" else None
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        space, _, name = target._qualified_op_name.partition("::")
+        return name if space == "aten" else None
+    name = getattr(target, "__name__", "")
+    return name if any(getattr(owner, name, None) is target for owner in _OWNERS) else None
+
+
+def argument(node: Node, position: int, *names: str, default: Any = None) -> Any:
+    """An argument by its position, or by any of its names: torch says `input` where aten says `self`."""
+    if position < len(node.args):
+        return node.args[position]
+    return next((node.kwargs[name] for name in names if name in node.kwargs), default)
+
+
+def first(node: Node) -> Any:
+    return argument(node, 0, "input", "self", "x")
+
+
+def integers(node: Node, *names: str) -> Sequence[Any]:
+    """The arguments behind the first, given one by one or as one sequence: permute(x, 0, 2, 1), permute(x, (0, 2, 1))."""
+    rest = node.args[1:] or tuple(node.kwargs[name] for name in names if name in node.kwargs)
+    if len(rest) == 1 and isinstance(rest[0], list | tuple):
+        return rest[0]
+    return rest
+
+
+def permutation(node: Node) -> tuple[int, ...] | None:
+    """For a transposition or permutation, the source dimension of each of its dimensions."""
+    value = value_of(node)
+    rank = value.dim()
+    name = spelled(node)
+    given: Sequence[Any] = ()
+    if name == "getattr":  # x.mT
+        name = str(node.args[1])
+    if name in ("mT", "adjoint") or (name in ("T", "t", "numpy_T") and rank == 2):
+        given = (-2, -1) if rank > 1 and not value.is_complex() else ()
+    elif name == "transpose":
+        given = (argument(node, 1, "dim0", "axis0"), argument(node, 2, "dim1", "axis1"))
+    elif name == "permute":
+        given = integers(node, "dims")
+    elif name == "movedim":
+        given = (argument(node, 1, "source"), argument(node, 2, "destination"))
+    if not given or not all(isinstance(dim, int) for dim in given):
+        return None
+    dims = [dim % rank for dim in given]
+    if name == "permute":
+        return tuple(dims)
+    order = list(range(rank))
+    if name == "movedim":
+        order.remove(dims[0])
+        order.insert(dims[1], dims[0])
+    else:
+        order[dims[0]], order[dims[1]] = dims[1], dims[0]
+    return tuple(order)
+
+
+def keeps_order(node: Node) -> bool:
+    """Whether a node gives the elements of its first argument in the same order: views, copies, full slices."""
+    name = spelled(node)
+    if name in ("view", "clone"):
+        return True
+    if name == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return all(each is None or each is Ellipsis or _is_full(each) for each in index)
+    if name == "slice":
+        return same_shape(value_of(node), value_of(first(node)))
+    return False
+
+
+def stays_on(node: Node) -> bool:
+    """Whether a cast is one between floating dtypes on one device."""
+    source, value = value_of(first(node)), value_of(node)
+    both = isinstance(source, torch.Tensor) and isinstance(value, torch.Tensor)
+    return both and source.device == value.device and source.is_floating_point() and value.is_floating_point()
+
+
+def same_shape(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two shapes are the same as far as is known without a guard."""
+    return one.dim() == other.dim() and all(known(a == b) for a, b in zip(one.shape, other.shape, strict=True))
+
+
+def _is_full(index: Any) -> bool:
+    return isinstance(index, slice) and (index.start, index.stop, index.step) == (None, None, None)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, or computed from numbers alone: 0.5, torch.tensor(8.0).sqrt(), torch.full([], 2)."""
+    if isinstance(value, Node):
+        if isinstance(value_of(value), torch.SymInt | torch.SymFloat | int | float):
+            return True
+        return _constant(value, 8) is not None
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def number(value: Any) -> float:
+    """The number. For one that Dynamo has made symbolic, reading it makes a guard; `UnbackedSizeError` where none can."""
+    if not isinstance(value, Node):
+        return float(value)
+    held = value_of(value)
+    if isinstance(held, torch.SymInt | torch.SymFloat | int | float):
+        from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+        try:
+            return float(held)
+        except GuardOnDataDependentSymNode as error:
+            raise UnbackedSizeError(str(held)) from error
+    constant = _constant(value, 8)
+    assert constant is not None
+    return float(constant)
+
+
+def _constant(node: Node, depth: int) -> Any:
+    """The number that all elements of a tensor are, where the graph itself says so."""
+    if depth == 0:
+        return None
+    if LITERAL in node.meta:
+        return node.meta[LITERAL]
+    if node.op == "get_attr":
+        tensor = getattr(node.graph.owning_module, str(node.target), None)
+        # Literal tensors of a traced model. Buffers and parameters may be given other values later.
+        literal = str(node.target).startswith(("_tensor_constant", "lifted_tensor", "_lifted_tensor"))
+        return tensor.item() if literal and isinstance(tensor, torch.Tensor) and tensor.numel() == 1 else None
+    name = spelled(node)
+    if name in ("tensor", "scalar_tensor"):
+        found = argument(node, 0, "data", "s")
+    elif name in ("full", "full_like", "new_full"):
+        found = argument(node, 2 if name == "new_full" else 1, "fill_value")
+    elif name == "new_tensor":
+        found = argument(node, 1, "data")
+    elif name in ("clone", "detach", "lift_fresh_copy", "lift_fresh", "to", "expand", "view", "sqrt"):
+        inner = first(node)
+        found = _constant(inner, depth - 1) if isinstance(inner, Node) else None
+        if name == "sqrt" and found is not None:
+            return math.sqrt(found) if found >= 0 else None
+    else:
+        return None
+    if isinstance(found, Node):
+        held = value_of(found)
+        return held if isinstance(held, int | float) else None
+    return found if isinstance(found, int | float) and not isinstance(found, bool) else None

@@ -1,0 +1,89 @@
+"""Where a kernel's output lies in memory otherwise than SDPA's did, and somebody would notice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from .mutations import storage_of
+from .nodes import value_of
+from .sizes import Size, known
+
+# What gives the same result, with the same strides, whatever the strides of its input.
+_NORMALISES = frozenset(
+    {"linear", "matmul", "bmm", "baddbmm", "addmm", "layer_norm", "scaled_dot_product_attention", "sum", "mean"}
+)
+# What gives the same result with strides that may be others: run again to see.
+_FOLLOWS = frozenset(
+    {"transpose", "permute", "reshape", "flatten", "unflatten", "contiguous", "clone", "unsqueeze", "squeeze", "cat", "stack",
+     "conv1d", "conv2d", "conv3d", "einsum"}
+)  # fmt: skip
+# What reads strides, or fails on some.
+_READS = frozenset({"view", "as_strided", "stride", "is_contiguous", "view_as_complex", "view_as_real", "output"})
+
+
+def same_strides(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether both lie alike in memory, as far as is known without a guard. Sizes of 1 have no stride that counts."""
+    return all(
+        known(size == 1) or known(a == b) for size, a, b in zip(other.shape, one.stride(), other.stride(), strict=True)
+    )
+
+
+def strides_matter(node: Node, now: torch.Tensor, written: set[int]) -> bool:
+    """Whether anything behind `node` would notice that its value has the strides of `now`: a `view`, a write into what was a
+    copy and has become a view, or whoever receives the graph's output.
+
+    now: a fake tensor. written: storages that are written to (`written_storages`).
+    """
+    values: dict[Node, torch.Tensor | None] = {node: now}  # what has other strides; None: not known which
+    waiting = list(node.users)
+    while waiting:
+        user = waiting.pop()
+        if user in values:
+            continue
+        name = str(user.target) if user.op in ("call_method", "output") else getattr(user.target, "__name__", "")
+        name = name.split(".")[0]
+        if name in _READS or user.op == "call_module" or isinstance(user.target, torch._ops.HigherOrderOperator):
+            return True
+        if name in _NORMALISES:
+            continue
+        before = value_of(user)
+        if isinstance(before, torch.Tensor) and storage_of(before) in written:
+            return True
+        values[user] = again = _run(user, values) if name in _FOLLOWS else None
+        if again is None or not same_strides(again, before):
+            waiting.extend(user.users)
+    return False
+
+
+def _run(node: Node, values: dict[Node, torch.Tensor | None]) -> torch.Tensor | None:
+    """The value of a node with other values for some nodes; None where those are not known."""
+    if any(source in values and values[source] is None for source in node.all_input_nodes):
+        return None
+    args: Any = map_arg(node.args, lambda source: values.get(source, value_of(source)))
+    kwargs: Any = map_arg(node.kwargs, lambda source: values.get(source, value_of(source)))
+    with torch._C.DisableTorchFunction():  # the emitter would write it down
+        function: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
+        result = function(*args, **kwargs)
+    return result if isinstance(result, torch.Tensor) else None
+
+
+def restrided(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A copy of `tensor` whose dimensions lie in memory in the order of those of `like`, a dense tensor."""
+    order: list[int] = []
+    for dim, stride in enumerate(like.stride()):
+        place = len(order)
+        while place > 0 and _outside(stride, like.stride(order[place - 1])):
+            place -= 1
+        order.insert(place, dim)
+    back = [order.index(dim) for dim in range(like.dim())]
+    return tensor.permute(order).contiguous().permute(back)
+
+
+def _outside(stride: Size, other: Size) -> bool:
+    """Whether a dimension lies outside of another. Strides of a dense tensor are multiples of each other, whatever the data
+    says their sizes are."""
+    return known(stride > other) or (not known(other >= stride) and known(stride % other == 0))  # type: ignore[operator]

@@ -1,0 +1,99 @@
+"""What is decided of a kernel and a call: `Accepted`, with the steps it takes, or `Refused`, with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from enum import Enum
+from typing import Any
+
+from ..graphs.sizes import Size, described
+
+
+class Code(str, Enum):
+    """The closed list of reasons for a refusal."""
+
+    MISSING = "MISSING"
+    VERSION = "VERSION"
+    DEVICE = "DEVICE"
+    CAPABILITY = "CAPABILITY"
+    NUMERICS = "NUMERICS"
+    CONTEXT = "CONTEXT"
+    DETERMINISTIC = "DETERMINISTIC"
+    CAPTURE = "CAPTURE"  # a CUDA graph will be recorded
+    DTYPE = "DTYPE"
+    DROPOUT = "DROPOUT"
+    GRAD = "GRAD"
+    MASK = "MASK"
+    VALUE_DIM = "VALUE_DIM"
+    GQA = "GQA"
+    HEAD_DIM = "HEAD_DIM"
+    CAUSAL = "CAUSAL"
+    LENGTH = "LENGTH"
+    SCALE = "SCALE"
+    HEADS = "HEADS"
+    UNBACKED = "UNBACKED"
+    BROKEN = "BROKEN"  # installed, but it does not import
+    UNTRUSTED = "UNTRUSTED"  # a publisher that the kernels hub does not vouch for
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the swap does around a kernel to make it applicable, as "pad_head_dim" from 72 to 80, and what that costs."""
+
+    name: str
+    before: Size | str
+    after: Size | str
+    cost: str = ""  # of a size that grows: how many times the products
+
+    def described(self) -> Step:
+        return Step(self.name, described(self.before), described(self.after), self.cost)
+
+    def __str__(self) -> str:
+        cost = self.cost
+        if isinstance(self.before, int) and isinstance(self.after, int):
+            cost = f"{self.after / self.before:.2f} times the products"
+        return f"{self.name}: {described(self.before)} to {described(self.after)}" + (f", {cost}" if cost else "")
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The kernel may take the call, after these steps. form: as what it takes the mask, one of `reasons.forms`."""
+
+    steps: tuple[Step, ...] = ()
+    form: str = "proven"
+
+    def described(self) -> Accepted:
+        return Accepted(tuple(step.described() for step in self.steps), self.form)
+
+    def step(self, name: str) -> Step | None:
+        return next((step for step in self.steps if step.name == name), None)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """`detail` is a sentence made of the two values that were compared; `fix` is what the reader can do."""
+
+    code: Code
+    detail: str
+    fix: str
+
+    def described(self) -> Refused:
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.code.value}: {self.detail}. {self.fix}"
+
+
+Decision = Accepted | Refused
+
+
+def to_json(decision: Decision) -> dict[str, Any]:
+    if isinstance(decision, Accepted):
+        return {"accepted": True, "form": decision.form, "steps": [asdict(step) for step in decision.described().steps]}
+    return {"accepted": False, **asdict(decision)}
+
+
+def from_json(data: dict[str, Any]) -> Decision:
+    if data["accepted"]:
+        return Accepted(tuple(Step(**step) for step in data.get("steps", ())), data.get("form", "proven"))
+    return Refused(Code(data["code"]), data["detail"], data["fix"])

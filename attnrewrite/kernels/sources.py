@@ -1,0 +1,243 @@
+"""Where the function behind a kernel comes from: an installed package, or a repository of the kernels hub.
+
+Nothing here is imported or downloaded until a plan chooses the kernel (`load`). What was loaded is known by a text, its
+source, as "flash-attn 2.8.3" or "kernels-community/flash-attn3@<commit>". The text is an argument of the op: it says
+which library the op calls, and makes PyTorch's caches, which know an op by its name alone, tell versions apart.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .decisions import Code, Refused
+from .machines import installed
+
+LOCK = "ATTNREWRITE_KERNELS_LOCK"  # environment: a kernels.lock, as `kernels lock` writes it, that fixes every commit
+TRUST = "ATTNREWRITE_TRUST_REMOTE_CODE"  # environment: 1 loads kernels of publishers that the hub does not vouch for
+
+
+class SourceError(RuntimeError):
+    """A library that cannot be loaded. `refused` is the reason as a decision."""
+
+    def __init__(self, refused: Refused) -> None:
+        super().__init__(str(refused))
+        self.refused = refused
+
+
+_PACKAGES: dict[str, Package] = {}  # every one that was made, by its distribution: a text names no module
+# What makes the packages of plug-ins, which are not imported before somebody asks (planning/registry.py).
+PLUG_INS: list[Callable[[], object]] = []
+
+
+@dataclass(frozen=True)
+class Package:
+    """A module of an installed distribution."""
+
+    distribution: str  # "flash-attn"
+    module: str  # "flash_attn"
+
+    def __post_init__(self) -> None:
+        _PACKAGES.setdefault(self.distribution, self)
+
+    def __str__(self) -> str:
+        return self.distribution
+
+    def on(self, packages: Mapping[str, str]) -> str:
+        """The text that it will be known by on a machine with these packages."""
+        return f"{self.distribution} {packages[self.distribution]}"
+
+    def fetch(self, trust: bool) -> tuple[str, ModuleType]:
+        """The module and its source. Raises `SourceError` with the import's own words if it does not import."""
+        version = installed(self.distribution)
+        try:
+            module = importlib.import_module(self.module)
+        except Exception as error:  # an ABI mismatch raises OSError, a broken extension anything
+            raise SourceError(
+                Refused(
+                    Code.BROKEN,
+                    f"{self.distribution} {version} does not import: {type(error).__name__}: {_first_line(error)}",
+                    "Install a build for this PyTorch, CUDA and Python, or choose another kernel",
+                )
+            ) from error
+        return f"{self.distribution} {version}", module
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A repository of the kernels hub, loaded by the `kernels` library: from LOCAL_KERNELS, its cache, or the network.
+    Tried with kernels 0.17.2; 0.14 takes other arguments and trusts other publishers.
+
+    `revision` (a branch, tag or commit) replaces `version`; so does the commit of a lock file, where the environment names
+    one.
+    """
+
+    repository: str  # "kernels-community/flash-attn3"
+    version: int
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.repository}@{self.revision or f'v{self.version}'}"
+
+    def on(self, packages: Mapping[str, str]) -> str:
+        """The text that it will be known by elsewhere: with a branch, which commit that is shows when it is loaded."""
+        return str(self)
+
+    def fetch(self, trust: bool) -> tuple[str, ModuleType]:
+        """The module and its source. Raises `SourceError` if it can be neither found nor loaded; a download that failed
+        midway leaves nothing in the cache."""
+        _, kernels = Package("kernels", "kernels").fetch(trust)
+        which: dict[str, Any] = {"revision": self.revision} if self.revision else {"version": self.version}
+        get, lock = kernels.get_kernel, os.environ.get(LOCK)
+        if lock and not self.revision:
+            get, which = kernels.get_locked_kernel, {"lockfile": Path(lock)}
+        trust = trust or os.environ.get(TRUST, "").lower() in ("1", "true", "yes")
+        with _alone(self.repository):
+            before = _cached(self.repository)
+            try:
+                module: ModuleType = get(self.repository, trust_remote_code=trust, **which)
+            except Exception as error:
+                if not _raised_by_an_import(error):  # then the download is whole
+                    for path in sorted(_cached(self.repository) - before):
+                        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+                raise SourceError(self._refused(error)) from error
+        return f"{self.repository}@{_commit(module)}", module
+
+    def _refused(self, error: Exception) -> Refused:
+        """What `kernels` (0.17) raises, by its words: it has no exceptions of its own."""
+        said = f"{self} does not load: {type(error).__name__}: {_first_line(error)}"
+        if "not from a trusted publisher" in str(error):
+            publisher = self.repository.split("/")[0]
+            fix = f"If you trust {publisher}, pass trust_remote_code=True or set {TRUST}=1"
+            return Refused(Code.UNTRUSTED, said, fix)
+        other = "Ask for another revision, as in 'name@revision', or choose another kernel"
+        if isinstance(error, ImportError) or _raised_by_an_import(error):
+            return Refused(Code.BROKEN, said, other)
+        if "does not support the current device" in str(error):
+            return Refused(Code.CAPABILITY, said, other)
+        if "build variant" in str(error) or "requires kernels" in str(error):
+            return Refused(Code.VERSION, said, other)
+        # By the name of its branch: what is downloaded by its version is not found again offline (kernels 0.17.2).
+        install = f"kernels.install_kernel('{self.repository}', revision='{self.revision or f'v{self.version}'}')"
+        return Refused(
+            Code.MISSING,
+            said,
+            f'Where there is a network: python -c "import kernels; {install}"; then set HF_HUB_OFFLINE=1 where there is none; '
+            f"or name a local folder: LOCAL_KERNELS={self.repository}=<folder>",
+        )
+
+
+Source = Package | Hub
+
+# What has been loaded in this process: a later compilation asks no file and no network again.
+_TEXTS: dict[tuple[Source, bool], str] = {}  # by source and trust
+_LIBRARIES: dict[str, ModuleType] = {}  # by text
+
+
+def load(source: Source, trust: bool = False) -> str:
+    """Loads a library, once a process, and returns the text that it is known by from now on. Raises `SourceError`."""
+    if (source, trust) not in _TEXTS:
+        with _disable_current_modes():  # an import may make tensors: they are not part of the graph being rewritten
+            text, module = source.fetch(trust)
+        _LIBRARIES.setdefault(text, module)
+        _TEXTS[source, trust] = text
+    return _TEXTS[source, trust]
+
+
+def library(text: str, trust: bool = False) -> ModuleType:
+    """The module behind a source's text, for an op that is about to call it.
+
+    In a process that has not loaded it (a saved program), it is loaded now. Raises `SourceError` if what is there now is
+    another version than the program was made with.
+    """
+    if (module := _LIBRARIES.get(text)) is None:
+        source = _parsed(text)
+        found = load(source, trust)
+        pinned = not isinstance(source, Hub) or re.fullmatch("[0-9a-f]{40}|local:.*", source.revision or "")
+        if found != text and pinned:
+            raise SourceError(
+                Refused(
+                    Code.VERSION,
+                    f"this program was made with {text}, here is {found}",
+                    f"Install {text}, or make the program again",
+                )
+            )
+        module = _LIBRARIES[text] = _LIBRARIES[found]
+    return module
+
+
+def _parsed(text: str) -> Source:
+    if "@" in text:
+        repository, revision = text.split("@", 1)
+        return Hub(repository, 0, revision)
+    distribution = text.split(" ")[0]
+    if distribution not in _PACKAGES:
+        for load_plug_ins in PLUG_INS:
+            load_plug_ins()
+    if distribution not in _PACKAGES:
+        raise SourceError(
+            Refused(
+                Code.MISSING,
+                f"no kernel here comes from {distribution}",
+                "Install the plug-in that this program needs, or import the module that makes its record",
+            )
+        )
+    return _PACKAGES[distribution]
+
+
+def _commit(module: ModuleType) -> str:
+    """The commit that a hub module was loaded from; for a local folder the build's own id."""
+    found = re.search(r"/snapshots/([^/]+)/", str(Path(module.__file__ or "")).replace(os.sep, "/"))
+    return found[1] if found else f"local:{module.__name__}"
+
+
+@contextmanager
+def _alone(repository: str) -> Iterator[None]:
+    """One process at a time, as with the ranks of one job: what is new in the cache after a download broke off is then
+    this process's own. Where the cache cannot be written to nothing is downloaded either."""
+    import filelock
+
+    lock = filelock.FileLock(_cache() / ".locks" / f"attnrewrite--{repository.replace('/', '--')}.lock")
+    try:
+        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _cached(repository: str) -> set[Path]:
+    """What the hub's cache holds of a repository: as a kernel, or as the model that it was before there were kernels."""
+    folders = [_cache() / f"{kind}--{repository.replace('/', '--')}" for kind in ("kernels", "models")]
+    return {path for folder in folders if folder.exists() for path in (folder, *folder.rglob("*"))}
+
+
+def _cache() -> Path:
+    from huggingface_hub import constants
+
+    return Path(os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE)
+
+
+def _raised_by_an_import(error: BaseException) -> bool:
+    """Whether the code of a kernel ran into it, not the library that was fetching the kernel."""
+    frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return "exec_module" in frames
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

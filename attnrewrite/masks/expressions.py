@@ -1,0 +1,281 @@
+"""What one element of a mask is, as an expression in the axes (batch, head, query, key); equal expressions are one object.
+
+Booleans are built of and, not, comparisons of indices and elements of tensors; numbers of constants, indices and
+`select(condition, a, b)`. So `(1 - m.to(dtype)) * -10000` of a boolean m is `select(m, 0, -10000)`, and `tril` of ones
+is `query - key >= 0`. What is none of these is an element of a tensor of the graph: `read`.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .indices import Axis, Index, at_least_zero, constant, divided
+
+MOST_LEAVES = 16  # of nested selects; more are no mask that a kernel has a word for
+
+
+@dataclass(frozen=True, eq=False)
+class Value:
+    """kind, and what it is made of:
+
+    "constant"  (number,)            "index"  (Index,)                "absolute"  (Index,)
+    "read"      (node, indices)      "select" (condition, a, b)       "compare"   ("lt" | "le" | "eq", a, b)
+    "and"       conjuncts            "not"    (boolean,)              "at_least_zero" | "zero"  (Index,)
+    """
+
+    kind: str
+    parts: tuple[Any, ...]
+    boolean: bool
+    axes: frozenset[int] = field(default=frozenset(), repr=False)  # the dims that it depends on
+    leaves: int = field(default=1, repr=False)
+
+    @property
+    def number(self) -> Any:
+        return self.parts[0] if self.kind == "constant" else None
+
+
+class Expressions:
+    """Makes values, simplified, and each only once."""
+
+    def __init__(self) -> None:
+        self._made: dict[Any, Value] = {}
+        self._order: dict[Value, int] = {}
+        self.true, self.false = self.constant(True), self.constant(False)
+
+    def _make(self, kind: str, parts: tuple[Any, ...], boolean: bool) -> Value:
+        key = (kind, tuple(repr(part) if isinstance(part, float) else (type(part), part) for part in parts))
+        if key not in self._made:
+            axes: set[int] = set()
+            leaves = 1
+            for part in parts:
+                for each in part if isinstance(part, tuple) else (part,):
+                    axes |= {place.dim for place in each.axes()} if isinstance(each, Index) else set()
+                    if isinstance(each, Value):
+                        axes |= each.axes
+                        leaves += each.leaves
+            self._made[key] = value = Value(kind, parts, boolean, frozenset(axes), leaves)
+            self._order[value] = len(self._order)
+        return self._made[key]
+
+    def constant(self, number: float) -> Value:
+        return self._make("constant", (number,), isinstance(number, bool))
+
+    def index(self, index: Index) -> Value:
+        return self.constant(index.number) if index.number is not None else self._make("index", (index,), False)
+
+    def read(self, node: Node, indices: tuple[Index, ...], boolean: bool) -> Value:
+        return self._make("read", (node, indices), boolean)
+
+    # -- booleans
+
+    def not_(self, value: Value) -> Value:
+        if value.kind == "constant":
+            return self.constant(not value.number)
+        if value.kind == "not":
+            inner: Value = value.parts[0]
+            return inner
+        if value.kind == "at_least_zero":
+            return self.at_least_zero(-value.parts[0] - 1)
+        return self._make("not", (value,), True)
+
+    def and_(self, *values: Value) -> Value:
+        found: dict[Value, None] = {}
+        for value in values:
+            for each in value.parts if value.kind == "and" else (value,):
+                found[each] = None
+        found.pop(self.true, None)
+        if self.false in found or any(self.not_(each) in found for each in found):
+            return self.false
+        for each in found:  # a & ~(a & b) is a & ~b
+            inner = each.parts[0].parts if each.kind == "not" and each.parts[0].kind == "and" else ()
+            left = [part for part in inner if part not in found]
+            if any(self.not_(part) in found for part in inner):
+                return self.and_(*(other for other in found if other is not each))
+            if len(left) < len(inner):
+                return self.and_(*(other for other in found if other is not each), self.not_(self.and_(*left)))
+        if len(found) < 2:
+            return next(iter(found), self.true)
+        return self._make("and", tuple(sorted(found, key=self._order.__getitem__)), True)
+
+    def or_(self, *values: Value) -> Value:
+        return self.not_(self.and_(*map(self.not_, values)))
+
+    def at_least_zero(self, index: Index) -> Value:
+        if at_least_zero(index):
+            return self.true
+        return self.false if at_least_zero(-index - 1) else self._make("at_least_zero", (index,), True)
+
+    def zero(self, index: Index) -> Value:
+        if index.number is not None:
+            return self.constant(index.number == 0)
+        if at_least_zero(index - 1) or at_least_zero(-index - 1):
+            return self.false
+        first = min(index.terms, key=lambda product: (len(product), str(product)))
+        return self._make("zero", (index if index.terms[first] > 0 else -index,), True)
+
+    # -- numbers
+
+    def select(self, condition: Value, a: Value, b: Value) -> Value:
+        if condition.kind == "constant":
+            return a if condition.number else b
+        if condition.kind == "not":
+            condition, a, b = condition.parts[0], b, a
+        if a.kind == "select" and a.parts[0] is condition:
+            a = a.parts[1]
+        if b.kind == "select" and b.parts[0] is condition:
+            b = b.parts[2]
+        if a is b:
+            return a
+        if a.boolean and b.boolean:
+            return self.or_(self.and_(condition, a), self.and_(self.not_(condition), b))
+        return self._make("select", (condition, self.as_number(a), self.as_number(b)), False)
+
+    def as_number(self, value: Value) -> Value:
+        """A boolean as 1 and 0."""
+        if not value.boolean:
+            return value
+        if value.kind == "constant":
+            return self.constant(int(value.number))
+        return self.select(value, self.constant(1), self.constant(0))
+
+    def as_boolean(self, value: Value) -> Value:
+        return value if value.boolean else self.not_(self.compare("eq", value, self.constant(0)))
+
+    def compare(self, name: str, a: Value, b: Value) -> Value:
+        """name: lt, le, eq, gt, ge or ne."""
+        if name in ("gt", "ge"):
+            return self.compare({"gt": "lt", "ge": "le"}[name], b, a)
+        if name == "ne":
+            return self.not_(self.compare("eq", a, b))
+        a, b = self.as_number(a), self.as_number(b)
+        for first, second, swapped in ((a, b, False), (b, a, True)):
+            if first.kind == "select" and first.leaves + second.leaves <= MOST_LEAVES:
+                condition, *sides = first.parts
+                yes, no = (self.compare(name, *((second, side) if swapped else (side, second))) for side in sides)
+                return self.select(condition, yes, no)
+        if a.kind == b.kind == "constant":
+            return self.constant(bool(getattr(operator, name)(a.number, b.number)))
+        indices = [_whole(each, name, left) for each, left in ((a, True), (b, False))]
+        if indices[0] is not None and indices[1] is not None:
+            return self._compare_indices(name, indices[1] - indices[0])
+        if name in ("lt", "le"):  # |index| < size and its likes: both sides of a window
+            strict = 1 if name == "lt" else 0
+            if a.kind == "absolute" and indices[1] is not None:
+                limit = indices[1] - strict
+                return self.and_(self.at_least_zero(limit - a.parts[0]), self.at_least_zero(limit + a.parts[0]))
+            if b.kind == "absolute" and indices[0] is not None:
+                return self.not_(self.compare("le" if name == "lt" else "lt", b, a))
+        if name == "eq" and self._order[a] > self._order[b]:
+            a, b = b, a
+        return self._make("compare", (name, a, b), True)
+
+    def _compare_indices(self, name: str, difference: Index) -> Value:
+        if name == "eq":
+            return self.zero(difference)
+        return self.at_least_zero(difference - 1 if name == "lt" else difference)
+
+    def arithmetic(self, function: Callable[..., Any], values: tuple[Value, ...], dtype: torch.dtype) -> Value | None:
+        """A function of numbers, element by element, in the dtype of its result; None where it is not known."""
+        values = tuple(map(self.as_number, values))
+        for place, value in enumerate(values):
+            if value.kind == "select":
+                if sum(each.leaves for each in values) > MOST_LEAVES:
+                    return None
+                condition, *sides = value.parts
+                yes, no = (
+                    self.arithmetic(function, (*values[:place], side, *values[place + 1 :]), dtype) for side in sides
+                )
+                return None if yes is None or no is None else self.select(condition, yes, no)
+        if all(value.kind == "constant" for value in values):
+            try:
+                return self.constant(rounded(function(*(value.number for value in values)), dtype))
+            except (ZeroDivisionError, OverflowError):
+                return None
+        if dtype not in _EXACT or not all(value.kind in ("constant", "index") for value in values):
+            return None
+        indices = [value.parts[0] if value.kind == "index" else value.number for value in values]
+        if not all(isinstance(each, int | Index) for each in indices):
+            return None
+        if function in (operator.add, operator.sub, operator.mul, operator.neg):
+            found = function(*(each if isinstance(each, Index) else constant(each) for each in indices))
+            return self.index(found)
+        if function is operator.floordiv and isinstance(indices[0], Index) and indices[1] in range(1, 1 << 31):
+            return self.index(divided(indices[0], constant(indices[1]))[0])
+        return self._make("absolute", (indices[0],), False) if function is abs else None
+
+    def cast(self, value: Value, dtype: torch.dtype) -> Value | None:
+        """A value in another dtype; None where it is not known."""
+        if dtype == torch.bool:
+            return self.as_boolean(value)
+        value = self.as_number(value)
+        if value.kind == "constant":
+            try:
+                return self.constant(rounded(value.number, dtype))
+            except OverflowError:
+                return None
+        if value.kind == "select":
+            yes, no = (self.cast(side, dtype) for side in value.parts[1:])
+            return None if yes is None or no is None else self.select(value.parts[0], yes, no)
+        return value if value.kind in ("index", "absolute") and dtype in _EXACT else None
+
+
+# dtypes in which positions are exact
+_EXACT = frozenset({torch.int32, torch.int64, torch.float32, torch.float64})
+_FORMATS = {torch.float16: "e", torch.float32: "f"}
+
+
+def rounded(number: float, dtype: torch.dtype) -> float:
+    """A number as a tensor of this dtype holds it."""
+    if not dtype.is_floating_point:
+        if isinstance(number, float) and not math.isfinite(number):
+            raise OverflowError
+        limits = torch.iinfo(dtype)
+        if not limits.min <= int(number) <= limits.max:
+            raise OverflowError
+        return int(number)
+    number = float(number)
+    if dtype == torch.bfloat16 and math.isfinite(number):
+        bits = int.from_bytes(struct.pack(">f", rounded(number, torch.float32)), "big")
+        if bits & 0x7F800000 != 0x7F800000:
+            bits += 0x7FFF + (bits >> 16 & 1)
+        (number,) = struct.unpack(">f", (bits & 0xFFFF0000).to_bytes(4, "big"))
+        return float(number)
+    if dtype in _FORMATS and math.isfinite(number):
+        try:
+            (number,) = struct.unpack(_FORMATS[dtype], struct.pack(_FORMATS[dtype], number))
+        except OverflowError:
+            number = math.copysign(math.inf, number)
+    return number
+
+
+def _whole(value: Value, name: str, left: bool) -> Index | None:
+    """An index, or a constant that compares with whole numbers as one: key < 2.5 is key < 3."""
+    if value.kind == "index":
+        index: Index = value.parts[0]
+        return index
+    if value.kind != "constant" or not math.isfinite(value.number):
+        return None
+    if value.number == int(value.number):
+        return constant(int(value.number))
+    if name == "eq":
+        return None
+    # index <= 2.5 is index <= 2, index < 2.5 is index < 3; on the left 2.5 <= index is 3 <= index
+    up = (name == "le") == left
+    return constant(math.ceil(value.number) if up else math.floor(value.number))
+
+
+def is_axis(index: Index) -> Axis | None:
+    """The axis, where an index is one and nothing else."""
+    if len(index.terms) == 1:
+        ((product, factor),) = index.terms.items()
+        if factor == 1 and len(product) == 1 and isinstance(product[0], Axis):
+            return product[0]
+    return None

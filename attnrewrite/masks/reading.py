@@ -1,0 +1,159 @@
+"""Reads what one element of a tensor is out of a graph, Dynamo's or exported: through views, slices, concatenations,
+comparisons and arithmetic, as far as they are known. Anything else is an element of that node's own tensor.
+
+What is written into in place: a tensor that the graph itself fills (`zeros(...).masked_fill_(...)`, `mask[:, :n] = True`) is
+followed write by write; another may be read where nothing is written into it any more, and raises `Unstable` before.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from ..graphs.mutations import RESHAPES, storage_of, written_by
+from ..graphs.nodes import value_of
+from ..graphs.sizes import is_one, known
+from .expressions import Expressions, Value, is_axis
+from .indices import Index, constant, index_of, within
+from .rules import ELEMENTWISE, MOVES, assigned, base_name, name_of
+
+DEEPEST, MOST_READS = 120, 4000  # of one mask: what is more involved is no mask that a kernel has a word for
+
+
+def is_plain(node: Node, indices: tuple[Index, ...]) -> bool:
+    """Whether the indices are whole axes, each once, and fixed places: a view of the tensor then holds the value."""
+    axes = [is_axis(index) for index in indices]
+    named = [axis.dim for axis in axes if axis is not None]
+    return len(set(named)) == len(named) and all(
+        axis.extent == index_of(size)
+        if axis is not None
+        else index.number is not None and within(index, index_of(size))
+        for axis, index, size in zip(axes, indices, value_of(node).shape, strict=True)
+    )
+
+
+class Unstable(Exception):
+    """What was read is written into later: it cannot be read again where it would be needed."""
+
+
+class Reader:
+    """For one graph. `expressions` makes equal values one object, whichever mask they are of."""
+
+    def __init__(self, graph_module: GraphModule) -> None:
+        self.expressions = Expressions()
+        self.homes: dict[Value, tuple[Node, tuple[Index, ...]]] = {}  # a tensor that holds a value, and where
+        self._positions = {node: place for place, node in enumerate(graph_module.graph.nodes)}
+        self._writes: dict[int, list[tuple[float, Node, Node]]] = {}  # by storage: when, by which node, into which
+        for node, place in self._positions.items():
+            for target in written_by(node):
+                if (storage := storage_of(value_of(target))) is not None:
+                    when = float("inf") if name_of(node) in RESHAPES else place
+                    self._writes.setdefault(storage, []).append((when, node, target))
+        self._known: dict[Any, Value | None] = {}
+        self._depth = self._reads = 0
+
+    def element(self, node: Node, indices: tuple[Index, ...], site: Node) -> Value:
+        """An element of a node's tensor as the site reads it. Raises `Unstable`."""
+        self._depth = self._reads = 0
+        return self.read(node, indices, self._positions[site])
+
+    def read(self, node: Node, indices: tuple[Index, ...], at: float) -> Value:
+        """`at`: the place in the graph at which the element is read."""
+        storage = storage_of(value_of(node))
+        if storage is None:
+            raise Unstable
+        writes = self._writes.get(storage, [])
+        before = sum(when < at for when, *_ in writes)
+        key = (node, indices, before)
+        if key not in self._known:
+            self._reads += 1
+            self._depth += 1
+            try:
+                self._known[key] = self._read(node, indices, at, writes, before)
+            finally:
+                self._depth -= 1
+        found = self._known[key]
+        if found is None:
+            raise Unstable
+        return found
+
+    def _read(self, node: Node, indices: tuple[Index, ...], at: float, writes: list[Any], before: int) -> Value | None:
+        found = None
+        if self._depth < DEEPEST and self._reads < MOST_READS:
+            with suppress(Unstable):
+                found = self._derived(node, indices, at, writes[:before])
+        value = value_of(node)
+        if found is None and before == len(writes):
+            places = zip(indices, value.shape, value.stride(), strict=True)
+            indices = tuple(
+                constant(0) if is_one(size) or known(stride == 0) else index for index, size, stride in places
+            )
+            found = self.expressions.read(node, indices, value.dtype == torch.bool)
+        if found is not None and not writes and (found not in self.homes or not is_plain(*self.homes[found])):
+            self.homes[found] = (node, indices)
+        return found
+
+    def _derived(self, node: Node, indices: tuple[Index, ...], at: float, writes: list[Any]) -> Value | None:
+        """By the rule for what the node does, and by what was written into it since."""
+        name, storage = name_of(node), storage_of(value_of(node))
+        first = node.args[0] if node.args else None
+        if writes and written_by(node) == (first,) and isinstance(first, Node) and name != "setitem":
+            return self.read(first, indices, at)  # x.fill_() returns x
+        view = any(storage_of(value_of(each)) == storage for each in node.all_input_nodes)
+        if (rule := MOVES.get(name)) is not None:
+            found = rule(self, node, indices, at if view else self._positions[node])
+        else:  # one that returns what it was given, as with out=, is not followed
+            found = None if view else self._elementwise(node, base_name(node), indices, self._positions[node])
+        if found is None or view:
+            return found
+        for when, write, target in writes:
+            found = self._written(node, indices, found, when, write, target)
+            if found is None:
+                return None
+        return found
+
+    def _written(
+        self, node: Node, indices: tuple[Index, ...], old: Value, when: float, write: Node, target: Node
+    ) -> Value | None:
+        while target is not node:  # x.fill_().tril_(): the results of writes are x
+            first = target.args[0] if target.args else None
+            if not isinstance(first, Node) or written_by(target) != (first,):
+                return None
+            target = first
+        if name_of(write) == "setitem":
+            return assigned(self, write, indices, old, when)
+        return self._elementwise(write, base_name(write), indices, when, old)
+
+    def _elementwise(
+        self, node: Node, name: str, indices: tuple[Index, ...], at: float, first: Value | None = None
+    ) -> Value | None:
+        """`first`: the value of the first operand, where it is known already."""
+        if name not in ELEMENTWISE or not isinstance(value_of(node), torch.Tensor):
+            return None
+        count, names, rule = ELEMENTWISE[name]
+        given = list(node.args[:count])
+        given += [node.kwargs[each] for each in names[len(given) : count] if each in node.kwargs]
+        if len(given) != count:
+            return None
+        values = [first] if first is not None else []
+        for each in given[len(values) :]:
+            operand = self.operand(each, indices, at)
+            if operand is None:
+                return None
+            values.append(operand)
+        return rule(self, node, values, indices)
+
+    def operand(self, given: Any, indices: tuple[Index, ...], at: float) -> Value | None:
+        """An operand of an elementwise function at the place of its result: it broadcasts."""
+        value = value_of(given)
+        if isinstance(value, torch.SymInt):
+            return self.expressions.index(index_of(value))
+        if isinstance(value, bool | int | float):
+            return self.expressions.constant(value)
+        if not isinstance(given, Node) or not isinstance(value, torch.Tensor) or value.dim() > len(indices):
+            return None
+        aligned = zip(value.shape, indices[len(indices) - value.dim() :], strict=True)
+        return self.read(given, tuple(constant(0) if is_one(size) else index for size, index in aligned), at)

@@ -1,0 +1,53 @@
+"""`with_backend("tune")`: kernels are measured where a call is compiled first."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from dataclasses import dataclass
+
+import torch
+
+from ..graphs.sizes import UnbackedSizeError
+from ..kernels.calls import AttentionCall
+from ..kernels.machines import Machine
+from ..kernels.records import Numerics
+from ..planning.policies import Candidate
+from ..planning.selectors import AUTO, candidate, measured_candidates, usual_candidates
+from ..planning.this_machine import machine_of
+from . import cache
+from .example_tensors import example, numbers
+from .measure_site import Settings, measure_site
+
+logger = logging.getLogger("attnrewrite")
+
+
+@dataclass(frozen=True)
+class Tune:
+    """`with_backend("tune")`: measures a call the first time it is compiled, and keeps the result on disk (cache.py)."""
+
+    name: str = "tune"
+
+    def select(self, call: AttentionCall, machine: Machine, limit: Numerics, measure: bool) -> tuple[Candidate, ...]:
+        auto = functools.partial(AUTO.select, call, machine, limit)
+        if call.obstacle is not None:
+            return (candidate("native"),)
+        try:
+            asked = numbers(call)
+        except UnbackedSizeError:
+            return auto()
+        settings = Settings(usual_candidates(), limit)
+        site = cache.load(asked, machine, settings)
+        if site is None and measure and not call.needs_grad and _is_here(machine):
+            logger.info("measuring kernels for %s", call.described())
+            site = measure_site(example(asked, torch.device(machine.torch_device)), machine, settings)
+            cache.save(site, machine, settings)
+        return auto() if site is None else (*measured_candidates(site, "tune"), *auto())
+
+    def libraries(self, machine: Machine) -> None:
+        return None
+
+
+def _is_here(machine: Machine) -> bool:
+    """Not a described one: that is explained, and measured nowhere."""
+    return machine.device in ("cpu", "cuda", "rocm") and machine_of(torch.device(machine.torch_device)) == machine

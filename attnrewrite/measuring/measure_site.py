@@ -1,0 +1,296 @@
+"""`measure_site`: every kernel that may take a site, timed on its tensors and compared with float64."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..graphs.inner_compilers import Inner, compile_with
+from ..kernels.calls import AttentionCall
+from ..kernels.machines import Machine
+from ..kernels.records import Backend, Numerics
+from ..planning.measurements import Measurement
+from ..planning.policies import Candidate
+from ..planning.sites import Site
+from .capturing import Captured
+from .choosing import choose, undecided
+from .reference import Reference, rank4, reference
+from .site_graphs import plan_site, site_graph
+from .timing import Stopwatch, deviation
+from .workers import OverdueError, Worker
+
+ROUNDS = (7, 25)  # at least and at most
+SECONDS = 2.0  # of rounds a site
+MORE = 3  # so many times as many rounds, where noise hides which kernel is worth it
+FAR_BEHIND = 3.0  # who takes so many times as long as the fastest takes no part in the rounds
+SHORT = 0.1  # seconds of a call that is worth another look before it takes no part
+WRONG = 10.0  # so many times the error of `native` is no rounding
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What `tune` was asked: see there."""
+
+    candidates: tuple[Candidate, ...]
+    numerics: Numerics = Numerics.REORDERED
+    max_error: float | None = None
+    min_gain: float = 0.02
+    inner: Inner = "inductor"
+    time_limit: float = 60.0
+
+
+@dataclass
+class Runner:
+    """A candidate that runs. spent: seconds of its time limit. host: seconds that its launch takes."""
+
+    name: str
+    call: Callable[[], Any]
+    error: float | None
+    seconds: float
+    spent: float
+    host: float = 0.0
+    samples: list[float] = field(default_factory=list)
+
+
+Say = Callable[[str], None]
+
+
+def measure_site(captured: Captured, machine: Machine, settings: Settings, say: Say = lambda text: None) -> Site:
+    """The call with every decision, every measurement and the choice. Nothing but Ctrl-C, and a GPU that no longer answers,
+    comes out of it as an exception."""
+    devices = [captured.query.device] if captured.query.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):  # dropout, and whatever a kernel draws
+        return _Measuring(captured, machine, settings, say).site()
+
+
+class _Measuring:
+    def __init__(self, captured: Captured, machine: Machine, settings: Settings, say: Say) -> None:
+        self.captured, self.machine, self.settings, self.say = captured, machine, settings, say
+        self.watch = Stopwatch(captured.query.device)
+        self.worker = Worker(captured.query.device)
+        self.done: dict[str, Measurement] = {}
+        self.reference: Reference | None = None
+        self.of_native: float | None = None
+
+    def site(self) -> Site:
+        call = self.captured.call
+        planned = [(each, self._planned(each)) for each in self.settings.candidates]
+        accepted = [(candidate, site) for candidate, site in planned if site is not None and site.chosen is not None]
+        runners = []
+        try:
+            self.watch.settle()
+            for place, (candidate, site) in enumerate(accepted):
+                self.say(f"{candidate.name} ({place + 1}/{len(accepted)})")
+                start = functools.partial(self._start, candidate, site)
+                runner = self._guarded(candidate.name, start, 0.0)
+                if runner is not None:
+                    runners.append(runner)
+            runners = self._rounds(runners)
+        finally:
+            self.worker.leave()
+        for runner in runners:
+            middle = statistics.median(runner.samples)
+            self.done[runner.name] = Measurement(
+                runner.name, 1e3 * middle, deviation(runner.samples) / (middle or 1.0), runner.error, len(runner.samples),
+                self._too_inexact(runner), 1e3 * runner.host or None,
+            )  # fmt: skip
+        measured = tuple(self.done[each.name] for each, _ in planned if each.name in self.done)
+        chosen = choose(measured, {each.name: each.samples for each in runners}, self.settings.min_gain)
+        if chosen is None and any(candidate.name == "native" for candidate, _ in accepted):
+            chosen = "native"  # the call as it stands is never wrong, only the limit may be too low for it
+        taken = [each for _, site in planned if site is not None for each in site.decisions]
+        decisions = tuple(sorted(taken, key=lambda each: each[0] == chosen))  # the choice comes last, as in every plan
+        of_chosen = next((site for candidate, site in accepted if candidate.name == chosen), None)
+        return Site(
+            replace(call), decisions, chosen, source=of_chosen.source if of_chosen else None,
+            backend=of_chosen.backend if of_chosen else None, measured=measured,
+        )  # fmt: skip
+
+    def _planned(self, candidate: Candidate) -> Site | None:
+        """None where deciding itself fails: a record of somebody's own may raise."""
+        try:
+            return plan_site(self.captured.call, candidate, self.machine, self.settings.numerics)
+        except Exception as error:
+            self.done[candidate.name] = Measurement(candidate.name, dropped=said(error))
+            return None
+
+    def _guarded(self, name: str, function: Callable[[], Any], spent: float, error: float | None = None) -> Any:
+        """What the function returns; None where it raises or takes too long, which drops the kernel."""
+        limit = self.settings.time_limit
+        try:
+            return self.worker.run(function, limit - spent)
+        except OverdueError:
+            dropped = f"not ready within its {limit:g} s, and left running"
+        except Exception as problem:
+            dropped = said(problem)
+        self.done[name] = Measurement(name, error=error, dropped=dropped)
+        gc.collect()  # an error and its frames hold each other, and the frames tensors
+        self._still_there(name, dropped)
+        return None
+
+    def _still_there(self, name: str, dropped: str) -> None:
+        """A failed launch may have taken the whole CUDA context with it, and a kernel that hangs holds the GPU."""
+        if self.watch.device.type != "cuda":
+            return
+        try:
+            self.worker.run(self.watch.settle, 10.0)
+        except Exception as error:
+            raise RuntimeError(
+                f"attnrewrite.tune: behind {name} ({dropped}) the GPU no longer answers: {said(error)}. Start the process "
+                f"again and leave {name} out of candidates="
+            ) from None
+        torch.cuda.empty_cache()
+
+    def _start(self, candidate: Candidate, site: Site) -> Runner:
+        """Compiled, run, compared. On the worker's thread."""
+        started = time.perf_counter()
+        call = self.captured.call
+        assert site.backend is not None
+        enough_memory(site.backend, call, self.watch.device)
+        graph = site_graph(self.captured, site, candidate, self.machine)
+        with torch.set_grad_enabled(call.needs_grad):
+            compiled = compile_with(self.settings.inner, graph.module, list(graph.inputs))
+        run = _with_backward(compiled, graph.inputs) if call.needs_grad else lambda: compiled(*graph.inputs)
+        self.worker.check()
+        with torch.set_grad_enabled(call.needs_grad):
+            output = compiled(*graph.inputs)[0].detach()
+        error = self._compared(output)
+        del output
+        if candidate.name == "native":
+            self.of_native = error
+        self.worker.check()
+        run()
+        self.worker.check()
+        seconds = self.watch.sample(run, 1)
+        for _ in range(4 if seconds < SHORT else 0):  # one sample alone may have met whatever else the machine does
+            self.worker.check()
+            seconds = min(seconds, self.watch.sample(run, min(3, self.watch.calls(seconds))))
+        host = self.watch.host(run)
+        return Runner(candidate.name, run, error, seconds, time.perf_counter() - started, host)
+
+    def _compared(self, output: Tensor) -> float | None:
+        """The error. Raises `ValueError` for an output that cannot be one."""
+        captured, call = self.captured, self.captured.call
+        batch, heads, q_len, value_dim = (int(each) for each in (call.batch, call.heads, call.q_len, call.value_dim))
+        wanted = (batch, q_len, heads * value_dim) if captured.query.dim() == 4 else None
+        if wanted is not None and tuple(output.shape) != wanted:
+            raise ValueError(f"returns {tuple(output.shape)} where SDPA gives {wanted}")
+        if captured.query.dim() == 4:
+            whole = output.unflatten(2, (heads, value_dim)).transpose(1, 2)
+        else:
+            whole = rank4(output, tuple(output.shape[: -3 if output.dim() > 3 else -2]), heads)
+        if self.reference is None:
+            self.reference = reference(call, captured.query, captured.key, captured.value, captured.mask)
+        wrong = ~torch.isfinite(whole).all(-1)
+        if bool(wrong.any()) and (self.reference.seen is None or not bool(torch.isfinite(self._rows(whole)).all())):
+            raise ValueError(f"returns NaN or infinity in {int(wrong.sum())} of {wrong.numel()} rows")
+        return None if call.dropout else self.reference.error(whole)
+
+    def _rows(self, whole: Tensor) -> Tensor:
+        """The compared rows that see a key."""
+        assert self.reference is not None
+        assert self.reference.seen is not None
+        return torch.where(self.reference.seen[..., None], whole[:, :, self.reference.rows], 0.0)
+
+    def _rounds(self, runners: list[Runner]) -> list[Runner]:
+        """Samples in turn, each round in another order. Returns those that took part in all."""
+        if not runners:
+            return []
+        fastest = min(runner.seconds for runner in runners)
+        near = [each for each in runners if each.seconds <= FAR_BEHIND * fastest or each.name == "native"]
+        for each in runners:
+            if each not in near:
+                self.done[each.name] = Measurement(
+                    each.name, 1e3 * each.seconds, None, each.error, 1, self._too_inexact(each) or
+                    f"{each.seconds / fastest:.1f} times as slow as the fastest: measured once",
+                )  # fmt: skip
+        calls = {each.name: self.watch.calls(each.seconds) for each in near}
+        a_round = sum(each.seconds * calls[each.name] for each in near)
+        rounds = max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / max(a_round, 1e-9))))
+        shuffle = random.Random(0).shuffle
+        for number in range(-1, MORE * rounds):  # the first one warms up
+            if number >= rounds and not undecided([each.samples for each in near], self.settings.min_gain):
+                break
+            self.say(f"round {number + 1}/{max(rounds, number + 1)}")
+            order = list(near)
+            shuffle(order)
+            for each in order:
+                seconds = self._sample(each, calls[each.name])
+                if seconds is None:
+                    near.remove(each)
+                elif number >= 0:
+                    each.samples.append(seconds)
+        return near
+
+    def _sample(self, runner: Runner, calls: int) -> float | None:
+        started = time.perf_counter()
+        seconds: float | None = self._guarded(
+            runner.name, lambda: self.watch.sample(runner.call, calls), runner.spent, runner.error
+        )
+        runner.spent += time.perf_counter() - started
+        return seconds
+
+    def _too_inexact(self, runner: Runner) -> str | None:
+        """The limit is the user's; without one, what rounding explains, and for a quantised kernel twice what it states."""
+        limit, why = self.settings.max_error, "max_error"
+        if limit is None:
+            record = next(each for each in self.settings.candidates if each.name == runner.name).on(self.machine)
+            if record.numerics is Numerics.QUANTISED:
+                limit, why = 2 * record.tolerance.error, "twice its stated error"
+            elif self.of_native is not None and runner.name != "native":
+                last_bits = (
+                    2 * torch.finfo(getattr(torch, self.captured.call.dtype)).eps
+                )  # native may be exact, as for one key
+                limit, why = max(WRONG * self.of_native, last_bits), f"{WRONG:g} times native's"
+        if limit is None or runner.error is None or runner.error <= limit:
+            return None
+        return f"its error is above {limit:.1e}, {why}"
+
+
+def _with_backward(compiled: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
+    """Training is both ways."""
+    learned = [each for each in inputs if each.requires_grad]
+
+    def run() -> Any:
+        with torch.enable_grad():
+            output = compiled(*inputs)[0]
+            return torch.autograd.grad(output, learned, torch.ones_like(output))
+
+    return run
+
+
+def said(error: BaseException) -> str:
+    """The first line of an error, and no reference to what it holds."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}".rstrip(": ")
+
+
+def enough_memory(record: Backend, call: AttentionCall, device: torch.device) -> None:
+    """Raises `MemoryError` where a kernel that keeps all scores would not fit: on a CPU the system would end the process."""
+    if not record.all_scores:
+        return
+    wanted = 3 * 4 * int(call.batch) * int(call.heads) * int(call.q_len) * int(call.kv_len)
+    free = free_memory(device)
+    if free is not None and wanted > 0.8 * free:
+        raise MemoryError(f"needs about {wanted / 2**30:.1f} GiB for its scores, {free / 2**30:.1f} GiB are free")
+
+
+def free_memory(device: torch.device) -> int | None:
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)

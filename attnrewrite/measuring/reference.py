@@ -1,0 +1,102 @@
+"""Attention in float64, on some rows: what errors are measured against."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.calls import AttentionCall, MaskKind
+
+PRODUCTS = 1 << 26  # scores of a reference at most: seconds on two cores, milliseconds on a GPU
+ROWS = (16, 256)  # query rows at least, if there are as many, and at most
+
+
+@dataclass(frozen=True)
+class Reference:
+    """rows: which query rows, int64. values: (batch, heads, rows, value_dim) float64. seen: (batch, heads or 1, rows) boolean,
+    False for a row without any key, of which nothing is asked; None: every row has one."""
+
+    rows: Tensor
+    values: Tensor
+    seen: Tensor | None
+
+    def error(self, output: Tensor) -> float:
+        """|output - values| / |values| (2-norms) of (batch, heads, q_len, value_dim). NaN anywhere in these rows gives NaN."""
+        taken = output[:, :, self.rows].double()
+        if self.seen is not None:
+            taken = torch.where(self.seen[..., None], taken, 0.0)
+        size, difference = float(self.values.norm()), float((taken - self.values).norm())
+        return difference / (size or 1.0)
+
+
+def reference(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Reference:
+    """Of tensors in SDPA's form (..., heads, length, dim) and the model's own mask, which broadcasts to
+    (..., heads, q_len, kv_len). Sizes of `call` are numbers. Rows are evenly spread, the first and the last among them; the
+    products of one head at a time are in memory. Dropout is left out."""
+    batch, heads, kv_heads = int(call.batch), int(call.heads), int(call.kv_heads)
+    q_len, kv_len = int(call.q_len), int(call.kv_len)
+    lead, rank = _lead(query, key, value), query.dim()
+    count = min(q_len, max(ROWS[0], min(ROWS[1], PRODUCTS // max(1, batch * heads * kv_len))))
+    rows = torch.linspace(0, q_len - 1, count, dtype=torch.float64, device=query.device).round().long()
+    query = rank4(query, lead, heads)[:, :, rows]
+    key, value = rank4(key, lead, kv_heads), rank4(value, lead, kv_heads)
+    if mask is not None:
+        mask = mask_rank4(mask, lead, rank)
+        mask = mask if mask.shape[-2] == 1 else mask[:, :, rows]
+    scale = 1 / math.sqrt(int(call.head_dim)) if call.scale is None else call.scale
+    hidden = _causal(call, rows)
+    outputs, seen = [], []
+    for head in range(heads):
+        of_keys = head * kv_heads // heads
+        scores = query[:, head].double() @ key[:, of_keys].double().transpose(-1, -2) * scale
+        keep = None if hidden is None else ~hidden
+        if mask is not None:
+            part = mask[:, min(head, mask.shape[1] - 1)]
+            if part.dtype == torch.bool:
+                keep = part if keep is None else part & keep
+            else:
+                scores = scores + part.double()
+        if keep is not None:
+            scores = scores.masked_fill(~keep, -math.inf)
+        some = (scores > -math.inf).any(-1)
+        weights = torch.where(some[..., None], scores, 0.0).softmax(-1)
+        outputs.append(torch.where(some[..., None], weights @ value[:, of_keys].double(), 0.0))
+        seen.append(some)
+    together = torch.stack(seen, 1)
+    return Reference(rows, torch.stack(outputs, 1), None if bool(together.all()) else together)
+
+
+def _causal(call: AttentionCall, rows: Tensor) -> Tensor | None:
+    """True where causal hides a key, if no tensor says so."""
+    if call.mask.dtype is not None or not call.mask.is_causal:
+        return None
+    lower_right = call.mask.kind is MaskKind.CAUSAL_LOWER_RIGHT
+    shift = int(call.kv_len) - int(call.q_len) if lower_right else 0
+    return torch.arange(int(call.kv_len), device=rows.device)[None, :] > rows[:, None] + shift
+
+
+def _lead(*tensors: Tensor) -> tuple[int, ...]:
+    """The sizes before heads, or before (length, dim) where there is one head and no dimension for it."""
+    drop = -3 if tensors[0].dim() > 3 else -2
+    return tuple(torch.broadcast_shapes(*(tensor.shape[:drop] for tensor in tensors)))
+
+
+def rank4(tensor: Tensor, lead: tuple[int, ...], heads: int) -> Tensor:
+    """(..., heads, length, dim), or (batch, length, dim), as (batch, heads, length, dim)."""
+    if tensor.dim() <= 3:
+        tensor = tensor.unsqueeze(-3)
+    return tensor.expand(*lead, heads, *tensor.shape[-2:]).reshape(math.prod(lead), heads, *tensor.shape[-2:])
+
+
+def mask_rank4(mask: Tensor, lead: tuple[int, ...], rank: int) -> Tensor:
+    """A mask that broadcasts to scores of a rank, with four sizes, of which each may be 1."""
+    mask = mask[(None,) * (rank - mask.dim())]
+    if rank <= 3:
+        return mask.unsqueeze(-3) if rank == 3 else mask[None, None]
+    if rank == 4:
+        return mask
+    heads = mask.shape[-3]
+    return mask.expand(*lead, heads, *mask.shape[-2:]).reshape(math.prod(lead), heads, *mask.shape[-2:])

@@ -1,0 +1,131 @@
+"""One site as a graph of its own, with one kernel in it: what the swap writes for it in its model, and nothing else.
+
+query, key, value, mask  ->  [casts, padding, packing, the kernel]  ->  heads side by side, as models go on
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+
+from ..graphs.nodes import SDPA, values_only
+from ..kernels.calls import AttentionCall, Mask, MaskKind
+from ..kernels.machines import Machine
+from ..kernels.ops import zero_unless
+from ..kernels.records import Numerics
+from ..passes import REWRITES, Context
+from ..passes.context import Found, MaskTerm, Operand, Operands
+from ..planning.planner import make_plan
+from ..planning.policies import Candidate, Policy
+from ..planning.sites import Site
+from .capturing import Captured
+
+VALUE = "example_value"
+
+
+@dataclass(frozen=True)
+class SiteGraph:
+    """`module(*inputs)` gives a tuple of one tensor: (batch, q_len, heads * value_dim) where the query has four dimensions,
+    SDPA's own form elsewhere."""
+
+    module: GraphModule
+    inputs: tuple[Tensor, ...]
+    site: Site
+
+
+def plan_site(call: AttentionCall, candidate: Candidate, machine: Machine, numerics: Numerics) -> Site:
+    """What is decided of one candidate, its library loaded."""
+    (site,) = make_plan([call], Policy((candidate,), numerics=numerics), [machine], load_sources=True).sites
+    return site
+
+
+def site_graph(captured: Captured, site: Site, candidate: Candidate, machine: Machine) -> SiteGraph:
+    """site: the call's own, in which the candidate was accepted."""
+    call, mask, rows = _asked(captured, site)
+    dtype = getattr(torch, call.dtype)
+    tensors = [each.detach() for each in (captured.query, captured.key, captured.value)]
+    tensors = [each if each.dtype == dtype else each.to(dtype) for each in tensors]  # of autocast, which is off here
+    if call.needs_grad:
+        tensors = [each.requires_grad_() for each in tensors]
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(getattr(torch, str(call.mask.dtype)))
+
+    build = _Build(call.needs_grad)
+    names = ("query", "key", "value", "mask", "rows")
+    given = {name: each for name, each in zip(names, (*tensors, mask, rows), strict=True) if each is not None}
+    nodes = {name: build.placeholder(name, tensor) for name, tensor in given.items()}
+    options: dict[str, Any] = {"dropout_p": call.dropout, "scale": call.scale, "enable_gqa": captured.grouped}
+    options["is_causal"] = mask is None and call.mask.is_causal
+    attention = build.call(SDPA, nodes["query"], nodes["key"], nodes["value"], nodes.get("mask"), **options)
+    output = build.call(zero_unless, nodes["rows"], attention) if "rows" in nodes else attention
+    if captured.query.dim() == 4:
+        output = build.call(torch.flatten, build.call(torch.transpose, output, 1, 2), 2)
+    build.graph.output((output,))
+    module = GraphModule(torch.nn.Module(), build.graph)
+
+    asked = plan_site(call, candidate, machine, Numerics.QUANTISED)
+    if asked.chosen is None:  # a tensor that stands for a proof has another kind than the call of the model
+        raise RuntimeError(f"{candidate.name} takes the site and not its copy: {asked.refusals[0][1]}")
+    term = (
+        (MaskTerm(Operand(nodes["mask"]), *(("keep", -torch.inf) if mask.dtype == torch.bool else ("add", 1.0))),)
+        if mask is not None
+        else ()
+    )
+    query, key, value = (Operand(nodes[name]) for name in names[:3])
+    operands = Operands(query, key, value, term, grouped=captured.grouped)
+    context = Context(found=[Found(attention, call, operands, site=replace(asked, call=call))])
+    for rewrite in REWRITES:
+        rewrite(module, context)
+    module.graph.lint()
+    module.recompile()
+    return SiteGraph(module, tuple(given.values()), asked)
+
+
+def _asked(captured: Captured, site: Site) -> tuple[AttentionCall, Tensor | None, Tensor | None]:
+    """The call as a model makes it that passes just what the kernel gets; its mask; and which rows stay zero behind it."""
+    call = replace(captured.call, form="sdpa")
+    mask, given = call.mask, captured.mask
+    own = replace(call, mask=mask.given or mask)
+    if site.backend is None or site.backend.op is None or site.form == "given":
+        if mask.kind is MaskKind.CAUSAL_LOWER_RIGHT and given is None and call.q_len != call.kv_len:
+            q_len, kv_len = int(call.q_len), int(call.kv_len)
+            ones = torch.ones(q_len, kv_len, dtype=torch.bool, device=captured.query.device)
+            given = ones.tril(kv_len - q_len)
+            own = replace(call, mask=Mask(MaskKind.BOOLEAN, "bool", (q_len, kv_len)))
+        return own, given, None
+    if given is None or not mask.is_tensor:
+        return replace(call, mask=mask if mask.kind is MaskKind.ADDITIVE else mask.bare), None, None
+    if captured.keep is None:
+        return call, given, None
+    if site.form == "keys":
+        kind, rows = MaskKind.KEY_PADDING, captured.rows
+    else:
+        kind, rows = mask.kind, None
+    return replace(call, mask=replace(mask.bare, kind=kind, shape=tuple(captured.keep.shape))), captured.keep, rows
+
+
+class _Build:
+    """A graph as Dynamo would trace it: each node with its fake value."""
+
+    def __init__(self, needs_grad: bool) -> None:
+        self.graph = Graph()
+        self._mode = FakeTensorMode()
+        self._needs_grad = needs_grad
+
+    def placeholder(self, name: str, tensor: Tensor) -> Node:
+        node = self.graph.placeholder(name)
+        node.meta[VALUE] = self._mode.from_tensor(tensor, static_shapes=True)
+        return node
+
+    def call(self, function: Any, *args: Any, **kwargs: Any) -> Node:
+        values = [each.meta[VALUE] if isinstance(each, Node) else each for each in args]
+        with values_only(values[0]), torch.set_grad_enabled(self._needs_grad):
+            value = function(*values, **kwargs)
+        node = self.graph.call_function(function, args, kwargs)
+        node.meta[VALUE] = value
+        return node

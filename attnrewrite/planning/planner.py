@@ -1,0 +1,96 @@
+"""`make_plan`: decides for each call, by the policy and the machine that it runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..graphs.sizes import asking
+from ..kernels.calls import AttentionCall
+from ..kernels.decisions import Accepted, Decision, Refused
+from ..kernels.machines import Machine
+from ..kernels.records import Backend
+from ..kernels.sources import Source, SourceError, library, load
+from .plans import Plan
+from .policies import Policy
+from .reasons import decide
+from .sites import Site
+
+
+class AttentionRefusedError(RuntimeError):
+    """Under `strict=True`: no choice may take a site. The message has the site and every reason."""
+
+
+def make_plan(
+    calls: Sequence[AttentionCall],
+    policy: Policy,
+    machines: Sequence[Machine],
+    load_sources: bool = False,
+    name_sources: bool = False,
+) -> Plan:
+    """Decides for each call, with the machine it runs on. Pure but for the guards that `holds` records, unless
+    `load_sources`: then the library behind a choice is loaded, and one that cannot be is refused.
+
+    `name_sources`: the machine is elsewhere, and its packages say which library will be there; nothing is loaded.
+
+    Raises `AttentionRefusedError` if the policy is strict and a site has no taker.
+    """
+    loaded: dict[Source, str | Refused] = {}
+    sites = tuple(
+        _site(call, policy, machine, loaded if load_sources else None, name_sources)
+        for call, machine in zip(calls, machines, strict=True)
+    )
+    if policy.strict:
+        refused = [site for site in sites if site.chosen is None]
+        if refused:
+            lines = [f"  {site.name}: {name}: {decision}" for site in refused for name, decision in site.refusals]
+            raise AttentionRefusedError(
+                f"strict=True, and {len(refused)} of {len(sites)} attention sites have no kernel that may take them:\n"
+                + "\n".join(lines)
+            )
+    return Plan(sites)
+
+
+def _site(
+    call: AttentionCall,
+    policy: Policy,
+    machine: Machine,
+    loaded: dict[Source, str | Refused] | None,
+    name_sources: bool,
+) -> Site:
+    taken: list[tuple[str, Decision]] = []
+    for candidate in policy.candidates(call, machine, measure=loaded is not None):
+        backend = candidate.on(machine)
+        with asking(call.site, candidate.name):
+            decision = decide(backend, call, machine, policy.numerics, policy.cast)
+        source: str | None = None
+        if isinstance(decision, Accepted) and backend.source is not None and name_sources:
+            source = backend.source.on(machine.packages)
+        elif isinstance(decision, Accepted) and backend.source is not None and loaded is not None:
+            found = _loaded(backend.source, policy.trust_remote_code, loaded)
+            refused = found if isinstance(found, Refused) else lacking(backend, found, machine)
+            if refused is not None:
+                decision = refused
+            else:
+                source = str(found)
+        taken.append((candidate.name, decision))
+        if isinstance(decision, Accepted):
+            rule = policy.rule_for(call)
+            return Site(
+                call, tuple(taken), candidate.name, rule, source, backend, candidate.note, candidate.stale
+            )  # fmt: skip
+    return Site(call, tuple(taken), None, policy.rule_for(call))
+
+
+def lacking(backend: Backend, source: str, machine: Machine) -> Refused | None:
+    """Why the loaded library has no such kernel for this machine, None if it has."""
+    return backend.library_check(library(source), machine) if backend.library_check else None
+
+
+def _loaded(source: Source, trust: bool, loaded: dict[Source, str | Refused]) -> str | Refused:
+    """The text of a loaded library, or why it does not load: tried once a plan."""
+    if source not in loaded:
+        try:
+            loaded[source] = load(source, trust)
+        except SourceError as error:
+            loaded[source] = error.refused
+    return loaded[source]

@@ -1,0 +1,80 @@
+"""`Plan`: for every site the call, each decision that was taken, and the choice; of a tuned model also what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..files import write_whole
+from ..kernels.machines import Machine
+from .measurements import Tuning
+from .sites import Site
+from .tables import tuned_table
+
+VERSION = 1  # of a plan's file
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`tuning`: of a plan that `attnrewrite.tune` measured; None where it was only decided. `str()` is a table to read."""
+
+    sites: tuple[Site, ...] = ()
+    tuning: Tuning | None = None
+
+    @property
+    def swapped(self) -> int:
+        return sum(site.chosen is not None for site in self.sites)
+
+    def described(self) -> Plan:
+        return replace(self, sites=tuple(site.described() for site in self.sites))
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON, whole or not at all. Raises `OSError`."""
+        write_whole(Path(path), self.to_json() + "\n")
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Plan:
+        """Raises `OSError`, and `ValueError` for a file that holds no plan of a version that is known here."""
+        text = Path(path).read_text(encoding="utf-8", errors="replace")
+        try:
+            return Plan.from_json(text)
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)}: {error}") from error
+
+    def to_json(self) -> str:
+        """Sites that differ in their names alone stand there once, under "names"."""
+        groups: dict[str, dict[str, Any]] = {}
+        for site in self.described().sites:
+            data = site.to_json()
+            name = data["call"].pop("site")
+            groups.setdefault(json.dumps(data), {"names": [], **data})["names"].append(name)
+        tuning = None
+        if self.tuning is not None:
+            tuning = {**vars(self.tuning), "machines": [each.to_json() for each in self.tuning.machines]}
+        return json.dumps({"attnrewrite plan": VERSION, "tuning": tuning, "sites": list(groups.values())}, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Raises `ValueError` if the text is no plan of a version that is known here. Sites come out grouped."""
+        try:
+            data = json.loads(text)
+            if data["attnrewrite plan"] != VERSION:
+                raise ValueError(f"its version is {data['attnrewrite plan']!r}, {VERSION} is known here")
+            tuning = data["tuning"]
+            if tuning is not None:
+                machines = tuple(Machine.from_json(each) for each in tuning["machines"])
+                tuning = Tuning(**{**tuning, "machines": machines})
+            sites = []
+            for group in data["sites"]:
+                names = group.pop("names")
+                sites += [Site.from_json({**group, "call": {**group["call"], "site": name}}) for name in names]
+            return Plan(tuple(sites), tuning)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            said = str(error) if str(error).startswith("its version") else f"{type(error).__name__}: {error}"
+            raise ValueError(f"this is no plan of attnrewrite ({said}): write one with plan.save(path)") from error
+
+    def __str__(self) -> str:
+        return tuned_table(self.sites, self.tuning)

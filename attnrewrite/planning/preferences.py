@@ -1,0 +1,84 @@
+"""What `with_backend("auto")` prefers: a table, with the evidence for each of its rows.
+
+A row says for which calls its kernels were faster than `native`. What no row is about goes to `native`, and so does what
+none of a row's kernels may take: nothing is guessed from another machine, mask or length. `attnrewrite bench --kernels`
+measures every row again and says where it is wrong.
+
+Hub kernels are not in it: a choice that nobody made should not download anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..graphs.sizes import holds
+from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.machines import Machine
+from ..kernels.records import Numerics
+
+PADDING = frozenset({MaskKind.KEY_PADDING, MaskKind.QUERY_KEY_PADDING})
+UNMASKED = frozenset({MaskKind.NONE})
+
+
+@dataclass(frozen=True)
+class Row:
+    """`names` in order, for calls of inference that fit all of it. Both ends of a range are included.
+
+    capability: of the GPU. head_dim: from, to. kv_len: from, to. rows: batch * heads * q_len, from; below that a kernel with
+    larger tiles leaves part of the GPU without work. numerics: the limit from which on the row holds.
+    """
+
+    capability: tuple[int, int]
+    masks: frozenset[MaskKind]
+    head_dim: tuple[int, int]
+    kv_len: tuple[int, int | None]
+    rows: int
+    names: tuple[str, ...]
+    evidence: str
+    numerics: Numerics = Numerics.REORDERED
+
+    def fits(self, call: AttentionCall, machine: Machine, limit: Numerics) -> bool:
+        """Static facts first; each question about a symbolic size becomes a guard."""
+        if machine.capability != self.capability or call.mask.kind not in self.masks or limit < self.numerics:
+            return False
+        if call.needs_grad or call.dtype not in ("bfloat16", "float16"):
+            return False
+        first, last = self.kv_len
+        return (
+            holds(call.head_dim >= self.head_dim[0])
+            and holds(call.head_dim <= self.head_dim[1])
+            and holds(call.kv_len >= first)
+            and (last is None or holds(call.kv_len <= last))
+            and holds(call.batch * call.heads * call.q_len >= self.rows)
+        )
+
+
+HOPPER = (9, 0)
+SHAPES = "bench/results/kernels_by_shape_h100.json"
+MODELS = "bench/results/masked_models_h200.json"
+
+ROWS: tuple[Row, ...] = (
+    # -- quantised, for who has asked for it
+    Row(HOPPER, UNMASKED, (65, 128), (16384, None), 200_000, ("_flash_3_fp8", "sage"),
+        f"fp8 1.5x, sage 1.3x at 32,760 tokens of 12 and 40 heads: {SHAPES}", Numerics.QUANTISED),
+    Row(HOPPER, UNMASKED, (64, 64), (16384, None), 300_000, ("_flash_3_fp8",),
+        f"fp8 1.5x, FA4 1.4x at 2 x 17,776 tokens of 48 heads: {SHAPES}", Numerics.QUANTISED),
+    Row(HOPPER, PADDING, (65, 128), (6144, None), 200_000, ("_flash_3_fp8",),
+        f"fp8 2.4x at 32,896 tokens of 24 heads, 3.4x at 2 x 7,145, where FA3 is 1.8x and 2.9x: {SHAPES}", Numerics.QUANTISED),
+    # -- no mask
+    Row(HOPPER, UNMASKED, (65, 256), (4096, None), 49_000, ("_flash_3", "flash_4"),
+        f"FA3 1.06x at 4,096 of 12 heads, 1.07x at 4,608, 1.2x at 32,760 tokens, 0.98x at 1,024: {SHAPES}"),
+    Row(HOPPER, UNMASKED, (64, 64), (16384, None), 300_000, ("flash_4", "_flash_3"),
+        f"FA4 1.40x, FA3 1.34x at 2 x 17,776 tokens of 48 heads: {SHAPES}"),
+    Row(HOPPER, UNMASKED, (64, 64), (8192, 16383), 190_000, ("_flash_3", "flash_4"),
+        f"FA3 1.15x at 8,192 tokens of 24 heads: {SHAPES}"),
+    Row(HOPPER, UNMASKED, (64, 64), (4096, 8191), 300_000, ("_flash_3", "flash_4"),
+        f"FA3 1.29x at 2 x 4,429 tokens of 38 heads, 0.93x at 2 x 4,096 of 10: {SHAPES}"),
+    # -- key padding: with the keys in use in front; SDPA's mask costs its fastest kernel
+    Row(HOPPER, PADDING, (64, 256), (16384, None), 100_000, ("_flash_3", "flash_4"),
+        f"FA3 and FA4 1.8x at 32,896 tokens of 24 heads, PyTorch's own 0.91x: {SHAPES}"),
+    Row(HOPPER, PADDING, (64, 256), (6144, 16383), 100_000, ("_flash_3", "flash_4", "flash_varlen", "_native_varlen"),
+        f"2 x 7,145 tokens: FA3 1.44x a step of Qwen-Image, FA2 1.21x, PyTorch's own 1.19x: {MODELS}"),
+    Row(HOPPER, PADDING, (64, 256), (4096, 6143), 100_000, ("_flash_3", "flash_4"),
+        f"FA3 1.51x at 2 x 4,096 of 24 heads of 128, 1.81x at 4,352 of 96, PyTorch's own 0.83x and 1.05x: {SHAPES}"),
+)  # fmt: skip

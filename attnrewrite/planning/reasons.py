@@ -1,0 +1,327 @@
+"""Whether a kernel may take a call, and if not, why: one list of reasons for all kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+from ..graphs.sizes import Attempt, UnbackedSizeError, described, holds
+from ..kernels.calls import AttentionCall, Mask, MaskKind
+from ..kernels.decisions import Accepted, Code, Decision, Refused, Step
+from ..kernels.machines import Machine, satisfies
+from ..kernels.records import Backend, Numerics
+
+CASTABLE = frozenset({"float16", "bfloat16", "float32", "float64"})
+
+
+def decide(
+    backend: Backend,
+    call: AttentionCall,
+    machine: Machine,
+    limit: Numerics = Numerics.REORDERED,
+    cast: str | None = None,
+) -> Decision:
+    """Whether `backend` may take `call` on `machine` under the numerics `limit`.
+
+    cast: the dtype ("bfloat16") that a call may be cast to where the kernel does not take its own.
+
+    Stops at the first refusal. Facts that are static come first, questions about sizes last, because a question
+    about a symbolic size becomes a guard (see `holds`).
+    """
+    numerics = backend.numerics
+    if call.form == "operations":
+        numerics = max(numerics, Numerics.REORDERED)  # no kernel keeps the order of operations
+    if numerics > limit:
+        return Refused(
+            Code.NUMERICS,
+            f"{backend.name} is {numerics.name.lower()}, the limit is {limit.name.lower()}",
+            f'Pass numerics="{numerics.name.lower()}" if that is acceptable',
+        )
+    steps: tuple[Step, ...] = ()
+    if cast in backend.dtypes and call.dtype in CASTABLE - backend.dtypes:
+        steps = (Step("cast", call.dtype, cast),)
+        call = cast_to(cast, call)
+    try:
+        first: Refused | None = None
+        for form, mask in forms(backend, call.mask):
+            asked, attempt = replace(call, mask=mask), Attempt()
+            if (refused := _refusal(backend, asked, machine)) is None:
+                own = backend.steps(asked) if backend.steps else ()
+                return Accepted(steps + _paddings(backend, asked) + own, form)
+            attempt.forget()
+            first = first or refused
+        assert first is not None  # there is at least one form
+        return first
+    except UnbackedSizeError as error:
+        return Refused(
+            Code.UNBACKED,
+            f"whether {error} holds depends on data, so that no guard can check it",
+            "Give the size a bound with torch._check, or keep SDPA here",
+        )
+
+
+def forms(backend: Backend, mask: Mask) -> Iterator[tuple[str, Mask]]:
+    """As what a kernel may take a mask, the best first: what is known of a mask never takes a kernel from it.
+
+    "proven": as what it is known to be; where that is a tensor, a boolean one. "keys": padding of queries and keys as key
+    padding, with the rows of padded queries set to zero behind the kernel. "given": the model's own tensor.
+    """
+    has = backend.masks
+    causal = mask.is_causal and bool(has & {MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT})
+    if mask.kind in has or causal or mask.given is None or mask.given.kind is mask.kind:
+        yield "proven", mask if mask.kind is MaskKind.ADDITIVE else mask.bare
+    elif mask.kind is MaskKind.QUERY_KEY_PADDING and MaskKind.KEY_PADDING in has:
+        yield "keys", replace(mask.bare, kind=MaskKind.KEY_PADDING)
+    elif mask.given.kind not in has:
+        yield "proven", mask  # refused, by its name
+    if mask.given is not None and mask.given.kind is not mask.kind and mask.given.kind in has:
+        yield "given", mask.given
+
+
+def _refusal(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    for reason in REASONS:
+        if (refused := reason(backend, call, machine)) is not None:
+            return refused
+    for check in backend.checks:
+        if (refused := check(call, machine)) is not None:
+            return refused
+    return None
+
+
+def cast_to(dtype: str, call: AttentionCall) -> AttentionCall:
+    """The call with its tensors, a bias among them, cast to a dtype."""
+    mask = call.mask if call.mask.dtype in (None, "bool") else replace(call.mask, dtype=dtype)
+    return replace(call, dtype=dtype, mask=mask)
+
+
+def _paddings(backend: Backend, call: AttentionCall) -> tuple[Step, ...]:
+    """Zeros behind a head dim, where the kernel wants multiples: they change no product."""
+    multiple = backend.head_dim.multiple
+    if not backend.head_dim.pad:
+        return ()
+    sizes = {"pad_head_dim": call.head_dim, "pad_value_dim": call.value_dim}
+    return tuple(
+        Step(name, size, size + multiple - size % multiple)
+        for name, size in sizes.items()
+        if not holds(size % multiple == 0)
+    )
+
+
+def _device(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if machine.device in backend.devices:
+        return None
+    wanted = " or ".join(sorted(backend.devices))
+    return Refused(
+        Code.DEVICE, f"{backend.name} runs on {wanted}, the call is on {machine.device}", f"Move the model to {wanted}"
+    )
+
+
+def _packages(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    for package, specifier in backend.requires.items():
+        found = machine.packages.get(package)
+        install = backend.install.get(package, f'pip install "{package}{specifier}"')
+        if found is None:
+            detail = f"{backend.name} needs {package}{specifier}, which is not installed"
+            return Refused(Code.MISSING, detail, install)
+        if not satisfies(found, specifier):
+            return Refused(Code.VERSION, f"{backend.name} needs {package}{specifier}, found {found}", install)
+    return None
+
+
+def _capability(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if backend.capability is None or machine.capability is None:
+        return None
+    first, last = backend.capability
+    if first <= machine.capability <= last and machine.capability not in backend.not_on:
+        return None
+    gaps = ", ".join(f"{major}.{minor}" for major, minor in sorted(backend.not_on) if first <= (major, minor) <= last)
+    without = f" without {gaps}" if gaps else ""
+    return Refused(
+        Code.CAPABILITY,
+        f"{backend.name} runs on compute capability {first[0]}.{first[1]} to {last[0]}.{last[1]}{without}, "
+        f"this is {machine.capability[0]}.{machine.capability[1]}",
+        "Choose a kernel made for this GPU",
+    )
+
+
+def _context(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if call.obstacle is None or (backend.any_context and call.form != "operations"):
+        return None  # for what is spelled out no choice means to stay
+    return Refused(Code.CONTEXT, call.obstacle, "The call stays as it is; nothing is lost but the choice")
+
+
+def _exported(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if not call.exported or not backend.not_exported:
+        return None
+    return Refused(
+        Code.CONTEXT,
+        f"{backend.name} cannot stand in an exported program: {backend.not_exported}",
+        "Choose another kernel, or compile with torch.compile",
+    )
+
+
+def _deterministic(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if backend.deterministic or not call.deterministic:
+        return None
+    return Refused(
+        Code.DETERMINISTIC,
+        f"{backend.name} is not deterministic and torch.use_deterministic_algorithms(True) is on",
+        "Turn deterministic algorithms off, or choose another kernel",
+    )
+
+
+def _captured(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if backend.capturable or not call.captured:
+        return None
+    return Refused(
+        Code.CAPTURE,
+        f"{backend.name} cannot be recorded in a CUDA graph, and this compilation records one",
+        'Compile without CUDA graphs (mode="default", "max-autotune-no-cudagraphs"), or choose another kernel',
+    )
+
+
+def _dtype(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if call.dtype in backend.dtypes:
+        return None
+    wanted = ", ".join(sorted(backend.dtypes))
+    return Refused(
+        Code.DTYPE,
+        f"{backend.name} takes {wanted}, the call is {call.dtype}",
+        f'Run the model in {wanted}, or under autocast; or pass cast="bfloat16" if that is exact enough',
+    )
+
+
+def _dropout(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if backend.dropout or call.dropout == 0:
+        return None
+    return Refused(
+        Code.DROPOUT,
+        f"{backend.name} has no dropout, the call has p={call.dropout:g}",
+        "Call model.eval(), or set dropout to 0",
+    )
+
+
+def _grad(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if call.needs_grad and not backend.backward:
+        return Refused(
+            Code.GRAD,
+            f"{backend.name} has no backward on {machine.device}, the call needs a gradient",
+            "Run under torch.no_grad(), or choose another kernel for training",
+        )
+    if call.mask.needs_grad and not backend.mask_grad:
+        return Refused(
+            Code.GRAD,
+            f"{backend.name} gives no gradient to the mask, which needs one",
+            "Detach the mask if it is not learned",
+        )
+    return None
+
+
+def _mask(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    kind = call.mask.kind
+    if call.mask.is_causal and backend.masks & {MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT}:
+        return None  # which of the two is a question about sizes: _causal
+    if kind not in backend.masks:
+        taken = ", ".join(sorted(word.value for word in backend.masks if word is not MaskKind.NONE)) or "no mask"
+        return Refused(
+            Code.MASK,
+            f"{backend.name} takes {taken}, the call has a mask: {call.mask}",
+            "Choose a kernel that takes it as the next one",
+        )
+    dtype = call.mask.dtype
+    if kind is MaskKind.ADDITIVE and dtype != call.dtype and dtype not in backend.mask_dtypes:
+        return Refused(
+            Code.MASK,
+            f"{backend.name} adds a mask in {' or '.join(sorted({call.dtype, *backend.mask_dtypes}))}, this one is {dtype}",
+            f"Make the mask in {call.dtype}, if that is exact enough",
+        )
+    return None
+
+
+def _value_dim(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if backend.value_dim or holds(call.value_dim == call.head_dim):
+        return None
+    return Refused(
+        Code.VALUE_DIM,
+        f"{backend.name} needs values as wide as keys, "
+        f"value_dim is {described(call.value_dim)} and head_dim {described(call.head_dim)}",
+        "Choose a kernel that takes another value_dim",
+    )
+
+
+def _gqa(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if backend.gqa or holds(call.heads == call.kv_heads):
+        return None
+    return Refused(
+        Code.GQA,
+        f"{backend.name} needs as many key heads as query heads, "
+        f"there are {described(call.kv_heads)} and {described(call.heads)}",
+        "Choose a kernel with grouped-query attention",
+    )
+
+
+def _head_dim(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    rule = backend.head_dim
+    for name, size in (("head_dim", call.head_dim), ("value_dim", call.value_dim)):
+        if rule.max is not None and not holds(size <= rule.max):
+            limit = f"up to {rule.max}"
+        elif rule.minimum > 1 and not holds(size >= rule.minimum):
+            limit = f"from {rule.minimum}"
+        elif rule.multiple > 1 and not rule.pad and not holds(size % rule.multiple == 0):
+            limit = f"in multiples of {rule.multiple}"
+        else:
+            continue
+        detail = f"{backend.name} takes {name} {limit}, this is {described(size)}"
+        return Refused(Code.HEAD_DIM, detail, "Choose a kernel for heads of this width")
+    return None
+
+
+def _causal(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    """Upper-left and lower-right agree only where q_len == kv_len."""
+    kind = call.mask.kind
+    if not call.mask.is_causal or kind in backend.masks:
+        return None
+    if holds(call.q_len == call.kv_len):
+        return None
+    has = "lower-right" if kind is MaskKind.CAUSAL_UPPER_LEFT else "upper-left"
+    wants = "upper-left" if kind is MaskKind.CAUSAL_UPPER_LEFT else "lower-right"
+    return Refused(
+        Code.CAUSAL,
+        f"{backend.name} aligns causal {has}, the call {wants}, and they differ: "
+        f"q_len is {described(call.q_len)}, kv_len {described(call.kv_len)}",
+        "Choose a kernel with the other alignment",
+    )
+
+
+def _length(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if backend.empty:
+        return None
+    for name, size in (("batch", call.batch), ("q_len", call.q_len), ("kv_len", call.kv_len)):
+        if not holds(size >= 1):
+            return Refused(
+                Code.LENGTH,
+                f"{backend.name} needs {name} of at least 1, this is {described(size)}",
+                "Skip the call where there is nothing to attend",
+            )
+    return None
+
+
+# Static facts first, sizes last.
+REASONS: tuple[Callable[[Backend, AttentionCall, Machine], Refused | None], ...] = (
+    _device,
+    _packages,
+    _capability,
+    _context,
+    _exported,
+    _deterministic,
+    _captured,
+    _dtype,
+    _dropout,
+    _grad,
+    _mask,
+    _value_dim,
+    _gqa,
+    _head_dim,
+    _causal,
+    _length,
+)

@@ -1,0 +1,79 @@
+"""Names of kernels to their records: those of this package, and those that other packages bring.
+
+A package brings kernels by an entry point of the group `attnrewrite.backends`, which names a `Backend` or a sequence of
+them:
+
+    [project.entry-points."attnrewrite.backends"]
+    mine = "my_package.attention:RECORDS"
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import warnings
+from dataclasses import replace
+from importlib import metadata
+
+from ..backends import RECORDS
+from ..kernels.records import Backend
+from ..kernels.sources import PLUG_INS, Hub
+
+GROUP = "attnrewrite.backends"
+
+
+@functools.cache
+def records() -> tuple[Backend, ...]:
+    """All records. Plug-ins are imported at the first call; one that fails is left out with a warning."""
+    found = list(RECORDS)
+    for entry in sorted(metadata.entry_points(group=GROUP), key=lambda entry: entry.name):
+        try:
+            found += _brought(entry.load(), {record.name for record in found})
+        except Exception as error:
+            warnings.warn(
+                f"the attention backends of the plug-in {entry.name!r} ({entry.value}) are left out: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+    return tuple(found)
+
+
+PLUG_INS.append(records)
+
+
+def _brought(given: object, taken: set[str]) -> tuple[Backend, ...]:
+    brought = (given,) if isinstance(given, Backend) else tuple(given)  # type: ignore[arg-type]
+    for record in brought:
+        if not isinstance(record, Backend):
+            raise TypeError(f"{record!r} is no attnrewrite.Backend")
+        if record.name in taken:
+            raise ValueError(f"the name {record.name!r} is taken by attnrewrite or another plug-in: choose another")
+    return brought
+
+
+def names() -> tuple[str, ...]:
+    """Every kernel's name, in the order of the list in `attnrewrite.backends`, plug-ins last."""
+    return tuple(dict.fromkeys(record.name for record in records()))
+
+
+def records_of(name: str) -> tuple[Backend, ...]:
+    """The records of a name, one for each group of devices or versions it has limits for.
+
+    "_flash_3_hub@<revision>" pins a kernel of the hub to a branch, tag or commit. Raises `ValueError` for an unknown name,
+    and for a revision of a kernel that is not from the hub.
+    """
+    plain, _, revision = name.partition("@")
+    found = tuple(record for record in records() if record.name == plain)
+    if not found:
+        near = difflib.get_close_matches(plain, names(), n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(names())}"
+        raise ValueError(f"no attention backend is called {name!r}; {hint} (`python -m attnrewrite info` lists them)")
+    return tuple(_pinned(record, name, revision) for record in found) if "@" in name else found
+
+
+def _pinned(record: Backend, name: str, revision: str) -> Backend:
+    if not isinstance(record.source, Hub):
+        raise ValueError(f"{name!r} pins a revision, and {record.name} is not from the kernels hub: leave out the '@'")
+    if not revision:
+        raise ValueError(f"{name!r} pins no revision: write a branch, tag or commit behind the '@', or leave it out")
+    return replace(record, source=replace(record.source, revision=revision))

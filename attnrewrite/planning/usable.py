@@ -1,0 +1,33 @@
+"""Whether a kernel can run on a machine at all."""
+
+from __future__ import annotations
+
+from ..kernels.calls import AttentionCall
+from ..kernels.decisions import Refused
+from ..kernels.machines import Machine
+from ..kernels.records import Backend, Numerics
+from ..kernels.sources import Package, SourceError, load
+from .planner import lacking
+from .policies import Candidate
+from .reasons import decide
+from .registry import records_of
+
+
+def usable(name: str, machine: Machine) -> tuple[Refused | None, Backend]:
+    """Why the kernel cannot run here on a plain call, None if it can; and its record for this machine."""
+    record = Candidate(name, records_of(name)).on(machine)
+    decision = decide(record, plain_call(record, machine.device), machine, Numerics.QUANTISED)
+    if isinstance(decision, Refused):
+        return decision, record
+    if isinstance(record.source, Package):
+        try:
+            return lacking(record, load(record.source), machine), record
+        except SourceError as error:
+            return error.refused, record
+    return None, record
+
+
+def plain_call(record: Backend, device: str) -> AttentionCall:
+    """A call that only the machine can stand in the way of: a dtype of the record's own, no mask, 64 wide."""
+    dtype = next(each for each in ("bfloat16", "float16", "float32", "float64") if each in record.dtypes)
+    return AttentionCall("", 1, 1, 1, 128, 128, 64, 64, dtype, device)

@@ -1,0 +1,134 @@
+"""`Fidelity`: what `check` found, as a table, as JSON, as a picture."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..files import writable, write_whole
+from ..planning.tables import cells, count, folded
+from ..version import __version__
+from .fidelity_picture import draw
+from .pictures import possible
+from .reproducing import script
+from .site_fidelity import Outputs, SiteFidelity
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """What `check` found. sites: in the order in which they ran. missing: sites that could not be looked at, torch.nn's fused
+    layers and what stands inside torch.func transforms. `str()` is a table, `plot` a picture, `to_json` has everything."""
+
+    policy: str
+    sites: tuple[SiteFidelity, ...]
+    output: Outputs
+    missing: tuple[str, ...] = ()
+    machine: str = ""
+
+    @property
+    def first_wrong(self) -> SiteFidelity | None:
+        """The first site that goes wrong: not finite, or further from float64 than its kernel's numerics explain."""
+        return next((site for site in self.sites if site.wrong), None)
+
+    @property
+    def ok(self) -> bool:
+        """No site goes wrong, and what is not finite in the output is not so in the unchanged model either."""
+        return self.first_wrong is None and self.output.bad <= self.output.bad_before
+
+    def __str__(self) -> str:
+        wrong = sum(bool(site.wrong) for site in self.sites)
+        said = f"{wrong} of them wrong" if wrong else "none of them wrong"
+        lines = [f"attnrewrite check ({self.policy}): {count(len(self.sites), 'attention site')}, {said}"]
+        lines += [f"on {self.machine}"] if self.machine else []
+        lines.append(f"output: {self.output}")
+        if not self.sites and not self.missing:
+            return "\n".join([*lines, "no attention was found that could be looked at"])
+        if (first := self.first_wrong) is not None:
+            text = f"first site that goes wrong: {first.name} ({first.kernel}): {first.wrong}"
+            lines += textwrap.wrap(text, 120, subsequent_indent="    ")
+        lines += self._table()
+        lines += [f"not looked at: {', '.join(self.missing)}"] if self.missing else []
+        return "\n".join(lines)
+
+    def _table(self) -> list[str]:
+        """A row for each group of sites whose calls, kernels and verdicts agree: the worst of each number."""
+        groups: dict[Any, list[SiteFidelity]] = {}
+        for site in self.sites:
+            groups.setdefault((cells(site.call), site.kernel, bool(site.wrong)), []).append(site)
+        head = (
+            "site",
+            "query (B, H, S, D)",
+            "kernel",
+            "error",
+            "limit",
+            "SQNR dB",
+            "cosine",
+            "worst row",
+            "NaN",
+            "inf",
+        )
+        rows = [head]
+        for (of_call, kernel, wrong), members in groups.items():
+            worst = max(members, key=_badness)
+            found = worst.accuracy
+            rows.append((
+                folded([site.name for site in members]) + (" !" if wrong else ""), of_call[0], kernel,
+                f"{found.relative_error:.1e}", f"{worst.limit:.1e}", f"{found.sqnr_db:.1f}", f"{found.cosine:.6f}",
+                f"{found.worst_row}: {found.worst_error:.1e}", str(max(site.accuracy.nan for site in members)),
+                str(max(site.accuracy.inf for site in members)),
+            ))  # fmt: skip
+        widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
+        return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+    def to_json(self) -> str:
+        data = {
+            "version": 1,
+            "policy": self.policy,
+            "machine": self.machine,
+            "first_wrong": self.first_wrong.name if self.first_wrong is not None else None,
+            "output": {
+                "relative_error": _number(self.output.relative_error),
+                "psnr_db": _number(self.output.psnr_db),
+                "not_finite": self.output.bad,
+                "not_finite_before": self.output.bad_before,
+            },
+            "missing": list(self.missing),
+            "sites": [site.to_json() for site in self.sites],
+        }
+        return json.dumps(data, indent=1)
+
+    def repro(self, site: str | SiteFidelity, path: str | os.PathLike[str] | None = None) -> str:
+        """As `Report.repro`, with the shapes and strides that the site's tensors had in this run."""
+        known = {each.name: each for each in self.sites}
+        if isinstance(site, str) and site not in known:
+            raise ValueError(f"site is {site!r}: it is one of {', '.join(map(repr, known))}")
+        chosen = known[site] if isinstance(site, str) else site
+        text = script(chosen.site, __version__, chosen.layouts)
+        if path is not None:
+            writable(file := Path(path))
+            write_whole(file, text)
+        return text
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draws the error of every site, in the order in which they run, beside its limit; for images also a first image of the
+        unchanged model, of the swapped one, and their difference. path: .png, .svg or .pdf.
+
+        Raises `ImportError` without matplotlib (extra `plot`), `ValueError` for another ending, `OSError` for a place that
+        cannot be written to.
+        """
+        heading = f"attnrewrite check ({self.policy})\n{self.machine}\noutput: {self.output}"
+        draw(self.sites, self.output.pictures, heading, possible(path))
+
+
+def _badness(site: SiteFidelity) -> float:
+    error = site.accuracy.relative_error
+    return math.inf if math.isnan(error) else error
+
+
+def _number(value: float | None) -> float | str | None:
+    return str(value) if value is not None and not math.isfinite(value) else value

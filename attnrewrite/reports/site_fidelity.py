@@ -1,0 +1,125 @@
+"""What `check` found of one attention, and of the whole output."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..measuring.accuracy import Accuracy, relative_error
+from ..planning.sites import Site
+from .reproducing import Layout
+
+
+@dataclass(frozen=True)
+class SiteFidelity:
+    """One attention, one run of it. limit: the relative error that its kernel's numerics explain, and why. bad_inputs: how many
+    values of query, key or value are not finite, where any is. run: 1, or more where the site runs several times."""
+
+    site: Site
+    accuracy: Accuracy
+    limit: float
+    limit_reason: str
+    bad_inputs: dict[str, int] = field(default_factory=dict)
+    run: int = 1
+    layouts: tuple[Layout, ...] = ()
+
+    @property
+    def call(self) -> Any:
+        return self.site.call
+
+    @property
+    def name(self) -> str:
+        return self.site.name if self.run == 1 else f"{self.site.name} (run {self.run})"
+
+    @property
+    def kernel(self) -> str:
+        return self.site.chosen or "(unchanged)"
+
+    @property
+    def wrong(self) -> str:
+        """What is wrong with it, "" if nothing is."""
+        of = self.accuracy
+        if self.bad_inputs:
+            what = ", ".join(f"{number} in its {name}" for name, number in self.bad_inputs.items())
+            return f"values that are not finite come in: {what}. What stands before it is wrong"
+        if not of.finite:
+            return f"its output is not finite, its inputs are: {of.nan} NaN, {of.inf} infinite"
+        if self.call.dropout:
+            return ""
+        if not of.relative_error <= self.limit:
+            return f"relative error {of.relative_error:.1e}, where {self.limit_reason} explains {self.limit:.1e}"
+        return ""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "site": self.site.to_json(),
+            "run": self.run,
+            "accuracy": self.accuracy.to_json(),
+            "limit": self.limit,
+            "limit_reason": self.limit_reason,
+            "bad_inputs": self.bad_inputs,
+            "wrong": self.wrong,
+            "layouts": [[list(shape), list(strides)] for shape, strides in self.layouts],
+        }
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """The whole output, compiled and swapped, beside that of the unchanged model.
+
+    relative_error: over all floating tensors together. psnr_db: of the first that is an image or a video (rank 4 or 5, as
+    latents are too): 20 log10 of (largest - smallest value of the unchanged model) / root mean square error; None for others.
+    bad, bad_before: how many values are not finite, and how many of the unchanged model. pictures: a first image of both.
+    """
+
+    relative_error: float
+    psnr_db: float | None
+    bad: int
+    bad_before: int
+    pictures: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
+
+    @staticmethod
+    def of(expected: Sequence[Tensor], output: Sequence[Tensor]) -> Outputs:
+        """Raises `ValueError` where the two are not of the same shapes."""
+        shapes, theirs = [tuple(each.shape) for each in output], [tuple(each.shape) for each in expected]
+        if shapes != theirs:
+            raise ValueError(
+                f"the compiled model returns tensors {shapes}, the unchanged one {theirs}: nothing to compare"
+            )
+        if not output:
+            return Outputs(0.0, None, 0, 0)
+        pairs = list(zip(output, expected, strict=True))
+        wide = [torch.cat([each.double().flatten().cpu() for each in side]) for side in (output, expected)]
+        image = next((pair for pair in pairs if pair[0].dim() in (4, 5)), None)
+        bad, bad_before = (int((~each.isfinite()).sum()) for each in wide)
+        psnr = None if image is None else _psnr(*image)
+        pictures = () if image is None else (_picture(image[1]), _picture(image[0]))
+        return Outputs(relative_error(*wide), psnr, bad, bad_before, pictures)
+
+    def __str__(self) -> str:
+        parts = [f"relative error {self.relative_error:.2e} to the unchanged model"]
+        parts += [f"PSNR {self.psnr_db:.1f} dB"] if self.psnr_db is not None else []
+        if self.bad or self.bad_before:
+            parts.append(f"{self.bad} values are not finite ({self.bad_before} of the unchanged model)")
+        return ", ".join(parts)
+
+
+def _psnr(output: Tensor, expected: Tensor) -> float:
+    span = (expected.double().max() - expected.double().min()).item()
+    apart = (output.double() - expected.double()).square().mean().sqrt().item()
+    if not (math.isfinite(span) and math.isfinite(apart)):
+        return math.nan
+    return math.inf if apart == 0 else 20 * math.log10(span / apart) if span else -math.inf
+
+
+def _picture(tensor: Tensor) -> Tensor:
+    """The first image, or frame, with at most three channels and 512 rows and columns: (rows, columns, channels) in float32."""
+    image = tensor[0] if tensor.dim() == 4 else tensor[0, :, 0]
+    steps = [max(1, math.ceil(size / 512)) for size in image.shape[1:]]
+    channels = 3 if image.shape[0] >= 3 else 1
+    return image[:channels, :: steps[0], :: steps[1]].float().permute(1, 2, 0).cpu().clone()
