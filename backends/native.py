@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..graphs.sizes import better, described, holds, is_one, known
+from ..graphs.sizes import always, described, holds, holds_if_guarded, is_one
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.decisions import Code, Refused
 from ..kernels.machines import Machine, satisfies
@@ -37,11 +37,11 @@ def aligned_bias(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tenso
         return None
     if is_one(bias.shape[-1]):
         bias = bias.expand(*bias.shape[:-1], call.kv_len)
-    if not better(call.kv_len % 16 == 0):  # padding copies, so that the last stride is 1 too
+    if not holds_if_guarded(call.kv_len % 16 == 0):  # padding copies, so that the last stride is 1 too
         missing: Any = (0, 16 - call.kv_len % 16)
         bias = torch.nn.functional.pad(bias, missing)[..., : call.kv_len]
-    elif not known(bias.stride(-1) == 1) or not all(
-        size == 1 or known(stride % 16 == 0) for size, stride in zip(bias.shape, bias.stride()[:-1], strict=False)
+    elif not always(bias.stride(-1) == 1) or not all(
+        size == 1 or always(stride % 16 == 0) for size, stride in zip(bias.shape, bias.stride()[:-1], strict=False)
     ):
         bias = bias.clone(memory_format=torch.contiguous_format)
     return bias.expand(call.batch, call.heads, call.q_len, call.kv_len)
@@ -63,7 +63,7 @@ def math(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call
         call.mask.is_causal,
         None,
         scale=call.scale,
-        enable_gqa=not known(call.heads == call.kv_heads),
+        enable_gqa=not always(call.heads == call.kv_heads),
     )[0]
     return output
 
@@ -123,7 +123,7 @@ def random_state_of_uint64(call: AttentionCall, machine: Machine) -> Refused | N
 def rows_of_the_bias(call: AttentionCall, machine: Machine) -> Refused | None:
     """`aligned_bias` will ask this of a mask; asked here, a data-dependent kv_len is refused."""
     if call.mask.is_tensor:
-        better(call.kv_len % 16 == 0)
+        holds_if_guarded(call.kv_len % 16 == 0)
     return None
 
 

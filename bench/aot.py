@@ -32,7 +32,7 @@ import torch
 import attnrewrite
 from attnrewrite.aot.check_ops import CHECK_INPUTS, CHECK_SIZE
 from attnrewrite.aot.programs import record_of
-from attnrewrite.commands.bench.measuring import by_rounds, in_turn
+from attnrewrite.commands.bench.rounds import by_rounds, in_turn
 from attnrewrite.planning.this_machine import machine_of
 
 PACKAGES = ("torch=2.11.0", "cudnn=9.19.0", "fa3-fwd=0.0.3", "flash-attn-4=4.0.0b36")

@@ -3,7 +3,8 @@
     python bench/masked_models.py [--models qwen-image ltx] [--rounds 20] [--json bench/results/masked_models_h200.json]
 
 `attnrewrite bench` with named kernels instead of chosen ones: models, clocks and errors are its own
-(attnrewrite/benchmarks/model_level.py). Each variant of ours has choices for the sites that a tensor masks, and for the others.
+(attnrewrite/commands/bench/model_level.py). Each variant of ours has choices for the sites that a tensor masks, and for
+the others.
 """
 
 from __future__ import annotations

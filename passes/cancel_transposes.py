@@ -5,6 +5,7 @@ from torch.fx import GraphModule, Node
 
 from ..graphs.emitting import EMITTED
 from ..graphs.nodes import value_of
+from ..graphs.spellings import TURNS, permutation, spelled
 from .context import Context
 
 
@@ -33,13 +34,6 @@ def cancel_transposes(graph_module: GraphModule, context: Context) -> int:
 def _swaps_heads_and_length(node: Node) -> bool:
     """Whether a node is x.transpose(1, 2) of a tensor of rank 4, in any spelling."""
     value = value_of(node)
-    if not isinstance(value, torch.Tensor) or value.dim() != 4 or node.kwargs:
+    if not isinstance(value, torch.Tensor) or value.dim() != 4 or spelled(node) not in TURNS:
         return False
-    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    rest = node.args[1:]
-    if len(rest) == 1 and isinstance(rest[0], list | tuple):
-        rest = tuple(rest[0])
-    dims = [dim % 4 for dim in rest if isinstance(dim, int)]
-    if name in ("transpose", "transpose.int", "swapaxes"):
-        return sorted(dims) == [1, 2]
-    return name in ("permute", "permute.default") and dims == [0, 2, 1, 3]
+    return permutation(node) == (0, 2, 1, 3)

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule
 
 from ..graphs.emitting import EMITTED, Emitter
-from ..graphs.nodes import value_key, value_of
+from ..graphs.nodes import value_key, value_of, values_only
 from ..kernels.ops import LIBRARY, NAMESPACE
 from .context import Context, Operand
 from .masks import build_mask
@@ -63,7 +62,7 @@ def check_outputs(module: GraphModule, context: Context) -> None:
             checked = module.graph.call_function(
                 torch.ops.attnrewrite.check_output.default, (node,), {"site": found.call.site, "backend": kernel.name}
             )
-        with torch.set_grad_enabled(found.call.needs_grad), enable_python_dispatcher(), value.fake_mode:
+        with values_only(value, found.call.needs_grad):
             checked.meta = {**node.meta, key: value.clone(), EMITTED: True}
         for user in users:
             user.replace_input_with(node, checked)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
-from ..graphs.nodes import OPAQUE_TARGETS, SDPA_TARGETS
+from ..graphs.nodes import OPAQUE_TARGETS, SDPA_TARGETS, SETS_KERNELS, kernels_now
+from ..graphs.operators import is_higher_order
 from .context import Context
-
-SETS = torch.nn.attention._sdpa_kernel
 
 
 def drop_kernel_contexts(graph_module: GraphModule, context: Context) -> int:
@@ -22,7 +20,7 @@ def drop_kernel_contexts(graph_module: GraphModule, context: Context) -> int:
     AOTAutograd's cache (pytorch#194007).
     """
     nodes = list(graph_module.graph.nodes)
-    if not any(node.target is SETS for node in nodes):
+    if not any(node.target is SETS_KERNELS for node in nodes):
         return 0
     dropped = 0
     position = {node: index for index, node in enumerate(nodes)}
@@ -41,12 +39,11 @@ def drop_kernel_contexts(graph_module: GraphModule, context: Context) -> int:
 
 def _pairs(nodes: list[Node]) -> list[tuple[Node, Node]]:
     """Innermost first. A call leaves a context if it sets what stood before the context was entered."""
-    ambient = sorted(backend.name for backend in torch.nn.attention._cur_sdpa_kernel_backends())
-    state: list[Any] = [ambient]
+    state: list[Any] = [kernels_now()]
     open_: list[Node] = []
     pairs = []
     for node in nodes:
-        if node.target is not SETS:
+        if node.target is not SETS_KERNELS:
             continue
         names: Any = node.args[0]  # calls of _backend_from_string
         wanted = sorted(str(name.args[0]) if isinstance(name, Node) else name.name for name in names)
@@ -61,7 +58,5 @@ def _pairs(nodes: list[Node]) -> list[tuple[Node, Node]]:
 
 def _reads_choice(node: Node) -> bool:
     if node.op in ("call_module", "get_attr"):  # a graph below may hold an attention; a plain tensor attribute does not
-        return node.op == "call_module" or any(
-            isinstance(user.target, torch._ops.HigherOrderOperator) for user in node.users
-        )
+        return node.op == "call_module" or any(is_higher_order(user.target) for user in node.users)
     return node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS

@@ -13,8 +13,19 @@ from torch.fx import GraphModule, Node
 
 from ..graphs.emitting import EMITTED
 from ..graphs.mutations import Writes
-from ..graphs.nodes import MHA, OPAQUE_TARGETS, SDPA_TARGETS, Surroundings, site_name, value_of, with_surroundings
-from ..graphs.sizes import Size, holds, known
+from ..graphs.nodes import (
+    LINEAR_TARGETS,
+    MHA,
+    OPAQUE_TARGETS,
+    SDPA_TARGETS,
+    Surroundings,
+    is_plain_tensor,
+    is_transformed,
+    site_name,
+    value_of,
+    with_surroundings,
+)
+from ..graphs.sizes import Size, always, holds
 from ..graphs.spellings import spelled
 from ..kernels.calls import AttentionCall, Mask, MaskKind
 from .context import Context, Found, MaskTerm, Operand, Operands
@@ -23,7 +34,6 @@ from .masks import mask_of, tensor_mask
 from .recognise import Recognised, recognise
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-_LINEAR = frozenset({torch._C._nn.linear, torch.ops.aten.linear.default, torch.conv2d, torch.conv1d, torch.conv3d})
 
 
 def find_calls(graph_module: GraphModule, context: Context) -> int:
@@ -245,14 +255,11 @@ def _subclass(tensors: Sequence[torch.Tensor]) -> str | None:
             return "its tensors are nested"
         if tensor.dim() != ranks[0]:
             return f"its tensors have different ranks ({', '.join(map(str, ranks))})"
-        if type(tensor) not in _PLAIN:
+        if not is_plain_tensor(tensor):
             return f"it works on a tensor subclass ({type(tensor).__name__})"
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if is_transformed(tensor):
             return "it stands inside a torch.func transform"
     return None
-
-
-_PLAIN = {torch.Tensor, torch.nn.Parameter, torch._subclasses.FakeTensor}
 
 
 def _mask(mask: Any, is_causal: Any, query: torch.Tensor, output: torch.Tensor, autocast: bool) -> Mask:
@@ -276,7 +283,7 @@ def _layout(query: torch.Tensor) -> str:
         "bhsd": (heads * length * dim, length * dim, dim, 1),
         "bshd": (heads * length * dim, dim, heads * dim, 1),
     }.items():
-        if all(known(a == b) for a, b in zip(query.stride(), strides, strict=True)):
+        if all(always(a == b) for a, b in zip(query.stride(), strides, strict=True)):
             return name
     return "strided"
 
@@ -289,7 +296,7 @@ def _role(asking: Any, answering: Any, query: torch.Tensor, key: torch.Tensor, o
     asked, answered = origins.of(asking), origins.of(answering)
     if asked and answered:
         return "self" if asked & answered else "cross"
-    return "self" if known(query.shape[-2] == key.shape[-2]) else "cross"
+    return "self" if always(query.shape[-2] == key.shape[-2]) else "cross"
 
 
 class Origins:
@@ -300,7 +307,7 @@ class Origins:
 
     def of(self, node: Node, depth: int = 100) -> frozenset[Node]:
         if node not in self._known:
-            if node.op == "call_function" and node.target in _LINEAR:
+            if node.op == "call_function" and node.target in LINEAR_TARGETS:
                 first = node.args[0] if node.args else node.kwargs.get("input")
                 self._known[node] = frozenset({first} if isinstance(first, Node) else ())
             elif depth == 0:

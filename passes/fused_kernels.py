@@ -8,6 +8,8 @@ import torch
 from torch.fx import Node
 
 from ..graphs.nodes import value_of
+from ..graphs.operators import schema_of
+from ..graphs.spellings import name_of
 
 aten = torch.ops.aten
 FUSED = (
@@ -27,9 +29,8 @@ def fused_arguments(node: Node) -> dict[str, Any]:
 
     It returns a tuple, with the attention first. The rest (log-sum-exp, random state) belongs to this kernel's backward.
     """
-    target: Any = node.target
-    schema = (target if isinstance(target, torch._ops.OpOverload) else target.default)._schema
-    given = {each.name: each.default_value if each.has_default_value() else None for each in schema.arguments}
+    wanted = schema_of(node.target).arguments
+    given: dict[str, Any] = {each.name: each.default_value if each.has_default_value() else None for each in wanted}
     given |= dict(zip(given, node.args, strict=False)) | dict(node.kwargs)
     bias = given.get("attn_mask") if "attn_mask" in given else given.get("attn_bias")
     obstacle = None
@@ -47,7 +48,7 @@ def fused_arguments(node: Node) -> dict[str, Any]:
 
 
 def _is_member(user: Node) -> bool:
-    return getattr(user.target, "__name__", "") == "getitem" and len(user.args) == 2
+    return name_of(user) == "getitem" and len(user.args) == 2
 
 
 def _is_output(user: Node) -> bool:

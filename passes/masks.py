@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..graphs.nodes import value_of, values_only
-from ..graphs.sizes import known
+from ..graphs.sizes import always
 from ..kernels.calls import Mask, MaskKind
 from .context import MaskTerm, Operand
 
@@ -40,7 +40,7 @@ def tensor_mask(mask: torch.Tensor, dtype: torch.dtype, query: torch.Tensor, nee
 def _is_key_padding(mask: torch.Tensor, query: torch.Tensor) -> bool:
     """Whether a boolean mask is the same for every head and query by its shape and strides alone."""
     shared = (-2, -3) if query.dim() > 3 else (-2,)
-    return all(known(mask.shape[dim] == 1) or known(mask.stride(dim) == 0) for dim in shared if -dim <= mask.dim())
+    return all(always(mask.shape[dim] == 1) or always(mask.stride(dim) == 0) for dim in shared if -dim <= mask.dim())
 
 
 def build_mask(

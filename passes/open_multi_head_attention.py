@@ -5,10 +5,10 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ..graphs.nodes import INHERITED_META, MHA, value_key, value_of
+from ..graphs.tracing import traced_operators
+from ..graphs.trees import flattened, unflattened
 from .context import Context
 
 
@@ -31,18 +31,17 @@ def open_multi_head_attention(graph_module: GraphModule, context: Context) -> in
 
 
 def _open(graph_module: GraphModule, node: Node) -> None:
-    flat, spec = tree_flatten((node.args, node.kwargs), is_leaf=lambda value: isinstance(value, Node))
+    flat, spec = flattened((node.args, node.kwargs), is_leaf=lambda value: isinstance(value, Node))
     inputs = [value for value in flat if isinstance(value, Node)]
     fake = [value_of(value) for value in inputs]
 
     def body(*tensors: Any) -> Any:
         given = iter(tensors)
-        args, kwargs = tree_unflatten([next(given) if isinstance(value, Node) else value for value in flat], spec)
+        args, kwargs = unflattened([next(given) if isinstance(value, Node) else value for value in flat], spec)
         return MHA(*args, **kwargs)[0]
 
     needs_grad = value_of(node)[0].requires_grad
-    with torch.set_grad_enabled(needs_grad), torch._C._DisableAutocast():
-        traced = make_fx(body, pre_dispatch=True, _allow_non_fake_inputs=True)(*fake)
+    traced = traced_operators(body, fake, needs_grad)
 
     key = value_key(graph_module)
     inherited = {name: node.meta[name] for name in INHERITED_META if name in node.meta}

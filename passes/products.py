@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from ..graphs.axes import Atom, Axes, Axis, Layout
 from ..graphs.nodes import value_of
-from ..graphs.sizes import is_one, known
+from ..graphs.sizes import always, is_one
 from ..graphs.spellings import argument, first, spelled
 
 PRODUCTS = frozenset({"matmul", "baddbmm", "einsum"})
@@ -151,7 +151,7 @@ def output_layouts(
 def _operand(text: str, value: torch.Tensor, letters: dict[str, Axis], sizes: dict[str, Any]) -> Layout | None:
     axes: list[Axis] = []
     for letter, size in zip(text, value.shape, strict=True):
-        if known(size == sizes[letter]):
+        if always(size == sizes[letter]):
             axes.append(letters[letter])
         elif is_one(size):
             axes.append(())

@@ -18,7 +18,7 @@ from torch.fx import Node
 from ..graphs.axes import Axes, Axis, Layout
 from ..graphs.mutations import Writes
 from ..graphs.nodes import value_of
-from ..graphs.sizes import UnbackedSizeError, known
+from ..graphs.sizes import UnbackedSizeError, always
 from ..graphs.spellings import argument, first, number, spelled
 from .context import MaskTerm, Operand, Operands
 from .forms import Form, Sides, find_form
@@ -223,4 +223,4 @@ def _fits(operands: Operands) -> bool:
     """Whether the sizes of query, key and value fit, as far as SDPA asks."""
     query, key, value = (each.value for each in (operands.query, operands.key, operands.value))
     same = query.dim() == key.dim() == value.dim()
-    return same and known(query.shape[-1] == key.shape[-1]) and known(key.shape[-2] == value.shape[-2])
+    return same and always(query.shape[-1] == key.shape[-1]) and always(key.shape[-2] == value.shape[-2])

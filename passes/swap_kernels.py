@@ -13,7 +13,8 @@ from ..graphs.axes import applied
 from ..graphs.emitting import Emitter
 from ..graphs.mutations import storage_of, written_storages
 from ..graphs.nodes import SDPA, value_of
-from ..graphs.sizes import asking, holds, known
+from ..graphs.questions import asking
+from ..graphs.sizes import always, holds
 from ..graphs.spellings import spelled
 from ..graphs.strides import restrided, same_strides, strides_matter
 from ..kernels.calls import AttentionCall, Mask
@@ -137,7 +138,7 @@ def _native(
     arguments: dict[str, Any] = {"dropout_p": call.dropout, "scale": call.scale}
     if call.mask.is_causal:
         arguments["is_causal"] = True
-    if query.dim() > 3 and not known(call.heads == call.kv_heads):
+    if query.dim() > 3 and not always(call.heads == call.kv_heads):
         arguments["enable_gqa"] = True
     output: torch.Tensor = sdpa(query, key, value, mask, **arguments)
     return output

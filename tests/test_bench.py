@@ -14,8 +14,8 @@ import attnrewrite
 from attnrewrite.__main__ import main
 from attnrewrite.commands.bench import command, model_level, op_level, plots, results
 from attnrewrite.commands.bench.denoisers import MODELS, Place
-from attnrewrite.commands.bench.measuring import by_rounds, in_turn
 from attnrewrite.commands.bench.model_level import Variant
+from attnrewrite.commands.bench.rounds import by_rounds, in_turn
 from attnrewrite.planning.measurements import Measurement
 from attnrewrite.planning.plans import Plan
 from attnrewrite.planning.sites import Site

@@ -13,10 +13,12 @@ from torch.fx import GraphModule, Node
 
 from ..graphs.emitting import EMITTED, Emitter
 from ..graphs.nodes import value_of
-from ..graphs.sizes import known
+from ..graphs.operators import is_operator, name_in_aten, schema_of
+from ..graphs.questions import hints_of, least_of
+from ..graphs.sizes import always
 from ..passes.context import Found
 from .check_ops import CHECK_GRADIENT, CHECK_INPUTS, CHECK_SIZE
-from .questions import Condition, hints_of, least_of
+from .conditions import Condition
 
 
 def insert_assertions(
@@ -76,7 +78,7 @@ def _check_inputs(
     devices = [device or value_of(node).device.type for node in watched]
     devices = ["" if value_of(node).dim() == 0 else kind for node, kind in zip(watched, devices, strict=True)]
     rows = [
-        int(node in as_they_lie and value_of(node).dim() > 0 and known(value_of(node).stride(-1) == 1))
+        int(node in as_they_lie and value_of(node).dim() > 0 and always(value_of(node).stride(-1) == 1))
         for node in watched
     ]
     limits = [_limits(size, ranges) for node in watched for size in value_of(node).shape]
@@ -134,10 +136,10 @@ def _read_as_they_lie(places: Sequence[Node]) -> set[Node]:
 
 def _keeps_strides(node: Node) -> bool:
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not is_operator(target):
         return target is operator.getitem
-    views = any(each.alias_info is not None for each in target._schema.returns)
-    return views or torch.Tag.pointwise in target.tags or target._opname in ("clone", "_to_copy", "to", "reshape")
+    views = any(each.alias_info is not None for each in schema_of(target).returns)
+    return views or torch.Tag.pointwise in target.tags or name_in_aten(target) in ("clone", "_to_copy", "to", "reshape")
 
 
 def _parameters(module: GraphModule, places: Sequence[Node] | None, trainable: Collection[str]) -> list[Node]:

@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from ..entrances.choices import Choice, make_policy
 from ..files import whole
+from ..graphs.questions import noted
 from ..kernels.machines import Machine
 from ..pipeline import rewrite_graph
 from ..reports.report import GraphReport, Report
@@ -19,7 +20,6 @@ from .archives import EXTRA, MODEL, Archive, ProgramFileError, graph_text, loade
 from .inductor import keep_checks
 from .manifests import MANIFEST, ORIGINAL, Manifest, check_machine, manifest_of
 from .programs import RECORD, Record, copy_of, fingerprint, original_of, record_of, rewrite_program
-from .questions import noted
 
 Path_ = str | os.PathLike[str]
 

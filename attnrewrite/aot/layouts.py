@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.utils import _pytree as pytree
 
 from ..graphs.nodes import value_of
-from ..graphs.sizes import known
+from ..graphs.sizes import always
+from ..graphs.trees import flattened, in_order, structure_of, unflattened
 
 Layout = dict[str, list[int]]
 
@@ -31,7 +31,7 @@ def layouts_of(program: ExportedProgram) -> str:
 def _layout(name: str, tensor: torch.Tensor) -> Layout:
     strides = [_hint(stride) for stride in tensor.stride()]
     order = sorted(range(tensor.dim()), key=lambda dim: (-strides[dim], dim))
-    if all(known(a == b) or _hint(size) == 1 for a, b, size in zip(
+    if all(always(a == b) or _hint(size) == 1 for a, b, size in zip(
         tensor.stride(), dense_strides(tensor.shape, order), tensor.shape, strict=True
     )):  # fmt: skip
         return {"order": order}
@@ -74,13 +74,11 @@ class Layouts:
 
     def __init__(self, text: str | bytes, model: Any) -> None:
         self._layouts: list[Layout] = json.loads(text)
-        self._spec = pytree.treespec_loads(model.loader.get_call_spec()[0])
+        self._structure = structure_of(model.loader.get_call_spec()[0])
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        from torch.export._tree_utils import reorder_kwargs
-
-        leaves, spec = pytree.tree_flatten((args, reorder_kwargs(kwargs, self._spec)))
+        leaves, structure = flattened((args, in_order(kwargs, self._structure)))
         layouts = iter(self._layouts)
         leaves = [laid_out(leaf, next(layouts)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
-        moved: tuple[tuple[Any, ...], dict[str, Any]] = pytree.tree_unflatten(leaves, spec)
+        moved: tuple[tuple[Any, ...], dict[str, Any]] = unflattened(leaves, structure)
         return moved

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from ..files import whole
+from ..graphs.operators import defined_in_python
 from ..reports.report import Report
 from .archives import ProgramFileError, opened
 from .check_ops import is_assertion
@@ -162,13 +163,7 @@ def python_sites(module: GraphModule) -> tuple[str, ...]:
 
 
 def _is_python(node: Node) -> bool:
-    """Whether an op was defined by `torch.library`: C++ libraries define theirs by TORCH_LIBRARY."""
-    target = node.target
-    return (
-        node.op == "call_function"
-        and isinstance(target, torch._ops.OpOverload)
-        and target.name().partition(".")[0] in torch.library._defs
-    )
+    return node.op == "call_function" and defined_in_python(node.target)
 
 
 def _named(node: Node) -> str:

@@ -17,13 +17,14 @@ from torch.fx import GraphModule
 from ..entrances.choices import Choice, make_policy
 from ..graphs.emitting import EMITTED
 from ..graphs.nodes import LITERAL
+from ..graphs.questions import noted
 from ..kernels.machines import Machine
 from ..pipeline import rewrite_graph
 from ..planning.policies import Policy
 from ..reports.report import GraphReport, Report
 from .assertions import insert_assertions
+from .conditions import conditions
 from .inductor import keep_checks
-from .questions import conditions, noted
 
 RECORD = "attnrewrite"  # in the metadata of the graph module of a rewritten program
 

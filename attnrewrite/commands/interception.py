@@ -18,12 +18,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import Module
 
 from ..entrances import in_place, model_parts
 from ..entrances.compilers import AttentionCompiler
-from ..graphs.inner_compilers import NAME
+from ..graphs.inner_compilers import NAME, known_compilers
+from ..graphs.nodes import is_fake
 from ..planning.policies import Policy
 from ..planning.tables import count
 from ..reports.report import Report
@@ -84,7 +84,7 @@ class Interception:
     def _takes(self, backend: Any) -> bool:
         """Not what is ours already; an unknown name is left to PyTorch, whose error the script expects."""
         if isinstance(backend, str):
-            return backend != NAME and backend in torch._dynamo.list_backends(exclude_tags=())
+            return backend != NAME and backend in known_compilers()
         return callable(backend) and not isinstance(backend, AttentionCompiler)
 
     # -- attention outside of graphs
@@ -94,7 +94,7 @@ class Interception:
         def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
             # While Dynamo traces, this is the constant False, and the call below all that is left. A fake tensor is
             # one of ours, in a graph that is being rewritten.
-            if not torch.compiler.is_compiling() and not any(isinstance(value, FakeTensor) for value in args[:1]):
+            if not torch.compiler.is_compiling() and not any(is_fake(value) for value in args[:1]):
                 frame = sys._getframe(1)
                 self.outside[frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name] += 1
             return original(*args, **kwargs)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..graphs.inner_compilers import Inner, compile_with
 from ..graphs.tracing import AttributesOf, traced, uncompiled
+from ..graphs.trees import leaves
 from ..kernels.records import Backend, Numerics, Tolerance
 from ..measuring.accuracy import accuracy
 from ..measuring.capturing import Captured, capture
@@ -148,13 +148,13 @@ def _same_state(model: Any) -> Iterator[None]:
 
 def _tensors(output: Any) -> list[Tensor]:
     """The floating tensors that a model returns."""
-    leaves = tree_leaves(output if not hasattr(output, "to_tuple") else output.to_tuple())
-    return [each.detach() for each in leaves if isinstance(each, Tensor) and each.is_floating_point()]
+    given = output if not hasattr(output, "to_tuple") else output.to_tuple()
+    return [each.detach() for each in leaves(given) if isinstance(each, Tensor) and each.is_floating_point()]
 
 
 def _with_values(model: Any, args: Any, kwargs: Any) -> None:
     held = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
-    for each in (*tree_leaves((args, kwargs)), *held):
+    for each in (*leaves((args, kwargs)), *held):
         if isinstance(each, Tensor) and each.is_meta:
             raise ValueError(
                 f"check runs the model, and it has a tensor {tuple(each.shape)} without values (device 'meta'): give real "

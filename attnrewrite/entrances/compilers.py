@@ -9,10 +9,10 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
-from ..graphs.inner_compilers import NAME, Inner, captures, compile_with, known_inner, known_options
+from ..graphs.inner_compilers import NAME, Inner, captures, compile_with, known_inner, known_options, reset_compiler
+from ..graphs.tracing import compilation
 from ..kernels.machines import Machine
 from ..pipeline import rewrite_graph
 from ..planning.plans import Plan
@@ -71,12 +71,10 @@ class AttentionCompiler:
         outcome = rewrite_graph(graph_module, self.policy_now(), self.machine, swap, self.prefix, captured)
         if outcome.plan.sites:
             switching.mark_used()
-        context = torch._guards.CompileContext.try_get()
-        # Dynamo's id of the compilation, as "0/1": the frame, and how many times it was compiled before.
-        name = str(context.compile_id) if context else f"graph {len(self.report.graphs)}"
+        name, attempt = compilation() or (f"graph {len(self.report.graphs)}", None)
         under = str(override) if override else ""
         graph = GraphReport(name, outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged, under)
-        self.report.add(graph, (context, context.attempt) if context else None)
+        self.report.add(graph, attempt)
         _log(graph)
         self._warn_of_stale(outcome.plan)
         return len(outcome.plan.sites)
@@ -117,8 +115,7 @@ class AttentionCompiler:
 
     def reset(self) -> None:
         """Called by `torch._dynamo.reset()`: lets Inductor drop its CUDA graphs."""
-        if self.inner == "inductor":
-            torch._TorchCompileInductorWrapper(None, None, None).reset()
+        reset_compiler(self.inner)
 
     def __eq__(self, other: object) -> bool:
         if self is other:  # Dynamo asks at every call of a compiled region

@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, TypeVar
 
-import torch
-from torch._guards import Guard, TracingContext
 from torch.compiler import is_compiling
 
+from ..graphs.guards import guard_compilation
+from ..graphs.tracing import break_graph
 from ..planning.policies import Policy
 from .choices import Choice, make_policy
 
@@ -68,15 +68,6 @@ def mark_used() -> None:
 
 def guard_choice() -> None:
     """Makes the graph that is being compiled hold for the active choice only. Without Dynamo there is nothing to guard."""
-    tracing = TracingContext.try_get()
-    if tracing is None:
-        return
-    guards = tracing.guards_context.dynamo_guards
-    if any(getattr(guard.create_fn, "__name__", "") == "ATTENTION_BACKEND" for guard in guards):
-        return
-    from torch._dynamo.guards import get_verbose_code_parts
-    from torch._dynamo.source import GlobalStateSource
-
     wanted = active()
     code = f"attnrewrite.attention_backend is {str(wanted)!r}" if wanted else "no attnrewrite.attention_backend"
 
@@ -87,16 +78,7 @@ def guard_choice() -> None:
         entered[2] = True
         return True
 
-    def ATTENTION_BACKEND(builder: Any, guard: Guard) -> None:  # its name is what logs of guards show
-        guard.guard_types, guard.code_list = ["ATTENTION_BACKEND"], [code]
-        parts = get_verbose_code_parts([code], guard)
-        root = builder.guard_manager.root
-        try:
-            root.add_lambda_guard(unchanged, parts, guard.user_stack)
-        except TypeError:  # before 2.12
-            root.add_lambda_guard(unchanged, parts)
-
-    guards.add(Guard(GlobalStateSource(), ATTENTION_BACKEND))
+    guard_compilation("ATTENTION_BACKEND", code, unchanged)
 
 
 class AttentionContext:
@@ -224,4 +206,4 @@ _known_context = functools.lru_cache(maxsize=256)(_context)
 
 def _not_traced() -> None:
     """A compiled function that opens a context is broken there: what it calls inside is compiled by itself, with the choice."""
-    torch._dynamo.graph_break("attnrewrite.attention_backend is entered inside a compiled function")
+    break_graph("attnrewrite.attention_backend is entered inside a compiled function")

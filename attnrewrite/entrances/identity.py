@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..graphs.operators import is_operator, is_packet
 from ..kernels.machines import Machine
 from ..kernels.sources import SourceError, load
 from ..planning.policies import Candidate, Policy
@@ -90,7 +91,7 @@ def described(value: Any) -> Any:
         return [type(value).__name__, [described(item) for item in value]]
     if isinstance(value, functools.partial):
         return ["partial", described(value.func), described(value.args), described(value.keywords)]
-    if isinstance(value, torch._ops.OpOverload | torch._ops.OpOverloadPacket | torch.dtype | torch.device):
+    if is_operator(value) or is_packet(value) or isinstance(value, torch.dtype | torch.device):
         return [type(value).__name__, str(value)]
     if isinstance(value, bytes | CodeType):
         return _code(value) if isinstance(value, CodeType) else ["bytes", value.hex()]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .sizes import Size, is_one, known
+from .sizes import Size, always, is_one
 
 # (method, arguments) pairs that are applied to a tensor one after the other: ("transpose", (-2, -1)).
 Views = tuple[tuple[str, tuple[Any, ...]], ...]
@@ -64,7 +64,7 @@ class Axes:
                 if not waiting:
                     return None
                 atom = waiting.pop()
-                if known(atom.size == rest):
+                if always(atom.size == rest):
                     axis.append(atom)
                     break
                 if _divides(atom.size, rest):
@@ -90,7 +90,7 @@ class Axes:
         for axis, size, full in zip(layout[missing:], shape, wide[missing:], strict=True):
             if is_one(size):
                 result.append(())
-            elif known(size == full):
+            elif always(size == full):
                 result.append(axis)
             else:
                 return None
@@ -187,4 +187,4 @@ def _divides(size: Size, other: Size) -> bool:
     if isinstance(size, int) and size == 0:
         return False
     rest: Any = other % size  # type: ignore[operator]
-    return known(rest == 0)
+    return always(rest == 0)

@@ -20,9 +20,10 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from .nodes import INHERITED_META, value_key, value_of
+from .operators import is_higher_order, is_operator
+from .trees import leaves
 
 EMITTED = "attnrewrite"  # in the metadata of every node that an Emitter wrote
 
@@ -77,7 +78,7 @@ class Emitter(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if self.key == "val" and not isinstance(func, torch._ops.OpOverload | torch._ops.HigherOrderOperator):
+        if self.key == "val" and not (is_operator(func) or is_higher_order(func)):
             with _Operators(self):
                 return func(*args, **kwargs)
         result = func(*args, **kwargs)
@@ -86,7 +87,7 @@ class Emitter(TorchFunctionMode):
 
     def write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """The node of a call that gave `result`."""
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and id(leaf) not in self._nodes]
+        made = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor) and id(leaf) not in self._nodes]
         if not made:  # a question (size, stride, dtype), or a call that gave back what it was given
             return
         kind, target = _target(func)

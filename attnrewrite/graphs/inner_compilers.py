@@ -15,11 +15,22 @@ Inner = str | Callable[..., Any]
 NAME = "attnrewrite"
 
 
+def known_compilers() -> list[str]:
+    """The names that torch.compile takes as `backend`."""
+    return torch._dynamo.list_backends(exclude_tags=())
+
+
+def reset_compiler(inner: Inner) -> None:
+    """As `torch._dynamo.reset()` asks of a backend: Inductor drops its CUDA graphs."""
+    if inner == "inductor":
+        torch._TorchCompileInductorWrapper(None, None, None).reset()
+
+
 def known_inner(inner: Inner) -> Inner:
     """Raises `ValueError` for a name that torch.compile does not know."""
     if callable(inner):
         return inner
-    known = torch._dynamo.list_backends(exclude_tags=())
+    known = known_compilers()
     if inner not in known or inner == NAME:
         near = difflib.get_close_matches(str(inner), known, n=3, cutoff=0.4)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torch.utils._pytree import tree_leaves
 
 from .nodes import value_of
+from .operators import is_higher_order, is_operator, is_packet
+from .spellings import writes_in_place
+from .trees import leaves
 
 _WRITES = frozenset(
     {"setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift",
@@ -90,15 +92,13 @@ class Writes:
 
 
 def _nodes(argument: Any) -> list[Node]:
-    return [
-        leaf for leaf in tree_leaves(argument, is_leaf=lambda leaf: isinstance(leaf, Node)) if isinstance(leaf, Node)
-    ]
+    return [leaf for leaf in leaves(argument, is_leaf=lambda leaf: isinstance(leaf, Node)) if isinstance(leaf, Node)]
 
 
 def _written_by(node: Node) -> Iterator[Any]:
     if node.op == "call_method":
         name = str(node.target)
-        if _in_place(name) or name in _WRITING_METHODS:
+        if writes_in_place(name) or name in _WRITING_METHODS:
             yield node.args[0]
     elif node.op == "call_module":
         owner = node.graph.owning_module
@@ -111,16 +111,20 @@ def _written_by(node: Node) -> Iterator[Any]:
 
 
 def _written_by_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
-    if isinstance(target, torch._ops.OpOverload):
+    if is_operator(target):
         yield from _written_by_schema(target._schema, args, kwargs)
-    elif isinstance(target, torch._ops.OpOverloadPacket):
+    elif is_packet(target):
         for overload in target.overloads():
             yield from _written_by_schema(getattr(target, overload)._schema, args, kwargs)
-    elif isinstance(target, torch._ops.HigherOrderOperator) or not _is_known(target):
+    elif is_higher_order(target) or not _is_known(target):
         yield from (*args, *kwargs.values())
     else:
         name = getattr(target, "__name__", "")
-        if name in _WRITES or (_in_place(name) and not _is_operator(target)) or _says_inplace(target, args, kwargs):
+        if (
+            name in _WRITES
+            or (writes_in_place(name) and not _is_operator(target))
+            or _says_inplace(target, args, kwargs)
+        ):
             yield args[0] if args else next(iter(kwargs.values()))
         yield kwargs.get("out")
 
@@ -129,10 +133,6 @@ def _written_by_schema(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any
     for position, argument in enumerate(schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             yield kwargs.get(argument.name, args[position] if position < len(args) else None)
-
-
-def _in_place(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__")
 
 
 def _is_operator(target: Any) -> bool:

@@ -15,12 +15,18 @@ from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
 SDPA = torch._C._nn.scaled_dot_product_attention
 SDPA_TARGETS = frozenset(
     {SDPA, torch.ops.aten.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
 )
+LINEAR_TARGETS = frozenset(
+    {torch._C._nn.linear, torch.ops.aten.linear.default, torch.conv2d, torch.conv1d, torch.conv3d}
+)
+# A call that sets which of its kernels SDPA may choose, as `with torch.nn.attention.sdpa_kernel(...)` leaves it in a graph.
+SETS_KERNELS = torch.nn.attention._sdpa_kernel
 MHA = torch.nn.functional.multi_head_attention_forward
 # Attention inside one operator, which leaves no call to swap. The value: how to have one.
 _FUSED = "torch.backends.mha.set_fastpath_enabled(False) before compiling makes it a call that can be swapped"
@@ -56,10 +62,33 @@ def value_of(node: Any) -> Any:
 
 
 @contextmanager
-def values_only(value: torch.Tensor) -> Iterator[None]:
+def values_only(value: torch.Tensor, needs_grad: bool = False) -> Iterator[None]:
     """What runs inside computes with fake values such as `value`, sizes symbolic or not, and traces nothing."""
-    with torch.no_grad(), enable_python_dispatcher(), getattr(value, "fake_mode", None) or nullcontext():
+    with torch.set_grad_enabled(needs_grad), enable_python_dispatcher(), fake_mode_of(value) or nullcontext():
         yield
+
+
+def is_fake(value: Any) -> bool:
+    return isinstance(value, FakeTensor)
+
+
+def new_fake_mode() -> FakeTensorMode:
+    return FakeTensorMode()
+
+
+def fake_mode_of(value: Any) -> Any:
+    """The mode that a fake tensor was made in, None for anything else."""
+    return getattr(value, "fake_mode", None)
+
+
+def is_plain_tensor(tensor: torch.Tensor) -> bool:
+    """Not a subclass with a behaviour of its own."""
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
+
+
+def is_transformed(tensor: torch.Tensor) -> bool:
+    """Wrapped by a transform of torch.func."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 @dataclass(frozen=True)
@@ -158,3 +187,8 @@ def module_path(source: str) -> str:
     text = re.sub(r"^[LG]\['[^']*'\]", "", source)
     parts = re.findall(r"[^.\[\]']+", text)
     return ".".join(part for part in parts if part not in ("__dict__", "_modules", "_orig_mod"))
+
+
+def kernels_now() -> list[str]:
+    """The kernels that SDPA may choose outside of the graph, by their names."""
+    return sorted(backend.name for backend in torch.nn.attention._cur_sdpa_kernel_backends())

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
+
+from .questions import listening
 
 # A size of an AttentionCall: known, or symbolic while its graph is being rewritten. (A report holds its text.)
 Size = int | torch.SymInt
@@ -35,10 +31,10 @@ def holds(condition: bool | torch.SymBool, at_run_time: bool = False) -> bool:
         return condition
     from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-    if known(condition):
-        record = QUESTIONS.get()
-        if at_run_time and record is not None:
-            record.asked.append((condition.node.expr, *record.subject))
+    if always(condition):
+        questions = listening()
+        if at_run_time and questions is not None:
+            questions.note(condition.node.expr)
         return True
     try:
         return bool(condition)
@@ -46,46 +42,7 @@ def holds(condition: bool | torch.SymBool, at_run_time: bool = False) -> bool:
         raise UnbackedSizeError(str(condition)) from error
 
 
-@dataclass
-class Questions:
-    """What was asked about the sizes of an exported program, which has no guards: (what is true, site, kernel) each.
-
-    aot/questions.py fills it and makes assertions of it."""
-
-    asked: list[tuple[Any, str, str]] = field(default_factory=list)
-    subject: tuple[str, str] = ("", "")
-
-
-QUESTIONS: ContextVar[Questions | None] = ContextVar("attnrewrite_questions", default=None)
-
-
-@contextmanager
-def asking(site: str, kernel: str) -> Iterator[None]:
-    """What is asked inside is asked for this site and kernel."""
-    record = QUESTIONS.get()
-    if record is None:
-        yield
-        return
-    before, record.subject = record.subject, (site, kernel)
-    try:
-        yield
-    finally:
-        record.subject = before
-
-
-class Attempt:
-    """What is asked from here on may be forgotten: a refusal is right for other sizes too, only a kernel is not."""
-
-    def __init__(self) -> None:
-        self._record = QUESTIONS.get()
-        self._from = len(self._record.asked) if self._record else 0
-
-    def forget(self) -> None:
-        if self._record is not None:
-            del self._record.asked[self._from :]
-
-
-def known(condition: bool | torch.SymBool) -> bool:
+def always(condition: bool | torch.SymBool) -> bool:
     """Whether a condition holds for every value of its symbols. Asks nothing: no guard, and no error on data-dependent
     sizes. For what is right either way and only costs more when it is not known."""
     from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -93,10 +50,10 @@ def known(condition: bool | torch.SymBool) -> bool:
     return condition if isinstance(condition, bool) else statically_known_true(condition)
 
 
-def better(condition: bool | torch.SymBool) -> bool:
-    """For what is right either way and costs less where the condition holds: `holds` where there are guards, `known` in an
+def holds_if_guarded(condition: bool | torch.SymBool) -> bool:
+    """For what is right either way and costs less where the condition holds: `holds` where there are guards, `always` in an
     exported program, which would be bound to the answer."""
-    return known(condition) if QUESTIONS.get() is not None else holds(condition)
+    return holds(condition) if listening() is None else always(condition)
 
 
 def is_one(size: Size) -> bool:

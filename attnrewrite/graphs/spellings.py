@@ -13,45 +13,61 @@ import torch.nn.functional as F
 from torch.fx import Node
 
 from .nodes import LITERAL, value_of
-from .sizes import UnbackedSizeError, known
+from .operators import is_operator, is_packet, name_in_aten
+from .sizes import UnbackedSizeError, always
 
-_OWNERS = (torch, F, operator, torch.special, builtins)
+# Where PyTorch's functions stand in a graph. A user's own function may be called `where` too.
+_OWNERS = (torch, torch.Tensor, F, torch._C._nn, torch.special, operator, builtins)
+# Operators of Python, in the words of torch.
+_OPERATORS = {
+    "and_": "bitwise_and", "or_": "bitwise_or", "invert": "bitwise_not", "truediv": "div", "floordiv": "floor_divide",
+    "iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_", "iand": "bitwise_and_", "ior": "bitwise_or_",
+}  # fmt: skip
 _SAME = {
-    "imul": "mul", "multiply": "mul", "truediv": "div", "itruediv": "div", "divide": "div", "true_divide": "div",
-    "iadd": "add", "isub": "sub", "subtract": "sub", "reshape": "view", "_unsafe_view": "view", "view_as": "view",
-    "reshape_as": "view", "unsqueeze": "view", "squeeze": "view", "flatten": "view", "unflatten": "view",
+    "multiply": "mul", "divide": "div", "true_divide": "div", "subtract": "sub", "reshape": "view", "_unsafe_view": "view",
+    "view_as": "view", "reshape_as": "view", "unsqueeze": "view", "squeeze": "view", "flatten": "view", "unflatten": "view",
     "contiguous": "clone", "alias": "clone", "swapaxes": "transpose", "swapdims": "transpose", "expand_as": "expand",
     "broadcast_to": "expand", "float": "to", "half": "to", "bfloat16": "to", "double": "to", "type": "to", "type_as": "to",
-    "_to_copy": "to", "bitwise_not": "logical_not", "invert": "logical_not", "_softmax": "softmax",
-    "_safe_softmax": "softmax", "mm": "matmul", "bmm": "matmul", "tile": "repeat",
+    "_to_copy": "to", "bitwise_not": "logical_not", "_softmax": "softmax", "_safe_softmax": "softmax", "mm": "matmul",
+    "bmm": "matmul", "tile": "repeat",
 }  # fmt: skip
 TURNS = frozenset({"transpose", "permute", "movedim", "getattr", "mT", "adjoint", "t", "T", "numpy_T"})
+
+
+def name_of(node: Node) -> str:
+    """PyTorch's name of what a node computes, in a Dynamo or an exported graph: "masked_fill_" of the method and of
+    aten.masked_fill_.Scalar, "mul_" of `x *= y`. "" for what is not PyTorch's own."""
+    if node.op == "call_method":
+        name = str(node.target)
+        name = name[2:-2] if name.startswith("__") else name  # until torch 2.11 `x == y` is the method __eq__
+        return _OPERATORS.get(name, name)
+    if node.op != "call_function":
+        return ""
+    target: Any = node.target
+    if is_operator(target) or is_packet(target):
+        return name_in_aten(target) or ""
+    name = getattr(target, "__name__", "")
+    if getattr(operator, name, None) is target:
+        return _OPERATORS.get(name, name)
+    return name if any(getattr(owner, name, None) is target for owner in _OWNERS) else ""
+
+
+def base_name(node: Node) -> str:
+    """The same without the mark of writing in place."""
+    name = name_of(node)
+    return name[:-1] if writes_in_place(name) else name
+
+
+def writes_in_place(name: str) -> bool:
+    """By the mark that torch has for it."""
+    return name.endswith("_") and not name.endswith("__")
 
 
 def spelled(node: Node) -> str | None:
     """The common name of what a node computes: "mul" for `x * y`, `x *= y`, `torch.mul`, `aten.mul.Scalar`. None for what
     is not PyTorch's own. Names that mean the same to an attention are one: "view" is whatever keeps the order of elements."""
-    name = _own_name(node)
-    if name is None:
-        return None
-    if name.endswith("_") and not name.endswith("__"):
-        name = name[:-1]
-    return _SAME.get(name, name)
-
-
-def _own_name(node: Node) -> str | None:
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op != "call_function":
-        return None
-    target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
-        return target._opname if target.namespace == "aten" else None
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        space, _, name = target._qualified_op_name.partition("::")
-        return name if space == "aten" else None
-    name = getattr(target, "__name__", "")
-    return name if any(getattr(owner, name, None) is target for owner in _OWNERS) else None
+    name = base_name(node)
+    return _SAME.get(name, name) or None
 
 
 def argument(node: Node, position: int, *names: str, default: Any = None) -> Any:
@@ -125,7 +141,7 @@ def stays_on(node: Node) -> bool:
 
 def same_shape(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether two shapes are the same as far as is known without a guard."""
-    return one.dim() == other.dim() and all(known(a == b) for a, b in zip(one.shape, other.shape, strict=True))
+    return one.dim() == other.dim() and all(always(a == b) for a, b in zip(one.shape, other.shape, strict=True))
 
 
 def _is_full(index: Any) -> bool:

@@ -10,7 +10,9 @@ from torch.fx.node import map_arg
 
 from .mutations import storage_of
 from .nodes import value_of
-from .sizes import Size, known
+from .operators import is_higher_order
+from .sizes import Size, always
+from .spellings import name_of
 
 # What gives the same result, with the same strides, whatever the strides of its input.
 _NORMALISES = frozenset(
@@ -22,13 +24,14 @@ _FOLLOWS = frozenset(
      "conv1d", "conv2d", "conv3d", "einsum"}
 )  # fmt: skip
 # What reads strides, or fails on some.
-_READS = frozenset({"view", "as_strided", "stride", "is_contiguous", "view_as_complex", "view_as_real", "output"})
+_READS = frozenset({"view", "as_strided", "stride", "is_contiguous", "view_as_complex", "view_as_real"})
 
 
 def same_strides(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Whether both lie alike in memory, as far as is known without a guard. Sizes of 1 have no stride that counts."""
     return all(
-        known(size == 1) or known(a == b) for size, a, b in zip(other.shape, one.stride(), other.stride(), strict=True)
+        always(size == 1) or always(a == b)
+        for size, a, b in zip(other.shape, one.stride(), other.stride(), strict=True)
     )
 
 
@@ -44,9 +47,8 @@ def strides_matter(node: Node, now: torch.Tensor, written: set[int]) -> bool:
         user = waiting.pop()
         if user in values:
             continue
-        name = str(user.target) if user.op in ("call_method", "output") else getattr(user.target, "__name__", "")
-        name = name.split(".")[0]
-        if name in _READS or user.op == "call_module" or isinstance(user.target, torch._ops.HigherOrderOperator):
+        name = name_of(user)
+        if name in _READS or user.op in ("call_module", "output") or is_higher_order(user.target):
             return True
         if name in _NORMALISES:
             continue
@@ -86,4 +88,4 @@ def restrided(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 def _outside(stride: Size, other: Size) -> bool:
     """Whether a dimension lies outside of another. Strides of a dense tensor are multiples of each other, whatever the data
     says their sizes are."""
-    return known(stride > other) or (not known(other >= stride) and known(stride % other == 0))  # type: ignore[operator]
+    return always(stride > other) or (not always(other >= stride) and always(stride % other == 0))  # type: ignore[operator]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import CodeType, TracebackType
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
+from torch.utils._python_dispatch import _disable_current_modes
+
+from .trees import mapped
 
 
 def traced(
@@ -18,10 +21,50 @@ def traced(
 ) -> Any:
     """What the model gives when `backend` compiles it, whatever compiles it otherwise. Sizes are numbers. Nothing that was
     compiled for it is left behind."""
-    limits: Any = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
     compiled: Any = torch.compile(uncompiled(model), backend=backend, dynamic=False)
-    with CompiledCode(), limits:
+    with CompiledCode(), recompilations(10_000):
         return compiled(*args, **kwargs)
+
+
+def recompilations(most: int) -> AbstractContextManager[Any]:
+    """Inside, one function may be compiled so many times (8 by default), and 10,000 times with all that it calls."""
+    limits: AbstractContextManager[Any] = torch._dynamo.config.patch(
+        recompile_limit=most, accumulated_recompile_limit=10_000
+    )
+    return limits
+
+
+def compiled_graphs() -> int:
+    """How many graphs Dynamo has compiled since it was reset."""
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def compilation() -> tuple[str, Any] | None:
+    """Dynamo's id of the compilation that is under way, as "0/1" (the frame, and how many times it was compiled before), and
+    what tells tries at it apart: where Dynamo starts a frame again, the next try is another one. None outside of any."""
+    context = torch._guards.CompileContext.try_get()
+    return (str(context.compile_id), (context, context.attempt)) if context else None
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """What runs inside is no part of a graph that is being traced or written."""
+    modes: AbstractContextManager[Any] = _disable_current_modes()
+    return modes
+
+
+def break_graph(reason: str) -> None:
+    """Inside a function that Dynamo traces: the graph ends here, and what follows is compiled by itself."""
+    torch._dynamo.graph_break(reason)
+
+
+def traced_operators(function: Callable[..., Any], fake: Sequence[Any], needs_grad: bool) -> GraphModule:
+    """The operators that a function of fake tensors calls, above autograd and without autocast. Each node has its value under
+    "val"."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    with torch.set_grad_enabled(needs_grad), torch._C._DisableAutocast():
+        module: GraphModule = make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(*fake)
+    return module
 
 
 def uncompiled(model: Any) -> Any:
@@ -51,10 +94,10 @@ def predicted(graph_module: GraphModule) -> Callable[..., Any]:
             made = empty.zero_().requires_grad_(value.requires_grad)
             return made.clone() if value.requires_grad else made  # no leaf, so that code behind may write into it
 
-        fakes = tree_map(fake, inputs)
+        fakes = mapped(fake, inputs)
         with mode:
             outputs = graph_module(*fakes)
-        return tree_map(zeros, outputs)
+        return mapped(zeros, outputs)
 
     return call
 

@@ -19,8 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch.utils._python_dispatch import _disable_current_modes
-
+from ..graphs.tracing import without_modes
 from .decisions import Code, Refused
 from .machines import installed
 
@@ -148,7 +147,7 @@ _LIBRARIES: dict[str, ModuleType] = {}  # by text
 def load(source: Source, trust: bool = False) -> str:
     """Loads a library, once a process, and returns the text that it is known by from now on. Raises `SourceError`."""
     if (source, trust) not in _TEXTS:
-        with _disable_current_modes():  # an import may make tensors: they are not part of the graph being rewritten
+        with without_modes():  # an import may make tensors: they are not part of the graph being rewritten
             text, module = source.fetch(trust)
         _LIBRARIES.setdefault(text, module)
         _TEXTS[source, trust] = text

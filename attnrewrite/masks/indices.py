@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..graphs.sizes import Size, known
+from ..graphs.sizes import Size, always
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def at_least_zero(index: Index) -> bool:
         if isinstance(each, Axis) and at_least_zero(-slope):
             return at_least_zero(rest + slope * (each.extent - 1))
         return False
-    return known(_evaluated(index) >= 0)
+    return always(_evaluated(index) >= 0)
 
 
 def _evaluated(index: Index) -> Any:

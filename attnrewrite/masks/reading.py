@@ -15,10 +15,11 @@ from torch.fx import GraphModule, Node
 
 from ..graphs.mutations import RESHAPES, storage_of, written_by
 from ..graphs.nodes import value_of
-from ..graphs.sizes import is_one, known
+from ..graphs.sizes import always, is_one
+from ..graphs.spellings import base_name, name_of
 from .expressions import Expressions, Value, is_axis
 from .indices import Index, constant, index_of, within
-from .rules import ELEMENTWISE, MOVES, assigned, base_name, name_of
+from .rules import ELEMENTWISE, MOVES, assigned
 
 DEEPEST, MOST_READS = 120, 4000  # of one mask: what is more involved is no mask that a kernel has a word for
 
@@ -89,7 +90,7 @@ class Reader:
         if found is None and before == len(writes):
             places = zip(indices, value.shape, value.stride(), strict=True)
             indices = tuple(
-                constant(0) if is_one(size) or known(stride == 0) else index for index, size, stride in places
+                constant(0) if is_one(size) or always(stride == 0) else index for index, size, stride in places
             )
             found = self.expressions.read(node, indices, value.dtype == torch.bool)
         if found is not None and not writes and (found not in self.homes or not is_plain(*self.homes[found])):

@@ -1,4 +1,4 @@
-"""What each function of torch does to an element, for `mask_reading.Reader`: one rule a function, whatever its spelling.
+"""What each function of torch does to an element, for `reading.Reader`: one rule a function, whatever its spelling.
 
 `MOVES` read elements of other tensors at other indices; `ELEMENTWISE` compute one of the elements at the same place. A rule
 returns None where it does not know.
@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from ..graphs.nodes import value_of
 from ..graphs.sizes import is_one
+from ..graphs.spellings import base_name, name_of
 from .expressions import Expressions, Value, rounded
 from .indices import Index, at_least_zero, constant, divided, index_of, within
 
@@ -33,39 +34,6 @@ class Reader(Protocol):
     def operand(self, given: Any, indices: Indices, at: float) -> Value | None:
         """An operand of an elementwise function at the place of its result: it broadcasts."""
         ...
-
-
-_OPERATORS = {
-    "and_": "bitwise_and", "or_": "bitwise_or", "invert": "bitwise_not", "truediv": "div", "floordiv": "floor_divide",
-    "iadd": "add_", "isub": "sub_", "imul": "mul_", "iand": "bitwise_and_", "ior": "bitwise_or_",
-}  # fmt: skip
-
-
-def name_of(node: Node) -> str:
-    """The function's name, in a Dynamo or an exported graph: "masked_fill_" of the method and of aten.masked_fill_.Scalar."""
-    if node.op == "call_method":
-        name = str(node.target)
-        operation = name[2:-2] if name.startswith("__") else name  # until torch 2.11 `x == y` is the method __eq__
-        return _OPERATORS.get(operation, operation)
-    if node.op != "call_function":
-        return ""
-    if isinstance(node.target, torch._ops.OpOverload):
-        namespace, _, name = node.target._schema.name.partition("::")
-        return name if namespace == "aten" else ""
-    name = getattr(node.target, "__name__", "")
-    if getattr(operator, name, None) is node.target:
-        return _OPERATORS.get(name, name)
-    # A user's function may be called `where` too.
-    known_as = (
-        getattr(each, name, None) for each in (torch, torch.Tensor, torch.nn.functional, torch._C._nn, torch.ops.aten)
-    )
-    return name if any(each is node.target for each in known_as) else ""
-
-
-def base_name(node: Node) -> str:
-    """The same without the mark of writing in place."""
-    name = name_of(node)
-    return name[:-1] if name.endswith("_") and not name.endswith("__") else name
 
 
 def argument(node: Node, place: int, name: str, default: Any = None) -> Any:

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
-from ..graphs.nodes import SDPA, values_only
+from ..graphs.nodes import SDPA, new_fake_mode, values_only
 from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.machines import Machine
 from ..kernels.ops import zero_unless
@@ -114,7 +113,7 @@ class _Build:
 
     def __init__(self, needs_grad: bool) -> None:
         self.graph = Graph()
-        self._mode = FakeTensorMode()
+        self._mode = new_fake_mode()
         self._needs_grad = needs_grad
 
     def placeholder(self, name: str, tensor: Tensor) -> Node:

@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from ..graphs.devices import pause_gpu
+
 Call = Callable[[], object]
 
 # A sample lasts about so long, made of as many calls as that takes.
 SAMPLE = {"cuda": 3e-3, "cpu": 5e-3}
 MOST_CALLS = 100
-_HERTZ = 2.0e9  # more than GPUs clock: the pause below is rather too long
 
 
 class Stopwatch:
@@ -67,8 +68,19 @@ class Stopwatch:
         call()
         host = time.perf_counter() - started
         self.settle()
+        pause_gpu(2e-4 + 1.5 * host * calls)
+        return self._between_events(call, calls)
+
+    def span(self, call: Call) -> float:
+        """Seconds of one call, from when the device begins with it to when it is done, waiting for the host included."""
+        if self.device.type != "cuda":
+            started = time.perf_counter()
+            call()
+            return time.perf_counter() - started
+        return self._between_events(call, 1)
+
+    def _between_events(self, call: Call, calls: int) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(int((2e-4 + 1.5 * host * calls) * _HERTZ))
         start.record()
         for _ in range(calls):
             call()

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+
+from ..graphs.nodes import new_fake_mode
 
 Result = TypeVar("Result")
 
@@ -78,7 +79,7 @@ class Worker:
 def _enter_a_fake_mode() -> None:
     """Where there is no GPU, a PyTorch for CUDA keeps a device guard of the first thread that enters a fake mode, and goes on
     reading it when that thread has ended (segfault, 2.11). So that is never a thread of ours."""
-    with FakeTensorMode():
+    with new_fake_mode():
         pass
 
 

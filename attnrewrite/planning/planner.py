@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..graphs.sizes import asking
+from ..graphs.questions import asking
 from ..kernels.calls import AttentionCall
 from ..kernels.decisions import Accepted, Decision, Refused
 from ..kernels.machines import Machine

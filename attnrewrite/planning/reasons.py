@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from ..graphs.sizes import Attempt, UnbackedSizeError, described, holds
+from ..graphs.questions import Attempt
+from ..graphs.sizes import UnbackedSizeError, described, holds
 from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.decisions import Accepted, Code, Decision, Refused, Step
 from ..kernels.machines import Machine, satisfies

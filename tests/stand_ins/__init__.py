@@ -9,8 +9,8 @@ import pytest
 from decision_specs import PACKAGES
 
 from attnrewrite import AttentionCompiler, Machine, make_policy
-from attnrewrite.kernels import machines, sources
-from attnrewrite.planning import registry
+from attnrewrite.kernels import sources
+from attnrewrite.planning import registry, this_machine
 
 HERE = Path(__file__).parent
 MODULES = (
@@ -103,7 +103,7 @@ def forget():
         del sys.modules[name]
     sources._LIBRARIES.clear()
     sources._TEXTS.clear()
-    machines._read.cache_clear()
+    this_machine._read.cache_clear()
 
 
 @pytest.fixture

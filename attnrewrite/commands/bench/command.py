@@ -19,7 +19,7 @@ from ...planning.selectors import usual_candidates
 from ...reports import pictures as plotting
 from . import model_level, op_level, plots, results
 from .denoisers import MODELS, Place, imported
-from .measuring import matmul_rate, words
+from .rounds import matmul_rate, words
 
 ALL = "all"
 # diffusers' names that are fastest for one model or another; quantised ones do not compile there.

@@ -24,11 +24,14 @@ import torch
 
 from ...entrances.compilers import AttentionCompiler, with_backend
 from ...entrances.tuning import tune
+from ...graphs.tracing import compiled_graphs, recompilations
+from ...graphs.trees import mapped
+from ...measuring.timing import Stopwatch
 from ...planning.plans import Plan
 from ...planning.selectors import Planned
 from .denoisers import Denoiser
-from .measuring import by_rounds, in_turn, milliseconds, words
 from .op_level import products
+from .rounds import by_rounds, in_turn, words
 
 AGAIN = "torch.compile, again"  # the same once more, compiled for itself: how far its ratio is from 1 is the noise
 EAGER, PLAIN, AUTO, TUNED, QUANTISED = "eager", "torch.compile", "auto", "tuned", "tuned, quantised"
@@ -84,7 +87,7 @@ def exact(denoiser: Denoiser) -> torch.Tensor:
     def wide(value: Any) -> Any:
         return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
-    inputs = torch.utils._pytree.tree_map(wide, denoiser.inputs)
+    inputs = mapped(wide, denoiser.inputs)
     output: torch.Tensor = copy.deepcopy(denoiser.model).float()(**inputs, return_dict=False)[0]
     return output
 
@@ -111,8 +114,7 @@ def measure(
     steps: dict[str, tuple[Step, str]] = {}
     plan: Plan | None = None
     # Where a variant raises while it is traced, parts of blocks are compiled, and those are shared by all variants.
-    limits: Any = torch._dynamo.config.patch(recompile_limit=256, accumulated_recompile_limit=10_000)
-    with torch.no_grad(), limits:
+    with torch.no_grad(), recompilations(256):
         reference = exact(denoiser)
         for variant in variants:
             try:
@@ -136,9 +138,9 @@ def measure(
                 _, rows[name]["graphs"] = _warm(denoiser, step, peer)
         timed = {name: _timed(denoiser, device, *each) for name, each in steps.items()}
         in_turn(timed, 1)  # variants that share code may be compiled anew when they take turns
-        before = _graphs()
+        before = compiled_graphs()
         times = in_turn(timed, rounds)
-        late = _graphs() - before
+        late = compiled_graphs() - before
         _choose(denoiser, "native")
     for name, row in rows.items():
         row["ms"] = statistics.median(times[name])
@@ -210,16 +212,16 @@ def _plan_of(backend: Any) -> Plan | None:
 def _warm(denoiser: Denoiser, step: Step, peer: str) -> tuple[torch.Tensor, int]:
     """The output, and how many graphs were compiled for it."""
     _choose(denoiser, peer)
-    before = _graphs()
+    before = compiled_graphs()
     for _ in range(3):
         output = step()
-    return output, _graphs() - before
+    return output, compiled_graphs() - before
 
 
 def _timed(denoiser: Denoiser, device: torch.device, step: Step, peer: str) -> Callable[[], float]:
     def timed() -> float:
         _choose(denoiser, peer)
-        return milliseconds(device, step)
+        return 1e3 * Stopwatch(device).span(step)
 
     return timed
 
@@ -231,11 +233,6 @@ def _row(variant: Variant, backend: Any, output: torch.Tensor, reference: torch.
     if isinstance(backend, AttentionCompiler):
         row["sites"] = {site.name: site.chosen for site in backend.report.sites}
     return row
-
-
-def _graphs() -> int:
-    """How many graphs Dynamo has compiled."""
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def _choose(denoiser: Denoiser, name: str) -> None:

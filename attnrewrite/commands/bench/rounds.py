@@ -1,36 +1,17 @@
-"""Clocks, rounds in turn, and the machine's matmul rate: what both levels of the benchmark measure with."""
+"""Rounds in turn, and the machine's matmul rate: what both levels of the benchmark measure with."""
 
 from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 
+from ...measuring.timing import Stopwatch
+
 # One size of a square matmul each: the rate of a card at its power limit falls with the length of the call.
 CEILING = {"cuda": (4096, 8192, 16384), "cpu": (1024,)}
-
-
-def milliseconds(device: torch.device, run: Callable[[], Any], calls: int = 1) -> float:
-    """The time of a call, the mean of `calls` in a row: by CUDA events, or by the wall clock on a CPU."""
-    if device.type != "cuda":
-        started = time.perf_counter()
-        for _ in range(calls):
-            run()
-        return (time.perf_counter() - started) * 1e3 / calls
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    if calls > 1:
-        torch.cuda._sleep(10_000_000)  # 5 ms: the host is ahead when the first call begins, so that it does not count
-    start.record()
-    for _ in range(calls):
-        run()
-    end.record()
-    torch.cuda.synchronize(device)
-    total: float = start.elapsed_time(end)
-    return total / calls
 
 
 def in_turn(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -51,11 +32,11 @@ def by_rounds(base: list[float], other: list[float]) -> float:
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """TFLOP/s of a square matmul by its size, the median of some calls: no attention of that dtype can be faster."""
-    rates = {}
+    rates, watch = {}, Stopwatch(device)
     for size in CEILING.get(device.type, CEILING["cpu"]):
         left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        found = [milliseconds(device, lambda left=left, right=right: left @ right, 3) for _ in range(7)]  # type: ignore[misc]
-        rates[str(size)] = 2 * size**3 / statistics.median(found[2:]) / 1e9
+        found = [watch.sample(lambda left=left, right=right: left @ right, 3) for _ in range(7)]  # type: ignore[misc]
+        rates[str(size)] = 2 * size**3 / statistics.median(found[2:]) / 1e12
     return rates
 
 

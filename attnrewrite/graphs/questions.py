@@ -1,91 +1,110 @@
-"""What is asked about symbolic sizes while a program is rewritten: what must hold whenever the program runs.
+"""What is asked about the symbolic sizes of an exported program, and answered from the sizes of its example.
 
 `torch.compile` turns a question about a size into a guard. An exported program has no guards, and its ShapeEnv is frozen: it
-answers from the sizes of the example and forgets (torch 2.13). So the answers are noted here, and become nodes
-(assertions.py).
+answers from the example and forgets (torch 2.13). So the answers are noted here, and aot/conditions.py makes of them what must
+hold whenever the program runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
-from ..graphs.nodes import value_of
-from ..graphs.sizes import QUESTIONS, Questions
-from ..passes.context import Found
+from .nodes import fake_mode_of, value_of
 
 
 @dataclass(frozen=True)
-class Condition:
-    """A relation between sizes that must hold, and the (site, kernel) pairs that need it."""
+class Question:
+    """relation: what is true of the sizes (sympy). site, kernel: for which attention and which of its choices it was asked; ""
+    for neither."""
 
-    relation: Any  # sympy
-    needed_by: tuple[tuple[str, str], ...]
+    relation: Any
+    site: str
+    kernel: str
+
+
+@dataclass
+class Questions:
+    """All that was asked, in order."""
+
+    asked: list[Question] = field(default_factory=list)
+    site: str = ""
+    kernel: str = ""
+
+    def note(self, relation: Any) -> None:
+        self.asked.append(Question(relation, self.site, self.kernel))
+
+
+# Who listens. The functions that ask (`sizes.holds`) are called by records and passes, which know nothing of export.
+_LISTENING: ContextVar[Questions | None] = ContextVar("attnrewrite_questions", default=None)
+
+
+def listening() -> Questions | None:
+    """Where questions are noted now; None under torch.compile, which makes guards of them."""
+    return _LISTENING.get()
 
 
 @contextmanager
-def noted(module: GraphModule, ranges: Any) -> Iterator[Questions]:
-    """What runs inside asks about the sizes of this graph; nothing of the program's ShapeEnv changes.
+def asking(site: str, kernel: str) -> Iterator[None]:
+    """What is asked inside is asked for this site and kernel."""
+    questions = _LISTENING.get()
+    if questions is None:
+        yield
+        return
+    before = questions.site, questions.kernel
+    questions.site, questions.kernel = site, kernel
+    try:
+        yield
+    finally:
+        questions.site, questions.kernel = before
+
+
+class Attempt:
+    """What is asked from here on may be forgotten: a refusal is right for other sizes too, only a kernel is not."""
+
+    def __init__(self) -> None:
+        self._questions = _LISTENING.get()
+        self._from = len(self._questions.asked) if self._questions else 0
+
+    def forget(self) -> None:
+        if self._questions is not None:
+            del self._questions.asked[self._from :]
+
+
+@contextmanager
+def noted(module: GraphModule, ranges: Mapping[Any, Any]) -> Iterator[Questions]:
+    """What runs inside asks about the sizes of this exported graph. Each of its ShapeEnvs has another `evaluate_expr` as long
+    as this is open, and is as it was behind it.
 
     ranges: the program's range constraints. What they answer needs no check and is not noted.
     """
     questions = Questions()
     modes = _fake_modes(module)
-    token = QUESTIONS.set(questions)
-    patched = [_answering(mode, questions, ranges) for mode in modes if mode.shape_env is not None]
+    token = _LISTENING.set(questions)
+    shape_envs = [mode.shape_env for mode in modes if mode.shape_env is not None]
     caches = [(mode, mode.cache_enabled) for mode in modes]
+    for shape_env in shape_envs:
+        shape_env.evaluate_expr = _from_the_example(shape_env, questions, ranges)
     for mode in modes:
         mode.cache_enabled = False  # a result from the cache asks no question
     try:
         yield questions
     finally:
-        QUESTIONS.reset(token)
-        for shape_env in patched:
+        _LISTENING.reset(token)
+        for shape_env in shape_envs:
             del shape_env.evaluate_expr
         for mode, enabled in caches:
             mode.cache_enabled = enabled
 
 
-def conditions(questions: Questions, swapped: Sequence[Found], ranges: Any) -> tuple[Condition, ...]:
-    """The distinct conditions that the swapped sites need, in the order in which they were asked."""
+def _from_the_example(shape_env: Any, questions: Questions, ranges: Mapping[Any, Any]) -> Any:
     import sympy  # type: ignore[import-untyped]
 
-    taken = {found.call.site for found in swapped}
-    asked = [each for each in questions.asked if each[1] in taken or not each[1]] if taken else []
-    asked += [each for found in swapped for each in _some(found, ranges)]
-    needed: dict[Any, dict[tuple[str, str], None]] = {}
-    for relation, site, kernel in asked:
-        for part in relation.args if isinstance(relation, sympy.And) else (relation,):
-            if _known(part, ranges, least=0) is not sympy.true:
-                needed.setdefault(part, {})[site, kernel] = None
-    return tuple(Condition(relation, tuple(sites)) for relation, sites in needed.items())
-
-
-def _some(found: Found, ranges: Any) -> Iterator[tuple[Any, str, str]]:
-    """A kernel that does not take length 0. PyTorch takes symbolic sizes for at least 2, so that asking gives no condition,
-    but lets the program run with 0 and 1."""
-    import sympy
-
-    kernel = found.kernel
-    if kernel is None or kernel.op is None or kernel.empty:
-        return
-    for size in (found.call.batch, found.call.q_len, found.call.kv_len):
-        if isinstance(size, torch.SymInt) and (size.node.expr.free_symbols & set(ranges)):
-            relation = sympy.Ge(size.node.expr, 1, evaluate=False)  # sympy takes a size for positive
-            if _known(relation, ranges, least=0) is None:
-                yield relation, found.call.site, kernel.name
-
-
-def _answering(mode: Any, questions: Questions, ranges: Any) -> Any:
-    """The ShapeEnv, with questions answered here until its attribute is deleted again."""
-    import sympy
-
-    shape_env = mode.shape_env
     original = shape_env.evaluate_expr
 
     def evaluate(expr: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,20 +112,24 @@ def _answering(mode: Any, questions: Questions, ranges: Any) -> Any:
         values = hints_of(shape_env)
         if not symbols or not all(symbol in values for symbol in symbols):
             return original(expr, *args, **kwargs)  # from data: refused, as the caller asked it
-        known = _known(expr, ranges, least=2)
-        if known is not None:
-            return known
+        answer = answer_within(expr, ranges, least=2)
+        if answer is not None:
+            return answer
         answer = expr.xreplace({symbol: values[symbol] for symbol in symbols})
         if answer is sympy.true:
-            questions.asked.append((expr, *questions.subject))
+            questions.note(expr)
         elif answer is sympy.false:
-            questions.asked.append((sympy.Not(expr), *questions.subject))
+            questions.note(sympy.Not(expr))
         else:  # a number is asked for: the program is made for it
-            questions.asked.append((sympy.Eq(expr, answer), *questions.subject))
+            questions.note(sympy.Eq(expr, answer))
         return answer
 
-    shape_env.evaluate_expr = evaluate
-    return shape_env
+    return evaluate
+
+
+def _fake_modes(module: GraphModule) -> list[Any]:
+    modes = (fake_mode_of(value_of(node)) for node in module.graph.nodes)
+    return list({id(mode): mode for mode in modes if mode is not None}.values())
 
 
 def hints_of(shape_env: Any) -> Any:
@@ -121,7 +144,7 @@ def least_of(bounds: Any, otherwise: int) -> Any:
     return bounds.lower if bounds.lower > 2 else otherwise
 
 
-def _known(expr: Any, ranges: Any, least: int) -> Any:
+def answer_within(expr: Any, ranges: Mapping[Any, Any], least: int) -> Any:
     """The answer for every size in the program's ranges, None if there is none. Sizes are at least `least`."""
     import sympy
     from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
@@ -160,12 +183,3 @@ def _holds_within(relation: str, by: Any) -> bool | None:
         "Le": False if above else True if by.upper <= 0 else None,
     }
     return answers[relation]
-
-
-def _fake_modes(module: GraphModule) -> list[Any]:
-    modes: dict[int, Any] = {}
-    for node in module.graph.nodes:
-        mode = getattr(value_of(node), "fake_mode", None)
-        if mode is not None:
-            modes[id(mode)] = mode
-    return list(modes.values())
