@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch.fx import GraphModule
 
-from .graphs.emitting import EMITTED
 from .graphs.nodes import OPAQUE_TARGETS, SDPA_TARGETS, graphs_below, module_of, value_of
+from .graphs.notes import is_ours
 from .kernels.machines import Machine
 from .passes import ANALYSES, REWRITES, Context
 from .passes.check_values import check_calls, check_outputs
@@ -139,7 +139,7 @@ def _stands(module: GraphModule, context: Context) -> int:
     calls = sum(
         node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS or node.target in FUSED_TARGETS
         for node in module.graph.nodes
-        if node.op == "call_function" and EMITTED not in node.meta
+        if node.op == "call_function" and not is_ours(node)
     )
     spelled_out = [found.node for found in context.found if found.call.form == "operations"]
-    return calls + sum(EMITTED not in node.meta for node in spelled_out)
+    return calls + sum(not is_ours(node) for node in spelled_out)

@@ -3,8 +3,8 @@
 import torch
 from torch.fx import GraphModule, Node
 
-from ..graphs.emitting import EMITTED
 from ..graphs.nodes import value_of
+from ..graphs.notes import is_ours
 from ..graphs.spellings import TURNS, permutation, spelled
 from .context import Context
 
@@ -19,7 +19,7 @@ def cancel_transposes(graph_module: GraphModule, context: Context) -> int:
         first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
         if first is None or not _swaps_heads_and_length(node) or not _swaps_heads_and_length(first):
             continue
-        if EMITTED not in node.meta and EMITTED not in first.meta:
+        if not is_ours(node) and not is_ours(first):
             continue  # the model's own business
         source = first.args[0]
         if isinstance(source, Node):

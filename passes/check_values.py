@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from ..graphs.emitting import EMITTED, Emitter
+from ..graphs.emitting import Emitter
 from ..graphs.nodes import value_key, value_of, values_only
 from ..kernels.ops import LIBRARY, NAMESPACE
 from .context import Context, Operand
@@ -63,7 +63,7 @@ def check_outputs(module: GraphModule, context: Context) -> None:
                 torch.ops.attnrewrite.check_output.default, (node,), {"site": found.call.site, "backend": kernel.name}
             )
         with values_only(value, found.call.needs_grad):
-            checked.meta = {**node.meta, key: value.clone(), EMITTED: True}
+            checked.meta = {**node.meta, key: value.clone()}
         for user in users:
             user.replace_input_with(node, checked)
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..graphs.emitting import EMITTED
 from ..graphs.mutations import Writes
 from ..graphs.nodes import (
     LINEAR_TARGETS,
@@ -25,6 +24,7 @@ from ..graphs.nodes import (
     value_of,
     with_surroundings,
 )
+from ..graphs.notes import is_ours
 from ..graphs.sizes import Size, always, holds
 from ..graphs.spellings import spelled
 from ..kernels.calls import AttentionCall, Mask, MaskKind
@@ -54,7 +54,7 @@ def find_calls(graph_module: GraphModule, context: Context) -> int:
         elif node.target in SDPA_TARGETS:
             call, operands = _read(node, inside, _unique(node, context), origins)
             context.found.append(Found(node, call, operands))
-        elif node.target in FUSED_TARGETS and EMITTED not in node.meta:
+        elif node.target in FUSED_TARGETS and not is_ours(node):
             context.found.append(_read_fused(node, inside, _unique(node, context), origins))
         elif node.target in OPAQUE_TARGETS:
             context.found.append(Found(node, _read_opaque(node, _unique(node, context))))

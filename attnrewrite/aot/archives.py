@@ -25,7 +25,8 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
-from .programs import RECORD, updated
+from ..graphs.exported import updated
+from .programs import RECORD
 
 MODEL = "models/model.json"
 CONFIG = "data/weights/model_weights_config.json"

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..graphs.emitting import EMITTED, Emitter
+from ..graphs.emitting import Emitter
 from ..graphs.nodes import value_of
+from ..graphs.notes import is_ours
 from ..graphs.operators import is_operator, name_in_aten, schema_of
 from ..graphs.questions import hints_of, least_of
 from ..graphs.sizes import always
@@ -82,14 +83,13 @@ def _check_inputs(
         for node in watched
     ]
     limits = [_limits(size, ranges) for node in watched for size in value_of(node).shape]
-    node = emitter.graph.call_function(
+    emitter.statement(
         CHECK_INPUTS, (watched,), {
             "names": names, "dtypes": dtypes, "kinds": devices, "rows": rows,
             "ranks": [value_of(node).dim() for node in watched],
             "least": [least for least, _ in limits], "most": [most for _, most in limits], "sites": sites,
         }
     )  # fmt: skip
-    node.meta |= {emitter.key: None, EMITTED: True}
     parts = [
         f"{name} {dtype or 'of integers'}" + (f" on {kind}" if kind else "")
         for name, dtype, kind in zip(names, dtypes, devices, strict=True)
@@ -108,8 +108,7 @@ def _limits(size: Any, ranges: Mapping[Any, Any]) -> tuple[int, int]:
 
 
 def _check_gradient(emitter: Emitter, tensors: list[Node], sites: str) -> str:
-    node = emitter.graph.call_function(CHECK_GRADIENT, (tensors,), {"sites": sites})
-    node.meta |= {emitter.key: None, EMITTED: True}
+    emitter.statement(CHECK_GRADIENT, (tensors,), {"sites": sites})
     return f"no gradient is asked for: {sites}"
 
 
@@ -123,14 +122,14 @@ def _places_of_swaps(module: GraphModule) -> list[Node]:
     """What came of the swaps, as it stands after all passes: emitted nodes that others read."""
     return [
         node for node in module.graph.nodes
-        if EMITTED in node.meta and any(EMITTED not in user.meta for user in node.users)
+        if is_ours(node) and any(not is_ours(user) for user in node.users)
     ]  # fmt: skip
 
 
 def _read_as_they_lie(places: Sequence[Node]) -> set[Node]:
     """Inputs that come to a kernel through views and what is computed element by element, which keep the order in memory: where
     the example's rows are dense, the kernel was told so."""
-    behind = _read_by(places, lambda node: EMITTED in node.meta or _keeps_strides(node))
+    behind = _read_by(places, lambda node: is_ours(node) or _keeps_strides(node))
     return {node for node in behind if node.op == "placeholder"}
 
 
@@ -176,10 +175,7 @@ def _check_size(emitter: Emitter, inputs: list[Node], condition: Condition) -> s
     says = f"{_text(left, symbols)} {sign} {_text(right, symbols)}"
     anchor = next(node for node, _, _, _ in sizes if isinstance(value_of(node), Tensor))
     found, needed = (_number(emitter, part, shape_env) for part in (left, right))
-    node = emitter.graph.call_function(
-        CHECK_SIZE, (anchor, found, needed), {"relation": sign, "says": says, "sites": sites}
-    )
-    node.meta |= {emitter.key: None, EMITTED: True}
+    emitter.statement(CHECK_SIZE, (anchor, found, needed), {"relation": sign, "says": says, "sites": sites})
     return f"{says}: {sites}"
 
 

@@ -17,7 +17,6 @@ from ..kernels.machines import Machine
 from ..pipeline import rewrite_graph
 from ..reports.report import GraphReport, Report
 from .archives import EXTRA, MODEL, Archive, ProgramFileError, graph_text, loaded, opened, with_graph
-from .inductor import keep_checks
 from .manifests import MANIFEST, ORIGINAL, Manifest, check_machine, manifest_of
 from .programs import RECORD, Record, copy_of, fingerprint, original_of, record_of, rewrite_program
 
@@ -61,7 +60,6 @@ def load(path: Path_, device: str | torch.device | None = None, *, trust_remote_
     if manifest is not None and (differing := check_machine(manifest, path, trust_remote_code)):
         warnings.warn(f"{path}: {'; '.join(differing)}", stacklevel=2)
     program = moved(loaded(path), device)
-    keep_checks()
     if manifest is not None:
         program.graph_module.meta[RECORD] = Record(
             manifest.report,

@@ -15,11 +15,11 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
 from ..files import whole
+from ..graphs.inductor_patches import failing_ops_end_the_call
 from ..graphs.operators import defined_in_python
 from ..reports.report import Report
 from .archives import ProgramFileError, opened
-from .check_ops import is_assertion
-from .inductor import checked_calls, keep_checks
+from .check_ops import CHECKS, is_assertion
 from .layouts import Layouts, layouts_of
 from .manifests import MANIFEST, Manifest, check_machine, manifest_of
 from .programs import record_of
@@ -85,8 +85,7 @@ def aot_compile(
     settings = dict(options or {})
     if not weights:
         settings.setdefault("aot_inductor.package_constants_in_so", False)
-    keep_checks()
-    with whole(path, ".pt2") as temporary, checked_calls():
+    with whole(path, ".pt2") as temporary, failing_ops_end_the_call(CHECKS):
         torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=settings)
         with zipfile.ZipFile(temporary, "a") as archive:
             folder = archive.namelist()[0].partition("/")[0]

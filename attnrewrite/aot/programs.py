@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +13,8 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.fx import GraphModule
 
 from ..entrances.choices import Choice, make_policy
-from ..graphs.emitting import EMITTED
-from ..graphs.nodes import LITERAL
+from ..graphs.exported import copied, updated
+from ..graphs.notes import erase_notes, note_literal
 from ..graphs.questions import noted
 from ..kernels.machines import Machine
 from ..pipeline import rewrite_graph
@@ -24,7 +22,6 @@ from ..planning.policies import Policy
 from ..reports.report import GraphReport, Report
 from .assertions import insert_assertions
 from .conditions import conditions
-from .inductor import keep_checks
 
 RECORD = "attnrewrite"  # in the metadata of the graph module of a rewritten program
 
@@ -151,10 +148,7 @@ def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | N
     checks = insert_assertions(
         module, program.graph_signature, needed, outcome.swapped, device, _trainable(program), ranges
     )
-    keep_checks()
-    for node in module.graph.nodes:
-        node.meta.pop(EMITTED, None)
-        node.meta.pop(LITERAL, None)
+    erase_notes(module.graph)
     signature = _renamed(program.graph_signature, before, _outputs(module))
     report = Report(str(policy))
     report.add(GraphReport("program", outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged))
@@ -164,41 +158,13 @@ def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | N
 
 
 def copy_of(module: GraphModule) -> GraphModule:
-    """A copy whose graphs may be changed. Tensors, and the fake values of nodes, are shared."""
-    memo: dict[int, Any] = {}
-    for each in module.modules():
-        for tensor in (*each._parameters.values(), *each._buffers.values(), *vars(each).values()):
-            if isinstance(tensor, torch.Tensor):
-                memo[id(tensor)] = tensor
+    """A copy whose graphs may be changed, without the record."""
     record = module.meta.pop(RECORD, None)
     try:
-        with _own_warnings_of_torch():
-            copied = copy.deepcopy(module, memo)
+        return copied(module)
     finally:
         if record is not None:
             module.meta[RECORD] = record
-    return copied
-
-
-def updated(
-    program: ExportedProgram,
-    module: GraphModule,
-    signature: ExportGraphSignature,
-    state: dict[str, Any] | None = None,
-) -> ExportedProgram:
-    """A program of another graph, or other weights, that is the same otherwise; the verifier has seen it."""
-    with _own_warnings_of_torch():
-        made: ExportedProgram = program._update(module, signature, state_dict=state)
-    if hasattr(program, "_guards_code"):  # not in every version
-        made._guards_code = program._guards_code
-    return made
-
-
-@contextmanager
-def _own_warnings_of_torch() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # 2.11 to 2.13
-        yield
 
 
 def _name_literals(module: GraphModule, program: ExportedProgram) -> None:
@@ -210,7 +176,7 @@ def _name_literals(module: GraphModule, program: ExportedProgram) -> None:
             continue
         tensor = program.constants.get(str(spec.target))
         if isinstance(tensor, torch.Tensor) and tensor.numel() == 1 and not tensor.is_complex():
-            node.meta[LITERAL] = tensor.item()
+            note_literal(node, tensor.item())
 
 
 def _trainable(program: ExportedProgram) -> set[str]:

@@ -23,6 +23,7 @@ from torch.nn import Module
 from ..entrances import in_place, model_parts
 from ..entrances.compilers import AttentionCompiler
 from ..graphs.inner_compilers import NAME, known_compilers
+from ..graphs.modules import drop_implementation, implementation_of, plain_call, set_implementation
 from ..graphs.nodes import is_fake
 from ..planning.policies import Policy
 from ..planning.tables import count
@@ -74,8 +75,8 @@ class Interception:
                 return original(model, **kwargs)
             if model is None:  # torch.compile(dynamic=True) as a decorator
                 return functools.partial(compile, **kwargs)
-            if isinstance(model, Module) and isinstance(model.__dict__.get(in_place.IMPLEMENTATION), FirstCall):
-                delattr(model, in_place.IMPLEMENTATION)  # the script compiles it itself
+            if isinstance(model, Module) and isinstance(implementation_of(model), FirstCall):
+                drop_implementation(model)  # the script compiles it itself
             self.calls += 1
             return original(model, **{**kwargs, "backend": self.compiler(backend)})
 
@@ -119,8 +120,8 @@ class Interception:
         if hasattr(module, "_orig_mod"):
             return
         for path, part in model_parts.called_parts(name, module):
-            if part.__dict__.get(in_place.IMPLEMENTATION) is None:
-                setattr(part, in_place.IMPLEMENTATION, FirstCall(self, path, part))
+            if implementation_of(part) is None:
+                set_implementation(part, FirstCall(self, path, part))
 
     # -- the report
 
@@ -177,9 +178,9 @@ class FirstCall:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():  # the script compiles what calls it
-            return self.module._call_impl(*args, **kwargs)
-        delattr(self.module, in_place.IMPLEMENTATION)
-        if any(part.__dict__.get(in_place.IMPLEMENTATION) is not None for part in self.module.modules()):
+            return plain_call(self.module)(*args, **kwargs)
+        drop_implementation(self.module)
+        if any(implementation_of(part) is not None for part in self.module.modules()):
             self.run.left.append(self.path)
         else:
             in_place.compile_parts({self.path: self.module}, self.run.compiler(self.run.inner))

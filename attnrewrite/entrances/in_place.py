@@ -17,13 +17,12 @@ import torch
 from torch.nn import Module
 
 from ..graphs.inner_compilers import Inner
+from ..graphs.modules import drop_implementation, implementation_of, plain_call, set_implementation
 from ..planning.policies import Policy
 from .choices import Choice
 from .compilers import AttentionCompiler, with_backend
 from .model_parts import _components, _join, _known, parts
 from .schedules import Progress, Schedule
-
-IMPLEMENTATION = "_compiled_call_impl"
 
 
 @dataclass
@@ -43,19 +42,19 @@ class SetModel:
             return self.call(*args, **kwargs)
 
     def place(self, module: Module, implementation: Any) -> None:
-        self.before.append((module, module.__dict__.get(IMPLEMENTATION, _NOTHING)))
+        self.before.append((module, implementation_of(module, _NOTHING)))
         self.placed.append(implementation)
-        setattr(module, IMPLEMENTATION, implementation)
+        set_implementation(module, implementation)
 
     def undo(self) -> None:
         """Puts back what was there; what somebody has compiled since stays."""
         for (module, before), placed in zip(reversed(self.before), reversed(self.placed), strict=True):
-            if module.__dict__.get(IMPLEMENTATION, _NOTHING) is not placed:
+            if implementation_of(module, _NOTHING) is not placed:
                 continue
             if before is _NOTHING:
-                delattr(module, IMPLEMENTATION)
+                drop_implementation(module)
             else:
-                setattr(module, IMPLEMENTATION, before)
+                set_implementation(module, before)
 
 
 _NOTHING = object()
@@ -134,7 +133,7 @@ def compile_parts(
         for module in list(root.modules()):
             # What somebody else compiled as a whole, with blocks in it, would run them by his compiler. What he compiled
             # inside of what is ours, Dynamo takes in as it stands; what is beside, stays his.
-            if module.__dict__.get(IMPLEMENTATION) is not None and _holds_any(module, of_blocks):
+            if implementation_of(module) is not None and _holds_any(module, of_blocks):
                 model.place(module, None)
         for block, implementation in of_blocks:
             model.place(block, implementation)
@@ -160,7 +159,7 @@ def reset_attention_backend(model: Any, components: Iterable[str] | None = None)
 
 def _undo(root: Module) -> None:
     for module in reversed(list(root.modules())):  # of a part that was set after its model, first
-        if isinstance(implementation := module.__dict__.get(IMPLEMENTATION), SetModel):
+        if isinstance(implementation := implementation_of(module), SetModel):
             implementation.undo()
 
 
@@ -187,14 +186,14 @@ def _compiled(
         )
 
     if not blocks:
-        return torch.compile(root._call_impl, backend=part(path) if path else compiler, **how), []
+        return torch.compile(plain_call(root), backend=part(path) if path else compiler, **how), []
     like: dict[Any, AttentionCompiler] = {}
     made = []
     for name, block in blocks.items():
         full = _join(path, name)
         backend = like.setdefault((type(block), _treatment(compiler.policy, full, block)), part(full))
-        made.append((block, torch.compile(block._call_impl, backend=backend, **how)))
-    return root._call_impl, made
+        made.append((block, torch.compile(plain_call(block), backend=backend, **how)))
+    return plain_call(root), made
 
 
 def _treatment(policy: Policy, path: str, block: Module) -> Any:

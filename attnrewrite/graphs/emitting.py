@@ -22,10 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .nodes import INHERITED_META, value_key, value_of
+from .notes import mark_ours
 from .operators import is_higher_order, is_operator
 from .trees import leaves
-
-EMITTED = "attnrewrite"  # in the metadata of every node that an Emitter wrote
 
 
 class Emitter(TorchFunctionMode):
@@ -99,9 +98,17 @@ class Emitter(TorchFunctionMode):
                     self._finish(self.graph.call_function(operator.getitem, (node, position)), member)
 
     def _finish(self, node: Node, value: Any) -> None:
-        node.meta |= {**self._meta, self.key: value, EMITTED: True}
+        self._describe(node, value)
         if isinstance(value, torch.Tensor):
             self._know(value, node)
+
+    def statement(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call that gives nothing, as that of an op that checks. Its arguments are nodes."""
+        self._describe(self.graph.call_function(op, args, kwargs), None)
+
+    def _describe(self, node: Node, value: Any) -> Node:
+        node.meta |= {**self._meta, self.key: value}
+        return mark_ours(node)
 
     def same(self, one: torch.Tensor, other: torch.Tensor) -> None:
         """Two tensors of one node."""
@@ -147,7 +154,7 @@ class Emitter(TorchFunctionMode):
         node: Node = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr).node
         for step in tracer.made:
             args: Any = map_aggregate(step.args, value_of)
-            step.meta |= {**self._meta, self.key: step.target(*args), EMITTED: True}  # type: ignore[operator]
+            self._describe(step, step.target(*args))  # type: ignore[operator]
         return node
 
     def _symbol(self, symbol: Any) -> Node:
@@ -184,8 +191,7 @@ class Emitter(TorchFunctionMode):
 
     def _call(self, function: Any, args: tuple[Any, ...], value: Any) -> Node:
         node = self.graph.call_function(function, args)
-        node.meta |= {**self._meta, self.key: value, EMITTED: True}
-        return node
+        return self._describe(node, value)
 
 
 class _Operators(TorchDispatchMode):

@@ -35,8 +35,6 @@ OPAQUE_TARGETS = {
     torch._native_multi_head_attention: _FUSED,
     MHA: "with need_weights=False and outside autocast it is opened, and its attention swapped",
 }
-# In the metadata of an input: the number that torch.export lifted out of the graph as a constant.
-LITERAL = "attnrewrite_literal"
 INHERITED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "from_node")
 
 # Under `attnrewrite run` every call of SDPA passes through a function of this file, which counts.

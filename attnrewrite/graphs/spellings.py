@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from .nodes import LITERAL, value_of
+from .nodes import value_of
+from .notes import literal_of
 from .operators import is_operator, is_packet, name_in_aten
 from .sizes import UnbackedSizeError, always
 
@@ -178,8 +179,8 @@ def _constant(node: Node, depth: int) -> Any:
     """The number that all elements of a tensor are, where the graph itself says so."""
     if depth == 0:
         return None
-    if LITERAL in node.meta:
-        return node.meta[LITERAL]
+    if (literal := literal_of(node)) is not None:
+        return literal
     if node.op == "get_attr":
         tensor = getattr(node.graph.owning_module, str(node.target), None)
         # Literal tensors of a traced model. Buffers and parameters may be given other values later.

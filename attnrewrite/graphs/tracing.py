@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .modules import implementation_of, plain_call
 from .trees import mapped
 
 
@@ -70,7 +71,8 @@ def traced_operators(function: Callable[..., Any], fake: Sequence[Any], needs_gr
 def uncompiled(model: Any) -> Any:
     """What a model calls where nobody compiles it."""
     target = getattr(model, "_orig_mod", model)
-    return target._call_impl if getattr(target, "_compiled_call_impl", None) is not None else target
+    compiled = isinstance(target, torch.nn.Module) and implementation_of(target) is not None
+    return plain_call(target) if compiled else target
 
 
 def predicted(graph_module: GraphModule) -> Callable[..., Any]:

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..graphs.axes import Views, applied
-from ..graphs.emitting import EMITTED, Emitter
+from ..graphs.emitting import Emitter
 from ..graphs.nodes import value_of
+from ..graphs.notes import mark_ours
 from ..graphs.tracing import traced
 from ..kernels.calls import SIZES, AttentionCall
 from ..kernels.decisions import Accepted
@@ -126,8 +127,7 @@ class _Run:
                     outputs = [user for user in found.node.users if user.args[1] == 0]
                 with module.graph.inserting_after(outputs[0]):
                     numbers: Any = {"run": self.number, "site": place}
-                    node = module.graph.call_function(AFTER, (outputs[0],), numbers)
-                node.meta[EMITTED] = True
+                    mark_ours(module.graph.call_function(AFTER, (outputs[0],), numbers))
 
     def inputs(self, place: int, tensors: tuple[Tensor | None, ...]) -> None:
         self._waiting[place] = tensors
@@ -183,8 +183,7 @@ def _emit_before(found: Found, operands: Operands, emitter: Emitter, numbers: An
             keep, rows = kernel.mask, kernel.queries
         nodes: list[Node | None] = [emitter.node(each) for each in tensors]
         nodes += [None if each is None else emitter.node(each) for each in (mask, keep, rows)]
-        node = emitter.graph.call_function(BEFORE, tuple(nodes), numbers)
-        node.meta[EMITTED] = True
+        emitter.statement(BEFORE, tuple(nodes), numbers)
 
 
 def with_numbers(

@@ -16,7 +16,7 @@ from .registry import records_of
 def usable(name: str, machine: Machine) -> tuple[Refused | None, Backend]:
     """Why the kernel cannot run here on a plain call, None if it can; and its record for this machine."""
     record = Candidate(name, records_of(name)).on(machine)
-    decision = decide(record, plain_call(record, machine.device), machine, Numerics.QUANTISED)
+    decision = decide(record, probe_call(record, machine.device), machine, Numerics.QUANTISED)
     if isinstance(decision, Refused):
         return decision, record
     if isinstance(record.source, Package):
@@ -27,7 +27,7 @@ def usable(name: str, machine: Machine) -> tuple[Refused | None, Backend]:
     return None, record
 
 
-def plain_call(record: Backend, device: str) -> AttentionCall:
+def probe_call(record: Backend, device: str) -> AttentionCall:
     """A call that only the machine can stand in the way of: a dtype of the record's own, no mask, 64 wide."""
     dtype = next(each for each in ("bfloat16", "float16", "float32", "float64") if each in record.dtypes)
     return AttentionCall("", 1, 1, 1, 128, 128, 64, 64, dtype, device)

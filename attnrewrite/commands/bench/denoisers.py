@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from ...graphs.modules import set_implementation
+
 Number = TypeVar("Number")
 
 
@@ -73,12 +75,12 @@ class Denoiser:
 
         def step() -> torch.Tensor:
             for module, call in zip(regions, calls, strict=True):
-                module._compiled_call_impl = call
+                set_implementation(module, call)
             try:
                 return self.step()
             finally:
                 for module in regions:
-                    module._compiled_call_impl = None
+                    set_implementation(module, None)
 
         return step
 
