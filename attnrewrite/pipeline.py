@@ -1,130 +1,149 @@
-"""find, plan, swap, tidy: the one way from a traced graph to a graph with the chosen kernels."""
+"""find, understand, plan, swap, tidy: the one way from a traced graph to a graph with the chosen kernels."""
 
 from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch.fx import GraphModule
 
-from .graphs.nodes import OPAQUE_TARGETS, SDPA_TARGETS, graphs_below, module_of, value_of
+from .graphs.nodes import OPAQUE_TARGETS, SDPA_TARGETS, graphs_below, module_of, site_name, value_of
 from .graphs.notes import is_ours
 from .kernels.machines import Machine
-from .passes import ANALYSES, REWRITES, Context
-from .passes.check_values import check_calls, check_outputs
-from .passes.context import Found
+from .passes import OPENERS, TIDIERS, find_calls, swap_kernels, understand_masks
+from .passes.check_values import check_inputs, check_outputs
+from .passes.found import Planned, Swapped, Understood
 from .passes.fused_kernels import FUSED_TARGETS
-from .planning.planner import make_plan
+from .planning.planner import Libraries, make_plan
 from .planning.plans import Plan
 from .planning.policies import Policy
+from .planning.sites import NearMiss
 from .planning.this_machine import machine_of
 
 
+@dataclass(frozen=True)
+class Target:
+    """What a graph is rewritten for."""
+
+    machine: Machine | None = None  # None: the one that its tensors are on
+    prefix: str = ""  # the path of the compiled module in the model that it is a part of: sites are named from there
+    in_cuda_graph: bool = False  # who compiles the graph records a CUDA graph of it
+    exported: bool = False  # the graph is that of an `ExportedProgram`, to be saved
+
+
 class Watch(Protocol):
-    """What looks at the sites of each graph, before and after the chosen kernels are put in place (capturing.py)."""
+    """What looks at the attentions of each graph around the swap (measuring/capturing.py)."""
 
-    def before(self, module: GraphModule, context: Context) -> None: ...
+    def before(self, module: GraphModule, attentions: Sequence[Planned]) -> Sequence[Planned]:
+        """Returns what is swapped instead, in the same order."""
+        ...
 
-    def after(self, module: GraphModule, context: Context) -> None: ...
+    def after(self, module: GraphModule, attentions: Sequence[Planned]) -> None: ...
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """`unchanged`: SDPA calls that stand in the graph afterwards. `seconds`: what all passes took. `swapped`: the attentions
-    that were, with the nodes that give their outputs now."""
+    """What was planned and done."""
 
     plan: Plan
-    machine: Machine | None
-    unchanged: int
-    seconds: float
-    swapped: tuple[Found, ...] = ()
+    machine: Machine | None  # of the first attention
+    unchanged: int  # attention calls that stand in the graph afterwards
+    seconds: float  # that all passes took
+    swapped: tuple[Swapped, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
 
 
 def rewrite_graph(
     root: GraphModule,
     policy: Policy,
-    machine: Machine | None = None,
-    swap: bool = True,
-    prefix: str = "",
-    captured: bool = False,
+    target: Target = Target(),
+    libraries: Libraries = Libraries.LOAD,
     watch: Watch | None = None,
-    exported: bool = False,
-    elsewhere: bool = False,
 ) -> Outcome:
-    """Plans for `root` and every graph below it, and, if `swap`, puts the chosen kernels in place.
-
-    `machine` None: the one that the tensors are on. `prefix`: the path of the module that was compiled in the model that it
-    is a part of; the paths of its sites begin with it. `captured`: who compiles the graph records a CUDA graph. `watch` is
-    called around the swap.
-
-    `exported`: the graph is that of an `ExportedProgram`, to be saved. `elsewhere`: it will run on a `machine` that is not
-    this one, and no library is loaded.
+    """Plans for `root` and every graph below it, and puts the chosen kernels in place; under `Libraries.PLAN_ONLY` it stops
+    behind the plan. `watch` is called around the swap.
 
     Raises `AttentionRefusedError` under a strict policy, and `RuntimeError` if the graph does not end up as planned.
     """
     started = time.perf_counter()
     names: dict[str, int] = {}
-    graphs = [(module, Context(surroundings, names)) for module, surroundings in graphs_below(root)]
-    for module, context in graphs:
-        for analysis in ANALYSES:
-            analysis(module, context)
+    near_misses: list[NearMiss] = []
+    understood: list[tuple[GraphModule, tuple[Understood, ...]]] = []
+    for module, surroundings in list(graphs_below(root)):
+        for opener in OPENERS:
+            opener(module)
+        finds = find_calls(module, surroundings, names)
+        near_misses += [
+            NearMiss(_below(target.prefix, site_name(softmax), module_of(softmax)), each.reason)
+            for softmax, each in finds.missed
+        ]
+        understood.append((module, understand_masks(module, finds.attentions)))
 
-    found = [each for _, context in graphs for each in context.found]
-    machines = [machine or _machine(each) for each in found]
-    calls = [
-        replace(
-            each.call,
-            device=on.device,
-            site=_below(prefix, each),
-            captured=captured and on.device == "cuda",
-            exported=exported,
-        )
-        for each, on in zip(found, machines, strict=True)
-    ]
-    plan = make_plan(calls, policy, machines, load_sources=swap and not elsewhere, name_sources=swap and elsewhere)
-    for each, site in zip(found, plan.sites, strict=True):
-        each.site, each.call = site, site.call
+    flat = [each for _, attentions in understood for each in attentions]
+    machines = [target.machine or _machine(each) for each in flat]
+    calls = [_placed(each, machine, target) for each, machine in zip(flat, machines, strict=True)]
+    plan = make_plan([each.call for each in calls], policy, machines, libraries)
 
-    if swap:
-        for module, context in graphs:
-            if context.found:
-                if policy.checks:
-                    check_calls(module, context)
-                if watch is not None:
-                    watch.before(module, context)
-                for rewrite in REWRITES:
-                    rewrite(module, context)
-                if policy.checks:
-                    check_outputs(module, context)
-                if watch is not None:
-                    watch.after(module, context)
-                module.graph.lint()
-                module.recompile()
-    left = sum(_stands(module, context) for module, context in graphs)
-    swapped = tuple(each for each in found if each.kernel is not None) if swap else ()
-    expected = len(found) - len(swapped)
-    if left != expected:
+    sites = iter(zip(calls, plan.sites, strict=True))
+    left, swapped = 0, []
+    for module, attentions in understood:
+        planned: Sequence[Planned] = [each.then(Planned, site=site) for each, site in (next(sites) for _ in attentions)]
+        if attentions and libraries is not Libraries.PLAN_ONLY:
+            planned = _swap(module, planned, policy.checks, watch)
+        swapped += [each for each in planned if isinstance(each, Swapped)]
+        left += _stands(module, planned)
+    if left != len(flat) - len(swapped):
         raise RuntimeError(
-            f"attnrewrite left {left} attention calls where its plan leaves {expected}; please report this"
+            f"attnrewrite left {left} attention calls where its plan leaves {len(flat) - len(swapped)}; please report this"
         )
     used = machines[0] if machines else None
-    return Outcome(plan.described(), used, left, time.perf_counter() - started, swapped)
+    seconds = time.perf_counter() - started
+    return Outcome(plan.described(), used, left, seconds, tuple(swapped), tuple(near_misses))
 
 
-def _below(prefix: str, found: Found) -> str:
-    site = found.call.site
+def _swap(module: GraphModule, planned: Sequence[Planned], checks: bool, watch: Watch | None) -> Sequence[Planned]:
+    if checks:
+        planned = check_inputs(module, planned)
+    if watch is not None:
+        planned = watch.before(module, planned)
+    done = swap_kernels(module, planned)
+    if checks:
+        check_outputs(module, done)
+    if watch is not None:
+        watch.after(module, done)
+    for tidier in TIDIERS:
+        tidier(module)
+    module.graph.lint()
+    module.recompile()
+    return done
+
+
+def _placed(found: Understood, machine: Machine, target: Target) -> Understood:
+    """With what its call does not know from the graph alone."""
+    call = replace(
+        found.call,
+        device=machine.device,
+        site=_below(target.prefix, found.call.site, module_of(found.node)),
+        in_cuda_graph=target.in_cuda_graph and machine.device == "cuda",
+        exported=target.exported,
+    )
+    return replace(found, call=call)
+
+
+def _below(prefix: str, site: str, path: str) -> str:
+    """The name of a site in the whole model. path: that of the module that makes the call, "" for the compiled one itself."""
     if not prefix:
         return site
-    path = module_of(found.node)
-    if not path and (module := re.fullmatch(r"[^#]*(#\d+)?", site)):  # the compiled module itself makes the call
+    if not path and (module := re.fullmatch(r"[^#]*(#\d+)?", site)):
         return prefix + (module[1] or "")
     return f"{prefix}.{site}"
 
 
-def _machine(found: Found) -> Machine:
+def _machine(found: Understood) -> Machine:
     if found.operands is not None:
         first: Any = found.operands.query.node
     else:
@@ -134,12 +153,12 @@ def _machine(found: Found) -> Machine:
     return machine_of(device)
 
 
-def _stands(module: GraphModule, context: Context) -> int:
+def _stands(module: GraphModule, attentions: Sequence[Planned]) -> int:
     """Attention that is in the graph: calls, kernels that were there before, and what was found spelled out and still is."""
     calls = sum(
         node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS or node.target in FUSED_TARGETS
         for node in module.graph.nodes
         if node.op == "call_function" and not is_ours(node)
     )
-    spelled_out = [found.node for found in context.found if found.call.form == "operations"]
+    spelled_out = [each.node for each in attentions if each.call.written_as == "operations"]
     return calls + sum(not is_ours(node) for node in spelled_out)

@@ -6,10 +6,9 @@ from torch.fx import GraphModule, Node
 from ..graphs.nodes import value_of
 from ..graphs.notes import is_ours
 from ..graphs.spellings import TURNS, permutation, spelled
-from .context import Context
 
 
-def cancel_transposes(graph_module: GraphModule, context: Context) -> int:
+def cancel_transposes(graph_module: GraphModule) -> int:
     """Removes pairs of the same transposition around a swapped kernel.
 
     kernel(x.transpose(1, 2).transpose(1, 2), ...)  ->  kernel(x, ...)

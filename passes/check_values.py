@@ -7,6 +7,7 @@ behind its use. It reads results back, which CUDA graphs do not allow: Inductor 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.fx import GraphModule
 from ..graphs.emitting import Emitter
 from ..graphs.nodes import value_key, value_of, values_only
 from ..kernels.ops import LIBRARY, NAMESPACE
-from .context import Context, Operand
+from .found import Operand, Planned, Swapped
 from .masks import build_mask
 
 AXES = ("batch", "head", "position", "channel")
@@ -28,41 +29,41 @@ class AttentionCheckError(RuntimeError):
     """A value that an attention cannot make sense of. The message has the site, the kernel and the value's place."""
 
 
-def check_calls(module: GraphModule, context: Context) -> None:
-    """Before the swap: the query of each call that is going to be swapped passes through `check_inputs`."""
+def check_inputs(module: GraphModule, attentions: Sequence[Planned]) -> tuple[Planned, ...]:
+    """Before the swap: the query of each call that is going to be swapped passes through the op `check_inputs`."""
     emitter = Emitter(module)
-    for found in context.found:
-        if (kernel := found.kernel) is None:
-            continue
-        operands = found.operands
-        assert operands is not None  # a call without them is never swapped
+
+    def checked(planned: Planned) -> Planned:
+        kernel, operands = planned.kernel, planned.operands
+        if kernel is None or operands is None:
+            return planned
 
         def tensor(operand: Operand) -> Tensor:
             return operand.emitted(emitter)
 
-        output = value_of(found.node)
-        with emitter.before(found.node, found.call.needs_grad, output[0] if isinstance(output, tuple) else output):
+        output = value_of(planned.node)
+        call = planned.call
+        with emitter.before(planned.node, call.needs_grad, output[0] if isinstance(output, tuple) else output):
             query, key, value = (tensor(each) for each in (operands.query, operands.key, operands.value))
-            mask = build_mask(operands.mask, getattr(torch, found.call.dtype), tensor)
-            checked = torch.ops.attnrewrite.check_inputs(
-                query, key, value, mask, site=found.call.site, backend=kernel.name
-            )
-        found.operands = replace(operands, query=Operand(emitter.node(checked)))
+            mask = build_mask(operands.mask, getattr(torch, call.dtype), tensor)
+            query = torch.ops.attnrewrite.check_inputs(query, key, value, mask, site=call.site, backend=kernel.name)
+        return replace(planned, operands=replace(operands, query=Operand(emitter.node(query))))
+
+    return tuple(map(checked, attentions))
 
 
-def check_outputs(module: GraphModule, context: Context) -> None:
-    """After all other rewrites: each kernel's output passes through `check_output`."""
+def check_outputs(module: GraphModule, attentions: Sequence[Planned]) -> None:
+    """Behind the swap: each kernel's output passes through the op `check_output`."""
     key = value_key(module)
-    for found in context.found:
-        if (kernel := found.kernel) is None:
+    for swapped in attentions:
+        if not isinstance(swapped, Swapped):
             continue
-        node, value = found.node, value_of(found.node)
+        node, value = swapped.node, value_of(swapped.node)
         users = list(node.users)
+        about: dict[str, Any] = {"site": swapped.call.site, "backend": str(swapped.kernel)}
         with module.graph.inserting_after(node):
-            checked = module.graph.call_function(
-                torch.ops.attnrewrite.check_output.default, (node,), {"site": found.call.site, "backend": kernel.name}
-            )
-        with values_only(value, found.call.needs_grad):
+            checked = module.graph.call_function(torch.ops.attnrewrite.check_output.default, (node,), about)
+        with values_only(value, swapped.call.needs_grad):
             checked.meta = {**node.meta, key: value.clone()}
         for user in users:
             user.replace_input_with(node, checked)

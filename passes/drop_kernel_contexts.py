@@ -8,10 +8,9 @@ from torch.fx import GraphModule, Node
 
 from ..graphs.nodes import OPAQUE_TARGETS, SDPA_TARGETS, SETS_KERNELS, kernels_now
 from ..graphs.operators import is_higher_order
-from .context import Context
 
 
-def drop_kernel_contexts(graph_module: GraphModule, context: Context) -> int:
+def drop_kernel_contexts(graph_module: GraphModule) -> int:
     """Removes each pair of such calls that has nothing left between them that reads the choice.
 
     _sdpa_kernel([MATH]); kernel(q, k, v); _sdpa_kernel([all])  ->  kernel(q, k, v)

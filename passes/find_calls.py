@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,8 @@ from ..graphs.notes import is_ours
 from ..graphs.sizes import Size, always, holds
 from ..graphs.spellings import spelled
 from ..kernels.calls import AttentionCall, Mask, MaskKind
-from .context import Context, Found, MaskTerm, Operand, Operands
+from ..kernels.shapes import lead_sizes
+from .found import Found, MaskTerm, Missed, Operand, Operands
 from .fused_kernels import FUSED_TARGETS, LOWER_RIGHT, fused_arguments
 from .masks import mask_of, tensor_mask
 from .recognise import Recognised, recognise
@@ -36,41 +37,64 @@ from .recognise import Recognised, recognise
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
-def find_calls(graph_module: GraphModule, context: Context) -> int:
-    """Fills `context.found`, in the order of the graph.
+@dataclass(frozen=True)
+class Finds:
+    """What one graph holds."""
 
-    Every form counts: SDPA's positional, keyword or mixed arguments, ranks 2 to 5 and above, grouped heads, masks of any
+    attentions: tuple[Found, ...] = ()  # in the order of the graph
+    missed: tuple[tuple[Node, Missed], ...] = ()  # each softmax that is nearly that of one
+
+
+def find_calls(graph_module: GraphModule, surroundings: Surroundings, names: dict[str, int]) -> Finds:
+    """Finds every attention of a graph, and changes nothing.
+
+    Every spelling counts: SDPA's positional, keyword or mixed arguments, ranks 2 to 5 and above, grouped heads, masks of any
     rank; attention that is spelled out in tensor operations (recognise.py); the kernels that PyTorch has chosen in a program
     that was lowered before (fused_kernels.py); and the fused multi-head kernels of `torch.nn`, which cannot be swapped and
     are reported with the reason.
+
+    surroundings: what the graph is called in. names: counts the names of sites over all graphs of one compilation, so that no
+    two share one.
     """
     origins = Origins()
-    spelled_out = _spelled_out(graph_module)
-    for node, inside in with_surroundings(graph_module, context.surroundings):
+    spelled_out, missed = _spelled_out(graph_module)
+    found: list[Found] = []
+
+    def unique(node: Node) -> str:
+        """The site's name; the second call of one module is called name#2."""
+        name = site_name(node)
+        names[name] = names.get(name, 0) + 1
+        return name if names[name] == 1 else f"{name}#{names[name]}"
+
+    for node, inside in with_surroundings(graph_module, surroundings):
         if node.op not in ("call_function", "call_method"):
             continue
         if node in spelled_out:
-            context.found.append(_found(spelled_out[node], inside, _unique(node, context), origins))
+            found.append(_found(spelled_out[node], inside, unique(node), origins))
         elif node.target in SDPA_TARGETS:
-            call, operands = _read(node, inside, _unique(node, context), origins)
-            context.found.append(Found(node, call, operands))
+            call, operands = _read(node, inside, unique(node), origins)
+            found.append(Found(node, call, operands))
         elif node.target in FUSED_TARGETS and not is_ours(node):
-            context.found.append(_read_fused(node, inside, _unique(node, context), origins))
+            found.append(_read_fused(node, inside, unique(node), origins))
         elif node.target in OPAQUE_TARGETS:
-            context.found.append(Found(node, _read_opaque(node, _unique(node, context))))
-    return len(context.found)
+            found.append(Found(node, _read_opaque(node, unique(node))))
+    return Finds(tuple(found), tuple(missed.items()))
 
 
-def _spelled_out(graph_module: GraphModule) -> dict[Node, Recognised]:
-    """What `recognise` finds, by the node that gives the output."""
+def _spelled_out(graph_module: GraphModule) -> tuple[dict[Node, Recognised], dict[Node, Missed]]:
+    """What `recognise` finds, by the node that gives the output; and by softmax what it nearly does."""
     found: dict[Node, Recognised] = {}
+    missed: dict[Node, Missed] = {}
     writes = None
     for node in graph_module.graph.nodes:
         if node.op in ("call_function", "call_method") and spelled(node) == "softmax":
             writes = writes or Writes(graph_module)
-            if (site := recognise(node, writes)) is not None:
+            site = recognise(node, writes)
+            if isinstance(site, Recognised):
                 found[site.node] = site
-    return found
+            elif site is not None:
+                missed[node] = site
+    return found, missed
 
 
 def arguments(node: Node) -> dict[str, Any]:
@@ -86,13 +110,6 @@ def _number(value: Any) -> Any:
     symbol = value_of(value)
     kinds = {torch.SymFloat: float, torch.SymBool: bool, torch.SymInt: int}
     return kinds[type(symbol)](symbol) if type(symbol) in kinds else value
-
-
-def _unique(node: Node, context: Context) -> str:
-    """The site's name; the second call of one module is called name#2."""
-    name = site_name(node)
-    context.names[name] = context.names.get(name, 0) + 1
-    return name if context.names[name] == 1 else f"{name}#{context.names[name]}"
 
 
 def _read(node: Node, inside: Surroundings, site: str, origins: Origins) -> tuple[AttentionCall, Operands | None]:
@@ -136,7 +153,7 @@ def _found(site: Recognised, inside: Surroundings, name: str, origins: Origins) 
         heads: Size = scores.shape[-3] if scores.dim() > 2 else 1
         call = AttentionCall(
             name, batch, heads, heads, scores.shape[-2], scores.shape[-1], *site.sizes, _name(site.dtype),
-            scores.device.type, needs_grad=output.requires_grad, obstacle=obstacle, form="operations",
+            scores.device.type, needs_grad=output.requires_grad, obstacle=obstacle, written_as="operations",
         )  # fmt: skip
         return Found(site.node, call)
     tensors = [each.value for each in (operands.query, operands.key, operands.value)]
@@ -155,7 +172,7 @@ def _found(site: Recognised, inside: Surroundings, name: str, origins: Origins) 
         role=_role(operands.query.node, operands.key.node, query, key, origins),
         obstacle=obstacle or _subclass(tensors),
     )
-    return Found(site.node, replace(call, form="operations"), operands, site.chain)
+    return Found(site.node, replace(call, written_as="operations"), operands, site.chain)
 
 
 def _read_fused(node: Node, inside: Surroundings, site: str, origins: Origins) -> Found:
@@ -183,7 +200,7 @@ def _read_fused(node: Node, inside: Surroundings, site: str, origins: Origins) -
         role=_role(given["query"], given["key"], query, key, origins),
         obstacle=inside.transform or given["obstacle"] or _subclass((query, key, value)),
     )
-    return Found(node, replace(call, form="kernel"), operands)
+    return Found(node, replace(call, written_as="kernel"), operands)
 
 
 def _call(
@@ -201,7 +218,7 @@ def _call(
     query, key, value = tensors
     shaping = (query, key, value) if obstacle is None else (query,)  # sizes that stay as they are need not fit
     batch: Size = 1
-    for size in leading(*shaping):
+    for size in lead_sizes(*shaping):
         batch = batch * size
     heads: tuple[Size, ...] = tuple(tensor.shape[-3] if tensor.dim() > 3 else 1 for tensor in (query, key, value))
     if obstacle is None and not grouped:  # heads broadcast as matmul does
@@ -230,11 +247,6 @@ def _call(
         deterministic=torch.are_deterministic_algorithms_enabled(),
         obstacle=obstacle,
     )
-
-
-def leading(*tensors: torch.Tensor) -> tuple[Size, ...]:
-    """The sizes before (heads, length, dim), or before (length, dim) where there is one head: as SDPA broadcasts them."""
-    return tuple(torch.broadcast_shapes(*(tensor.shape[: -3 if tensor.dim() > 3 else -2] for tensor in tensors)))
 
 
 def _obstacle(given: dict[str, Any], query: Any, key: Any, value: Any, mask: Any) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from ..graphs.nodes import value_of, values_only
 from ..graphs.sizes import always
 from ..kernels.calls import Mask, MaskKind
-from .context import MaskTerm, Operand
+from .found import MaskTerm, Operand
 
 
 def mask_of(terms: Sequence[MaskTerm], dtype: torch.dtype, query: torch.Tensor, output: torch.Tensor) -> Mask:

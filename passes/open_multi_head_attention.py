@@ -9,10 +9,9 @@ from torch.fx import GraphModule, Node
 from ..graphs.nodes import INHERITED_META, MHA, value_key, value_of
 from ..graphs.tracing import traced_operators
 from ..graphs.trees import flattened, unflattened
-from .context import Context
 
 
-def open_multi_head_attention(graph_module: GraphModule, context: Context) -> int:
+def open_multi_head_attention(graph_module: GraphModule) -> int:
     """Replaces the node by what it computes, so that its attention can be found.
 
     multi_head_attention_forward(q, k, v, ...)  ->  linear, reshape, scaled_dot_product_attention, reshape, linear

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graphs.axes import Atom, Axes, Layout, Views
+from ..graphs.axes import Atom, Axes, Dims, Views
 from ..graphs.mutations import Writes, written_by
 from ..graphs.nodes import value_of
 from ..graphs.sizes import is_one
@@ -17,27 +17,26 @@ from .scores import DEPTH, before
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A node that a kernel could read, its layout, and what lies between it and the product: `scales` (number, power),
-    how many repetitions, upcasts and negations; `work`: how many of these and of copies in memory need not be computed."""
+class Readable:
+    """A node that a kernel could read, and what lies between it and the product."""
 
     node: Node
-    layout: Layout
-    reader: Node
-    passed: tuple[Node, ...] = ()
-    scales: tuple[tuple[Any, int], ...] = ()
+    dims: Dims
+    reader: Node  # that reads it
+    passed: tuple[Node, ...] = ()  # the nodes between
+    scales: tuple[tuple[Any, int], ...] = ()  # (number, power)
     repeats: int = 0
-    casts: int = 0
-    flips: int = 0
-    work: int = 0
+    casts: int = 0  # from halves to float32
+    flips: int = 0  # negations of a boolean mask
+    work: int = 0  # how many of these, and of copies in memory, need not be computed then
 
     def atoms(self, axes: Axes) -> set[Atom]:
-        return {atom for axis in self.layout for atom in axes.atoms(axis)}
+        return {atom for axis in self.dims for atom in axes.atoms(axis)}
 
 
-def candidates(
+def readables(
     node: Node,
-    layout: Layout,
+    dims: Dims,
     reader: Node,
     axes: Axes,
     writes: Writes,
@@ -46,10 +45,10 @@ def candidates(
     narrow: torch.dtype | None = None,
     repeats: bool = False,
     flips: bool = False,
-) -> list[Candidate]:
+) -> list[Readable]:
     """The nodes from which `reader` gets its operand `node`, the nearest first, that hold the same when `later` reads them."""
-    found: list[Candidate] = []
-    at: Candidate | None = Candidate(node, layout, reader)
+    found: list[Readable] = []
+    at: Readable | None = Readable(node, dims, reader)
     while at is not None and len(found) < DEPTH and writes.unchanged(at.node, at.reader, later):
         found.append(at)
         if writes.current(at.node, at.reader) is not at.node or written_by(at.node):
@@ -58,13 +57,13 @@ def candidates(
     return found
 
 
-def best(axes: Axes, found: list[Candidate], target: Layout) -> tuple[Candidate, Views] | None:
+def best(axes: Axes, found: list[Readable], target: Dims) -> tuple[Readable, Views] | None:
     """The candidate with the least left to compute, of those the one with the fewest views, of those the nearest."""
-    fitting = [(each, views) for each in found if (views := axes.views(each.layout, target)) is not None]
+    fitting = [(each, views) for each in found if (views := axes.views(each.dims, target)) is not None]
     return min(fitting, key=lambda pair: (-pair[0].work, len(pair[1])), default=None)
 
 
-def _back(at: Candidate, axes: Axes, scales: bool, narrow: Any, repeats: bool, flips: bool) -> Candidate | None:
+def _back(at: Readable, axes: Axes, scales: bool, narrow: Any, repeats: bool, flips: bool) -> Readable | None:
     """One step back, None where the tensor is computed."""
     node, name = at.node, spelled(at.node)
     source: Any = first(node)
@@ -79,22 +78,22 @@ def _back(at: Candidate, axes: Axes, scales: bool, narrow: Any, repeats: bool, f
         if value_of(source).device != value.device:
             return None
         if value_of(source).dtype == value.dtype:
-            return _step(at, source, at.layout)
+            return _step(at, source, at.dims)
         if value_of(source).dtype == narrow and value.dtype == torch.float32:
-            return _step(at, source, at.layout, casts=at.casts + 1, work=at.work + 1)
+            return _step(at, source, at.dims, casts=at.casts + 1, work=at.work + 1)
         return None
     if name == "logical_not" and flips and value_of(source).dtype == torch.bool:
-        return _step(at, source, at.layout, flips=at.flips + 1, work=at.work + 1)
-    layout = before(node, at.layout, axes)
-    if layout is not None:
+        return _step(at, source, at.dims, flips=at.flips + 1, work=at.work + 1)
+    dims = before(node, at.dims, axes)
+    if dims is not None:
         copies = name == "clone" and value_of(source).stride() != value.stride()
-        return _step(at, source, layout, work=at.work + copies)
-    if repeats and (layout := _unrepeated(node, name, at.layout, axes)) is not None:
-        return _step(at, source, layout, repeats=at.repeats + 1, work=at.work + 1)
+        return _step(at, source, dims, work=at.work + copies)
+    if repeats and (dims := _unrepeated(node, name, at.dims, axes)) is not None:
+        return _step(at, source, dims, repeats=at.repeats + 1, work=at.work + 1)
     return None
 
 
-def _unscaled(at: Candidate, name: str) -> Candidate | None:
+def _unscaled(at: Readable, name: str) -> Readable | None:
     source, factor = first(at.node), argument(at.node, 1, "other")
     if name == "mul" and is_number(source):
         source, factor = factor, source
@@ -104,33 +103,33 @@ def _unscaled(at: Candidate, name: str) -> Candidate | None:
     if not same_shape(tensor, value) or tensor.dtype != value.dtype or at.node.kwargs.get("rounding_mode") is not None:
         return None
     scales = (*at.scales, (factor, -1 if name == "div" else 1))
-    return _step(at, source, at.layout, scales=scales, work=at.work + 1)
+    return _step(at, source, at.dims, scales=scales, work=at.work + 1)
 
 
-def _step(at: Candidate, source: Node, layout: Layout, **changes: Any) -> Candidate:
-    return replace(at, node=source, layout=layout, reader=at.node, passed=(*at.passed, at.node), **changes)
+def _step(at: Readable, source: Node, dims: Dims, **changes: Any) -> Readable:
+    return replace(at, node=source, dims=dims, reader=at.node, passed=(*at.passed, at.node), **changes)
 
 
-def _unrepeated(node: Node, name: str, layout: Layout, axes: Axes) -> Layout | None:
-    """The layout before a repetition: it lacks the atoms that were repeated over."""
+def _unrepeated(node: Node, name: str, dims: Dims, axes: Axes) -> Dims | None:
+    """The dims before a repetition: it lacks the atoms that were repeated over."""
     source = value_of(first(node))
     if name == "expand":
-        return axes.broadcast(layout, source.shape, value_of(node).shape)
+        return axes.broadcast(dims, source.shape, value_of(node).shape)
     if name == "repeat_interleave":
         times, dim = argument(node, 1, "repeats"), argument(node, 2, "dim")
         if not isinstance(times, int) or not isinstance(dim, int):
             return None
         dim %= source.dim()
-        split = axes.reshaped((layout[dim],), (source.shape[dim], times))
-        return None if split is None else (*layout[:dim], split[0], *layout[dim + 1 :])
+        split = axes.reshaped((dims[dim],), (source.shape[dim], times))
+        return None if split is None else (*dims[:dim], split[0], *dims[dim + 1 :])
     if name == "repeat":
         times = integers(node, "repeats", "dims")
         if len(times) != source.dim() or not all(isinstance(each, int) for each in times):
             return None
-        result = list(layout)
+        result = list(dims)
         for dim, each in enumerate(times):
             if not is_one(each):
-                split = axes.reshaped((layout[dim],), (each, source.shape[dim]))
+                split = axes.reshaped((dims[dim],), (each, source.shape[dim]))
                 if split is None:
                     return None
                 result[dim] = split[1]

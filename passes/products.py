@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graphs.axes import Atom, Axes, Axis, Layout
+from ..graphs.axes import Atom, Axes, Axis, Dims
 from ..graphs.nodes import value_of
 from ..graphs.sizes import always, is_one
-from ..graphs.spellings import argument, first, spelled
+from ..graphs.spellings import TURNS, argument, first, spelled
+from .found import Missed
 
 PRODUCTS = frozenset({"matmul", "baddbmm", "einsum"})
 
@@ -110,45 +111,43 @@ def _spread(text: str, rank: int) -> str | None:
     return None if missing < 0 else text.replace("...", "".join(str(each) for each in reversed(range(missing))))
 
 
-def operand_layouts(product: Product, layout: Layout, axes: Axes) -> tuple[Layout, Layout, Axis] | None:
-    """The layouts of left and right, and the axis that is summed over, where the product itself has `layout`."""
+def operand_dims(product: Product, dims: Dims, axes: Axes) -> tuple[Dims, Dims, Axis] | Missed:
+    """The dims of left and right, and the axis that is summed over, where the product itself has `dims`."""
     left, right, output = product.letters
     if len(product.summed) != 1:
-        return None
+        return Missed("queries and keys are multiplied over several dimensions at once", product.node)
     inner = Atom(_size(product, product.summed))
-    letters: dict[str, Axis] = {**dict(zip(output, layout, strict=True)), product.summed: (inner,)}
+    letters: dict[str, Axis] = {**dict(zip(output, dims, strict=True)), product.summed: (inner,)}
     sizes = dict(zip(output, value_of(product.node).shape, strict=True)) | {product.summed: inner.size}
     found = [
         _operand(text, value_of(node), letters, sizes) for text, node in ((left, product.left), (right, product.right))
     ]
     if found[0] is None or found[1] is None:
-        return None
+        return Missed("its queries and keys have sizes that are not known to fit", product.node)
     return found[0], found[1], (inner,)
 
 
-def output_layouts(
-    product: Product, weights: Node, layout: Layout, axes: Axes
-) -> tuple[Layout, Layout, Axis, Axis] | None:
-    """Where `weights`, one operand, has `layout`: the layouts of the other operand and of the product, the axis that is
+def output_dims(product: Product, weights: Node, dims: Dims, axes: Axes) -> tuple[Dims, Dims, Axis, Axis] | Missed:
+    """Where `weights`, one operand, has `dims`: the dims of the other operand and of the product, the axis that is
     summed over, and the new axis of the other operand."""
     left, right, output = product.letters
     mine, theirs = (left, right) if weights is product.left else (right, left)
     other = product.right if weights is product.left else product.left
     if len(product.summed) != 1:
-        return None
+        return Missed("its weights are multiplied with the values over several dimensions at once", product.node)
     free = [letter for letter in theirs if letter not in mine]
     if len(free) != 1:
-        return None
+        return Missed("its values have no dimension, or several, that its weights do not have", product.node)
     width: Axis = (Atom(_size(product, free[0])),)
-    letters: dict[str, Axis] = {**dict(zip(mine, layout, strict=True)), free[0]: width}
+    letters: dict[str, Axis] = {**dict(zip(mine, dims, strict=True)), free[0]: width}
     sizes = dict(zip(mine, value_of(weights).shape, strict=True)) | {free[0]: width[0].size}
     others = _operand(theirs, value_of(other), letters, sizes)
     if others is None:
-        return None
+        return Missed("its weights and values have sizes that are not known to fit", product.node)
     return others, tuple(letters[letter] for letter in output), letters[product.summed], width
 
 
-def _operand(text: str, value: torch.Tensor, letters: dict[str, Axis], sizes: dict[str, Any]) -> Layout | None:
+def _operand(text: str, value: torch.Tensor, letters: dict[str, Axis], sizes: dict[str, Any]) -> Dims | None:
     axes: list[Axis] = []
     for letter, size in zip(text, value.shape, strict=True):
         if always(size == sizes[letter]):
@@ -170,3 +169,31 @@ def _size(product: Product, letter: str) -> Any:
 def _rank(node: Node) -> int:
     value = value_of(node)
     return value.dim() if isinstance(value, torch.Tensor) else 0
+
+
+NEAR, MANY = 12, 200  # operations between a softmax and a product that belongs to it; nodes that are looked at
+
+
+def leads_to_product(node: Node, forward: bool = False) -> bool:
+    """Whether a product of two computed matrices lies a few operations before a node, or behind it: a hint, where what lies
+    between was not understood."""
+    seen, front = {node}, [node]
+    for _ in range(NEAR):
+        if any(_is_of_two_activations(each) for each in front):
+            return True
+        steps = [each for one in front for each in (one.users if forward else one.all_input_nodes) if each not in seen]
+        front = list(dict.fromkeys(steps))[: MANY - len(seen)]
+        seen.update(front)
+    return False
+
+
+def _is_of_two_activations(node: Node) -> bool:
+    product = read_product(node)
+    return product is not None and not any(_is_weight(each) for each in (product.left, product.right))
+
+
+def _is_weight(node: Node) -> bool:
+    """Whether a node is a parameter, or a view of one: a product with it is a linear layer."""
+    while spelled(node) in ("view", "to", *TURNS) and isinstance(first(node), Node):
+        node = first(node)
+    return isinstance(value_of(node), torch.nn.Parameter) or node.op == "get_attr"

@@ -2,7 +2,7 @@
 
     softmax(scale * q k^T + mask, keys) -> dropout -> @ v
 
-Every dimension is followed by what it is (attnrewrite/axes.py), not by where it stands or how large it is, so that any order of
+Every dimension is followed by what it is (graphs/axes.py), not by where it stands or how large it is, so that any order of
 axes, heads folded into the batch and keys repeated for groups of heads come out as SDPA's (batch, heads, length, dim).
 """
 
@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graphs.axes import Axes, Axis, Layout
+from ..graphs.axes import Axes, Axis, Dims
 from ..graphs.mutations import Writes
 from ..graphs.nodes import value_of
 from ..graphs.sizes import UnbackedSizeError, always
-from ..graphs.spellings import argument, first, number, spelled
-from .context import MaskTerm, Operand, Operands
-from .forms import Form, Sides, find_form
-from .operands import Candidate, best, candidates
-from .products import operand_layouts
-from .scores import Scores, Step, find_scores
+from ..graphs.spellings import argument, first, number, shown, spelled
+from .arrangements import Arrangement, Sides, arrange
+from .found import MaskTerm, Missed, Operand, Operands
+from .operands import Readable, best, readables
+from .products import leads_to_product, operand_dims
+from .scores import Scores, ScoreStep, find_scores
 from .values import Values, find_values, readers
 
 HALF = frozenset({torch.float16, torch.bfloat16})
@@ -36,21 +36,21 @@ LOWEST = -1e30
 
 @dataclass(frozen=True)
 class Recognised:
-    """An attention: `node` gives its output. `operands` None: it must stay, for the reason `obstacle`."""
+    """An attention that is spelled out."""
 
-    node: Node
+    node: Node  # it gives the output
     softmax: Node
-    operands: Operands | None
+    operands: Operands | None  # None: it must stay, for the reason `obstacle`
     scale: float
     dropout: float
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the products
     obstacle: str | None
     chain: tuple[Node, ...] = ()
     sizes: tuple[Any, Any] = (0, 0)  # head_dim and value_dim, where there are no operands
 
 
-def recognise(softmax: Node, writes: Writes) -> Recognised | None:
-    """The attention around a softmax, None if there is none."""
+def recognise(softmax: Node, writes: Writes) -> Recognised | Missed | None:
+    """The attention around a softmax; where there nearly is one, what is missing; None for a softmax of something else."""
     source, dim = first(softmax), argument(softmax, 1, "dim")
     value = value_of(softmax)
     if not isinstance(source, Node) or not isinstance(value, torch.Tensor) or not isinstance(dim, int):
@@ -60,33 +60,40 @@ def recognise(softmax: Node, writes: Writes) -> Recognised | None:
     axes = Axes()
     weights = axes.fresh(value.shape)
     scores = find_scores(source, weights, softmax, axes, writes)
-    values = find_values(softmax, weights, axes) if scores is not None else None
-    if scores is None or values is None:
-        return None
-    return _Site(softmax, weights, dim % value.dim(), scores, values, axes, writes).read()
+    if isinstance(scores, Missed):
+        near = leads_to_product(source) and isinstance(find_values(softmax, weights, axes), Values)
+        return scores if near else None
+    values = find_values(softmax, weights, axes)
+    if isinstance(values, Missed):
+        return values if leads_to_product(softmax, forward=True) else None
+    return _Recogniser(softmax, weights, dim % value.dim(), scores, values, axes, writes).read()
 
 
 @dataclass
-class _Site:
+class _Recogniser:
+    """Of one softmax between two products."""
+
     softmax: Node
-    weights: Layout
+    weights: Dims
     dim: int
     scores: Scores
     values: Values
     axes: Axes
     writes: Writes
 
-    def read(self) -> Recognised | None:
-        placed = operand_layouts(self.scores.product, self.scores.layout, self.axes)
-        if placed is None:
-            return None
+    def read(self) -> Recognised | Missed:
+        placed = operand_dims(self.scores.product, self.scores.dims, self.axes)
+        if isinstance(placed, Missed):
+            return placed
         left, right, inner = placed
         product = self.scores.product
         atoms = self.axes.atoms
         keys, summed = set(atoms(self.weights[self.dim])), set(atoms(self.values.summed))
-        one, other = ({atom for axis in layout for atom in atoms(axis)} for layout in (left, right))
-        if not keys or not summed or not (summed <= one) ^ (summed <= other) or summed & one & other:
-            return None
+        one, other = ({atom for axis in dims for atom in atoms(axis)} for dims in (left, right))
+        if not keys or not summed:
+            return Missed("it has a single key", self.softmax)
+        if not (summed <= one) ^ (summed <= other) or summed & one & other:
+            return Missed("what its values are summed over is no dimension of its keys alone", self.values.product.node)
         if keys != summed:
             reason = f"its softmax runs over dimension {self.dim} of the scores, which are not the keys"
             return self._stays(reason, inner)
@@ -95,59 +102,66 @@ class _Site:
         query_node, key_node = getattr(product, queried), getattr(product, keyed)
         letters = dict(zip(("left", "right"), product.letters[:2], strict=True))
         if not set(letters[queried]) - set(letters[keyed]):
-            return None  # a single vector: no dimension of queries
+            return Missed("it compares all keys with a single vector: there is no dimension of queries", product.node)
         obstacle = self.scores.obstacle or self._read_elsewhere()
-        if self._written():
-            return None
+        if (writer := self._writer()) is not None:
+            return Missed(f"its scores or weights are written into by {shown(writer)}", writer)
         found = self._arranged(query_node, query, key_node, key, inner, obstacle)
-        return found or (self._stays(obstacle, inner) if obstacle else None)
+        return self._stays(obstacle, inner) if isinstance(found, Missed) and obstacle else found
 
     def _arranged(
-        self, query: Node, query_layout: Layout, key: Node, key_layout: Layout, inner: Axis, obstacle: str | None
-    ) -> Recognised | None:
+        self, query: Node, query_dims: Dims, key: Node, key_dims: Dims, inner: Axis, obstacle: str | None
+    ) -> Recognised | Missed:
         product, end = self.scores.product, self.values.product.node
         out, computed = value_of(end).dtype, value_of(product.node).dtype
         narrow = out if out in HALF and torch.promote_types(out, computed) == computed != out else None
         walk = (self.axes, self.writes, end)
-        queries = candidates(query, query_layout, product.node, *walk, scales=True, narrow=narrow)
-        keys = candidates(key, key_layout, product.node, *walk, scales=True, narrow=narrow, repeats=True)
-        values = candidates(self.values.value, self.values.value_layout, end, *walk, repeats=True)
+        queries = readables(query, query_dims, product.node, *walk, scales=True, narrow=narrow)
+        keys = readables(key, key_dims, product.node, *walk, scales=True, narrow=narrow, repeats=True)
+        values = readables(self.values.value, self.values.value_dims, end, *walk, repeats=True)
         steps = [step for step in self.scores.steps if step.tensor is not None]
         masks = [
-            candidates(step.tensor, step.layout, step.reader, *walk, repeats=True, flips=step.how != "add")  # type: ignore[arg-type]
+            readables(step.tensor, step.dims, step.reader, *walk, repeats=True, flips=step.how != "add")  # type: ignore[arg-type]
             for step in steps
         ]
         if not (queries and keys and values and all(masks)):
-            return None
+            return Missed("one of its tensors is written into before its values are read", end)
         # Products in float32 of upcast halves are what kernels compute of the halves themselves.
         exact = narrow is not None and any(each.casts for each in queries) and any(each.casts for each in keys)
         queries = [each for each in queries if bool(each.casts) == exact]
         keys = [each for each in keys if bool(each.casts) == exact]
         dtype = out if exact else torch.promote_types(computed, out)
 
-        sides = Sides(self.weights, self.dim, self.values.layout, inner, self.values.width, queries, keys, values)
-        form = find_form(sides, self.axes)
-        if form is None:
-            return None
-        shared = set(form.shared)
-        chosen = [best(self.axes, queries, form.query)]
-        for found, target in ((keys, form.key), (values, form.value)):
+        sides = Sides(self.weights, self.dim, self.values.dims, inner, self.values.width, queries, keys, values)
+        arrangement = arrange(sides, self.axes)
+        if arrangement is None:
+            return Missed("it compares the keys of all batches with a single vector: a pooling", product.node)
+        shared = set(arrangement.shared)
+        chosen = [best(self.axes, queries, arrangement.query)]
+        for found, target in ((keys, arrangement.key), (values, arrangement.value)):
             lacking = [each for each in found if not shared & each.atoms(self.axes)]
             chosen.append(best(self.axes, lacking if shared else [each for each in found if not each.repeats], target))
-        result = self.axes.views(form.output, self.values.layout)
+        result = self.axes.views(arrangement.output, self.values.dims)
         if None in chosen or result is None:
-            return None
+            lacks = [name for name, each in zip(("query", "key", "value"), chosen, strict=True) if each is None]
+            what = f"its {lacks[0]}" if lacks else "its output"
+            return Missed(f"no views bring {what} into the form (batch, heads, length, dim)", product.node)
         (query_at, query_views), (key_at, key_views), (value_at, value_views) = chosen  # type: ignore[misc]
         try:
-            terms, scale, obstacle, used = self._masks(steps, masks, form, obstacle)
+            read = self._masks(steps, masks, arrangement, obstacle)
+            if isinstance(read, Missed):
+                return read
+            terms, scale, obstacle, used = read
             for each in (query_at, key_at):
                 for amount, power in each.scales:
                     scale *= number(amount) ** power
             dropout = number(self.values.dropout)
-        except (ZeroDivisionError, UnbackedSizeError):
-            return None
-        if terms is None or not 0 <= dropout < 1:
-            return None
+        except ZeroDivisionError:
+            return Missed("its scores are divided by zero", product.node)
+        except UnbackedSizeError as error:
+            return Missed(f"its scale, a fill or its dropout depends on data ({error})", product.node)
+        if not 0 <= dropout < 1:
+            return Missed(f"its dropout is {dropout:g}", self.softmax)
         if value_of(self.softmax).dtype == torch.float64 != dtype:
             obstacle = obstacle or f"its softmax runs in float64, its products in {dtype}"
         if value_of(end).dtype != dtype:
@@ -158,16 +172,20 @@ class _Site:
             Operand(value_at.node, value_views),
             terms,
             result,
-            bool(form.shared),
+            bool(arrangement.shared),
         )
         if not _fits(operands):
-            return None
+            return Missed("the sizes of its query, key and value are not known to fit", product.node)
         chain = (*self._chain(), *used, *query_at.passed, *key_at.passed, *value_at.passed)
         return Recognised(end, self.softmax, operands, scale, dropout, dtype, obstacle, chain)
 
     def _masks(
-        self, steps: list[Step], found: list[list[Candidate]], form: Form, obstacle: str | None
-    ) -> tuple[tuple[MaskTerm, ...] | None, float, str | None, list[Node]]:
+        self,
+        steps: list[ScoreStep],
+        found: list[list[Readable]],
+        arrangement: Arrangement,
+        obstacle: str | None,
+    ) -> tuple[tuple[MaskTerm, ...], float, str | None, list[Node]] | Missed:
         """The terms of the mask, the scale of the product, an obstacle, and the nodes that were passed on the way."""
         scale, terms, used = 1.0, [], []
         ways = {id(step): each for step, each in zip(steps, found, strict=True)}
@@ -177,9 +195,10 @@ class _Site:
             if step.how == "scale":
                 scale *= number(step.amount) ** step.power
                 continue
-            placed = best(self.axes, ways[id(step)], form.mask)
+            placed = best(self.axes, ways[id(step)], arrangement.mask)
             if placed is None:
-                return None, 1.0, obstacle, []
+                assert step.reader is not None
+                return Missed("no views bring its mask into the form (batch, heads, q_len, kv_len)", step.reader)
             at, views = placed
             used += at.passed
             amount, how = number(step.amount) * scale, step.how
@@ -208,10 +227,10 @@ class _Site:
                         return f"its attention {what} are used elsewhere ({where})"
         return None
 
-    def _written(self) -> bool:
-        """Whether something else writes into the scores or the weights."""
+    def _writer(self) -> Node | None:
+        """What else writes into the scores or the weights."""
         nodes = {*self.scores.nodes, self.softmax, *self.values.nodes[:-1]}
-        return any(writer not in nodes for node in nodes for writer in self.writes.writers(node))
+        return next((writer for node in nodes for writer in self.writes.writers(node) if writer not in nodes), None)
 
     def _stays(self, obstacle: str, inner: Axis) -> Recognised:
         node = self.values.product.node

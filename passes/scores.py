@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graphs.axes import Axes, Layout
+from ..graphs.axes import Axes, Dims
 from ..graphs.mutations import Writes, written_by
 from ..graphs.nodes import value_of
 from ..graphs.spellings import (
@@ -20,160 +20,212 @@ from ..graphs.spellings import (
     keeps_order,
     permutation,
     same_shape,
+    shown,
     spelled,
     stays_on,
 )
-from .products import Product, read_product
+from .found import Missed
+from .products import Product, leads_to_product, read_product
 
 DEPTH = 40  # operations between a product and the softmax
 VISITS = 200  # nodes that are tried on the way back, masks included
-Back = Callable[[Any, "Layout | None"], "Scores | None"]
-Narrow = Callable[[Any], "Layout | None"]
+Back = Callable[[Any, "Dims | None"], "Scores | Missed"]
+Narrow = Callable[[Any], "Dims | None"]
 
 
 @dataclass(frozen=True)
-class Step:
+class ScoreStep:
     """One thing that happens to the scores between the product and the softmax.
 
-    scale: times `amount` ** `power`. add: plus `amount` * tensor. keep, drop: `amount` where the tensor is False, or True.
+    how: "scale": times `amount` ** `power`. "add": plus `amount` * tensor. "keep", "drop": `amount` where the tensor is False,
+        or True.
     """
 
     how: str
     amount: Any  # a number, or a node of one
     tensor: Node | None = None
-    layout: Layout = ()
+    dims: Dims = ()
     reader: Node | None = None  # the node that reads the tensor
     power: int = 1
 
 
 @dataclass(frozen=True)
 class Scores:
-    """product: q k^T, whose value has `layout`. steps: from there to the softmax. nodes: all in between, both included."""
+    """product: q k^T, whose value has `dims`. steps: from there to the softmax. nodes: all in between, both included."""
 
     product: Product
-    layout: Layout
-    steps: tuple[Step, ...] = ()
+    dims: Dims
+    steps: tuple[ScoreStep, ...] = ()
     nodes: tuple[Node, ...] = ()
     obstacle: str | None = None
 
-    def then(self, node: Node, *steps: Step, obstacle: str | None = None) -> Scores:
+    def then(self, node: Node, *steps: ScoreStep, obstacle: str | None = None) -> Scores:
         return replace(self, steps=self.steps + steps, nodes=(*self.nodes, node), obstacle=self.obstacle or obstacle)
 
 
 def find_scores(
-    node: Node, layout: Layout, reader: Node, axes: Axes, writes: Writes, seen: set[Node] | None = None
-) -> Scores | None:
-    """Walks from what `reader` reads as `node`, whose value has `layout`, back to a product. None where there is none, or
-    something on the way is not understood. `seen`: the nodes that were tried before; each is walked once."""
+    node: Node, dims: Dims, reader: Node, axes: Axes, writes: Writes, seen: set[Node] | None = None
+) -> Scores | Missed:
+    """Walks from what `reader` reads as `node`, whose value has `dims`, back to a product; where it ends otherwise, why.
+
+    seen: the nodes that were tried before; each is walked once."""
     node = writes.current(node, reader)
     value = value_of(node)
     seen = set() if seen is None else seen
-    if node in seen or len(seen) > VISITS or not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        return None
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return Missed("its scores are no floating tensor", node)
+    if node in seen:
+        return Missed("its scores are computed twice from one tensor", node)
+    if len(seen) > VISITS:
+        return Missed(f"more than {VISITS} operations lie before its softmax", node)
     seen.add(node)
     product = read_product(node)
     if product is not None:
-        scores = Scores(product, layout, nodes=(node,))
-        if product.alpha != 1:
-            scores = replace(scores, steps=(Step("scale", product.alpha),))
-        if product.added is not None:
-            added = axes.broadcast(layout, value_of(product.added).shape, value.shape)
-            step = Step("add", product.beta, product.added, added or (), node)
-            return replace(scores, steps=(*scores.steps, step)) if added is not None else None
-        return scores
+        return _of_product(product, dims, axes)
 
-    def back(source: Any, expected: Layout | None) -> Scores | None:
+    def back(source: Any, expected: Dims | None) -> Scores | Missed:
         if not isinstance(source, Node) or expected is None:
-            return None
+            return Missed(f"its scores are computed by {shown(node)} from what is not known to have their shape", node)
         return find_scores(source, expected, node, axes, writes, seen)
 
-    def narrow(source: Any) -> Layout | None:
+    def narrow(source: Any) -> Dims | None:
         known = value_of(source)
-        return axes.broadcast(layout, known.shape, value.shape) if isinstance(known, torch.Tensor) else None
+        return axes.broadcast(dims, known.shape, value.shape) if isinstance(known, torch.Tensor) else None
 
     name = spelled(node)
     source = first(node)
     if name == "to":
-        found = back(source, narrow(source)) if stays_on(node) else None
-        return found.then(node) if found else None
+        if not stays_on(node):
+            return Missed("its scores move to another device, or to a dtype that is not floating", node)
+        return _then(back(source, narrow(source)), node)
     if name == "tanh":
-        found = back(source, layout)
-        return found.then(node, obstacle="its scores are capped (tanh)") if found else None
+        return _then(back(source, dims), node, obstacle="its scores are capped (tanh)")
     if name in ("mul", "div"):
         return _scaled(node, name, back, narrow)
     if name in ("add", "sub"):
         return _added(node, name, back, narrow)
     if name == "masked_fill":
         found = back(source, narrow(source))
-        return found and _filled(found, node, "drop", argument(node, 1, "mask"), argument(node, 2, "value"), narrow)
+        return _filled(found, node, "drop", argument(node, 1, "mask"), argument(node, 2, "value"), narrow)
     if name == "where":
-        condition, one, other = (argument(node, *at) for at in ((0, "condition"), (1, "input", "self"), (2, "other")))
-        if node.op == "call_method":  # x.where(condition, other)
-            condition, one, other = argument(node, 1, "condition"), node.args[0], argument(node, 2, "other")
-        for how, source, fill in (("keep", one, other), ("drop", other, one)):
-            if is_number(fill) and isinstance(source, Node):
-                found = back(source, narrow(source))
-                return found and _filled(found, node, how, condition, fill, narrow)
-        return None
-    found = back(source, before(node, layout, axes))
-    return found.then(node) if found else None
+        return _chosen(node, back, narrow)
+    earlier = before(node, dims, axes)
+    return _then(back(source, earlier), node) if earlier is not None else Missed(_computed(node), node)
 
 
-def before(node: Node, layout: Layout, axes: Axes) -> Layout | None:
-    """The layout of the first argument of a view, a copy or a permutation, None if the node is something else."""
+def _computed(node: Node) -> str:
+    if node.op in ("placeholder", "get_attr"):
+        return "its scores come from outside of the graph"
+    if written_by(node):
+        return f"its scores are written into, or may be, by {shown(node)}"
+    if spelled(node) in ("view", *TURNS):
+        return f"its scores are viewed ({shown(node)}) in a way in which their axes cannot be followed"
+    return f"its scores are computed by {shown(node)}"
+
+
+def _then(found: Scores | Missed, node: Node, *steps: ScoreStep, obstacle: str | None = None) -> Scores | Missed:
+    return found if isinstance(found, Missed) else found.then(node, *steps, obstacle=obstacle)
+
+
+def _of_product(product: Product, dims: Dims, axes: Axes) -> Scores | Missed:
+    scores = Scores(product, dims, nodes=(product.node,))
+    if product.alpha != 1:
+        scores = replace(scores, steps=(ScoreStep("scale", product.alpha),))
+    if product.added is None:
+        return scores
+    added = axes.broadcast(dims, value_of(product.added).shape, value_of(product.node).shape)
+    if added is None:
+        return Missed("what baddbmm adds to its scores is not known to broadcast to them", product.node)
+    step = ScoreStep("add", product.beta, product.added, added, product.node)
+    return replace(scores, steps=(*scores.steps, step))
+
+
+def before(node: Node, dims: Dims, axes: Axes) -> Dims | None:
+    """The dims of the first argument of a view, a copy or a permutation, None if the node is something else."""
     source = value_of(first(node))
     if not isinstance(source, torch.Tensor) or source.dtype != value_of(node).dtype or written_by(node):
         return None
     if keeps_order(node):
-        return axes.reshaped(layout, source.shape)
+        return axes.reshaped(dims, source.shape)
     name = spelled(node)
     if name == "expand" and same_shape(source, value_of(node)):
-        return layout
+        return dims
     if name in TURNS and (order := permutation(node)) is not None:
-        return tuple(layout[order.index(dim)] for dim in range(len(order)))
+        return tuple(dims[order.index(dim)] for dim in range(len(order)))
     return None
 
 
-def _scaled(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | None:
+def _scaled(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | Missed:
     one, other = first(node), argument(node, 1, "other")
     if node.kwargs.get("rounding_mode") is not None:
-        return None
+        return Missed("its scores are rounded", node)
     power = -1 if name == "div" else 1
     pairs = ((one, other),) if name == "div" else ((one, other), (other, one))
     for source, factor in pairs:
         if is_number(factor) and isinstance(source, Node):
-            found = back(source, narrow(source))
-            return found.then(node, Step("scale", factor, power=power)) if found else None
+            return _then(back(source, narrow(source)), node, ScoreStep("scale", factor, power=power))
+    missed = []
     for source, _ in pairs:
-        if found := back(source, narrow(source)):
+        found = back(source, narrow(source))
+        if isinstance(found, Scores):
             return found.then(node, obstacle="its scores are multiplied by a tensor")
-    return None
+        missed.append(found)
+    return _nearest(missed)
 
 
-def _added(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | None:
+def _added(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | Missed:
     one, other = first(node), argument(node, 1, "other")
     alpha = argument(node, 2, "alpha", default=1)
     if not is_number(alpha) or isinstance(alpha, Node):
-        return None
+        return Missed("something is added to its scores with a factor that the graph computes", node)
     sign = -alpha if name == "sub" else alpha
-    if is_number(other) and isinstance(one, Node) and (found := back(one, narrow(one))):
-        return found.then(node)  # the same for every score: the softmax does not see it
+    missed = []
+    if is_number(other) and isinstance(one, Node):
+        found = back(one, narrow(one))
+        if isinstance(found, Scores):
+            return found.then(node)  # the same for every score: the softmax does not see it
+        missed.append(found)
     pairs = [(one, other, sign)] + ([(other, one, 1)] if sign == 1 else [])
     both = []
     for source, tensor, factor in pairs:
-        layout = narrow(tensor)
-        if isinstance(tensor, Node) and layout is not None and (found := back(source, narrow(source))):
-            both.append(found.then(node, Step("add", factor, tensor, layout, node)))
-    # Where both are products, one is a bias by relative positions: whose keys are no batch's own.
+        dims = narrow(tensor)
+        if not isinstance(tensor, Node) or dims is None:
+            continue
+        found = back(source, narrow(source))
+        if isinstance(found, Scores):
+            both.append(found.then(node, ScoreStep("add", factor, tensor, dims, node)))
+        else:
+            missed.append(found)
+    # Where both are products, one is a bias by relative positions: its keys have no batch dimension.
     both.sort(key=lambda each: not each.product.batched)
-    return both[0] if both else None
+    return both[0] if both else _nearest(missed or [Missed(_computed(node), node)])
 
 
-def _filled(found: Scores, node: Node, how: str, mask: Any, fill: Any, narrow: Narrow) -> Scores | None:
+def _nearest(missed: list[Missed]) -> Missed:
+    """Of several ways back, the one on which there is a product."""
+    return next((each for each in missed if leads_to_product(each.node)), missed[0])
+
+
+def _filled(found: Scores | Missed, node: Node, how: str, mask: Any, fill: Any, narrow: Narrow) -> Scores | Missed:
     value = value_of(mask)
+    if isinstance(found, Missed):
+        return found
     if not isinstance(mask, Node) or not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
-        return None
-    layout = narrow(mask)
-    if layout is None or not is_number(fill):
-        return None
-    return found.then(node, Step(how, fill, mask, layout, node))
+        return Missed("its scores are filled where something that is no boolean mask says so", node)
+    dims = narrow(mask)
+    if dims is None:
+        return Missed("the mask of its scores is not known to broadcast to them", node)
+    if not is_number(fill):
+        return Missed("its scores are filled with what is no number of the graph", node)
+    return found.then(node, ScoreStep(how, fill, mask, dims, node))
+
+
+def _chosen(node: Node, back: Back, narrow: Narrow) -> Scores | Missed:
+    """where(condition, scores, number), or the other way round."""
+    condition, one, other = (argument(node, *at) for at in ((0, "condition"), (1, "input", "self"), (2, "other")))
+    if node.op == "call_method":  # x.where(condition, other)
+        condition, one, other = argument(node, 1, "condition"), node.args[0], argument(node, 2, "other")
+    for how, source, fill in (("keep", one, other), ("drop", other, one)):
+        if is_number(fill) and isinstance(source, Node):
+            return _filled(back(source, narrow(source)), node, how, condition, fill, narrow)
+    return Missed("its scores are chosen between two tensors (where)", node)

@@ -21,18 +21,18 @@ from ..kernels.calls import AttentionCall, Mask
 from ..kernels.decisions import Accepted, Step
 from ..kernels.ops import Origin, zero_unless
 from ..kernels.records import Backend
+from ..kernels.shapes import lead_sizes, mask_rank4
 from ..masks.building import built
 from ..planning.reasons import cast_to
-from ..planning.sites import Site
-from .context import Context, Found, Operand, Operands
-from .find_calls import leading
+from .found import Operand, Operands, Planned, Swapped
 from .masks import build_mask
 
 CHECK = "_assert_tensor_metadata"  # torch.export writes one behind each cast
 
 
-def swap_kernels(graph_module: GraphModule, context: Context) -> int:
-    """Replaces each call whose site chose a kernel with an op of its own.
+def swap_kernels(graph_module: GraphModule, attentions: Sequence[Planned]) -> tuple[Planned, ...]:
+    """Replaces each call whose site chose a kernel with an op of its own. Returns all of them in the same order, those
+    that were swapped as `Swapped`.
 
     sdpa(q, k, v, boolean_mask)  ->  bias = where(mask, 0, -inf)  [once for all sites that read this mask]
                                      _scaled_dot_product_efficient_attention(q, k, v, bias, ...)[0]
@@ -42,21 +42,25 @@ def swap_kernels(graph_module: GraphModule, context: Context) -> int:
     emitter = Emitter(graph_module)
     written = written_storages(graph_module)
     moved: dict[Node, Node] = {}  # the output of one attention may be an operand of the next
-    swapped = 0
-    for found in context.found:
-        if found.site is not None and (kernel := found.kernel) is not None and found.operands is not None:
-            with asking(found.call.site, kernel.name):
-                moved |= _swap(found, found.site, found.operands.moved(moved), kernel, emitter, written)
-            swapped += 1
-    return swapped
+    done: list[Planned] = []
+    for planned in attentions:
+        kernel, operands = planned.kernel, planned.operands
+        if kernel is None or operands is None:
+            done.append(planned)
+            continue
+        with asking(planned.call.site, kernel.name):
+            old, new = _swap(planned, operands.moved(moved), kernel, emitter, written)
+        moved |= dict.fromkeys(old, new)
+        done.append(planned.then(Swapped, node=new))
+    return tuple(done)
 
 
 def _swap(
-    found: Found, site: Site, operands: Operands, backend: Backend, emitter: Emitter, written: set[int]
-) -> dict[Node, Node]:
-    """Returns, for each node that held the attention's output, the one that does now."""
-    node, call = found.node, found.call
-    fused = call.form == "kernel"
+    planned: Planned, operands: Operands, backend: Backend, emitter: Emitter, written: set[int]
+) -> tuple[list[Node], Node]:
+    """Returns the nodes that held the attention's output, and the one that does now."""
+    node, call, site = planned.node, planned.call, planned.site
+    fused = call.written_as == "kernel"
     old: torch.Tensor = value_of(node)[0] if fused else value_of(node)
 
     def tensor(operand: Operand) -> torch.Tensor:
@@ -65,35 +69,35 @@ def _swap(
     with emitter.before(node, call.needs_grad, old):
         query, key, value = (tensor(each) for each in (operands.query, operands.key, operands.value))
         given, shared = _mask(operands, call, tensor, emitter, written)
-        made = built(call, found.proof, site.form, given, shared, emitter)
+        made = built(call, planned.proof, site.mask_as, given, shared, emitter)
         if made.alive is not None:
             query = zero_unless(made.alive, query)
         if backend.op is None:
             output = _native(made.call, query, key, value, made.mask, emitter)
         else:
-            accepted = Accepted(site.steps, site.form)
+            accepted = Accepted(site.steps, site.mask_as)
             output = launch(
                 backend, made.call, accepted, site.source, query, key, value, made.mask, made.shared, emitter
             )
         if made.queries is not None:
             output = zero_unless(made.queries, output)
         output = applied(output, operands.result)
-        if not _same_form(output, old):
+        if not _are_alike(output, old):
             raise RuntimeError(
-                f"the op of attention backend {backend.name!r} returned {_form(output)} at site {call.site!r}, "
-                f"where SDPA gives {_form(old)}: the record or its op is wrong"
+                f"the op of attention backend {backend.name!r} returned {_about(output)} at site {call.site!r}, "
+                f"where SDPA gives {_about(old)}: the record or its op is wrong"
             )
         outputs = [user for user in node.users if user.args[1] == 0] if fused else [node]
         if not same_strides(output, old) and any(strides_matter(each, output, written) for each in outputs):
             output = restrided(output, old)
+    new = emitter.node(output)
     for each in outputs:
-        each.replace_all_uses_with(emitter.node(output))
-    found.node = emitter.node(output)
+        each.replace_all_uses_with(new)
     for user in list(node.users):  # members of a kernel's tuple, which nobody reads any more
         emitter.graph.erase_node(user)
     emitter.graph.erase_node(node)
-    _erase([each for each in found.chain if each is not node], emitter.graph)
-    return {each: found.node for each in outputs}
+    _erase([each for each in planned.chain if each is not node], emitter.graph)
+    return outputs, new
 
 
 def _mask(
@@ -112,7 +116,7 @@ def _mask(
     if any(storage_of(value_of(node)) in written for node in nodes):
         shared = (shared, call.site)
     (first, *rest) = operands.mask
-    if not rest and not first.tensor.views and call.form != "operations":
+    if not rest and not first.tensor.views and call.written_as != "operations":
         return lambda: emitter.tensor(first.tensor.node), shared
 
     def build() -> torch.Tensor:
@@ -172,7 +176,8 @@ def launch(
     returned = getattr(torch, call.dtype)
     if (cast := accepted.step("cast")) is not None:
         call = cast_to(str(cast.after), call)
-    shape = (*leading(query, key, value), call.heads) if query.dim() > 3 else leading(query, key, value)
+    lead = lead_sizes(query, key, value)
+    shape = (*lead, call.heads) if query.dim() > 3 else lead
     query, key, value = (_cast(tensor, call.dtype) for tensor in (query, key, value))
     query = _rank4(query, call.batch, call.heads, shape)
     key, value = (_rank4(tensor, call.batch, call.kv_heads, shape) for tensor in (key, value))
@@ -182,7 +187,7 @@ def launch(
     about = replace(call, site="", role="", layout="", scale=None, dropout=0.0)
 
     def prepare() -> Any:
-        wide = None if mask is None else _mask_rank4(_cast_mask(mask, call.mask, cast is not None), call, shape)
+        wide = None if mask is None else mask_rank4(_cast_mask(mask, call.mask, cast is not None), lead, len(shape) + 2)
         return backend.prepare(wide, key, about) if backend.prepare else wide
 
     prepared = emitter.once((backend.prepare, shared, key.device, repr(about.described())), prepare)
@@ -228,22 +233,6 @@ def _rank4(tensor: torch.Tensor, batch: Any, heads: Any, shape: Any) -> torch.Te
     return tensor if tensor.dim() == 4 else tensor.reshape(batch, heads, length, dim)
 
 
-def _mask_rank4(mask: torch.Tensor, call: AttentionCall, shape: Any) -> torch.Tensor:
-    """A mask of any rank that broadcasts against (..., heads, q_len, kv_len), with four sizes; each may be 1."""
-    rank = len(shape) + 2
-    mask = mask[(None,) * (rank - mask.dim())]
-    if rank == 2:
-        return mask[None, None]
-    if rank == 3:
-        return mask.unsqueeze(1)
-    if rank > 4:
-        lead = mask.shape[:-3]
-        if all(isinstance(size, int) and size == 1 for size in lead):
-            return mask.reshape(1, *mask.shape[-3:])
-        return mask.expand(*shape[:-1], *mask.shape[-3:]).reshape(call.batch, *mask.shape[-3:])
-    return mask
-
-
 def _padded(
     accepted: Accepted, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[AttentionCall, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -259,9 +248,9 @@ def _padded(
     return call, pad(query, heads), pad(key, heads), pad(value, values)
 
 
-def _same_form(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _are_alike(one: torch.Tensor, other: torch.Tensor) -> bool:
     return (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
 
 
-def _form(tensor: torch.Tensor) -> str:
+def _about(tensor: torch.Tensor) -> str:
     return f"{tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"

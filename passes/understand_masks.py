@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from ..masks.expressions import Expressions, Value, rounded
 from ..masks.indices import Index, at_least_zero, axis, exchanged, index_of
 from ..masks.reading import Reader, Unstable, is_plain
 from ..masks.views import before_views
-from .context import Context, Found, MaskTerm, Operands
+from .found import Found, MaskTerm, Operands, Understood
 
 # A number that hides a key, as the models have it: -10000 (-9984 in bfloat16), -1e9, finfo.min. A key behind it takes part
 # only if its score is larger than all others by about as much. Smaller numbers are biases.
@@ -28,40 +29,38 @@ VANISHING = -1e18
 KEY, QUERY = -1, -2
 
 
-def understand_masks(graph_module: GraphModule, context: Context) -> int:
-    """Says of each found call what its mask is (`call.mask`), and keeps what that is read from (`found.proof`). The graph stays
-    as it is. Nothing is assumed of the values of a tensor that comes from outside.
+def understand_masks(graph_module: GraphModule, attentions: Sequence[Found]) -> tuple[Understood, ...]:
+    """Says of each attention what its mask is (`call.mask`), and what that is read from (`proof`). The graph stays as it is.
+    Nothing is assumed of the values of a tensor that comes from outside.
 
     where(ones(S, S).tril() == 1, 0, -inf)      ->  causal
     (1 - (lengths[:, None] > arange(S)).to(dtype))[:, None, None] * -10000  ->  key padding
     """
     reader: Reader | None = None
-    understood = 0
-    for found in context.found:
-        mask = found.call.mask
-        if found.call.obstacle is not None or not mask.is_tensor or mask.needs_grad:
-            continue
-        if found.operands is not None and found.operands.mask:
+    understood = []
+    for found in attentions:
+        mask, operands = found.call.mask, found.operands
+        opaque = found.call.obstacle is not None or not mask.is_tensor or mask.needs_grad
+        if opaque or operands is None or not operands.mask:
+            understood.append(found.then(Understood))
+        else:
             reader = reader or Reader(graph_module)
-            understood += _understand(found, found.operands, reader)
-    return understood
+            understood.append(_understood(found, operands, reader))
+    return tuple(understood)
 
 
-def _understand(found: Found, operands: Operands, reader: Reader) -> bool:
+def _understood(found: Found, operands: Operands, reader: Reader) -> Understood:
     try:
         value = _together(operands.mask, found, reader)
     except Unstable:
-        return False
+        value = None
     if value is None:
-        return False
-    given = found.call.mask
-    query = operands.query.value
-    facts = _facts(value, found.call, query.dim(), reader)
-    found.proof = Proof(value, facts.keep, facts.keys, facts.queries)
-    if facts.mask is None or facts.mask.kind is given.kind:
-        return False
-    found.call = replace(found.call, mask=facts.mask)
-    return True
+        return found.then(Understood)
+    facts = _facts(value, found.call, operands.query.value.dim(), reader)
+    proof = Proof(value, facts.keep, facts.keys, facts.queries)
+    if facts.mask is None or facts.mask.kind is found.call.mask.kind:
+        return found.then(Understood, proof=proof)
+    return found.then(Understood, proof=proof, call=replace(found.call, mask=facts.mask))
 
 
 def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Value | None:

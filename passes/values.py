@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graphs.axes import Axes, Axis, Layout
+from ..graphs.axes import Axes, Axis, Dims
 from ..graphs.mutations import written_by
 from ..graphs.nodes import value_of
 from ..graphs.spellings import (
@@ -22,39 +22,41 @@ from ..graphs.spellings import (
     number,
     permutation,
     same_shape,
+    shown,
     spelled,
     stays_on,
 )
-from .products import Product, output_layouts, read_product
+from .found import Missed
+from .products import Product, leads_to_product, output_dims, read_product
 from .scores import DEPTH
 
 
 @dataclass(frozen=True)
 class Values:
-    """product: weights @ v, whose value has `layout`; `value` has `value_layout`. nodes: from the softmax to the product."""
+    """What lies behind a softmax."""
 
-    product: Product
+    product: Product  # weights @ v
     value: Node
-    value_layout: Layout
-    layout: Layout
+    value_dims: Dims  # of the value
+    dims: Dims  # of the product
     summed: Axis  # what the product sums over
-    width: Axis
+    width: Axis  # the last one of the value
     dropout: Any = 0.0
-    nodes: tuple[Node, ...] = ()
+    nodes: tuple[Node, ...] = ()  # from behind the softmax to the product
 
 
-def after(node: Node, layout: Layout, axes: Axes) -> Layout | None:
-    """The other way round: the layout of the node where its first argument has `layout`."""
+def after(node: Node, dims: Dims, axes: Axes) -> Dims | None:
+    """The other way round: the dims of the node where its first argument has `dims`."""
     source, value = value_of(first(node)), value_of(node)
     if not isinstance(value, torch.Tensor) or source.dtype != value.dtype or written_by(node):
         return None
     if keeps_order(node):
-        return axes.reshaped(layout, value.shape)
+        return axes.reshaped(dims, value.shape)
     name = spelled(node)
     if name == "expand" and same_shape(source, value):
-        return layout
+        return dims
     if name in TURNS and (order := permutation(node)) is not None:
-        return tuple(layout[dim] for dim in order)
+        return tuple(dims[dim] for dim in order)
     return None
 
 
@@ -73,42 +75,53 @@ def readers(node: Node) -> Iterator[Node]:
             yield user
 
 
-def find_values(node: Node, layout: Layout, axes: Axes, depth: int = DEPTH) -> Values | None:
-    """Walks from the weights, whose value has `layout`, to the product with the values. None where there is none."""
+def find_values(node: Node, dims: Dims, axes: Axes, depth: int = DEPTH) -> Values | Missed:
+    """Walks from the weights, whose value has `dims`, to the product with the values; where it ends otherwise, why."""
     if depth == 0:
-        return None
+        return Missed(f"more than {DEPTH} operations lie behind its softmax", node)
+    missed = []
     for user in readers(node):
-        found = _find_values(user, node, layout, axes, depth)
-        if found is not None:
+        found = _find_values(user, node, dims, axes, depth)
+        if isinstance(found, Values):
             return replace(found, nodes=(user, *found.nodes))
-    return None
+        missed.append(found)
+    nearest = (each for each in missed if leads_to_product(each.node, forward=True))
+    return next(nearest, missed[0]) if missed else Missed("nothing reads its weights", node)
 
 
-def _find_values(user: Node, node: Node, layout: Layout, axes: Axes, depth: int) -> Values | None:
+def _find_values(user: Node, node: Node, dims: Dims, axes: Axes, depth: int) -> Values | Missed:
     product = read_product(user)
     if product is not None:
-        if product.added is not None or product.alpha != 1 or product.left is product.right:
-            return None
-        if node not in (product.left, product.right):
-            return None
-        placed = output_layouts(product, node, layout, axes)
-        if placed is None:
-            return None
-        others, output, summed, width = placed
-        value = product.right if node is product.left else product.left
-        return Values(product, value, others, output, summed, width)
+        return _of_product(product, node, dims, axes)
     if (emptied := _emptied(user, node)) is not None:
-        found = find_values(user, layout, axes, depth - 1)
-        return replace(found, nodes=(*emptied, *found.nodes)) if found is not None else None
+        found = find_values(user, dims, axes, depth - 1)
+        return replace(found, nodes=(*emptied, *found.nodes)) if isinstance(found, Values) else found
     if node is not first(user):
-        return None
+        return Missed(f"its weights are read by {shown(user)}", user)
     name = spelled(user)
     if name == "to":
-        return find_values(user, layout, axes, depth - 1) if stays_on(user) else None
+        if not stays_on(user):
+            return Missed("its weights move to another device, or to a dtype that is not floating", user)
+        return find_values(user, dims, axes, depth - 1)
     if name in ("dropout", "native_dropout"):
-        return _dropped(user, name, layout, axes, depth)
-    behind = after(user, layout, axes)
-    return find_values(user, behind, axes, depth - 1) if behind is not None else None
+        return _dropped(user, name, dims, axes, depth)
+    behind = after(user, dims, axes)
+    if behind is None:
+        return Missed(f"its weights are read by {shown(user)}", user)
+    return find_values(user, behind, axes, depth - 1)
+
+
+def _of_product(product: Product, weights: Node, dims: Dims, axes: Axes) -> Values | Missed:
+    if product.added is not None or product.alpha != 1:
+        return Missed("something is added to the product with its values, or it is scaled", product.node)
+    if product.left is product.right or weights not in (product.left, product.right):
+        return Missed("its weights are no operand of their own in the product that reads them", product.node)
+    placed = output_dims(product, weights, dims, axes)
+    if isinstance(placed, Missed):
+        return placed
+    others, output, summed, width = placed
+    value = product.right if weights is product.left else product.left
+    return Values(product, value, others, output, summed, width)
 
 
 def _emptied(user: Node, weights: Node) -> tuple[Node, ...] | None:
@@ -137,19 +150,21 @@ def _emptied(user: Node, weights: Node) -> tuple[Node, ...] | None:
     return (*zero, *reversed(nodes))
 
 
-def _dropped(user: Node, name: str, layout: Layout, axes: Axes, depth: int) -> Values | None:
+def _dropped(user: Node, name: str, dims: Dims, axes: Axes, depth: int) -> Values | Missed:
     probability = argument(user, 1, "p", default=0.5)
     train = argument(user, 2, "training", "train", default=True)
     if isinstance(train, Node) or not is_number(probability):
-        return None
+        return Missed("its dropout is computed in the graph", user)
     output = user
     if name == "native_dropout":
         kept = [each for each in user.users if each.users]
         if len(kept) != 1 or kept[0].args[1] != 0:
-            return None
+            return Missed("which of its weights are dropped is read", user)
         output = kept[0]
-    found = find_values(output, layout, axes, depth - 1)
-    if found is None or (train is not False and found.dropout != 0.0):
-        return None
+    found = find_values(output, dims, axes, depth - 1)
+    if isinstance(found, Missed):
+        return found
+    if train is not False and found.dropout != 0.0:
+        return Missed("its weights are dropped twice", user)
     nodes = found.nodes if output is user else (output, *found.nodes)
     return replace(found, dropout=probability if train is not False else found.dropout, nodes=nodes)

@@ -62,7 +62,7 @@ CHANGES = {
     "quantised": Change(numerics=Numerics.QUANTISED),
     "obstacle": Change({"obstacle": "its tensors are nested"}),
     "deterministic": Change({"deterministic": True}),
-    "captured": Change({"captured": True}),
+    "captured": Change({"in_cuda_graph": True}),
     **{dtype: Change({"dtype": dtype}) for dtype in DTYPES},
     "dropout": Change({"dropout": 0.25}),
     "dropout of 0.1": Change({"dropout": 0.1}),

@@ -305,7 +305,7 @@ def test_attention_that_is_spelled_out_with_another_order_of_axes():
         return torch.einsum("bhqk,bhkd->bqhd", weights, value)
 
     (site,) = checked(spelled_out, *qkv()).sites
-    assert (site.kernel, site.call.form) == ("_native_flash", "operations")
+    assert (site.kernel, site.call.written_as) == ("_native_flash", "operations")
     assert site.accuracy.relative_error < 1e-6
 
 

@@ -17,7 +17,7 @@ from ..graphs.notes import is_ours
 from ..graphs.operators import is_operator, name_in_aten, schema_of
 from ..graphs.questions import hints_of, least_of
 from ..graphs.sizes import always
-from ..passes.context import Found
+from ..passes.found import Swapped
 from .check_ops import CHECK_GRADIENT, CHECK_INPUTS, CHECK_SIZE
 from .conditions import Condition
 
@@ -26,7 +26,7 @@ def insert_assertions(
     module: GraphModule,
     signature: Any,
     conditions: Sequence[Condition],
-    swapped: Sequence[Found],
+    swapped: Sequence[Swapped],
     device: str | None,
     trainable: Collection[str],
     ranges: Mapping[Any, Any],
@@ -112,7 +112,7 @@ def _check_gradient(emitter: Emitter, tensors: list[Node], sites: str) -> str:
     return f"no gradient is asked for: {sites}"
 
 
-def _has_gradient(found: Found) -> bool:
+def _has_gradient(found: Swapped) -> bool:
     """Whether what was put in has its gradient although none was asked for: operators with a formula that needs nothing more
     than their inputs and outputs. The others were told not to keep what their backward needs."""
     return found.kernel is not None and (found.kernel.op is None or found.kernel.always_differentiable)
@@ -245,7 +245,7 @@ def _read_by(nodes: Sequence[Node], through: Callable[[Node], bool] = lambda nod
     return seen
 
 
-def _named(found: Found) -> tuple[str, str]:
+def _named(found: Swapped) -> tuple[str, str]:
     return found.call.site, found.kernel.name if found.kernel else ""
 
 

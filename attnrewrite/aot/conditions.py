@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..graphs.questions import Question, Questions, answer_within
-from ..passes.context import Found
+from ..passes.found import Swapped
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Condition:
     needed_by: tuple[tuple[str, str], ...]
 
 
-def conditions(questions: Questions, swapped: Sequence[Found], ranges: Mapping[Any, Any]) -> tuple[Condition, ...]:
+def conditions(questions: Questions, swapped: Sequence[Swapped], ranges: Mapping[Any, Any]) -> tuple[Condition, ...]:
     """The distinct conditions that the swapped sites need, in the order in which they were asked."""
     import sympy  # type: ignore[import-untyped]
 
@@ -36,7 +36,7 @@ def conditions(questions: Questions, swapped: Sequence[Found], ranges: Mapping[A
     return tuple(Condition(relation, tuple(sites)) for relation, sites in needed.items())
 
 
-def _some(found: Found, ranges: Mapping[Any, Any]) -> Iterator[Question]:
+def _some(found: Swapped, ranges: Mapping[Any, Any]) -> Iterator[Question]:
     """A kernel that does not take length 0. PyTorch takes symbolic sizes for at least 2, so that asking gives no condition,
     but lets the program run with 0 and 1."""
     import sympy

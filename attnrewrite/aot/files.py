@@ -14,7 +14,8 @@ from ..entrances.choices import Choice, make_policy
 from ..files import whole
 from ..graphs.questions import noted
 from ..kernels.machines import Machine
-from ..pipeline import rewrite_graph
+from ..pipeline import Target, rewrite_graph
+from ..planning.planner import Libraries
 from ..reports.report import GraphReport, Report
 from .archives import EXTRA, MODEL, Archive, ProgramFileError, graph_text, loaded, opened, with_graph
 from .manifests import MANIFEST, ORIGINAL, Manifest, check_machine, manifest_of
@@ -125,9 +126,9 @@ def planned(program: ExportedProgram, choices: Iterable[Choice], machine: Machin
     policy = make_policy(choices)
     module = copy_of(program.graph_module)
     with noted(module, program.range_constraints):
-        outcome = rewrite_graph(module, policy, machine, swap=False, exported=True)
+        outcome = rewrite_graph(module, policy, Target(machine, exported=True), Libraries.PLAN_ONLY)
     report = Report(str(policy))
-    report.add(GraphReport("program", outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged))
+    report.add(GraphReport.of("program", outcome))
     return report
 
 

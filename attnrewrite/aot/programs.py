@@ -17,7 +17,8 @@ from ..graphs.exported import copied, updated
 from ..graphs.notes import erase_notes, note_literal
 from ..graphs.questions import noted
 from ..kernels.machines import Machine
-from ..pipeline import rewrite_graph
+from ..pipeline import Target, rewrite_graph
+from ..planning.planner import Libraries
 from ..planning.policies import Policy
 from ..reports.report import GraphReport, Report
 from .assertions import insert_assertions
@@ -73,9 +74,9 @@ def rewrite(
             "attnrewrite.export(model, ...) exports and rewrites in one call"
         )
     module = copy_of(program)
-    outcome = rewrite_graph(module, policy, machine, elsewhere=machine is not None)
+    outcome = rewrite_graph(module, policy, Target(machine), _libraries(machine))
     report = Report(str(policy))
-    report.add(GraphReport("graph", outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged))
+    report.add(GraphReport.of("graph", outcome))
     module.meta[RECORD] = Record(report, (), lambda: program, fingerprint(module))
     return module
 
@@ -142,7 +143,7 @@ def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | N
     before = _outputs(module)
     ranges = program.range_constraints
     with noted(module, ranges) as questions:
-        outcome = rewrite_graph(module, policy, machine, exported=True, elsewhere=machine is not None)
+        outcome = rewrite_graph(module, policy, Target(machine, exported=True), _libraries(machine))
         device = machine.torch_device if machine is not None else None
         needed = conditions(questions, outcome.swapped, ranges)
     checks = insert_assertions(
@@ -151,10 +152,15 @@ def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | N
     erase_notes(module.graph)
     signature = _renamed(program.graph_signature, before, _outputs(module))
     report = Report(str(policy))
-    report.add(GraphReport("program", outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged))
+    report.add(GraphReport.of("program", outcome))
     made = updated(program, module, signature)
     made.graph_module.meta[RECORD] = Record(report, checks, lambda: program, fingerprint(made.graph_module))
     return made
+
+
+def _libraries(machine: Machine | None) -> Libraries:
+    """A program for a described machine runs there: here its libraries may be missing."""
+    return Libraries.LOAD if machine is None else Libraries.NAME
 
 
 def copy_of(module: GraphModule) -> GraphModule:

@@ -14,9 +14,10 @@ from ..graphs.inner_compilers import Inner, compile_with
 from ..graphs.tracing import AttributesOf, traced, uncompiled
 from ..graphs.trees import leaves
 from ..kernels.records import Backend, Numerics, Tolerance
+from ..kernels.shapes import rank4
 from ..measuring.accuracy import accuracy
 from ..measuring.capturing import Captured, capture
-from ..measuring.reference import rank4, reference
+from ..measuring.reference import reference
 from ..measuring.site_graphs import site_graph
 from ..planning.policies import Candidate
 from ..planning.sites import Site

@@ -11,15 +11,24 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from ..graphs.inner_compilers import NAME, Inner, captures, compile_with, known_inner, known_options, reset_compiler
+from ..graphs.inner_compilers import (
+    NAME,
+    Inner,
+    compile_with,
+    known_inner,
+    known_options,
+    records_cuda_graphs,
+    reset_compiler,
+)
 from ..graphs.tracing import compilation
 from ..kernels.machines import Machine
-from ..pipeline import rewrite_graph
+from ..pipeline import Target, rewrite_graph
+from ..planning.planner import Libraries
 from ..planning.plans import Plan
 from ..planning.policies import Policy, matches
 from ..planning.tables import folded
 from ..reports.report import GraphReport, Report
-from . import contexts as switching
+from . import contexts
 from .choices import Choice, make_policy
 
 logger = logging.getLogger("attnrewrite")
@@ -57,30 +66,32 @@ class AttentionCompiler:
 
     def __call__(self, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         """Rewrites the graph in place and compiles it. `kwargs` (mode, options) are torch.compile's, for the inner compiler."""
-        if self.rewrite(graph_module, captured=captures(self.inner, **kwargs)):
-            switching.guard_choice()
+        if self.rewrite(graph_module, in_cuda_graph=records_cuda_graphs(self.inner, **kwargs)):
+            contexts.guard_choice()
         self.check_rules()
         return compile_with(self.inner, graph_module, example_inputs, **kwargs)
 
-    def rewrite(self, graph_module: GraphModule, swap: bool = True, captured: bool = False) -> int:
-        """Plans, reports, and, if `swap`, puts the chosen kernels in place. Returns the number of attention sites.
-        `captured`: a CUDA graph is recorded of what is compiled.
+    def rewrite(
+        self, graph_module: GraphModule, libraries: Libraries = Libraries.LOAD, in_cuda_graph: bool = False
+    ) -> int:
+        """Plans, reports, and puts the chosen kernels in place, unless `Libraries.PLAN_ONLY`. Returns the number of attention
+        sites. in_cuda_graph: a CUDA graph is recorded of what is compiled.
 
         The policy is that of the context that it is called in (`attention_backend`), outside of all its own."""
-        override = switching.active()
-        outcome = rewrite_graph(graph_module, self.policy_now(), self.machine, swap, self.prefix, captured)
+        override = contexts.active()
+        target = Target(self.machine, self.prefix, in_cuda_graph)
+        outcome = rewrite_graph(graph_module, self.policy_now(), target, libraries)
         if outcome.plan.sites:
-            switching.mark_used()
+            contexts.mark_used()
         name, attempt = compilation() or (f"graph {len(self.report.graphs)}", None)
-        under = str(override) if override else ""
-        graph = GraphReport(name, outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged, under)
+        graph = GraphReport.of(name, outcome, str(override) if override else "")
         self.report.add(graph, attempt)
         _log(graph)
         self._warn_of_stale(outcome.plan)
         return len(outcome.plan.sites)
 
     def policy_now(self) -> Policy:
-        override = switching.active()
+        override = contexts.active()
         return self.policy if override is None else override.over(self.policy)
 
     def check_rules(self) -> None:

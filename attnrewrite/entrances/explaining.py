@@ -10,6 +10,7 @@ from torch.fx import GraphModule
 
 from ..graphs.tracing import AttributesOf, predicted, traced, uncompiled
 from ..kernels.machines import Machine
+from ..planning.planner import Libraries
 from ..reports.report import Report
 from .choices import Choice
 from .compilers import AttentionCompiler, compiler_of
@@ -37,7 +38,7 @@ def explain(
     planner = AttentionCompiler(replace(backend.policy, strict=False), machine=machine)
 
     def plan_only(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        planner.rewrite(graph_module, swap=False)
+        planner.rewrite(graph_module, Libraries.PLAN_ONLY)
         return predicted(graph_module)
 
     with AttributesOf(uncompiled(model)):

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from ..graphs.inner_compilers import captures
+from ..graphs.inner_compilers import records_cuda_graphs
 from ..reports.report import Report
-from . import contexts as switching
+from . import contexts
 from .compilers import AttentionCompiler
 from .identity import identity_of
 
@@ -29,14 +29,14 @@ class AttentionPass(CustomGraphPass):
         module = graph.owning_module
         if module is None:
             raise RuntimeError("attnrewrite: Inductor gave its pass a graph without its module; please report this")
-        self.compiler.rewrite(module, captured=captures("inductor"))
-        switching.guard_choice()
+        self.compiler.rewrite(module, in_cuda_graph=records_cuda_graphs("inductor"))
+        contexts.guard_choice()
 
     def uuid(self) -> Any:
         """Equal only where the pass would do the same: PyTorch's key for compiled graphs. It is asked at every compilation,
         also where the pass itself is not called, so the choice of the active context is guarded here as well."""
-        switching.guard_choice()
-        switching.mark_used()
+        contexts.guard_choice()
+        contexts.mark_used()
         return identity_of(self.compiler.policy_now())
 
     def __eq__(self, other: object) -> bool:

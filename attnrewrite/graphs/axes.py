@@ -1,6 +1,6 @@
 """Which axes of an attention the dimensions of a tensor run over, through views, permutations, expansions and products.
 
-An `Atom` is one axis that is never mixed with another: the batch, the heads, the queries, the keys. A layout says for each
+An `Atom` is one axis that is never mixed with another: the batch, the heads, the queries, the keys. `Dims` say for each
 dimension of a tensor which atoms it runs over, outermost first: heads folded into the batch are one dimension of two atoms,
 and a dimension of size 1 has none. Atoms are told apart by identity, never by size, so that equal ones are not mixed up.
 """
@@ -27,16 +27,16 @@ class Atom:
 
 
 Axis = tuple[Atom, ...]
-Layout = tuple[Axis, ...]
+Dims = tuple[Axis, ...]
 
 
 class Axes:
-    """The atoms of one attention. A view may show that what was taken for one atom is two: then every layout is finer."""
+    """The atoms of one attention. A view may show that what was taken for one atom is two: then all `Dims` are finer."""
 
     def __init__(self) -> None:
         self._parts: dict[Atom, Axis] = {}
 
-    def fresh(self, shape: Sequence[Size]) -> Layout:
+    def fresh(self, shape: Sequence[Size]) -> Dims:
         return tuple((Atom(size),) for size in shape)
 
     def atoms(self, axis: Iterable[Atom]) -> Axis:
@@ -49,13 +49,13 @@ class Axes:
                 found.append(atom)
         return tuple(found)
 
-    def resolved(self, layout: Layout) -> Layout:
-        return tuple(self.atoms(axis) for axis in layout)
+    def resolved(self, dims: Dims) -> Dims:
+        return tuple(self.atoms(axis) for axis in dims)
 
-    def reshaped(self, layout: Layout, shape: Sequence[Size]) -> Layout | None:
-        """The layout after a view to `shape`, or before one from `shape`: the elements keep their order. None where a
+    def reshaped(self, dims: Dims, shape: Sequence[Size]) -> Dims | None:
+        """The dims after a view to `shape`, or before one from `shape`: the elements keep their order. None where a
         dimension would hold a part of an atom that no size tells."""
-        waiting = list(reversed([atom for axis in layout for atom in self.atoms(axis)]))
+        waiting = list(reversed([atom for axis in dims for atom in self.atoms(axis)]))
         result: list[Axis] = []
         for size in shape:
             axis: list[Atom] = []
@@ -81,13 +81,13 @@ class Axes:
             result.append(tuple(axis))
         return None if waiting else tuple(result)
 
-    def broadcast(self, layout: Layout, shape: Sequence[Size], wide: Sequence[Size]) -> Layout | None:
-        """The layout of a tensor of `shape` that broadcasts to `wide`, which has `layout`."""
+    def broadcast(self, dims: Dims, shape: Sequence[Size], wide: Sequence[Size]) -> Dims | None:
+        """The dims of a tensor of `shape` that broadcasts to `wide`, which has `dims`."""
         missing = len(wide) - len(shape)
         if missing < 0:
             return None
         result: list[Axis] = []
-        for axis, size, full in zip(layout[missing:], shape, wide[missing:], strict=True):
+        for axis, size, full in zip(dims[missing:], shape, wide[missing:], strict=True):
             if is_one(size):
                 result.append(())
             elif always(size == full):
@@ -96,8 +96,8 @@ class Axes:
                 return None
         return tuple(result)
 
-    def views(self, source: Layout, target: Layout) -> Views | None:
-        """What turns a tensor of one layout into the other. A dimension of which the tensor lacks all atoms gets size 1;
+    def views(self, source: Dims, target: Dims) -> Views | None:
+        """What turns a tensor of one dims into the other. A dimension of which the tensor lacks all atoms gets size 1;
         one of which it lacks some is expanded over them. None where the tensor has an atom that the target lacks."""
         have, want = self.resolved(source), self.resolved(target)
         if have == want:
@@ -127,7 +127,7 @@ class Axes:
         # 3. Put together, or fill in, what is one dimension there.
         return tuple(steps) + self._joined(order, want)
 
-    def _joined(self, order: list[Axis], want: Layout) -> Views:
+    def _joined(self, order: list[Axis], want: Dims) -> Views:
         steps: list[tuple[str, tuple[Any, ...]]] = []
         waiting = list(order)
         for dim, axis in enumerate(want):
@@ -157,7 +157,7 @@ class Axes:
         return [first.get(atom, (atom,)) for atom in axis if atom not in inside]
 
     @staticmethod
-    def _runs(axis: Axis, want: Layout) -> list[Axis]:
+    def _runs(axis: Axis, want: Dims) -> list[Axis]:
         """An axis in pieces whose atoms follow one another in one dimension of the target too."""
         following = {(one, two) for each in want for one, two in itertools.pairwise(each)}
         runs: list[Axis] = []

@@ -56,7 +56,7 @@ def known_options(options: Collection[str], inner: Inner, own: Collection[str]) 
         )
 
 
-def captures(inner: Inner, mode: str | None = None, options: dict[str, Any] | None = None, **_: Any) -> bool:
+def records_cuda_graphs(inner: Inner, mode: str | None = None, options: dict[str, Any] | None = None, **_: Any) -> bool:
     """Whether the compiler records CUDA graphs, as torch.compile's arguments and Inductor's settings say."""
     if inner != "inductor":
         return inner == "cudagraphs"

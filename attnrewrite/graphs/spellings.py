@@ -71,6 +71,11 @@ def spelled(node: Node) -> str | None:
     return _SAME.get(name, name) or None
 
 
+def shown(node: Node) -> str:
+    """What a node computes, for people: "tanh" for PyTorch's own, otherwise the name of what it calls."""
+    return name_of(node) or str(getattr(node.target, "__name__", node.target))
+
+
 def argument(node: Node, position: int, *names: str, default: Any = None) -> Any:
     """An argument by its position, or by any of its names: torch says `input` where aten says `self`."""
     if position < len(node.args):

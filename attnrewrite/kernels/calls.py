@@ -113,9 +113,9 @@ class AttentionCall:
     layout: str = "bhsd"  # how the query lies in memory: "bhsd", "bshd" or "strided"
     role: str = "self"  # "cross" where keys come from another tensor than queries
     deterministic: bool = False  # torch.use_deterministic_algorithms(True) is on
-    captured: bool = False  # the compiler behind the swap records a CUDA graph of it
+    in_cuda_graph: bool = False  # the compiler behind the swap records a CUDA graph of it
     obstacle: str | None = None  # why nothing but the call as it stands can be right here
-    form: str = "sdpa"  # "operations": spelled out in the graph; "kernel": a kernel that PyTorch has chosen
+    written_as: str = "sdpa"  # "operations": spelled out in the graph; "kernel": a kernel that PyTorch has chosen
     exported: bool = False  # stands in an exported program: operators only, checks as nodes
 
     def described(self) -> AttentionCall:

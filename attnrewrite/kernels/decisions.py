@@ -57,13 +57,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The kernel may take the call, after these steps. form: as what it takes the mask, one of `reasons.forms`."""
+    """The kernel may take the call, after these steps. mask_as: how the kernel receives the mask, one of
+    `reasons.masks_for`."""
 
     steps: tuple[Step, ...] = ()
-    form: str = "proven"
+    mask_as: str = "proven"
 
     def described(self) -> Accepted:
-        return Accepted(tuple(step.described() for step in self.steps), self.form)
+        return Accepted(tuple(step.described() for step in self.steps), self.mask_as)
 
     def step(self, name: str) -> Step | None:
         return next((step for step in self.steps if step.name == name), None)
@@ -89,11 +90,15 @@ Decision = Accepted | Refused
 
 def to_json(decision: Decision) -> dict[str, Any]:
     if isinstance(decision, Accepted):
-        return {"accepted": True, "form": decision.form, "steps": [asdict(step) for step in decision.described().steps]}
+        return {
+            "accepted": True,
+            "mask_as": decision.mask_as,
+            "steps": [asdict(step) for step in decision.described().steps],
+        }
     return {"accepted": False, **asdict(decision)}
 
 
 def from_json(data: dict[str, Any]) -> Decision:
     if data["accepted"]:
-        return Accepted(tuple(Step(**step) for step in data.get("steps", ())), data.get("form", "proven"))
+        return Accepted(tuple(Step(**step) for step in data.get("steps", ())), data.get("mask_as", "proven"))
     return Refused(Code(data["code"]), data["detail"], data["fix"])

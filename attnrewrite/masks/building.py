@@ -45,16 +45,17 @@ class Built:
 def built(
     call: AttentionCall,
     proof: Proof | None,
-    form: str,
+    mask_as: str,
     given: Callable[[], Tensor] | None,
     shared: Any,
     emitter: Emitter,
 ) -> Built:
-    """form: one of `reasons.forms`. given: what gives the model's tensor; `shared` its key where nothing is proven of it."""
+    """mask_as: one of `reasons.masks_for`. given: what makes the model's tensor. shared: the key of that tensor, where nothing is
+    proven of it."""
     mask = call.mask
     if proof is not None:
         shared = proof.value
-    if form == "given":
+    if mask_as == "given":
         assert mask.given is not None
         return Built(replace(call, mask=mask.given), given and given(), shared)
     if given is None or not mask.is_tensor:
@@ -62,21 +63,21 @@ def built(
     if proof is None or proof.keep is None:
         return Built(call, given(), shared)
     rank = len(mask.shape)
-    shared = (form, proof.keep, mask.no_key)
-    keep, alive = emitter.once(("keep", shared), lambda: _keep(mask, proof, form, given, rank, emitter))
+    shared = (mask_as, proof.keep, mask.no_key)
+    keep, alive = emitter.once(("keep", shared), lambda: _keep(mask, proof, mask_as, given, rank, emitter))
     queries = None
-    if form == "keys":
+    if mask_as == "keys":
         queries = emitter.once(("queries", shared), lambda: _all_of(proof.queries, rank, emitter))
-    kind = MaskKind.KEY_PADDING if form == "keys" else mask.kind
+    kind = MaskKind.KEY_PADDING if mask_as == "keys" else mask.kind
     seen = replace(mask.bare, kind=kind, shape=tuple(keep.shape))
     return Built(replace(call, mask=seen), keep, shared, alive, queries)
 
 
 def _keep(
-    mask: Mask, proof: Proof, form: str, model: Callable[[], Tensor], rank: int, emitter: Emitter
+    mask: Mask, proof: Proof, mask_as: str, model: Callable[[], Tensor], rank: int, emitter: Emitter
 ) -> tuple[Tensor, Tensor | None]:
     """True where a key takes part; and where queries must be zero for it, whether a row sees any key at all."""
-    if form == "keys":
+    if mask_as == "keys":
         return _all_of(proof.keys, rank, emitter), None
     assert proof.keep is not None
     given = model()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .indices import Axis, Index, at_least_zero, constant, divided
+from .indices import Index, Place, at_least_zero, constant, divided
 
 MOST_LEAVES = 16  # of nested selects; more are no mask that a kernel has a word for
 
@@ -272,10 +272,10 @@ def _whole(value: Value, name: str, left: bool) -> Index | None:
     return constant(math.ceil(value.number) if up else math.floor(value.number))
 
 
-def is_axis(index: Index) -> Axis | None:
+def is_axis(index: Index) -> Place | None:
     """The axis, where an index is one and nothing else."""
     if len(index.terms) == 1:
         ((product, factor),) = index.terms.items()
-        if factor == 1 and len(product) == 1 and isinstance(product[0], Axis):
+        if factor == 1 and len(product) == 1 and isinstance(product[0], Place):
             return product[0]
     return None

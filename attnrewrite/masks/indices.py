@@ -17,7 +17,7 @@ from ..graphs.sizes import Size, always
 
 
 @dataclass(frozen=True)
-class Axis:
+class Place:
     """A position along one dimension of a mask, counted from its end: -1 the key, -2 the query. 0 <= axis < extent."""
 
     dim: int
@@ -55,8 +55,8 @@ class Quotient:
         return f"(({self.above}) // ({self.below}))"
 
 
-Atom = Axis | Symbol | Quotient
-Product = tuple[Atom, ...]  # sorted; () is 1
+Factor = Place | Symbol | Quotient
+Monomial = tuple[Factor, ...]  # sorted; () is 1
 
 
 class Index:
@@ -64,8 +64,8 @@ class Index:
 
     __slots__ = ("_hash", "terms")
 
-    def __init__(self, terms: Mapping[Product, int]) -> None:
-        self.terms: dict[Product, int] = {product: factor for product, factor in terms.items() if factor}
+    def __init__(self, terms: Mapping[Monomial, int]) -> None:
+        self.terms: dict[Monomial, int] = {product: factor for product, factor in terms.items() if factor}
         self._hash: int | None = None
 
     def __eq__(self, other: object) -> bool:
@@ -89,7 +89,7 @@ class Index:
         return self + -_index(other)
 
     def __mul__(self, other: Index | int) -> Index:
-        terms: dict[Product, int] = {}
+        terms: dict[Monomial, int] = {}
         for left, a in self.terms.items():
             for right, b in _index(other).terms.items():
                 product = tuple(sorted(left + right, key=str))
@@ -109,17 +109,17 @@ class Index:
             return 0
         return self.terms[()] if len(self.terms) == 1 and () in self.terms else None
 
-    def axes(self) -> Iterator[Axis]:
+    def axes(self) -> Iterator[Place]:
         for product in self.terms:
             for atom in product:
-                if isinstance(atom, Axis):
+                if isinstance(atom, Place):
                     yield atom
                 elif isinstance(atom, Quotient):
                     yield from atom.above.axes()
 
-    def factor_of(self, atom: Atom) -> Index | None:
+    def factor_of(self, atom: Factor) -> Index | None:
         """What an atom is multiplied with; None if it stands in a power or inside a quotient."""
-        found: dict[Product, int] = {}
+        found: dict[Monomial, int] = {}
         for product, factor in self.terms.items():
             rest = list(product)
             if atom in rest:
@@ -136,7 +136,7 @@ def constant(value: int) -> Index:
 
 def axis(dim: int, extent: Index) -> Index:
     """The axis itself; 0 where there is but one position."""
-    return constant(0) if extent.number == 1 else Index({(Axis(dim, extent),): 1})
+    return constant(0) if extent.number == 1 else Index({(Place(dim, extent),): 1})
 
 
 def index_of(size: Size) -> Index:
@@ -175,9 +175,9 @@ def at_least_zero(index: Index) -> bool:
         if slope is None:
             return False
         rest = index - slope * Index({(each,): 1})
-        if at_least_zero(slope) and (isinstance(each, Axis) or at_least_zero(each.above)):
+        if at_least_zero(slope) and (isinstance(each, Place) or at_least_zero(each.above)):
             return at_least_zero(rest)  # at position 0; a quotient is at least 0
-        if isinstance(each, Axis) and at_least_zero(-slope):
+        if isinstance(each, Place) and at_least_zero(-slope):
             return at_least_zero(rest + slope * (each.extent - 1))
         return False
     return always(_evaluated(index) >= 0)
@@ -213,7 +213,7 @@ def divided(above: Index, below: Index) -> tuple[Index, Index]:
 def _candidates(above: Index, below: Index) -> Iterator[Index]:
     """What the quotient may be: the terms that are multiples of `below`, by each of its terms."""
     for product, factor in below.terms.items():
-        found: dict[Product, int] = {}
+        found: dict[Monomial, int] = {}
         for other, number in above.terms.items():
             rest = list(other)
             if all(_take(rest, atom) for atom in product) and number // factor:
@@ -221,7 +221,7 @@ def _candidates(above: Index, below: Index) -> Iterator[Index]:
         yield Index(found)
 
 
-def _take(atoms: list[Atom], atom: Atom) -> bool:
+def _take(atoms: list[Factor], atom: Factor) -> bool:
     if atom not in atoms:
         return False
     atoms.remove(atom)
@@ -231,9 +231,9 @@ def _take(atoms: list[Atom], atom: Atom) -> bool:
 def exchanged(index: Index, one: int, other: int) -> Index:
     """With two axes in each other's place."""
 
-    def atom(each: Atom) -> Atom:
-        if isinstance(each, Axis) and each.dim in (one, other):
-            return Axis(one + other - each.dim, each.extent)
+    def atom(each: Factor) -> Factor:
+        if isinstance(each, Place) and each.dim in (one, other):
+            return Place(one + other - each.dim, each.extent)
         return Quotient(exchanged(each.above, one, other), each.below) if isinstance(each, Quotient) else each
 
     return Index({tuple(sorted(map(atom, product), key=str)): factor for product, factor in index.terms.items()})

@@ -27,10 +27,11 @@ from ..kernels.calls import SIZES, AttentionCall
 from ..kernels.decisions import Accepted
 from ..kernels.machines import Machine
 from ..kernels.ops import LIBRARY
+from ..kernels.shapes import lead_sizes
 from ..masks.building import built
-from ..passes.context import Context, Found, Operand, Operands
+from ..passes.found import Operand, Operands, Planned
 from ..passes.masks import build_mask
-from ..pipeline import rewrite_graph
+from ..pipeline import Target, rewrite_graph
 from ..planning.policies import Policy
 from ..planning.registry import records_of
 from ..planning.sites import Site
@@ -90,7 +91,7 @@ def capture(
     run = _Run(receive, aside)
 
     def backend(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        rewrite_graph(graph_module, policy, machine, watch=run)
+        rewrite_graph(graph_module, policy, Target(machine), watch=run)
         return graph_module.forward
 
     _RUNS[run.number] = run
@@ -107,52 +108,54 @@ class _Run:
         self.number = next(_NUMBERS)
         self._receive = receive
         self._aside = aside
-        self._sites: list[tuple[Found, Site]] = []  # with what was planned for it
+        self._sites: list[Planned] = []  # as planned, whatever runs in their place
         self._waiting: dict[int, tuple[Any, ...]] = {}
+        self._places: dict[int, int] = {}  # of a graph's attentions that are captured, in `_sites`
 
-    def before(self, module: GraphModule, context: Context) -> None:
+    def before(self, module: GraphModule, attentions: Sequence[Planned]) -> Sequence[Planned]:
         emitter = Emitter(module)
-        for found in context.found:
-            if found.operands is not None and found.call.obstacle is None and found.site is not None:
-                self._sites.append((found, found.site))
-                if self._aside is not None and self._aside(found.site):
-                    found.site = _as_it_stands(found.site)
-                _emit_before(found, found.operands, emitter, {"run": self.number, "site": len(self._sites) - 1})
+        self._places = {}
+        run: list[Planned] = []
+        for planned in attentions:
+            if planned.operands is not None and planned.call.obstacle is None:
+                self._places[len(run)] = place = len(self._sites)
+                self._sites.append(planned)
+                _emit_before(planned, planned.operands, emitter, {"run": self.number, "site": place})
+                if self._aside is not None and self._aside(planned.site):
+                    planned = replace(planned, site=_as_it_stands(planned.site))
+            run.append(planned)
+        return run
 
-    def after(self, module: GraphModule, context: Context) -> None:
-        for place, (found, _) in enumerate(self._sites):
-            if any(found is each for each in context.found):
-                outputs = [found.node]
-                if isinstance(value_of(found.node), tuple):  # a kernel that was there before, and stays
-                    outputs = [user for user in found.node.users if user.args[1] == 0]
-                with module.graph.inserting_after(outputs[0]):
-                    numbers: Any = {"run": self.number, "site": place}
-                    mark_ours(module.graph.call_function(AFTER, (outputs[0],), numbers))
+    def after(self, module: GraphModule, attentions: Sequence[Planned]) -> None:
+        for number, place in self._places.items():
+            node = attentions[number].node
+            outputs = [node]
+            if isinstance(value_of(node), tuple):  # a kernel that was there before, and stays
+                outputs = [user for user in node.users if user.args[1] == 0]
+            with module.graph.inserting_after(outputs[0]):
+                numbers: Any = {"run": self.number, "site": place}
+                mark_ours(module.graph.call_function(AFTER, (outputs[0],), numbers))
 
     def inputs(self, place: int, tensors: tuple[Tensor | None, ...]) -> None:
         self._waiting[place] = tensors
 
     def output(self, place: int, output: Tensor) -> None:
-        found, site = self._sites[place]
-        operands = found.operands
+        planned = self._sites[place]
+        operands = planned.operands
         assert operands is not None
         query, key, value, mask, keep, rows = self._waiting.pop(place)
-        call = with_numbers(site.call, query, key, value, mask, operands.grouped)
-        site = replace(site, call=call)
+        call = with_numbers(planned.call, query, key, value, mask, operands.grouped)
+        site = replace(planned.site, call=call)
         if operands.result:
-            shape = (*_lead(query, key, value), *([call.heads] if query.dim() > 3 else []), call.q_len, call.value_dim)
+            heads = [call.heads] if query.dim() > 3 else []
+            shape = (*lead_sizes(query, key, value), *heads, call.q_len, call.value_dim)
             output = undone(output, operands.result, tuple(int(size) for size in shape))
         self._receive(Captured(call, site, query, key, value, mask, keep, rows, operands.grouped, output.detach()))
 
 
 def _as_it_stands(site: Site) -> Site:
     (native,) = records_of("native")
-    return Site(site.call, ((native.name, Accepted(form="given")),), native.name, backend=native)
-
-
-def _lead(*tensors: Tensor) -> tuple[int, ...]:
-    many = tensors[0].dim() > 3
-    return tuple(torch.broadcast_shapes(*(each.shape[: -3 if many else -2] for each in tensors)))
+    return Site(site.call, ((native.name, Accepted(mask_as="given")),), native.name, backend=native)
 
 
 def undone(tensor: Tensor, views: Views, shape: tuple[int, ...]) -> Tensor:
@@ -167,19 +170,19 @@ _RUNS: dict[int, _Run] = {}
 _NUMBERS = itertools.count()
 
 
-def _emit_before(found: Found, operands: Operands, emitter: Emitter, numbers: Any) -> None:
-    call, value = found.call, value_of(found.node)
+def _emit_before(planned: Planned, operands: Operands, emitter: Emitter, numbers: Any) -> None:
+    call, value, proof = planned.call, value_of(planned.node), planned.proof
 
     def tensor(operand: Operand) -> Tensor:
         return operand.emitted(emitter)
 
-    with emitter.before(found.node, call.needs_grad, value[0] if isinstance(value, tuple) else value):
+    with emitter.before(planned.node, call.needs_grad, value[0] if isinstance(value, tuple) else value):
         tensors = [tensor(each) for each in (operands.query, operands.key, operands.value)]
         mask = build_mask(operands.mask, getattr(torch, call.dtype), tensor)
         keep = rows = None
-        if mask is not None and found.proof is not None and found.proof.keep is not None:
-            form = "keys" if found.proof.queries else "proven"
-            kernel = built(call, found.proof, form, lambda: mask, ("captured", numbers["site"]), emitter)
+        if mask is not None and proof is not None and proof.keep is not None:
+            mask_as = "keys" if proof.queries else "proven"
+            kernel = built(call, proof, mask_as, lambda: mask, ("captured", numbers["site"]), emitter)
             keep, rows = kernel.mask, kernel.queries
         nodes: list[Node | None] = [emitter.node(each) for each in tensors]
         nodes += [None if each is None else emitter.node(each) for each in (mask, keep, rows)]
@@ -192,9 +195,8 @@ def with_numbers(
     """The call with the sizes that its tensors have, where the graph holds symbols."""
     if all(isinstance(size, int) for size in (*(getattr(call, name) for name in SIZES), *call.mask.shape)):
         return call
-    many = query.dim() > 3
-    lead = torch.broadcast_shapes(*(each.shape[: -3 if many else -2] for each in (query, key, value)))
-    heads, kv_heads = (each.shape[-3] if many else 1 for each in (query, key))
+    lead = lead_sizes(query, key, value)
+    heads, kv_heads = (each.shape[-3] if query.dim() > 3 else 1 for each in (query, key))
     if not grouped:
         heads = kv_heads = max(heads, kv_heads)
     shape = tuple(mask.shape) if mask is not None else ()

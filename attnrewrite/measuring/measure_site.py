@@ -19,12 +19,13 @@ from ..graphs.inner_compilers import Inner, compile_with
 from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
 from ..kernels.records import Backend, Numerics
+from ..kernels.shapes import rank4
 from ..planning.measurements import Measurement
 from ..planning.policies import Candidate
 from ..planning.sites import Site
 from .capturing import Captured
 from .choosing import choose, undecided
-from .reference import Reference, rank4, reference
+from .reference import Reference, reference
 from .site_graphs import plan_site, site_graph
 from .timing import Stopwatch, deviation
 from .workers import OverdueError, Worker

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.shapes import lead_sizes, mask_rank4, rank4
 
 PRODUCTS = 1 << 26  # scores of a reference at most: seconds on two cores, milliseconds on a GPU
 ROWS = (16, 256)  # query rows at least, if there are as many, and at most
@@ -38,7 +39,7 @@ def reference(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, ma
     products of one head at a time are in memory. Dropout is left out."""
     batch, heads, kv_heads = int(call.batch), int(call.heads), int(call.kv_heads)
     q_len, kv_len = int(call.q_len), int(call.kv_len)
-    lead, rank = _lead(query, key, value), query.dim()
+    lead, rank = lead_sizes(query, key, value), query.dim()
     count = min(q_len, max(ROWS[0], min(ROWS[1], PRODUCTS // max(1, batch * heads * kv_len))))
     rows = torch.linspace(0, q_len - 1, count, dtype=torch.float64, device=query.device).round().long()
     query = rank4(query, lead, heads)[:, :, rows]
@@ -76,27 +77,3 @@ def _causal(call: AttentionCall, rows: Tensor) -> Tensor | None:
     lower_right = call.mask.kind is MaskKind.CAUSAL_LOWER_RIGHT
     shift = int(call.kv_len) - int(call.q_len) if lower_right else 0
     return torch.arange(int(call.kv_len), device=rows.device)[None, :] > rows[:, None] + shift
-
-
-def _lead(*tensors: Tensor) -> tuple[int, ...]:
-    """The sizes before heads, or before (length, dim) where there is one head and no dimension for it."""
-    drop = -3 if tensors[0].dim() > 3 else -2
-    return tuple(torch.broadcast_shapes(*(tensor.shape[:drop] for tensor in tensors)))
-
-
-def rank4(tensor: Tensor, lead: tuple[int, ...], heads: int) -> Tensor:
-    """(..., heads, length, dim), or (batch, length, dim), as (batch, heads, length, dim)."""
-    if tensor.dim() <= 3:
-        tensor = tensor.unsqueeze(-3)
-    return tensor.expand(*lead, heads, *tensor.shape[-2:]).reshape(math.prod(lead), heads, *tensor.shape[-2:])
-
-
-def mask_rank4(mask: Tensor, lead: tuple[int, ...], rank: int) -> Tensor:
-    """A mask that broadcasts to scores of a rank, with four sizes, of which each may be 1."""
-    mask = mask[(None,) * (rank - mask.dim())]
-    if rank <= 3:
-        return mask.unsqueeze(-3) if rank == 3 else mask[None, None]
-    if rank == 4:
-        return mask
-    heads = mask.shape[-3]
-    return mask.expand(*lead, heads, *mask.shape[-2:]).reshape(math.prod(lead), heads, *mask.shape[-2:])

@@ -17,9 +17,9 @@ from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.machines import Machine
 from ..kernels.ops import zero_unless
 from ..kernels.records import Numerics
-from ..passes import REWRITES, Context
-from ..passes.context import Found, MaskTerm, Operand, Operands
-from ..planning.planner import make_plan
+from ..passes import TIDIERS, swap_kernels
+from ..passes.found import MaskTerm, Operand, Operands, Planned
+from ..planning.planner import Libraries, make_plan
 from ..planning.policies import Candidate, Policy
 from ..planning.sites import Site
 from .capturing import Captured
@@ -39,7 +39,7 @@ class SiteGraph:
 
 def plan_site(call: AttentionCall, candidate: Candidate, machine: Machine, numerics: Numerics) -> Site:
     """What is decided of one candidate, its library loaded."""
-    (site,) = make_plan([call], Policy((candidate,), numerics=numerics), [machine], load_sources=True).sites
+    (site,) = make_plan([call], Policy((candidate,), numerics=numerics), [machine], Libraries.LOAD).sites
     return site
 
 
@@ -77,9 +77,9 @@ def site_graph(captured: Captured, site: Site, candidate: Candidate, machine: Ma
     )
     query, key, value = (Operand(nodes[name]) for name in names[:3])
     operands = Operands(query, key, value, term, grouped=captured.grouped)
-    context = Context(found=[Found(attention, call, operands, site=replace(asked, call=call))])
-    for rewrite in REWRITES:
-        rewrite(module, context)
+    swap_kernels(module, [Planned(attention, call, operands, site=replace(asked, call=call))])
+    for tidier in TIDIERS:
+        tidier(module)
     module.graph.lint()
     module.recompile()
     return SiteGraph(module, tuple(given.values()), asked)
@@ -87,10 +87,10 @@ def site_graph(captured: Captured, site: Site, candidate: Candidate, machine: Ma
 
 def _asked(captured: Captured, site: Site) -> tuple[AttentionCall, Tensor | None, Tensor | None]:
     """The call as a model makes it that passes just what the kernel gets; its mask; and which rows stay zero behind it."""
-    call = replace(captured.call, form="sdpa")
+    call = replace(captured.call, written_as="sdpa")
     mask, given = call.mask, captured.mask
     own = replace(call, mask=mask.given or mask)
-    if site.backend is None or site.backend.op is None or site.form == "given":
+    if site.backend is None or site.backend.op is None or site.mask_as == "given":
         if mask.kind is MaskKind.CAUSAL_LOWER_RIGHT and given is None and call.q_len != call.kv_len:
             q_len, kv_len = int(call.q_len), int(call.kv_len)
             ones = torch.ones(q_len, kv_len, dtype=torch.bool, device=captured.query.device)
@@ -101,7 +101,7 @@ def _asked(captured: Captured, site: Site) -> tuple[AttentionCall, Tensor | None
         return replace(call, mask=mask if mask.kind is MaskKind.ADDITIVE else mask.bare), None, None
     if captured.keep is None:
         return call, given, None
-    if site.form == "keys":
+    if site.mask_as == "keys":
         kind, rows = MaskKind.KEY_PADDING, captured.rows
     else:
         kind, rows = mask.kind, None

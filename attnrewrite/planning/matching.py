@@ -10,7 +10,7 @@ from ..kernels.machines import Machine
 from .sites import Site
 
 # What changes a kernel's time besides sizes and mask. Neither the site's name, nor its role, nor the scale does.
-STATIC = ("dtype", "device", "dropout", "needs_grad", "deterministic", "form")
+STATIC = ("dtype", "device", "dropout", "needs_grad", "deterministic", "written_as")
 
 
 def find(sites: Sequence[Site], call: AttentionCall) -> Site | None:

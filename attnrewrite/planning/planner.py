@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import Enum
 
 from ..graphs.questions import asking
 from ..kernels.calls import AttentionCall
@@ -20,24 +21,28 @@ class AttentionRefusedError(RuntimeError):
     """Under `strict=True`: no choice may take a site. The message has the site and every reason."""
 
 
+class Libraries(Enum):
+    """What a plan does with the libraries behind its kernels."""
+
+    LOAD = "load"  # they are loaded; one that cannot be is refused
+    NAME = "name"  # the machine is elsewhere: its packages say which library will be there, nothing is loaded
+    PLAN_ONLY = "plan only"  # neither: nothing will be swapped
+
+
 def make_plan(
     calls: Sequence[AttentionCall],
     policy: Policy,
     machines: Sequence[Machine],
-    load_sources: bool = False,
-    name_sources: bool = False,
+    libraries: Libraries = Libraries.PLAN_ONLY,
 ) -> Plan:
-    """Decides for each call, with the machine it runs on. Pure but for the guards that `holds` records, unless
-    `load_sources`: then the library behind a choice is loaded, and one that cannot be is refused.
-
-    `name_sources`: the machine is elsewhere, and its packages say which library will be there; nothing is loaded.
+    """Decides for each call, with the machine it runs on. Pure but for the guards that `holds` records, and for the libraries
+    that `Libraries.LOAD` loads.
 
     Raises `AttentionRefusedError` if the policy is strict and a site has no taker.
     """
     loaded: dict[Source, str | Refused] = {}
     sites = tuple(
-        _site(call, policy, machine, loaded if load_sources else None, name_sources)
-        for call, machine in zip(calls, machines, strict=True)
+        _site(call, policy, machine, libraries, loaded) for call, machine in zip(calls, machines, strict=True)
     )
     if policy.strict:
         refused = [site for site in sites if site.chosen is None]
@@ -54,31 +59,28 @@ def _site(
     call: AttentionCall,
     policy: Policy,
     machine: Machine,
-    loaded: dict[Source, str | Refused] | None,
-    name_sources: bool,
+    libraries: Libraries,
+    loaded: dict[Source, str | Refused],
 ) -> Site:
     taken: list[tuple[str, Decision]] = []
-    for candidate in policy.candidates(call, machine, measure=loaded is not None):
+    rule = policy.rule_for(call)
+    for candidate in policy.candidates(call, machine, measure=libraries is Libraries.LOAD):
         backend = candidate.on(machine)
         with asking(call.site, candidate.name):
             decision = decide(backend, call, machine, policy.numerics, policy.cast)
         source: str | None = None
-        if isinstance(decision, Accepted) and backend.source is not None and name_sources:
-            source = backend.source.on(machine.packages)
-        elif isinstance(decision, Accepted) and backend.source is not None and loaded is not None:
-            found = _loaded(backend.source, policy.trust_remote_code, loaded)
-            refused = found if isinstance(found, Refused) else lacking(backend, found, machine)
-            if refused is not None:
-                decision = refused
-            else:
-                source = str(found)
+        if isinstance(decision, Accepted) and backend.source is not None:
+            if libraries is Libraries.NAME:
+                source = backend.source.on(machine.packages)
+            elif libraries is Libraries.LOAD:
+                found = _loaded(backend.source, policy.trust_remote_code, loaded)
+                refused = found if isinstance(found, Refused) else lacking(backend, found, machine)
+                decision = refused or decision
+                source = None if refused is not None else str(found)
         taken.append((candidate.name, decision))
         if isinstance(decision, Accepted):
-            rule = policy.rule_for(call)
-            return Site(
-                call, tuple(taken), candidate.name, rule, source, backend, candidate.note, candidate.stale
-            )  # fmt: skip
-    return Site(call, tuple(taken), None, policy.rule_for(call))
+            return Site(call, tuple(taken), candidate.name, rule, source, backend, candidate.note, candidate.stale)
+    return Site(call, tuple(taken), None, rule)
 
 
 def lacking(backend: Backend, source: str, machine: Machine) -> Refused | None:

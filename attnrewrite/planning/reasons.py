@@ -30,7 +30,7 @@ def decide(
     about a symbolic size becomes a guard (see `holds`).
     """
     numerics = backend.numerics
-    if call.form == "operations":
+    if call.written_as == "operations":
         numerics = max(numerics, Numerics.REORDERED)  # no kernel keeps the order of operations
     if numerics > limit:
         return Refused(
@@ -44,14 +44,14 @@ def decide(
         call = cast_to(cast, call)
     try:
         first: Refused | None = None
-        for form, mask in forms(backend, call.mask):
+        for mask_as, mask in masks_for(backend, call.mask):
             asked, attempt = replace(call, mask=mask), Attempt()
             if (refused := _refusal(backend, asked, machine)) is None:
                 own = backend.steps(asked) if backend.steps else ()
-                return Accepted(steps + _paddings(backend, asked) + own, form)
+                return Accepted(steps + _paddings(backend, asked) + own, mask_as)
             attempt.forget()
             first = first or refused
-        assert first is not None  # there is at least one form
+        assert first is not None  # there is at least one way to hand a mask over
         return first
     except UnbackedSizeError as error:
         return Refused(
@@ -61,8 +61,8 @@ def decide(
         )
 
 
-def forms(backend: Backend, mask: Mask) -> Iterator[tuple[str, Mask]]:
-    """As what a kernel may take a mask, the best first: what is known of a mask never takes a kernel from it.
+def masks_for(backend: Backend, mask: Mask) -> Iterator[tuple[str, Mask]]:
+    """How a kernel may receive a mask, the best way first: what is known of a mask never takes a kernel from it.
 
     "proven": as what it is known to be; where that is a tensor, a boolean one. "keys": padding of queries and keys as key
     padding, with the rows of padded queries set to zero behind the kernel. "given": the model's own tensor.
@@ -146,7 +146,7 @@ def _capability(backend: Backend, call: AttentionCall, machine: Machine) -> Refu
 
 
 def _context(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    if call.obstacle is None or (backend.any_context and call.form != "operations"):
+    if call.obstacle is None or (backend.any_context and call.written_as != "operations"):
         return None  # for what is spelled out no choice means to stay
     return Refused(Code.CONTEXT, call.obstacle, "The call stays as it is; nothing is lost but the choice")
 
@@ -172,7 +172,7 @@ def _deterministic(backend: Backend, call: AttentionCall, machine: Machine) -> R
 
 
 def _captured(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    if backend.capturable or not call.captured:
+    if backend.capturable or not call.in_cuda_graph:
         return None
     return Refused(
         Code.CAPTURE,

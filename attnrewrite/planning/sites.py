@@ -13,6 +13,17 @@ from .measurements import Measurement
 
 
 @dataclass(frozen=True)
+class NearMiss:
+    """A softmax that looks like that of an attention, and why it was not taken for one."""
+
+    site: str  # the path of its module
+    reason: str
+
+    def __str__(self) -> str:
+        return f"softmax at {self.site}: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Site:
     """One attention. `chosen` is a kernel's name, or None where the call stays as it was; `decisions` are those taken,
     in order, up to the first that was accepted. `source` is the library that was loaded for it, with its version or commit.
@@ -44,10 +55,10 @@ class Site:
         return last.steps if isinstance(last, Accepted) else ()
 
     @property
-    def form(self) -> str:
-        """As what the chosen kernel takes the mask, one of `reasons.forms`."""
+    def mask_as(self) -> str:
+        """How the chosen kernel receives the mask, one of `reasons.masks_for`."""
         last = self.decisions[-1][1] if self.decisions else None
-        return last.form if isinstance(last, Accepted) else "given"
+        return last.mask_as if isinstance(last, Accepted) else "given"
 
     def described(self) -> Site:
         taken = tuple((name, decision.described()) for name, decision in self.decisions)

@@ -15,8 +15,9 @@ from typing import Any
 from ..files import writable, write_whole
 from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
+from ..pipeline import Outcome
 from ..planning.plans import Plan
-from ..planning.sites import Site
+from ..planning.sites import NearMiss, Site
 from ..planning.tables import cells, count, folded
 from ..version import __version__
 from .reproducing import script
@@ -29,15 +30,21 @@ NOTHING = (
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph. `seconds` is what the passes took; `unchanged` counts SDPA calls that stand in the graph afterwards;
-    `context` is the choice of the `attention_backend` that it was compiled in, "" outside of all."""
+    """One graph."""
 
     name: str
     plan: Plan
     machine: Machine | None
-    seconds: float
-    unchanged: int
-    context: str = ""
+    seconds: float  # that the passes took
+    unchanged: int  # attention calls that stand in the graph afterwards
+    context: str = ""  # the choice of the `attention_backend` that it was compiled in, "" outside of all
+    near_misses: tuple[NearMiss, ...] = ()
+
+    @staticmethod
+    def of(name: str, outcome: Outcome, context: str = "") -> GraphReport:
+        return GraphReport(
+            name, outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged, context, outcome.near_misses
+        )
 
 
 @dataclass

@@ -124,7 +124,7 @@ def _notes(site: Site, cast: Step | None) -> str:
         lines.append("No choice took the site, so the call stayed as it was.")
     if site.source:
         lines.append(f"The kernel came from {site.source}.")
-    if site.call.form == "operations":
+    if site.call.written_as == "operations":
         lines.append("In the model it is spelled out in tensor operations.")
     if site.call.obstacle:
         lines.append(f"In the model nothing may take it: {site.call.obstacle}.")

@@ -10,7 +10,7 @@ from stand_ins import KERNELS, RECORDS, compiler, fewest_keys, is_sage_1, machin
 
 from attnrewrite import AttentionCompiler, Code, Machine, MaskKind, make_policy
 from attnrewrite.backends.packing import leading, packing
-from attnrewrite.graphs.inner_compilers import captures
+from attnrewrite.graphs.inner_compilers import records_cuda_graphs
 
 HALF = 1.2e-2  # rounding to bfloat16
 
@@ -431,6 +431,6 @@ def test_cuda_graphs(record, inner, options):
 
 def test_compilers_that_record_no_cuda_graph():
     for options in ({}, {"mode": "max-autotune-no-cudagraphs"}, {"options": {"triton.cudagraphs": False}}):
-        assert not captures("inductor", **options)
-    assert not captures("eager")
-    assert not captures("aot_eager", mode="reduce-overhead")
+        assert not records_cuda_graphs("inductor", **options)
+    assert not records_cuda_graphs("eager")
+    assert not records_cuda_graphs("aot_eager", mode="reduce-overhead")

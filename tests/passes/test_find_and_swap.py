@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnrewrite
 from attnrewrite import Machine, MaskKind, make_policy, records_of
-from attnrewrite.pipeline import rewrite_graph
+from attnrewrite.pipeline import Target, rewrite_graph
+from attnrewrite.planning.planner import Libraries
 
 sdpa = F.scaled_dot_product_attention
 
@@ -222,7 +223,7 @@ def test_a_mask_under_autocast_is_cast_with_tensors_that_need_no_cast():
     dtypes = ["bfloat16"] * 2 + ["float32"] * 4
     assert sorted(site.call.mask.dtype for site in backend.report.sites) == dtypes
     exported = torch.export.export(Step(), (*tensors, mask))
-    plan = rewrite_graph(exported.graph_module, make_policy(["_native_math"]), swap=False).plan
+    plan = rewrite_graph(exported.graph_module, make_policy(["_native_math"]), libraries=Libraries.PLAN_ONLY).plan
     assert sorted(site.call.mask.dtype for site in plan.sites) == dtypes
 
 
@@ -655,7 +656,7 @@ def test_two_devices_in_one_graph():
     graph.output(())
     module = torch.fx.GraphModule(torch.nn.Module(), graph)
     machine = Machine("cuda", (9, 0), {"torch": torch.__version__})
-    plan = rewrite_graph(module, make_policy(["_native_varlen"]), machine).plan
+    plan = rewrite_graph(module, make_policy(["_native_varlen"]), Target(machine)).plan
     assert [site.chosen for site in plan.sites] == ["_native_varlen"] * 2
     for node in module.graph.nodes:
         read = [source.meta["example_value"] for source in node.all_input_nodes]

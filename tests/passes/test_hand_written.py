@@ -664,7 +664,7 @@ def test_sites_that_feed_one_another():
     run, backend = compiled(step, "_native_math")
     assert relative(run(query, key, value), step(*map(doubled, (query, key, value)))) < 1e-5
     assert [site.chosen for site in backend.report.sites] == ["_native_math"] * 3
-    assert [site.call.form for site in backend.report.sites] == ["operations", "sdpa", "operations"]
+    assert [site.call.written_as for site in backend.report.sites] == ["operations", "sdpa", "operations"]
 
 
 @pytest.mark.parametrize("where", ["query", "scaled query", "mask"])
@@ -726,7 +726,7 @@ def test_explain_changes_nothing():
     with torch.no_grad():
         report = attnrewrite.explain(module, *arguments, backend="_native_math")
     assert [sizes(site) for site in report.sites] == calls
-    assert {site.call.form for site in report.sites} == {"operations"}
+    assert {site.call.written_as for site in report.sites} == {"operations"}
     assert attnrewrite.Report.from_json(report.to_json()).sites == report.sites
 
 
@@ -781,7 +781,7 @@ def test_a_kernel_that_pytorch_has_chosen(kernel, mask):
     inputs = inputs[:order]
     outcome = rewrite_graph(graph_module, attnrewrite.with_backend(kernel).policy)
     (site,) = outcome.plan.sites
-    assert (site.chosen, site.call.form, outcome.unchanged) == (kernel, "kernel", int(kernel == "native"))
+    assert (site.chosen, site.call.written_as, outcome.unchanged) == (kernel, "kernel", int(kernel == "native"))
     bias = bias.double() if bias is not None else None
     (output,) = graph_module(*inputs)
     assert relative(output, step(*map(doubled, tensors))) < 1e-5

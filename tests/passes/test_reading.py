@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.fx import Interpreter
 
 from attnrewrite.graphs.nodes import value_of
-from attnrewrite.masks.indices import Axis, Quotient, axis, index_of
+from attnrewrite.masks.indices import Place, Quotient, axis, index_of
 from attnrewrite.masks.reading import Reader
 
 # -- one step after another, chosen by the shape and dtype at hand
@@ -145,7 +145,7 @@ def number_of(index, places):
     total = 0
     for product, factor in index.terms.items():
         for atom in product:
-            if isinstance(atom, Axis):
+            if isinstance(atom, Place):
                 factor *= places[atom.dim]
             elif isinstance(atom, Quotient):
                 factor *= number_of(atom.above, places) // number_of(atom.below, places)

@@ -1,17 +1,21 @@
-"""What the passes over one graph hand on to each other."""
+"""What the passes over one graph hand on to each other. Each step gives new objects, and changes none.
+
+Found  ->  Understood  ->  Planned  ->  Swapped
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import Node
 
 from ..graphs.axes import Views, applied
 from ..graphs.emitting import Emitter
-from ..graphs.nodes import Surroundings, value_of, values_only
+from ..graphs.nodes import value_of, values_only
 from ..kernels.calls import AttentionCall
 from ..kernels.records import Backend
 from ..masks.building import Proof
@@ -74,39 +78,54 @@ class Operands:
         return replace(self, query=at(self.query), key=at(self.key), value=at(self.value), mask=mask)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class Found:
-    """One attention in a graph: the node that gives its output, and what it asks for; after planning also its site of the
-    plan.
+    """One attention in a graph, as `find_calls` gives it. Two are the same only if they are one object."""
 
-    `chain`: the nodes that a swap may leave without a reader, so that they go with it. `operands` None: the call can only
-    stay as it is. `proof`: what `understand_masks` has read of its mask.
-    """
-
-    node: Node
+    node: Node  # it gives the output
     call: AttentionCall
-    operands: Operands | None = None
-    chain: tuple[Node, ...] = ()
-    site: Site | None = None
-    proof: Proof | None = None
+    operands: Operands | None = None  # None: the call can only stay as it is
+    chain: tuple[Node, ...] = ()  # what a swap may leave without a reader, so that it goes too
+
+    def then(self, step: type[Step], **more: Any) -> Step:
+        """The same after another step, of which `more` is what the step has found out or changed."""
+        return step(**{**vars(self), **more})
+
+
+Step = TypeVar("Step", bound=Found)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Understood(Found):
+    """What `understand_masks` gives: the call's mask is what the graph proves it to be."""
+
+    proof: Proof | None = None  # None: nothing is proven
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Planned(Understood):
+    """What the plan gives: the call knows its machine, its site has a choice."""
+
+    site: Site
 
     @property
     def kernel(self) -> Backend | None:
         """The chosen kernel, None where the call stays as it is: nothing was chosen, or `native` for what is one call of
         PyTorch already. Attention in tensor operations becomes one call then."""
-        backend = self.site.backend if self.site is not None else None
-        if backend is None or (backend.op is None and self.call.form != "operations"):
+        backend = self.site.backend
+        if backend is None or (backend.op is None and self.call.written_as != "operations"):
             return None
         return backend
 
 
-@dataclass
-class Context:
-    """`surroundings`: what this graph is called in.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Swapped(Planned):
+    """What `swap_kernels` gives where it has put a kernel in place: `node` gives the kernel's output."""
 
-    `names` counts site names over all graphs of one compilation, so that no two sites share one.
-    """
 
-    surroundings: Surroundings = field(default_factory=Surroundings)
-    names: dict[str, int] = field(default_factory=dict)
-    found: list[Found] = field(default_factory=list)
+@dataclass(frozen=True)
+class Missed:
+    """Why something is no attention that could be swapped, and the node where that shows."""
+
+    reason: str
+    node: Node

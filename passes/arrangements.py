@@ -4,32 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..graphs.axes import Atom, Axes, Axis, Layout
-from .operands import Candidate
+from ..graphs.axes import Atom, Axes, Axis, Dims
+from .operands import Readable
 
 
 @dataclass(frozen=True)
 class Sides:
-    """What the two products tell. weights: the layout at the softmax, which runs over dimension `dim`; output: that of the
-    value product; inner: the axis that q k^T sums over; width: the last of the values. The candidates, nearest first."""
+    """What the two products tell of an attention."""
 
-    weights: Layout
-    dim: int
-    output: Layout
-    inner: Axis
-    width: Axis
-    queries: list[Candidate]
-    keys: list[Candidate]
-    values: list[Candidate]
+    weights: Dims  # at the softmax
+    dim: int  # of the weights, that the softmax runs over
+    output: Dims  # of the product with the values
+    inner: Axis  # that q k^T sums over
+    width: Axis  # the last one of the values
+    queries: list[Readable]  # what a kernel could read, the nearest to the product first
+    keys: list[Readable]
+    values: list[Readable]
 
 
 @dataclass(frozen=True)
-class Form:
-    """SDPA's form of this attention: (batch, heads, queries, inner) and so on. `batch` has no dimension where all are of
+class Arrangement:
+    """Which axes stand where in SDPA's (batch, heads, queries, inner) and so on. `batch` has no dimension where all are of
     rank 3, and neither has `heads` where they are of rank 2; several query heads read one key head along the atoms `shared`."""
 
-    batch: Layout
-    heads: Layout
+    batch: Dims
+    heads: Dims
     shared: Axis
     queries: Axis
     keys: Axis
@@ -37,31 +36,31 @@ class Form:
     width: Axis
 
     @property
-    def query(self) -> Layout:
+    def query(self) -> Dims:
         return (*self.batch, *self.heads, self.queries, self.inner)
 
     @property
-    def key(self) -> Layout:
+    def key(self) -> Dims:
         return (*self.batch, *self._few, self.keys, self.inner)
 
     @property
-    def value(self) -> Layout:
+    def value(self) -> Dims:
         return (*self.batch, *self._few, self.keys, self.width)
 
     @property
-    def mask(self) -> Layout:
+    def mask(self) -> Dims:
         return (*self.batch, *self.heads, self.queries, self.keys)
 
     @property
-    def output(self) -> Layout:
+    def output(self) -> Dims:
         return (*self.batch, *self.heads, self.queries, self.width)
 
     @property
-    def _few(self) -> Layout:
+    def _few(self) -> Dims:
         return tuple(tuple(atom for atom in axis if atom not in self.shared) for axis in self.heads)
 
 
-def find_form(sides: Sides, axes: Axes) -> Form | None:
+def arrange(sides: Sides, axes: Axes) -> Arrangement | None:
     """None for one vector that all batches are compared with: a pooling, of which a kernel would make many calls."""
     weights = axes.resolved(sides.weights)
     keys, inner, width = weights[sides.dim], axes.atoms(sides.inner), axes.atoms(sides.width)
@@ -80,21 +79,21 @@ def find_form(sides: Sides, axes: Axes) -> Form | None:
     if len(groups) > 2 and shared == groups[-1]:  # (batch, groups, heads of one): the heads are both
         groups = [*groups[:-2], (*groups[-2], *groups[-1])]
     if len(groups) < 2:
-        return Form((), tuple(groups), (), queries, keys, inner, width)
+        return Arrangement((), tuple(groups), (), queries, keys, inner, width)
     *before, heads = groups
     shared = tuple(atom for atom in shared if atom in heads)
     batch = tuple(atom for axis in before for atom in axis)
-    return Form((batch,), (heads,), shared, queries, keys, inner, width)
+    return Arrangement((batch,), (heads,), shared, queries, keys, inner, width)
 
 
 def _groups(sides: Sides, axes: Axes, lead: Axis, other: set[Atom], has_queries: bool) -> list[Axis]:
     """The atoms before (queries, keys), as the dimensions of some tensor have them: the last group is the heads. Where each
     tensor has them in one dimension, the last atom is the heads."""
     known = []
-    for layout in (sides.weights, sides.output, *(each.layout for each in sides.queries)):
+    for dims in (sides.weights, sides.output, *(each.dims for each in sides.queries)):
         found = [
             tuple(atom for atom in axis if atom not in other)
-            for axis in axes.resolved(layout)
+            for axis in axes.resolved(dims)
             if not axis or not set(axis) <= other
         ]
         if not has_queries and () in found:  # a single query: its dimension, the last of size 1, is none of these

@@ -1,0 +1,36 @@
+"""SDPA's tensors of any rank, (..., heads, length, dim) or (batch, length, dim), as kernels want them: of rank 4."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..graphs.sizes import Size, is_one
+
+
+def lead_sizes(*tensors: Tensor) -> tuple[Size, ...]:
+    """The sizes before (heads, length, dim), or before (length, dim) where there is one head: as SDPA broadcasts them."""
+    return tuple(torch.broadcast_shapes(*(tensor.shape[: -3 if tensor.dim() > 3 else -2] for tensor in tensors)))
+
+
+def rank4(tensor: Tensor, lead: tuple[Size, ...], heads: Size) -> Tensor:
+    """(batch, heads, length, dim) of query, key or value, expanded to the leading sizes and heads of the call."""
+    if tensor.dim() <= 3:
+        tensor = tensor.unsqueeze(-3)
+    return tensor.expand(*lead, heads, *tensor.shape[-2:]).reshape(math.prod(lead), heads, *tensor.shape[-2:])
+
+
+def mask_rank4(mask: Tensor, lead: tuple[Size, ...], rank: int) -> Tensor:
+    """A mask that broadcasts to scores of a rank, with four sizes; each may be 1. lead: those of the call."""
+    mask = mask[(None,) * (rank - mask.dim())]
+    if rank == 2:
+        return mask[None, None]
+    if rank == 3:
+        return mask.unsqueeze(1)
+    if rank == 4:
+        return mask
+    if all(map(is_one, mask.shape[:-3])):
+        return mask.reshape(1, *mask.shape[-3:])
+    return mask.expand(*lead, *mask.shape[-3:]).reshape(math.prod(lead), *mask.shape[-3:])
