@@ -73,14 +73,9 @@ def rewrite(arguments: list[str]) -> None:
     )
     given = parser.parse_args(arguments)
     try:
-        report = retarget(
-            given.source,
-            given.target,
-            *given.backend.split(","),
-            strict=given.strict,
-            numerics=given.numerics,
-            machine=given.machine,
-        )
+        settings = {"numerics": given.numerics} if given.numerics else {}
+        names = given.backend.split(",")
+        report = retarget(given.source, given.target, *names, machine=given.machine, strict=given.strict, **settings)
     except ValueError as error:
         parser.error(f"--backend: {error}")
     except (ProgramFileError, AttentionRefusedError) as error:
@@ -90,7 +85,7 @@ def rewrite(arguments: list[str]) -> None:
 
 def _machine(text: str) -> Machine:
     try:
-        return Machine.from_json({"capability": None, "packages": {}, "name": "", **json.loads(text)})
+        return Machine.from_dict({"capability": None, "packages": {}, "name": "", **json.loads(text)})
     except (ValueError, TypeError, KeyError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} describes no machine: {error}") from error
 

@@ -207,7 +207,7 @@ def running(folder, rounds, target, device, kernels):
         if kernel in reports:
             print(reports[kernel])
     if target is not None:
-        machine = machine_of(torch.device(device)).to_json()
+        machine = machine_of(torch.device(device)).to_dict()
         result = {"machine": machine, "rounds": rounds, "rows": rows, "eager errors": errors, "reports": reports}
         target.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -109,7 +109,7 @@ def main() -> None:
             print(f"{case:<20}" + "".join(cells), flush=True)
     if arguments.json:
         record = {
-            "machine": machine.to_json(),
+            "machine": machine.to_dict(),
             "python": platform.python_version(),
             "relative_error_or_refusal": results,
         }

@@ -211,7 +211,7 @@ def main() -> None:
                     flush=True,
                 )
     if arguments.json:
-        arguments.json.write_text(json.dumps({"machine": machine.to_json(), "results": results}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"machine": machine.to_dict(), "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

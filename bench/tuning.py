@@ -69,7 +69,7 @@ def main():
             lambda: attnrewrite.tune(made.model, **made.inputs, return_dict=False, candidates=candidates), device
         )
     result = {
-        "machine": machine_of(device).to_json(), "model": "HunyuanVideo", **BLOCKS, "step_s": step, "tune_s": took,
+        "machine": machine_of(device).to_dict(), "model": "HunyuanVideo", **BLOCKS, "step_s": step, "tune_s": took,
         "sites": len(plan.sites), "measured": len(of_sites), "measured_s": of_sites,
         "chosen": dict(Counter(site.chosen for site in plan.sites)),
     }  # fmt: skip

@@ -96,11 +96,11 @@ def test_a_row_stands_for_what_it_says():
 def test_never_slower_than_native_on_the_evidence():
     """The file is what `attnrewrite bench --kernels --out FILE` wrote on the machine."""
     result = json.loads((ROOT / preferences.SHAPES).read_text())
-    machine = Machine.from_json(result["machine"])
+    machine = Machine.from_dict(result["machine"])
     for name, shape in result["kernels"].items():
         timed = {kernel: row["ms"] for kernel, row in shape["kernels"].items() if "ms" in row}
         for numerics in ("reordered", "quantised"):
-            _, decided = preferred(AttentionCall.from_json(shape["call"]), machine, numerics)
+            _, decided = preferred(AttentionCall.from_dict(shape["call"]), machine, numerics)
             assert timed[decided.chosen] <= 1.02 * timed["native"], (name, decided.chosen, timed)
 
 

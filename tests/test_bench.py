@@ -190,7 +190,7 @@ def shape():
 
 def test_a_record_of_a_shape(shape):
     record, said = shape
-    call = attnrewrite.AttentionCall.from_json(record["call"])
+    call = attnrewrite.AttentionCall.from_dict(record["call"])
     assert (call.site, call.q_len, call.kv_len, call.head_dim, call.dtype) == ("padded", 20, 27, 16, "float32")
     assert call.mask.kind is attnrewrite.MaskKind.KEY_PADDING
     rows = record["kernels"]

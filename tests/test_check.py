@@ -109,7 +109,7 @@ def test_values_that_are_not_finite(value):
     assert math.isnan(found.relative_error)
     assert (found.nan, found.inf) == ((1, 0) if math.isnan(value) else (0, 1))
     assert not found.finite
-    assert found.to_json()["relative_error"] == "nan"
+    assert found.to_dict()["relative_error"] == "nan"
 
 
 def test_rows_are_those_of_the_reference():

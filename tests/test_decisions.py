@@ -41,7 +41,7 @@ from attnrewrite import (
     make_policy,
 )
 from attnrewrite.backends import RECORDS
-from attnrewrite.kernels import decisions
+from attnrewrite.kernels.decisions import decision_from_dict
 from attnrewrite.reports.report import GraphReport
 
 
@@ -343,7 +343,7 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_calls_through_json(name):
     call = CALLS[name]
-    again = AttentionCall.from_json(through_json(call.to_json()))
+    again = AttentionCall.from_dict(through_json(call.to_dict()))
     assert again == call
     assert again.mask.kind is call.mask.kind
 
@@ -358,13 +358,13 @@ def test_symbolic_calls_through_json():
     assert described.q_len == f"{call.q_len} (64)"
     assert described.mask.shape == (described.batch, 1, described.q_len, "u0")
     assert described.described() == described
-    assert AttentionCall.from_json(through_json(call.to_json())) == described
-    assert AttentionCall.from_json(through_json(described.to_json())) == described
+    assert AttentionCall.from_dict(through_json(call.to_dict())) == described
+    assert AttentionCall.from_dict(through_json(described.to_dict())) == described
 
 
 @pytest.mark.parametrize("machine", [CPU, gpu(9, 0), Machine("mps"), replace(gpu(12, 1), name="a GPU")], ids=str)
 def test_machines_through_json(machine):
-    assert Machine.from_json(through_json(machine.to_json())) == machine
+    assert Machine.from_dict(through_json(machine.to_dict())) == machine
 
 
 def test_a_cuda_machine_has_a_capability():
@@ -376,7 +376,7 @@ def test_a_cuda_machine_has_a_capability():
 def test_decisions_through_json(record):
     for change in CHANGES.values():
         decision = decision_of(record, change)
-        again = decisions.from_json(through_json(decisions.to_json(decision)))
+        again = decision_from_dict(through_json(decision.to_dict()))
         assert again == decision
         assert type(getattr(again, "code", None)) is type(getattr(decision, "code", None))
 

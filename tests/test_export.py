@@ -25,7 +25,7 @@ from attnrewrite import HeadDim, Machine, MaskKind, holds, records_of
 from attnrewrite.aot import archives, manifests
 from attnrewrite.aot.check_ops import CHECK_INPUTS, CHECK_SIZE, is_assertion
 from attnrewrite.aot.programs import record_of
-from attnrewrite.aot.questions import noted
+from attnrewrite.graphs.questions import noted
 from attnrewrite.kernels.decisions import Code, Refused
 from attnrewrite.kernels.machines import satisfies
 

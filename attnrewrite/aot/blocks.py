@@ -7,18 +7,21 @@ Compiling takes the time of one block, and the package holds no weights. What st
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..entrances.choices import Choice
+from ..entrances.choices import Choices, Rules, Settings
 from ..entrances.model_parts import repeated_blocks
 from ..kernels.machines import Machine
 from .archives import ProgramFileError
 from .packages import CompiledPackage, aot_compile, load_package
 from .programs import export
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def aot_compile_blocks(
@@ -27,11 +30,12 @@ def aot_compile_blocks(
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
     *,
-    backend: Choice | Iterable[Choice],
+    backend: Choices,
     dynamic: Mapping[str, Any] | None = None,
+    rules: Rules | None = None,
     machine: Machine | None = None,
     options: Mapping[str, Any] | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> dict[str, CompiledPackage]:
     """Runs `model(*args, **kwargs)` once for the inputs of its repeated blocks, exports the first of each class, swaps its
     kernels, and writes `folder/<class>.pt2`. `load_blocks` puts them to use.
@@ -54,8 +58,8 @@ def aot_compile_blocks(
     for name, block in first.items():
         block_args, block_kwargs = given[name]
         program = export(
-            block, block_args, block_kwargs, backend=backend, dynamic_shapes=(dynamic or {}).get(name), machine=machine,
-            **settings,
+            block, block_args, block_kwargs, backend=backend, dynamic_shapes=(dynamic or {}).get(name), rules=rules,
+            machine=machine, **settings,
         )  # fmt: skip
         packages[name] = aot_compile(program, Path(folder) / f"{name}.pt2", weights=False, options=options)
     return packages

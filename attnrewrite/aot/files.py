@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.export import ExportedProgram
 
-from ..entrances.choices import Choice, make_policy
+from ..entrances.choices import Choice, Rules, Settings, make_policy
 from ..files import whole
 from ..graphs.questions import noted
 from ..kernels.machines import Machine
@@ -19,7 +19,10 @@ from ..planning.planner import Libraries
 from ..reports.report import GraphReport, Report
 from .archives import EXTRA, MODEL, Archive, ProgramFileError, graph_text, loaded, opened, with_graph
 from .manifests import MANIFEST, ORIGINAL, Manifest, check_machine, manifest_of
-from .programs import RECORD, Record, copy_of, fingerprint, original_of, record_of, rewrite_program
+from .programs import RECORD, Record, copy_of, fingerprint, original_of, program_policy, record_of, rewrite_program
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Path_ = str | os.PathLike[str]
 
@@ -75,12 +78,9 @@ def retarget(
     source: Path_,
     target: Path_,
     *choices: Choice,
-    rules: Mapping[str, Choice | Iterable[Choice]] | None = None,
-    strict: bool = False,
-    numerics: str | None = None,
-    cast: str | None = None,
-    trust_remote_code: bool = False,
+    rules: Rules | None = None,
     machine: Machine | None = None,
+    **settings: Unpack[Settings],
 ) -> Report:
     """Writes `source`, a saved program of ours or of anybody, with other kernels to `target`, which may be the same file.
 
@@ -93,9 +93,9 @@ def retarget(
     Weights go from file to file in pieces and are never in memory. Returns the report. Raises `ProgramFileError` and what
     `rewrite` raises; `target` is then as it was.
     """
-    if numerics is None:
-        numerics = "exact" if choices == ("native",) and not rules else "reordered"
-    policy = make_policy(choices, rules, strict, numerics, cast, trust_remote_code)
+    if choices == ("native",) and not rules:
+        settings.setdefault("numerics", "exact")
+    policy = program_policy(choices, rules, settings)
     with opened(source) as archive:
         program = _graph(archive)
         manifest = _manifest(archive)

@@ -42,12 +42,14 @@ class Manifest:
     def sources(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(site.source for site in self.report.sites if site.source))
 
-    def to_json(self) -> str:
-        data = {
+    def to_dict(self) -> dict[str, Any]:
+        return {
             "format": FORMAT, "attnrewrite": self.attnrewrite, "torch": self.torch, "sources": self.sources,
-            "checks": self.checks, "python": self.python, "report": json.loads(self.report.to_json()),
+            "checks": self.checks, "python": self.python, "report": self.report.to_dict(),
         }  # fmt: skip
-        return json.dumps(data)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict())
 
     @staticmethod
     def from_json(text: str | bytes, path: Any) -> Manifest:
@@ -59,7 +61,7 @@ class Manifest:
                     f"{path}: it was written by attnrewrite {data['attnrewrite']} in format {data['format']}; expected is "
                     f"format {FORMAT}, which attnrewrite {__version__} reads. Update attnrewrite"
                 )
-            report = Report.from_json(json.dumps(data["report"]))
+            report = Report.from_dict(data["report"])
             return Manifest(data["attnrewrite"], data["torch"], report, tuple(data["checks"]), tuple(data["python"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ProgramFileError(

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.fx import GraphModule
 
-from ..entrances.choices import Choice, make_policy
+from ..entrances.choices import Choice, Choices, Rules, Settings, make_policy, several
 from ..graphs.exported import copied, updated
 from ..graphs.notes import erase_notes, note_literal
 from ..graphs.questions import noted
@@ -23,6 +23,9 @@ from ..planning.policies import Policy
 from ..reports.report import GraphReport, Report
 from .assertions import insert_assertions
 from .conditions import conditions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 RECORD = "attnrewrite"  # in the metadata of the graph module of a rewritten program
 
@@ -42,12 +45,9 @@ class Record:
 def rewrite(
     program: ExportedProgram | GraphModule,
     *choices: Choice,
-    rules: Mapping[str, Choice | Iterable[Choice]] | None = None,
-    strict: bool = False,
-    numerics: str = "reordered",
-    cast: str | None = None,
-    trust_remote_code: bool = False,
+    rules: Rules | None = None,
     machine: Machine | None = None,
+    **settings: Unpack[Settings],
 ) -> Any:
     """The program with each attention given to the first of `choices` that may take it; the given one is not changed.
 
@@ -65,7 +65,7 @@ def rewrite(
 
     Raises `TypeError` if `program` is neither, `ValueError` as `with_backend`, `AttentionRefusedError` if strict.
     """
-    policy = make_policy(choices, rules, strict, numerics, cast, trust_remote_code)
+    policy = program_policy(choices, rules, settings)
     if isinstance(program, ExportedProgram):
         return rewrite_program(program, policy, machine)
     if not isinstance(program, GraphModule):
@@ -86,21 +86,30 @@ def export(
     args: tuple[Any, ...],
     kwargs: dict[str, Any] | None = None,
     *,
-    backend: Choice | Iterable[Choice],
+    backend: Choices,
     dynamic_shapes: Any = None,
+    rules: Rules | None = None,
     machine: Machine | None = None,
-    **settings: Any,
+    **settings: Unpack[Settings],
 ) -> ExportedProgram:
     """`torch.export.export`, then `rewrite`. Gradients are not part of the program: it is traced under `torch.no_grad()`.
 
     backend: a name or a record, or several in order of preference. settings: those of `rewrite` (rules, strict, numerics,
     cast, trust_remote_code). Raises what `torch.export.export` and `rewrite` raise.
     """
-    chosen = [backend] if isinstance(backend, str) or not isinstance(backend, Iterable) else list(backend)
-    policy = make_policy(chosen, **settings)  # a wrong name is told before minutes of tracing
+    policy = program_policy(several(backend), rules, settings)  # a wrong name is told before minutes of tracing
     with torch.no_grad():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     return rewrite_program(program, policy, machine)
+
+
+def program_policy(choices: Iterable[Choice], rules: Rules | None, settings: Settings) -> Policy:
+    """As `make_policy`. Raises `TypeError` for `checks` too: the ops that check values stand in no program."""
+    if "checks" in settings:
+        raise TypeError(
+            "checks looks at values under torch.compile: use with_backend(..., checks=True), or attnrewrite.check"
+        )
+    return make_policy(choices, rules, **settings)
 
 
 def report_of(program: ExportedProgram | GraphModule) -> Report:

@@ -138,7 +138,7 @@ class Interception:
             "compile_calls": self.calls,
             "compiled_parts": self.parts,
             "parts_compiled_by_the_script": self.left,
-            "attention": json.loads(self.report.to_json()),
+            "attention": self.report.to_dict(),
             "outside": {"calls": self.outside.total(), "places": places},
         }
         return json.dumps(data, indent=1)

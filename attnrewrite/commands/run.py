@@ -15,7 +15,7 @@ from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import NoReturn
 
-from ..entrances.choices import CASTS
+from ..entrances.choices import CASTS, SETTINGS
 from ..entrances.compilers import with_backend
 from ..kernels.records import Numerics
 from .interception import Interception
@@ -77,8 +77,8 @@ def main(arguments: Sequence[str]) -> NoReturn:
         backend = with_backend(
             *_names(choices),
             rules={pattern: _names(chosen) for pattern, chosen in rules.items()},
-            strict=given.strict, numerics=given.numerics, cast=given.cast,
-            trust_remote_code=given.trust_remote_code, checks=given.checks, inner=given.inner,
+            inner=given.inner,
+            **{name: getattr(given, name) for name in SETTINGS},
         )  # fmt: skip
     except ValueError as error:  # of other arguments it says which
         options.error(f"{name}: {error}" if "attention backend is called" in str(error)[:30] else str(error))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -25,7 +25,7 @@ from ..planning.this_machine import machine_of
 from ..reports.fidelity import Fidelity
 from ..reports.reproducing import layouts
 from ..reports.site_fidelity import Outputs, SiteFidelity
-from .choices import Choice
+from .choices import Choices
 from .compilers import AttentionCompiler, compiler_of
 
 # Relative errors that rounding explains, by the dtype of the products. Half precision: the record's own (`Tolerance`).
@@ -36,7 +36,7 @@ TF32 = 5e-3  # of products in float32 where PyTorch may round their factors to T
 def check(
     model: Callable[..., Any],
     *args: Any,
-    backend: AttentionCompiler | Choice | Iterable[Choice],
+    backend: AttentionCompiler | Choices,
     **kwargs: Any,
 ) -> Fidelity:
     """Runs `model(*args, **kwargs)` with the kernels of `backend` and says how far each attention lies from float64, and the
@@ -83,7 +83,14 @@ def check(
     looked_at = {site.call.site for site in sites}
     missing = tuple(dict.fromkeys(site.name for site in swapped.report.sites if site.name not in looked_at))
     machines = [str(graph.machine) for graph in swapped.report.graphs if graph.machine]
-    return Fidelity(str(policy), tuple(sites), Outputs.of(expected, output), missing, machines[0] if machines else "")
+    return Fidelity(
+        str(policy),
+        tuple(sites),
+        Outputs.of(expected, output),
+        missing,
+        machines[0] if machines else "",
+        tuple(swapped.report.near_misses),
+    )
 
 
 def limit_of(site: Site) -> tuple[float, str]:

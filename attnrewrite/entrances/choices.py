@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from ..kernels.records import Backend, Numerics
 from ..measuring.first_use import Tune
@@ -13,31 +14,75 @@ from ..planning.policies import Candidate, Chosen, Policy, Selector
 from ..planning.registry import records_of
 from ..planning.selectors import AUTO, Planned
 
-CASTS = ("bfloat16", "float16")
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
+CASTS = ("bfloat16", "float16")
+CHECKS = "ATTNREWRITE_CHECKS"  # environment: 1, yes or true checks values around every swapped attention
 
 Choice = str | Backend | Plan
+Choices = Choice | Iterable[Choice]
+Rules = Mapping[str, Choices]
 SELECTORS: dict[str, Selector] = {"auto": AUTO, "tune": Tune()}
 
 
-def make_policy(
-    choices: Iterable[Choice],
-    rules: Mapping[str, Choice | Iterable[Choice]] | None = None,
-    strict: bool = False,
-    numerics: str | Numerics = "reordered",
-    cast: str | None = None,
-    trust_remote_code: bool = False,
-    checks: bool = False,
-) -> Policy:
-    """Reads what a user writes. Raises `ValueError` (unknown name, nothing chosen, a name given twice, unknown numerics or
-    cast) and `TypeError` (a choice that is neither name, record nor plan), naming the argument and the value."""
+class Settings(TypedDict, total=False):
+    """What every function takes by keyword beside choices and rules. One that is absent is not given: `cast=None` says that
+    nothing is cast."""
+
+    strict: bool
+    numerics: str | Numerics
+    cast: str | None
+    trust_remote_code: bool
+
+
+class CompileSettings(Settings, total=False):
+    """The same for what is compiled by torch.compile."""
+
+    checks: bool | None
+
+
+SETTINGS = tuple(CompileSettings.__annotations__)
+FLAGS = ("strict", "trust_remote_code", "checks")
+
+
+def make_policy(choices: Iterable[Choice], rules: Rules | None = None, **settings: Unpack[CompileSettings]) -> Policy:
+    """Reads what a user writes.
+
+    Raises `ValueError` (unknown name, nothing chosen, a name given twice, unknown numerics or cast) and `TypeError` (a choice
+    that is neither name, record nor plan, a setting that is none, a flag that is no bool), naming the argument and the value.
+    """
     if rules is not None and not (isinstance(rules, Mapping) and all(isinstance(pattern, str) for pattern in rules)):
         raise TypeError(f"rules is {rules!r}: give a mapping of patterns to choices, as {{'cross': 'native'}}")
     pairs = tuple((pattern, _chosen(chosen, f"rules[{pattern!r}]")) for pattern, chosen in (rules or {}).items())
-    if cast not in (None, *CASTS):
+    return Policy(_chosen(choices, "choices"), pairs, **read_settings(settings))
+
+
+def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with values as a `Policy` has them. Raises `TypeError` and `ValueError` as `make_policy`."""
+    for name, value in given.items():
+        if name not in SETTINGS:
+            near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(SETTINGS)}"
+            raise TypeError(f"there is no argument {name!r}; {hint}")
+        if name in FLAGS and not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r} ({type(value).__name__}): give True or False")
+    read = dict(given)
+    if "numerics" in read:
+        read["numerics"] = numerics_of(read["numerics"])
+    if (cast := read.get("cast")) not in (None, *CASTS):
         raise ValueError(f"cast is {cast!r}: it is one of {', '.join(map(repr, CASTS))}, or None for no cast at all")
-    chosen = _chosen(choices, "choices")
-    return Policy(chosen, pairs, bool(strict), numerics_of(numerics), cast, bool(trust_remote_code), bool(checks))
+    return read
+
+
+def checks_of_environment() -> bool:
+    """What `checks` is where nobody says it: the environment's word now, off without one."""
+    return os.environ.get(CHECKS, "").lower() in ("1", "true", "yes")
+
+
+def several(choices: Choices) -> tuple[Choice, ...]:
+    """One choice, or some, as a sequence."""
+    return tuple(choices) if isinstance(choices, Iterable) and not isinstance(choices, str) else (choices,)
 
 
 def candidates_of(choices: Any, argument: str) -> tuple[Candidate, ...]:

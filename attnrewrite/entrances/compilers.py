@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 import logging
-import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule
 
@@ -29,11 +28,12 @@ from ..planning.policies import Policy, matches
 from ..planning.tables import folded
 from ..reports.report import GraphReport, Report
 from . import contexts
-from .choices import Choice, make_policy
+from .choices import SETTINGS, Choice, Choices, CompileSettings, Rules, checks_of_environment, make_policy, several
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 logger = logging.getLogger("attnrewrite")
-
-CHECKS = "ATTNREWRITE_CHECKS"  # environment: 1, yes or true checks values around every swapped attention
 
 
 class AttentionCompiler:
@@ -144,14 +144,7 @@ class AttentionCompiler:
 
 
 def with_backend(
-    *choices: Choice,
-    rules: Mapping[str, Choice | Iterable[Choice]] | None = None,
-    inner: Inner = "inductor",
-    strict: bool = False,
-    numerics: str = "reordered",
-    cast: str | None = None,
-    trust_remote_code: bool = False,
-    checks: bool | None = None,
+    *choices: Choice, rules: Rules | None = None, inner: Inner = "inductor", **settings: Unpack[CompileSettings]
 ) -> AttentionCompiler:
     """A torch.compile backend that gives each attention the first of `choices` that may take it.
 
@@ -179,23 +172,19 @@ def with_backend(
         ATTNREWRITE_CHECKS says now (1, yes or true), which is off without it.
 
     Raises `ValueError` for an unknown or repeated name, for no choice at all, an unknown `inner`, `numerics` or `cast`;
-    `TypeError` for a choice that is neither name nor record.
+    `TypeError` for a choice that is neither name nor record, a setting that does not exist, and a flag that is no bool.
     """
-    if checks is None:
-        checks = os.environ.get(CHECKS, "").lower() in ("1", "true", "yes")
-    policy = make_policy(choices, rules, strict, numerics, cast, trust_remote_code, checks)
-    return AttentionCompiler(policy, known_inner(inner))
+    if settings.get("checks") is None:
+        settings["checks"] = checks_of_environment()
+    return AttentionCompiler(make_policy(choices, rules, **settings), known_inner(inner))
 
 
-def compiler_of(backend: AttentionCompiler | Choice | Iterable[Choice]) -> AttentionCompiler:
+def compiler_of(backend: AttentionCompiler | Choices) -> AttentionCompiler:
     """The object from `with_backend` as it is; a name, a record or several in order of preference through it."""
-    if isinstance(backend, AttentionCompiler):
-        return backend
-    return with_backend(*([backend] if isinstance(backend, str) or not isinstance(backend, Iterable) else backend))
+    return backend if isinstance(backend, AttentionCompiler) else with_backend(*several(backend))
 
 
-SETTINGS = ("rules", "inner", "strict", "numerics", "cast", "trust_remote_code", "checks")
-OPTIONS = ("attention", *SETTINGS, "mode")
+OPTIONS = ("attention", "rules", "inner", *SETTINGS, "mode")
 
 
 def entry(
@@ -214,10 +203,9 @@ def entry(
     """
     rest = dict(options or {})
     choices = rest.pop("attention", "native")
-    own = {name: rest.pop(name) for name in SETTINGS if name in rest}
+    own = {name: rest.pop(name) for name in ("rules", "inner", *SETTINGS) if name in rest}
     mode = rest.pop("mode", mode)
-    several = isinstance(choices, Iterable) and not isinstance(choices, str)
-    compiler = with_backend(*(choices if several else [choices]), **own)
+    compiler = with_backend(*several(choices), **own)
     known_options(rest, compiler.inner, OPTIONS)
     kwargs: dict[str, Any] = {"mode": mode} if mode else {}
     if rest:

@@ -13,21 +13,23 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.compiler import is_compiling
 
 from ..graphs.guards import guard_compilation
 from ..graphs.tracing import break_graph
 from ..planning.policies import Policy
-from .choices import Choice, make_policy
+from .choices import SETTINGS, Choice, CompileSettings, Rules, checks_of_environment, make_policy
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-SETTINGS = ("strict", "numerics", "cast", "trust_remote_code", "checks")
 
 
 @dataclass(frozen=True)
@@ -141,19 +143,13 @@ class AttentionContext:
 
 
 def attention_backend(
-    *choices: Choice,
-    rules: Mapping[str, Choice | Iterable[Choice]] | None = None,
-    strict: bool | None = None,
-    numerics: str | None = None,
-    cast: str | None = None,
-    trust_remote_code: bool | None = None,
-    checks: bool | None = None,
+    *choices: Choice, rules: Rules | None = None, **settings: Unpack[CompileSettings]
 ) -> AttentionContext:
     """Inside `with attention_backend("flash", "native"):` compiled models use these choices, outside their own.
 
     It holds for every model compiled with `with_backend`, by `backend="attnrewrite"` or by `set_attention_backend`, on this
     thread or asyncio task. Of nested contexts the innermost holds. Choices and `rules` replace those of the model; the
-    other settings, of the same names as in `with_backend`, do where they are given.
+    settings of `with_backend` do where they are given: `cast=None` turns a model's cast off.
 
     Each choice compiles once, at the first call inside; switching afterwards compiles nothing. PyTorch counts it as a
     recompilation: `torch._dynamo.config.recompile_limit` (8) is the most variants of one function, sizes included.
@@ -166,33 +162,18 @@ def attention_backend(
     if is_compiling():
         _not_traced()
     # Reading names costs tens of microseconds: a context around each step of a loop should not.
-    if (
-        rules is None
-        and strict is None
-        and numerics is None
-        and cast is None
-        and trust_remote_code is None
-        and checks is None
-    ):
+    if rules is None and not settings:
         try:
             return _known_context(choices)
         except TypeError:  # what cannot be hashed is neither name nor record: the error says so
             pass
-    return _context(choices, strict, numerics, cast, trust_remote_code, checks, rules)
+    return _context(choices, rules, **settings)
 
 
-def _context(
-    choices: Any,
-    strict: Any = None,
-    numerics: Any = None,
-    cast: Any = None,
-    trust: Any = None,
-    checks: Any = None,
-    rules: Any = None,
-) -> AttentionContext:
-    given = dict(zip(SETTINGS, (strict, numerics, cast, trust, checks), strict=True))
-    given = {name: value for name, value in given.items() if value is not None}
-    override = Override(make_policy(choices, rules, **given), frozenset(given))
+def _context(choices: Any, rules: Any = None, **settings: Unpack[CompileSettings]) -> AttentionContext:
+    if "checks" in settings and settings["checks"] is None:
+        settings["checks"] = checks_of_environment()
+    override = Override(make_policy(choices, rules, **settings), frozenset(settings))
     known = _ONE.get(override)
     one = known() if known is not None else None
     if one is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -12,14 +12,14 @@ from ..graphs.tracing import AttributesOf, predicted, traced, uncompiled
 from ..kernels.machines import Machine
 from ..planning.planner import Libraries
 from ..reports.report import Report
-from .choices import Choice
+from .choices import Choices
 from .compilers import AttentionCompiler, compiler_of
 
 
 def explain(
     model: Callable[..., Any],
     *args: Any,
-    backend: AttentionCompiler | Choice | Iterable[Choice],
+    backend: AttentionCompiler | Choices,
     machine: Machine | None = None,
     **kwargs: Any,
 ) -> Report:

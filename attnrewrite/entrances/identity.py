@@ -36,7 +36,7 @@ def identity_of(policy: Policy) -> str | None:
     Libraries of choices that this machine may run are loaded: only then is the commit of one from the hub known.
     """
     try:
-        parts = [__version__, package_digest(), described(policy), [machine.to_json() for machine in _machines()]]
+        parts = [__version__, package_digest(), described(policy), [machine.to_dict() for machine in _machines()]]
         parts.append(_libraries(policy))
     except UnknownValueError:
         return None

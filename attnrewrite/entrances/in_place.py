@@ -11,7 +11,7 @@ import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module
@@ -19,10 +19,13 @@ from torch.nn import Module
 from ..graphs.inner_compilers import Inner
 from ..graphs.modules import drop_implementation, implementation_of, plain_call, set_implementation
 from ..planning.policies import Policy
-from .choices import Choice
+from .choices import Choice, CompileSettings, Rules
 from .compilers import AttentionCompiler, with_backend
 from .model_parts import _components, _join, _known, parts
 from .schedules import Progress, Schedule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclass
@@ -65,17 +68,13 @@ def set_attention_backend(
     *choices: Choice | AttentionCompiler | Schedule,
     components: Iterable[str] | None = None,
     regional: bool | None = None,
-    rules: Mapping[str, Choice | Iterable[Choice]] | None = None,
+    rules: Rules | None = None,
     inner: Inner = "inductor",
-    strict: bool = False,
-    numerics: str = "reordered",
-    cast: str | None = None,
-    trust_remote_code: bool = False,
-    checks: bool | None = None,
     fullgraph: bool = False,
     dynamic: bool | None = None,
     mode: str | None = None,
     options: dict[str, Any] | None = None,
+    **settings: Unpack[CompileSettings],
 ) -> AttentionCompiler:
     """Compiles a model in place with other attention kernels; `reset_attention_backend` puts it back.
 
@@ -87,8 +86,9 @@ def set_attention_backend(
         `encode` and `decode` (a VAE) the encoder and the decoder are compiled.
     regional: compile the repeated blocks, which share one compilation, instead of the whole. None: where the model declares
         them (`_repeated_blocks`, as diffusers' models do). Attention outside of the blocks stays as it is then.
-    rules ... checks: those of `with_backend`. Paths begin at `model`, in regional compilation too, and in a pipeline with
-        the component's name; blocks that the rules treat alike share a compilation and are reported under the first.
+    rules, inner, and the settings (strict, numerics, cast, trust_remote_code, checks): those of `with_backend`. Paths begin at
+        `model`, in regional compilation too, and in a pipeline with the component's name; blocks that the rules treat alike
+        share a compilation and are reported under the first.
     fullgraph, dynamic, mode, options: torch.compile's.
 
     Nothing is compiled before the first call. Returns the backend object, whose `report` tells what was done. A model that
@@ -103,10 +103,7 @@ def set_attention_backend(
         compiler = choices[0]
     else:
         chosen: Any = choices if plan is None else plan.middle
-        compiler = with_backend(
-            *chosen, rules=rules, inner=inner, strict=strict, numerics=numerics, cast=cast,
-            trust_remote_code=trust_remote_code, checks=checks,
-        )  # fmt: skip
+        compiler = with_backend(*chosen, rules=rules, inner=inner, **settings)
     roots = parts(model, components)
     progress = Progress(plan, None if isinstance(model, Module) else model) if plan is not None else None
     compile_parts(roots, compiler, regional, progress, fullgraph=fullgraph, dynamic=dynamic, mode=mode, options=options)

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
-from .choices import Choice
+from .choices import Choice, CompileSettings, Rules
 from .compilers import with_backend
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from .graph_pass import AttentionPass
 
 
-def inductor_pass(
-    *choices: Choice,
-    rules: Mapping[str, Choice | Iterable[Choice]] | None = None,
-    strict: bool = False,
-    numerics: str = "reordered",
-    cast: str | None = None,
-    trust_remote_code: bool = False,
-    checks: bool | None = None,
-) -> AttentionPass:
+def inductor_pass(*choices: Choice, rules: Rules | None = None, **settings: Unpack[CompileSettings]) -> AttentionPass:
     """A pass for Inductor that does what `with_backend` does, for a compile call whose backend must stay "inductor":
 
         torch.compile(model, options={"pre_grad_custom_pass": attnrewrite.inductor_pass("flex", "native")})
@@ -32,8 +25,4 @@ def inductor_pass(
     """
     from .graph_pass import AttentionPass
 
-    compiler = with_backend(
-        *choices, rules=rules, strict=strict, numerics=numerics, cast=cast,
-        trust_remote_code=trust_remote_code, checks=checks,
-    )  # fmt: skip
-    return AttentionPass(compiler)
+    return AttentionPass(with_backend(*choices, rules=rules, **settings))

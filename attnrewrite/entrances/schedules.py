@@ -6,11 +6,10 @@ Quantised attention shows at the steps that lay out the image and at those that 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from .choices import Choice
+from .choices import Choice, Choices, several
 from .contexts import AttentionContext, active, attention_backend
 
 
@@ -36,8 +35,8 @@ def schedule(
     *,
     first: int = 2,
     last: int = 2,
-    edge: Choice | Iterable[Choice] = "native",
-    middle: Choice | Iterable[Choice],
+    edge: Choices = "native",
+    middle: Choices,
     steps: int | None = None,
     calls: int | None = None,
 ) -> Schedule:
@@ -63,10 +62,6 @@ def schedule(
     context = attention_backend(*several(edge))
     attention_backend(*several(middle))  # its names are looked at now, not at the first call
     return Schedule(context, several(middle), first, last, steps, calls)
-
-
-def several(choices: Choice | Iterable[Choice]) -> tuple[Choice, ...]:
-    return tuple(choices) if isinstance(choices, Iterable) and not isinstance(choices, str) else (choices,)
 
 
 class Progress:

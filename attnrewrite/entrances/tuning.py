@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,13 +21,13 @@ from ..planning.selectors import candidate, usual_candidates
 from ..planning.sites import Site
 from ..planning.this_machine import machine_of
 from ..version import __version__
-from .choices import Choice, candidates_of, make_policy, numerics_of
+from .choices import Choices, candidates_of, make_policy, numerics_of
 
 
 def tune(
     model: Callable[..., Any],
     *args: Any,
-    candidates: Choice | Iterable[Choice] | None = None,
+    candidates: Choices | None = None,
     numerics: str = "reordered",
     max_error: float | None = None,
     min_gain: float = 0.02,

@@ -125,18 +125,21 @@ class AttentionCall:
         window: Any = self.mask.window and tuple(None if size is None else described(size) for size in self.mask.window)
         return replace(self, mask=replace(self.mask, shape=shape, window=window), **sizes)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return asdict(self.described())
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> AttentionCall:
+    def from_dict(data: dict[str, Any]) -> AttentionCall:
         mask = data["mask"]
         window = tuple(mask["window"]) if mask.get("window") else None
         mask = Mask(
             MaskKind(mask["kind"]), mask["dtype"], tuple(mask["shape"]), mask["needs_grad"], window,
             mask.get("no_key", "zeros"),
         )  # fmt: skip
-        return AttentionCall(**{**data, "mask": mask})
+        named = {OLD_NAMES.get(name, name): value for name, value in data.items()}
+        return AttentionCall(**{**named, "mask": mask})
 
 
+# How fields are called in files from before December 2026.
+OLD_NAMES = {"form": "written_as", "captured": "in_cuda_graph"}
 SIZES = ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "value_dim")

@@ -66,6 +66,9 @@ class Accepted:
     def described(self) -> Accepted:
         return Accepted(tuple(step.described() for step in self.steps), self.mask_as)
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"accepted": True, "mask_as": self.mask_as, "steps": [asdict(step) for step in self.described().steps]}
+
     def step(self, name: str) -> Step | None:
         return next((step for step in self.steps if step.name == name), None)
 
@@ -81,6 +84,9 @@ class Refused:
     def described(self) -> Refused:
         return self
 
+    def to_dict(self) -> dict[str, Any]:
+        return {"accepted": False, **asdict(self)}
+
     def __str__(self) -> str:
         return f"{self.code.value}: {self.detail}. {self.fix}"
 
@@ -88,17 +94,9 @@ class Refused:
 Decision = Accepted | Refused
 
 
-def to_json(decision: Decision) -> dict[str, Any]:
-    if isinstance(decision, Accepted):
-        return {
-            "accepted": True,
-            "mask_as": decision.mask_as,
-            "steps": [asdict(step) for step in decision.described().steps],
-        }
-    return {"accepted": False, **asdict(decision)}
-
-
-def from_json(data: dict[str, Any]) -> Decision:
+def decision_from_dict(data: dict[str, Any]) -> Decision:
     if data["accepted"]:
-        return Accepted(tuple(Step(**step) for step in data.get("steps", ())), data.get("mask_as", "proven"))
+        # "form" in files from before December 2026
+        mask_as = data.get("mask_as", data.get("form", "proven"))
+        return Accepted(tuple(Step(**step) for step in data.get("steps", ())), mask_as)
     return Refused(Code(data["code"]), data["detail"], data["fix"])

@@ -51,7 +51,7 @@ class Machine:
         """PyTorch's own word for the device's type."""
         return {"rocm": "cuda", "tpu": "xla"}.get(self.device, self.device)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
             "device": self.device,
             "capability": list(self.capability) if self.capability else None,
@@ -60,7 +60,7 @@ class Machine:
         }
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> Machine:
+    def from_dict(data: dict[str, Any]) -> Machine:
         capability = data["capability"]
         return Machine(
             data["device"], (capability[0], capability[1]) if capability else None, data["packages"], data["name"]

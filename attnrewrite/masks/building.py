@@ -50,8 +50,8 @@ def built(
     shared: Any,
     emitter: Emitter,
 ) -> Built:
-    """mask_as: one of `reasons.masks_for`. given: what makes the model's tensor. shared: the key of that tensor, where nothing is
-    proven of it."""
+    """mask_as: one of `reasons.masks_for`. given: what makes the model's tensor. shared: the key of that tensor, where nothing
+    is proven of it."""
     mask = call.mask
     if proof is not None:
         shared = proof.value

@@ -36,7 +36,7 @@ class Accuracy:
     def finite(self) -> bool:
         return not self.nan and not self.inf
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Numbers that are not finite as text: JSON has none."""
         return {
             name: str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -54,7 +54,7 @@ def load(call: AttentionCall, machine: Machine, settings: Settings) -> Site | No
         data = json.loads(text)
         if data["key"] != key:
             raise ValueError("it is of another call, machine or version")
-        site = Site.from_json(data["site"])
+        site = Site.from_dict(data["site"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         _warn(
             f"{path} is ignored ({type(error).__name__}: {error}): the call is measured again. Delete the file if this stays"
@@ -71,7 +71,7 @@ def save(site: Site, machine: Machine, settings: Settings) -> None:
     _KNOWN[path, repr(key)] = site
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps({"key": key, "site": site.described().to_json()}, indent=1) + "\n")
+        write_whole(path, json.dumps({"key": key, "site": site.described().to_dict()}, indent=1) + "\n")
     except OSError as error:
         _warn(
             f"{path.parent} cannot be written ({error.strerror}): what is measured serves this process alone. Set {FOLDER}"
@@ -82,10 +82,10 @@ def _key(call: AttentionCall, machine: Machine, settings: Settings) -> dict[str,
     key = {
         "version": VERSION,
         "attnrewrite": __version__,
-        "machine": machine.to_json(),
+        "machine": machine.to_dict(),
         "numerics": settings.numerics.name.lower(),
         "candidates": [each.name for each in settings.candidates],
-        "call": call.to_json(),
+        "call": call.to_dict(),
     }
     known: dict[str, Any] = json.loads(json.dumps(key))  # tuples as they come back
     return known

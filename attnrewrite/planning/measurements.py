@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..kernels.machines import Machine
 
@@ -48,3 +49,10 @@ class Tuning:
     min_gain: float = 0.02
     complete: bool = True
     seconds: float = 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**vars(self), "machines": [machine.to_dict() for machine in self.machines]}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Tuning:
+        return Tuning(**{**data, "machines": tuple(Machine.from_dict(machine) for machine in data["machines"])})

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_whole
-from ..kernels.machines import Machine
 from .measurements import Tuning
 from .sites import Site
 from .tables import tuned_table
@@ -44,37 +43,45 @@ class Plan:
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
-    def to_json(self) -> str:
+    def to_dict(self) -> dict[str, Any]:
         """Sites that differ in their names alone stand there once, under "names"."""
         groups: dict[str, dict[str, Any]] = {}
         for site in self.described().sites:
-            data = site.to_json()
+            data = site.to_dict()
             name = data["call"].pop("site")
             groups.setdefault(json.dumps(data), {"names": [], **data})["names"].append(name)
-        tuning = None
-        if self.tuning is not None:
-            tuning = {**vars(self.tuning), "machines": [each.to_json() for each in self.tuning.machines]}
-        return json.dumps({"attnrewrite plan": VERSION, "tuning": tuning, "sites": list(groups.values())}, indent=1)
+        tuning = self.tuning and self.tuning.to_dict()
+        return {"attnrewrite plan": VERSION, "tuning": tuning, "sites": list(groups.values())}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
 
     @staticmethod
-    def from_json(text: str) -> Plan:
-        """Raises `ValueError` if the text is no plan of a version that is known here. Sites come out grouped."""
+    def from_dict(data: dict[str, Any]) -> Plan:
+        """Raises `ValueError` if this is no plan of a version that is known here. Sites come out grouped."""
         try:
-            data = json.loads(text)
             if data["attnrewrite plan"] != VERSION:
                 raise ValueError(f"its version is {data['attnrewrite plan']!r}, {VERSION} is known here")
-            tuning = data["tuning"]
-            if tuning is not None:
-                machines = tuple(Machine.from_json(each) for each in tuning["machines"])
-                tuning = Tuning(**{**tuning, "machines": machines})
             sites = []
             for group in data["sites"]:
-                names = group.pop("names")
-                sites += [Site.from_json({**group, "call": {**group["call"], "site": name}}) for name in names]
-            return Plan(tuple(sites), tuning)
+                shared = {key: value for key, value in group.items() if key != "names"}
+                sites += [
+                    Site.from_dict({**shared, "call": {**group["call"], "site": name}}) for name in group["names"]
+                ]
+            return Plan(tuple(sites), Tuning.from_dict(data["tuning"]) if data["tuning"] is not None else None)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             said = str(error) if str(error).startswith("its version") else f"{type(error).__name__}: {error}"
             raise ValueError(f"this is no plan of attnrewrite ({said}): write one with plan.save(path)") from error
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """Raises `ValueError` as `from_dict`, and for a text that is no JSON."""
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            said = f"{type(error).__name__}: {error}"
+            raise ValueError(f"this is no plan of attnrewrite ({said}): write one with plan.save(path)") from error
+        return Plan.from_dict(data)
 
     def __str__(self) -> str:
         return tuned_table(self.sites, self.tuning)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from ..kernels import decisions
 from ..kernels.calls import AttentionCall
-from ..kernels.decisions import Accepted, Decision, Refused, Step
+from ..kernels.decisions import Accepted, Decision, Refused, Step, decision_from_dict
 from ..kernels.records import Backend
 from .measurements import Measurement
 
@@ -64,10 +63,10 @@ class Site:
         taken = tuple((name, decision.described()) for name, decision in self.decisions)
         return replace(self, call=self.call.described(), decisions=taken, backend=None)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
-            "call": self.call.to_json(),
-            "decisions": [[name, decisions.to_json(decision)] for name, decision in self.decisions],
+            "call": self.call.to_dict(),
+            "decisions": [[name, decision.to_dict()] for name, decision in self.decisions],
             "chosen": self.chosen,
             "rule": self.rule,
             "source": self.source,
@@ -77,10 +76,10 @@ class Site:
         }
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> Site:
-        taken = tuple((name, decisions.from_json(decision)) for name, decision in data["decisions"])
+    def from_dict(data: dict[str, Any]) -> Site:
+        taken = tuple((name, decision_from_dict(decision)) for name, decision in data["decisions"])
         measured = tuple(Measurement(**each) for each in data.get("measured", ()))
         return Site(
-            AttentionCall.from_json(data["call"]), taken, data["chosen"], data["rule"], data.get("source"),
+            AttentionCall.from_dict(data["call"]), taken, data["chosen"], data["rule"], data.get("source"),
             note=data.get("note"), stale=data.get("stale"), measured=measured,
         )  # fmt: skip

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..kernels.calls import AttentionCall
 from .measurements import Measurement, Tuning
-from .sites import Site
+from .sites import NearMiss, Site
 
 
 def tuned_table(sites: Sequence[Site], tuning: Tuning | None) -> str:
@@ -117,3 +117,17 @@ def _ranges(numbers: list[int]) -> str:
 
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def near_miss_lines(near_misses: Iterable[NearMiss]) -> list[str]:
+    """A line for each reason, with the modules that it holds for."""
+    modules: dict[str, list[str]] = {}
+    for each in near_misses:
+        modules.setdefault(each.reason, []).append(each.site)
+    return [
+        line
+        for reason, names in modules.items()
+        for line in textwrap.wrap(
+            f"not taken for an attention: softmax at {folded(names)}: {reason}", 116, subsequent_indent="    "
+        )
+    ]

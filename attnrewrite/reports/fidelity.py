@@ -6,12 +6,13 @@ import json
 import math
 import os
 import textwrap
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files import writable, write_whole
-from ..planning.tables import cells, count, folded
+from ..planning.sites import NearMiss
+from ..planning.tables import cells, count, folded, near_miss_lines
 from ..version import __version__
 from .fidelity_picture import draw
 from .pictures import possible
@@ -29,6 +30,7 @@ class Fidelity:
     output: Outputs
     missing: tuple[str, ...] = ()
     machine: str = ""
+    near_misses: tuple[NearMiss, ...] = ()
 
     @property
     def first_wrong(self) -> SiteFidelity | None:
@@ -53,6 +55,7 @@ class Fidelity:
             lines += textwrap.wrap(text, 120, subsequent_indent="    ")
         lines += self._table()
         lines += [f"not looked at: {', '.join(self.missing)}"] if self.missing else []
+        lines += near_miss_lines(self.near_misses)
         return "\n".join(lines)
 
     def _table(self) -> list[str]:
@@ -85,8 +88,8 @@ class Fidelity:
         widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
         return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
-    def to_json(self) -> str:
-        data = {
+    def to_dict(self) -> dict[str, Any]:
+        return {
             "version": 1,
             "policy": self.policy,
             "machine": self.machine,
@@ -98,9 +101,12 @@ class Fidelity:
                 "not_finite_before": self.output.bad_before,
             },
             "missing": list(self.missing),
-            "sites": [site.to_json() for site in self.sites],
+            "near_misses": [asdict(each) for each in self.near_misses],
+            "sites": [site.to_dict() for site in self.sites],
         }
-        return json.dumps(data, indent=1)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=1)
 
     def repro(self, site: str | SiteFidelity, path: str | os.PathLike[str] | None = None) -> str:
         """As `Report.repro`, with the shapes and strides that the site's tensors had in this run."""

@@ -18,7 +18,7 @@ from ..kernels.machines import Machine
 from ..pipeline import Outcome
 from ..planning.plans import Plan
 from ..planning.sites import NearMiss, Site
-from ..planning.tables import cells, count, folded
+from ..planning.tables import cells, count, folded, near_miss_lines
 from ..version import __version__
 from .reproducing import script
 
@@ -26,6 +26,8 @@ NOTHING = (
     "no graph was compiled through this object yet. (Two equal with_backend(...) share compiled code: "
     "the sites are then in the report of the one that compiled it.)"
 )
+
+NO_REPORT = "this is not an attnrewrite report of version 1: write it with report.to_json()"
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,29 @@ class GraphReport:
     def of(name: str, outcome: Outcome, context: str = "") -> GraphReport:
         return GraphReport(
             name, outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged, context, outcome.near_misses
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "machine": self.machine.to_dict() if self.machine else None,
+            "seconds": self.seconds,
+            "unchanged": self.unchanged,
+            "context": self.context,
+            "sites": [site.to_dict() for site in self.plan.sites],
+            "near_misses": [asdict(each) for each in self.near_misses],
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> GraphReport:
+        return GraphReport(
+            data["name"],
+            Plan(tuple(Site.from_dict(site) for site in data["sites"])),
+            Machine.from_dict(data["machine"]) if data["machine"] else None,
+            data["seconds"],
+            data["unchanged"],
+            data.get("context", ""),
+            tuple(NearMiss(**each) for each in data.get("near_misses", ())),
         )
 
 
@@ -98,6 +123,11 @@ class Report:
         return known[name]
 
     @property
+    def near_misses(self) -> list[NearMiss]:
+        """What looks like an attention and was not taken for one."""
+        return [each for graph in self.graphs for each in graph.near_misses]
+
+    @property
     def swapped(self) -> int:
         return sum(graph.plan.swapped for graph in self.graphs)
 
@@ -105,33 +135,32 @@ class Report:
     def seconds(self) -> float:
         return sum(graph.seconds for graph in self.graphs)
 
+    def to_dict(self) -> dict[str, Any]:
+        graphs = [graph.to_dict() for graph in self.graphs]
+        return {"version": 1, "policy": self.policy, "unmatched_rules": self.unmatched_rules, "graphs": graphs}
+
     def to_json(self) -> str:
-        graphs = [
-            {
-                "name": graph.name,
-                "machine": graph.machine.to_json() if graph.machine else None,
-                "seconds": graph.seconds,
-                "unchanged": graph.unchanged,
-                "context": graph.context,
-                "sites": [site.to_json() for site in graph.plan.sites],
-            }
-            for graph in self.graphs
-        ]
-        data = {"version": 1, "policy": self.policy, "unmatched_rules": self.unmatched_rules, "graphs": graphs}
-        return json.dumps(data, indent=1)
+        return json.dumps(self.to_dict(), indent=1)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Report:
+        """Raises `ValueError` if this is no report of a version that is known here."""
+        try:
+            if data["version"] != 1:
+                raise ValueError(f"its version is {data['version']!r}")
+            graphs = [GraphReport.from_dict(graph) for graph in data["graphs"]]
+            return Report(data["policy"], graphs, data["unmatched_rules"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(NO_REPORT) from error
 
     @staticmethod
     def from_json(text: str) -> Report:
-        """Raises `ValueError` if the text is not a report of a version that is known here."""
+        """Raises `ValueError` as `from_dict`, and for a text that is no JSON."""
         try:
             data = json.loads(text)
-            if data["version"] != 1:
-                raise ValueError(f"its version is {data['version']!r}")
-            graphs = [_graph_from_json(graph) for graph in data["graphs"]]
-            return Report(data["policy"], graphs, data["unmatched_rules"])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            message = "this is not an attnrewrite report of version 1: write it with report.to_json()"
-            raise ValueError(message) from error
+        except (ValueError, TypeError) as error:
+            raise ValueError(NO_REPORT) from error
+        return Report.from_dict(data)
 
     def __str__(self) -> str:
         if not self.graphs:
@@ -146,19 +175,9 @@ class Report:
         for context in dict.fromkeys(graph.context for graph in self.graphs):
             lines += [f"in attention_backend({context}):"] if context else []
             lines += _table(site for graph in self.graphs if graph.context == context for site in graph.plan.sites)
+        lines += near_miss_lines(self.near_misses)
         lines += [f"rule {pattern!r} matched none of these sites" for pattern in self.unmatched_rules]
         return "\n".join(lines)
-
-
-def _graph_from_json(data: dict[str, Any]) -> GraphReport:
-    return GraphReport(
-        data["name"],
-        Plan(tuple(Site.from_json(site) for site in data["sites"])),
-        Machine.from_json(data["machine"]) if data["machine"] else None,
-        data["seconds"],
-        data["unchanged"],
-        data.get("context", ""),
-    )
 
 
 def _table(sites: Iterable[Site]) -> list[str]:

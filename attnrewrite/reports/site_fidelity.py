@@ -55,11 +55,11 @@ class SiteFidelity:
             return f"relative error {of.relative_error:.1e}, where {self.limit_reason} explains {self.limit:.1e}"
         return ""
 
-    def to_json(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {
-            "site": self.site.to_json(),
+            "site": self.site.to_dict(),
             "run": self.run,
-            "accuracy": self.accuracy.to_json(),
+            "accuracy": self.accuracy.to_dict(),
             "limit": self.limit,
             "limit_reason": self.limit_reason,
             "bad_inputs": self.bad_inputs,

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -157,7 +156,7 @@ def measure(
     if "ratio" in rows.get(AGAIN, {}):
         record["again"] = rows.pop(AGAIN)["ratio"]
     if plan is not None:
-        record["plan"] = json.loads(plan.to_json())
+        record["plan"] = plan.to_dict()
         if ceiling is not None and PLAIN in rows:
             record["limit"] = limit_of(plan, rows[PLAIN]["ms"], ceiling)
     record["seconds"] = time.perf_counter() - started
@@ -176,7 +175,7 @@ def show(record: dict[str, Any], say: Callable[[str], object]) -> None:
         say(f"{name:24} {text}")
     if late := record.get("compiled_while_timed"):
         say(f"! {late} graphs were compiled while steps were timed: these times say nothing")
-    if "plan" in record and (worst := worst_choice(Plan.from_json(json.dumps(record["plan"])))):
+    if "plan" in record and (worst := worst_choice(Plan.from_dict(record["plan"]))):
         say(f"{'tuned':24} at its worst site {worst:.3f} of the time of the fastest kernel there")
     if "limit" in record:
         say(f"{'limit':24} {'':11}  ratio {record['limit']:5.3f}, attention at the rate of a matmul")

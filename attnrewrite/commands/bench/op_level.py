@@ -139,7 +139,7 @@ def measure(
             choices["tuned, quantised"] = two.chosen
     for choice, numerics in (("auto", "reordered"), ("auto, quantised", "quantised")):
         choices[choice] = make_plan([call], make_policy(["auto"], numerics=numerics), [machine]).sites[0].chosen
-    record = {"call": call.to_json(), "line": shape.line, "kernels": rows, "choices": choices}
+    record = {"call": call.to_dict(), "line": shape.line, "kernels": rows, "choices": choices}
     show(record, say)
     return record
 
@@ -194,7 +194,7 @@ def products(call: AttentionCall) -> int:
 
 def show(record: dict[str, Any], say: Callable[[str], object]) -> None:
     """The table of a record, a line at a time."""
-    call = AttentionCall.from_json(record["call"])
+    call = AttentionCall.from_dict(record["call"])
     sizes = " ".join(f"{size:,}" for size in (call.batch, call.heads, call.q_len, call.kv_len, call.head_dim))
     say(f"\n{call.site}: ({sizes}), mask {call.mask}, {call.dtype}")
     for name, row in sorted(record["kernels"].items(), key=lambda item: float(item[1].get("ms", "inf"))):

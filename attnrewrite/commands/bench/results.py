@@ -27,7 +27,7 @@ def header(device: torch.device, small: bool = False) -> dict[str, Any]:
     return {
         "version": VERSION,
         "device": machine.name,
-        "machine": machine.to_json(),
+        "machine": machine.to_dict(),
         "packages": packages,
         "python": platform.python_version(),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
