@@ -1,31 +1,21 @@
-"""The kernels: one file a family, one record a kernel. `RECORDS` is the one list of them; adding a family adds a line here.
-Imports `kernels`, `graphs` and what is below them."""
+"""The kernels: one file a family, which holds its `RECORDS`. A new file is found by being here. Imports `kernels`, `graphs` and
+what is below them."""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from ..kernels.records import Backend
-from . import (
-    aiter,
-    flash_attention_2,
-    flash_attention_3,
-    flash_attention_4,
-    flex,
-    native,
-    native_varlen,
-    npu,
-    sage,
-    xformers,
-    xla,
-)
 
-RECORDS: tuple[Backend, ...] = (
-    *native.RECORDS,
-    *native_varlen.RECORDS,
-    *flex.RECORDS,
-    *flash_attention_2.RECORDS,
-    *flash_attention_3.RECORDS,
-    *flash_attention_4.RECORDS,
-    *sage.RECORDS,
-    *xformers.RECORDS,
-    *aiter.RECORDS,
-    *npu.RECORDS,
-    *xla.RECORDS,
+# The order of the families: that in which `names()` and `info` list them, and in which `tune` breaks ties. Others come behind.
+ORDER = (
+    "native", "native_varlen", "flex", "flash_attention_2", "flash_attention_3", "flash_attention_4", "sage", "xformers",
+    "aiter", "npu", "xla",
+)  # fmt: skip
+
+_FAMILIES = sorted(
+    (module.name for module in iter_modules(__path__)),
+    key=lambda name: (ORDER.index(name) if name in ORDER else len(ORDER), name),
+)
+RECORDS: tuple[Backend, ...] = tuple(
+    record for family in _FAMILIES for record in import_module(f"{__name__}.{family}").RECORDS
 )

@@ -12,17 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels import ops
-from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.calls import MaskKind
+from ..kernels.library_kernels import dense_kernel, packed_kernel
+from ..kernels.packing import packing, packing_steps
 from ..kernels.records import Backend, HeadDim
 from ..kernels.sources import Hub, Package
-from .packing import Packing, pack, packing, packing_steps, unpack
 
 # -- the library's functions
 
 
 def forward(library: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Any:
-    return library.flash_attn_func(query, key, value, 0.0, scale, causal, return_attn_probs=True)[:2]
+    return library.flash_attn_func(query, key, value, 0.0, scale, causal, return_attn_probs=True)
 
 
 def backward(
@@ -43,7 +43,7 @@ def varlen_forward(
 ) -> Any:  # fmt: skip
     return library.flash_attn_varlen_func(
         query, key, value, cu_q, cu_k, max_q, max_k, 0.0, scale, causal, return_attn_probs=True
-    )[:2]
+    )
 
 
 def varlen_backward(
@@ -63,54 +63,15 @@ def _scale(query: Tensor, scale: float | None) -> float:
     return query.shape[-1] ** -0.5 if scale is None else scale
 
 
-def fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), ops.logsumexp_of(query, True)  # the library allocates it like the query
-
-
-FLASH_2 = ops.register(
-    "flash_2",
-    "(Tensor query, Tensor key, Tensor value, bool causal, float? scale) -> (Tensor, Tensor)",
-    forward,
-    fake,
-    flops=ops.products,
-    backward=backward,
-    backward_flops=ops.backward_products,
-)
-FLASH_2_VARLEN = ops.register(
-    "flash_2_varlen",
-    "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, bool causal, float? scale) -> (Tensor, Tensor)",
-    varlen_forward,
-    fake,
-    flops=ops.packed_products,
-    backward=varlen_backward,
-    backward_flops=ops.packed_backward_products,
-)
-
-# -- what lands in the graph
-
-
-def flash(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin) -> Tensor:
-    output: Tensor = FLASH_2(
-        query, key, value, call.mask.is_causal, call.scale, needs_grad=call.needs_grad, origin=origin
-    )[0]
-    return output
-
-
-def flash_varlen(
-    query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall, origin: ops.Origin
-) -> Tensor:
-    output: Tensor = FLASH_2_VARLEN(
-        *pack(query, key, value, packed), packed.cu_seqlens_q, packed.cu_seqlens_k, call.q_len, call.kv_len,
-        call.mask.is_causal, call.scale, needs_grad=call.needs_grad, origin=origin,
-    )[0]  # fmt: skip
-    return unpack(output, call)
+def as_the_query(query: Tensor, value: Tensor) -> Tensor:
+    """The library allocates its output like the query."""
+    return torch.empty_like(query)
 
 
 FLASH = Backend(
     name="flash",
     family="FlashAttention",
-    op=flash,
+    op=dense_kernel("flash_2", forward, backward, output=as_the_query),
     summary="FlashAttention 2",
     devices=frozenset({"cuda"}),
     capability=((8, 0), (12, 1)),
@@ -127,7 +88,7 @@ FLASH = Backend(
 FLASH_VARLEN = replace(
     FLASH,
     name="flash_varlen",
-    op=flash_varlen,
+    op=packed_kernel("flash_2_varlen", varlen_forward, varlen_backward, output=as_the_query),
     summary="FlashAttention 2 on packed keys, for key padding",
     masks=FLASH.masks | {MaskKind.KEY_PADDING},
     prepare=packing,

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..kernels import ops
 from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.library_kernels import packed_kernel
+from ..kernels.packing import Leading, lead, leading, packing, packing_steps
 from ..kernels.records import Backend, HeadDim, Numerics, Tolerance
 from ..kernels.sources import Hub, Package
-from .packing import Leading, Packing, lead, leading, pack, packing, packing_steps, unpack
 
 FP8 = torch.float8_e4m3fn
 
@@ -40,9 +41,9 @@ def forward(
 def varlen_forward(
     library: Any, query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
     causal: bool, scale: float | None,
-) -> Tensor:  # fmt: skip
-    return _output(
-        library.flash_attn_varlen_func(query, key, value, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal)
+) -> Any:  # fmt: skip
+    return library.flash_attn_varlen_func(
+        query, key, value, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal
     )
 
 
@@ -64,15 +65,6 @@ FLASH_3 = ops.register(
     fake,
     flops=ops.products,
 )
-FLASH_3_VARLEN = ops.register(
-    "flash_3_varlen",
-    "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, bool causal, float? scale) -> Tensor",
-    varlen_forward,
-    fake,
-    flops=ops.packed_products,
-)
-
 # -- what lands in the graph
 
 
@@ -84,16 +76,6 @@ def flash_3(
         None, None, None, needs_grad=False, origin=origin,
     )  # fmt: skip
     return output
-
-
-def flash_3_varlen(
-    query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall, origin: ops.Origin
-) -> Tensor:
-    output: Tensor = FLASH_3_VARLEN(
-        *pack(query, key, value, packed), packed.cu_seqlens_q, packed.cu_seqlens_k, call.q_len, call.kv_len,
-        call.mask.is_causal, call.scale, needs_grad=False, origin=origin,
-    )  # fmt: skip
-    return unpack(output, call)
 
 
 def flash_3_fp8(
@@ -114,6 +96,8 @@ def _to_fp8(tensor: Tensor, kv_heads: Any) -> tuple[Tensor, Tensor]:
     scale = grouped.abs().amax(dim=(1, 3, 4)).clamp(min=1e-12) / torch.finfo(FP8).max
     return (grouped / scale[:, None, :, None, None]).to(FP8).flatten(2, 3), scale
 
+
+flash_3_varlen = packed_kernel("flash_3_varlen", varlen_forward)
 
 FROM_SOURCE = Backend(
     name="_flash_3",

@@ -17,9 +17,9 @@ from ..kernels import ops
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.decisions import Code, Refused
 from ..kernels.machines import Machine
+from ..kernels.packing import Leading, lead, leading, packing_steps
 from ..kernels.records import Backend, HeadDim
 from ..kernels.sources import Hub, Package
-from .packing import Leading, lead, leading, packing_steps
 
 
 def forward(

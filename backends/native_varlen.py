@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.packing import Packing, pack, packing, packing_steps, unpack
 from .native import FLASH_CUDA
-from .packing import Packing, pack, packing, packing_steps, unpack
 
 
 def varlen(query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall) -> Tensor:

@@ -27,10 +27,11 @@ from ..graphs.sizes import described, holds
 from ..kernels import ops
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.decisions import Code, Refused
+from ..kernels.library_kernels import Kernel, dense_kernel, packed_kernel
 from ..kernels.machines import Machine
+from ..kernels.packing import packing, packing_steps
 from ..kernels.records import Backend, HeadDim, LibraryCheck, Numerics, Tolerance
 from ..kernels.sources import Hub, Package
-from .packing import Packing, pack, packing, packing_steps, unpack
 
 # -- the library's functions
 
@@ -97,62 +98,24 @@ def blackwell(library: Any, query: Tensor, key: Tensor, value: Tensor, causal: b
     return output.contiguous()
 
 
-def fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return ops.dense_output(query, value)
-
-
 UNSAFE = (torch.Tag.cudagraph_unsafe,)
-SCHEMA = "(Tensor query, Tensor key, Tensor value, bool causal, float? scale) -> Tensor"
-VARLEN_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, bool causal, float? scale) -> Tensor"
-)
 
 
-def _op(name: str, function: str, launches_on_the_default_stream: bool) -> ops.Op:
+def _kernel(name: str, function: str, launches_on_the_default_stream: bool) -> Kernel:
     tags = UNSAFE if launches_on_the_default_stream else ()
-    return ops.register(name, SCHEMA, dense(function, bool(tags)), fake, flops=ops.products, tags=tags)
+    return dense_kernel(name, dense(function, launches_on_the_default_stream), tags=tags)
 
 
-SAGE_OP = _op("sage", "sageattn", True)
-FP16_CUDA_OP = _op("sage_fp16_cuda", "sageattn_qk_int8_pv_fp16_cuda", True)
-FP16_TRITON_OP = _op("sage_fp16_triton", "sageattn_qk_int8_pv_fp16_triton", False)
-FP8_CUDA_OP = _op("sage_fp8_cuda", "sageattn_qk_int8_pv_fp8_cuda", True)
-FP8_SM90_OP = _op("sage_fp8_cuda_sm90", "sageattn_qk_int8_pv_fp8_cuda_sm90", True)
-SAGE_1_OP = ops.register("sage_1", SCHEMA, dense_1, fake, flops=ops.products)
-VARLEN_OP = ops.register("sage_varlen", VARLEN_SCHEMA, varlen, fake, flops=ops.packed_products, tags=UNSAFE)
-VARLEN_1_OP = ops.register("sage_1_varlen", VARLEN_SCHEMA, varlen_1, fake, flops=ops.packed_products, tags=UNSAFE)
 BLACKWELL_OP = ops.register(
     "sage_blackwell",
     "(Tensor query, Tensor key, Tensor value, bool causal) -> Tensor",
     blackwell,
-    fake,
+    lambda query, key, value, causal: ops.dense_output(query, value),
     flops=lambda query, key, value, *_: 4 * query[0] * query[1] * query[2] * key[2] * query[3],
     tags=UNSAFE,
 )
 
 # -- what lands in the graph
-
-
-def calls(op: ops.Op) -> Callable[..., Tensor]:
-    def sage(query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin) -> Tensor:
-        output: Tensor = op(query, key, value, call.mask.is_causal, call.scale, needs_grad=False, origin=origin)
-        return output
-
-    return sage
-
-
-def calls_varlen(op: ops.Op) -> Callable[..., Tensor]:
-    def sage(
-        query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall, origin: ops.Origin
-    ) -> Tensor:
-        output: Tensor = op(
-            *pack(query, key, value, packed), packed.cu_seqlens_q, packed.cu_seqlens_k, call.q_len, call.kv_len,
-            call.mask.is_causal, call.scale, needs_grad=False, origin=origin,
-        )  # fmt: skip
-        return unpack(output, call)
-
-    return sage
 
 
 def calls_blackwell(
@@ -245,7 +208,7 @@ def built_with(flag: str | None = None) -> LibraryCheck:
 SAGE = Backend(
     name="sage",
     family="SageAttention",
-    op=calls(SAGE_OP),
+    op=_kernel("sage", "sageattn", True),
     summary="SageAttention: the variant that it chooses for the GPU",
     devices=frozenset({"cuda"}),
     capability=((8, 0), (12, 1)),
@@ -274,23 +237,27 @@ SAGE_HUB = replace(
 )
 FP16 = Tolerance(3e-2, "int8 scores: 1.4e-2 measured on Gaussian data")
 FP16_TRITON = replace(
-    SAGE, name="_sage_qk_int8_pv_fp16_triton", op=calls(FP16_TRITON_OP), summary="int8 scores, float16 values, Triton",
+    SAGE, name="_sage_qk_int8_pv_fp16_triton", op=_kernel("sage_fp16_triton", "sageattn_qk_int8_pv_fp16_triton", False),
+    summary="int8 scores, float16 values, Triton",
     capability=((8, 0), (9, 0)), capturable=True, tolerance=FP16, checks=(as_many_queries_as_keys,), library_check=None,
 )  # fmt: skip
 FP16_CUDA = replace(
-    FP16_TRITON, name="_sage_qk_int8_pv_fp16_cuda", op=calls(FP16_CUDA_OP), summary="int8 scores, float16 values, CUDA",
+    FP16_TRITON, name="_sage_qk_int8_pv_fp16_cuda", op=_kernel("sage_fp16_cuda", "sageattn_qk_int8_pv_fp16_cuda", True),
+    summary="int8 scores, float16 values, CUDA",
     capturable=False, checks=(as_many_queries_as_keys, a_block_of_keys), library_check=built_with("SM80_ENABLED"),
 )  # fmt: skip
 FP8_CUDA = replace(
-    SAGE, name="_sage_qk_int8_pv_fp8_cuda", op=calls(FP8_CUDA_OP), summary="int8 scores, fp8 values",
+    SAGE, name="_sage_qk_int8_pv_fp8_cuda", op=_kernel("sage_fp8_cuda", "sageattn_qk_int8_pv_fp8_cuda", True),
+    summary="int8 scores, fp8 values",
     capability=((8, 9), (12, 1)), checks=(as_many_queries_as_keys,), library_check=built_with("SM89_ENABLED"),
 )  # fmt: skip
 FP8_SM90 = replace(
-    SAGE, name="_sage_qk_int8_pv_fp8_cuda_sm90", op=calls(FP8_SM90_OP), summary="int8 scores, fp8 values, for Hopper",
+    SAGE, name="_sage_qk_int8_pv_fp8_cuda_sm90", op=_kernel("sage_fp8_cuda_sm90", "sageattn_qk_int8_pv_fp8_cuda_sm90", True),
+    summary="int8 scores, fp8 values, for Hopper",
     capability=((9, 0), (9, 0)), checks=(as_many_queries_as_keys,), library_check=built_with("SM90_ENABLED"),
 )  # fmt: skip
 VARLEN = replace(
-    FP16_TRITON, name="sage_varlen", op=calls_varlen(VARLEN_OP), prepare=packing, steps=packing_steps,
+    FP16_TRITON, name="sage_varlen", op=packed_kernel("sage_varlen", varlen, tags=UNSAFE), prepare=packing, steps=packing_steps,
     summary="int8 scores, float16 values, on packed keys, for key padding",
     capturable=False, masks=SAGE.masks | {MaskKind.KEY_PADDING},
 )  # fmt: skip
@@ -312,7 +279,7 @@ BLACKWELL = replace(
 )
 
 
-def _pypi_1(record: Backend, op: Callable[..., Tensor]) -> Backend:
+def _pypi_1(record: Backend, op: Kernel) -> Backend:
     """The same on SageAttention 1.x: one kernel, whatever the name."""
     return replace(
         record,
@@ -328,8 +295,9 @@ def _pypi_1(record: Backend, op: Callable[..., Tensor]) -> Backend:
     )
 
 
-SAGE_1, TRITON_1 = (_pypi_1(record, calls(SAGE_1_OP)) for record in (SAGE, FP16_TRITON))
-VARLEN_1 = _pypi_1(VARLEN, calls_varlen(VARLEN_1_OP))
+sage_1 = dense_kernel("sage_1", dense_1)
+SAGE_1, TRITON_1 = (_pypi_1(record, sage_1) for record in (SAGE, FP16_TRITON))
+VARLEN_1 = _pypi_1(VARLEN, packed_kernel("sage_1_varlen", varlen_1, tags=UNSAFE))
 
 RECORDS = (
     SAGE, SAGE_1, SAGE_HUB, BLACKWELL, VARLEN, VARLEN_1, FP8_CUDA, FP8_SM90, FP16_CUDA, FP16_TRITON, TRITON_1,

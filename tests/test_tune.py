@@ -36,7 +36,7 @@ from attnrewrite.measuring import measure_site as measuring
 from attnrewrite.measuring.capturing import capture
 from attnrewrite.measuring.choosing import choose, undecided
 from attnrewrite.measuring.example_tensors import example
-from attnrewrite.measuring.measure_site import Settings, measure_site
+from attnrewrite.measuring.measure_site import Search, measure_site
 from attnrewrite.measuring.reference import reference
 
 CPU = attnrewrite.machine_of(torch.device("cpu"))
@@ -279,7 +279,7 @@ def test_made_up_tensors_of_every_mask(kind, dtype, shape):
     call = AttentionCall(
         "", 2, 4, 2, 9, 9, 16, 16, "float32", mask=Mask(kind, dtype, shape, window=window), layout="bshd"
     )
-    site = measure_site(example(call, torch.device("cpu")), CPU, Settings(candidates_of(KERNELS, ""), inner="eager"))
+    site = measure_site(example(call, torch.device("cpu")), CPU, Search(candidates_of(KERNELS, ""), inner="eager"))
     assert {"native", "_native_math"} <= set(by_name(site))
     for each in site.measured:
         assert each.dropped is None or each.dropped.endswith("measured once"), each
@@ -460,8 +460,8 @@ def test_more_rounds_where_noise_hides_which_is_worth_it(monkeypatch, jitter, ro
 
     monkeypatch.setattr(measuring._Measuring, "_sample", sample)
     call = AttentionCall("site", 2, 3, 3, 7, 9, 8, 8, "float32", "cpu")
-    settings = Settings(candidates_of(["native", "_native_flash"], "candidates"))
-    site = measure_site(example(call, torch.device("cpu")), CPU, settings)
+    search = Search(candidates_of(["native", "_native_flash"], "candidates"))
+    site = measure_site(example(call, torch.device("cpu")), CPU, search)
     assert [each.rounds for each in site.measured] == [rounds, rounds]
 
 
@@ -652,9 +652,9 @@ def few(monkeypatch):
     """`with_backend("tune")` with two kernels, and a count of what it measures."""
     measured = []
 
-    def count(captured, machine, settings, *rest):
+    def count(captured, machine, search, *rest):
         measured.append(captured.call)
-        return measure_site(captured, machine, replace(settings, inner="eager"), *rest)
+        return measure_site(captured, machine, replace(search, inner="eager"), *rest)
 
     monkeypatch.setattr(first_use, "measure_site", count)
     monkeypatch.setattr(first_use, "usual_candidates", lambda: candidates_of(["native", "_native_math"], ""))
@@ -679,7 +679,7 @@ def test_the_first_compilation_measures_and_the_next_process_does_not(few, tmp_p
     chosen_by(
         attnrewrite.with_backend("tune", inner="eager", numerics="exact"), Layers(1).eval(), torch.randn(2, 9, 48)
     )
-    assert len(few) == 2  # other settings are another question
+    assert len(few) == 2  # other search are another question
 
 
 def only_file(folder):
@@ -712,15 +712,15 @@ def test_a_folder_that_cannot_be_written(few, tmp_path, monkeypatch):
 
 def test_many_writers_do_no_harm(few, tmp_path):
     call = AttentionCall("", 2, 4, 4, 9, 9, 16, 16, "float32")
-    settings = Settings(candidates_of(["native", "_native_math"], ""), inner="eager")
-    site = measure_site(example(call, torch.device("cpu")), CPU, settings)
+    search = Search(candidates_of(["native", "_native_math"], ""), inner="eager")
+    site = measure_site(example(call, torch.device("cpu")), CPU, search)
     failed = []
 
     def write_and_read():
         for _ in range(20):
-            cache.save(site, CPU, settings)
+            cache.save(site, CPU, search)
             cache._KNOWN.clear()
-            if cache.load(call, CPU, settings) != site.described():
+            if cache.load(call, CPU, search) != site.described():
                 failed.append(1)
 
     threads = [threading.Thread(target=write_and_read) for _ in range(4)]

@@ -91,8 +91,10 @@ class AttentionCompiler:
         return len(outcome.plan.sites)
 
     def policy_now(self) -> Policy:
+        """What holds here: in an `attention_backend` its choices, outside of all those of this object."""
         override = contexts.active()
-        return self.policy if override is None else override.over(self.policy)
+        policy = self.policy if override is None else override.over(self.policy)
+        return policy.compiled_by(self.inner)
 
     def check_rules(self) -> None:
         """Warns, once, of each rule of its own that no site seen so far has matched."""

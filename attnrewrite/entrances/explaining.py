@@ -35,7 +35,7 @@ def explain(
     Call it under `torch.no_grad()` for an inference, as the model itself: gradients are part of the question.
     """
     backend = compiler_of(backend)
-    planner = AttentionCompiler(replace(backend.policy, strict=False), machine=machine)
+    planner = AttentionCompiler(replace(backend.policy, strict=False), backend.inner, machine)
 
     def plan_only(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         planner.rewrite(graph_module, Libraries.PLAN_ONLY)

@@ -7,6 +7,7 @@ import functools
 import hashlib
 import inspect
 import json
+import os
 from collections.abc import Mapping, Set
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -69,8 +70,13 @@ def _libraries(policy: Policy) -> list[str]:
 @functools.cache
 def package_digest() -> str:
     """Of every Python file of this package: a checkout changes without its version."""
-    files = sorted(Path(__file__).parent.rglob("*.py"), key=str)
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    return hashlib.sha256(b"".join(path.read_bytes() for path in package_files())).hexdigest()
+
+
+def package_files() -> list[Path]:
+    """Every Python file of this package, in a fixed order, those behind the links of a checkout too (rglob follows none)."""
+    folders = os.walk(Path(__file__).parents[1], followlinks=True)
+    return sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py"))
 
 
 def described(value: Any) -> Any:

@@ -13,7 +13,7 @@ from ..graphs.inner_compilers import Inner, known_inner
 from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
 from ..measuring.capturing import Captured, capture
-from ..measuring.measure_site import Settings, measure_site
+from ..measuring.measure_site import Search, measure_site
 from ..planning.measurements import Tuning
 from ..planning.plans import Plan
 from ..planning.policies import Candidate
@@ -66,7 +66,7 @@ def tune(
 
     Raises `TypeError` and `ValueError` for arguments that are none of these, and what the model raises.
     """
-    settings = _settings(model, candidates, numerics, max_error, min_gain, inner, time_limit)
+    search = _search(model, candidates, numerics, max_error, min_gain, inner, time_limit)
     started = time.perf_counter()
     line = _Line(sys.stderr.isatty() if progress is None else progress)
     known: dict[AttentionCall, Site] = {}
@@ -80,7 +80,7 @@ def tune(
         if like(call) not in known:
             machines.append(machine_of(captured.query.device))
             at = f"site {len(known) + 1}, {call.site} ({call.batch}, {call.heads}, {call.q_len}, {call.head_dim}): "
-            known[like(call)] = measure_site(captured, machines[-1], settings, lambda text: line.say(at + text))
+            known[like(call)] = measure_site(captured, machines[-1], search, lambda text: line.say(at + text))
         name = call.site
         while name in sites:  # of another graph, or of other sizes
             name += "'"
@@ -94,7 +94,7 @@ def tune(
         print("\nattnrewrite.tune: interrupted, returning the plan so far", file=sys.stderr)
     finally:
         line.end()
-    return Plan(tuple(sites.values()), _tuning(model, machines, settings, complete, time.perf_counter() - started))
+    return Plan(tuple(sites.values()), _tuning(model, machines, search, complete, time.perf_counter() - started))
 
 
 def like(call: AttentionCall) -> AttentionCall:
@@ -102,9 +102,9 @@ def like(call: AttentionCall) -> AttentionCall:
     return replace(call, site="", role="", scale=None)
 
 
-def _settings(
+def _search(
     model: Any, candidates: Any, numerics: Any, max_error: Any, min_gain: Any, inner: Any, time_limit: Any
-) -> Settings:
+) -> Search:
     if isinstance(getattr(model, "components", None), dict):
         raise TypeError(
             f"model is a pipeline ({type(model).__name__}): give its denoiser, as pipe.transformer, with the inputs of one step"
@@ -122,7 +122,7 @@ def _settings(
     found = usual_candidates() if candidates is None else candidates_of(candidates, "candidates")
     native = [each for each in found if each.name == "native"] or [candidate("native")]
     ordered: tuple[Candidate, ...] = (*native, *(each for each in found if each.name != "native"))
-    return Settings(ordered, numerics_of(numerics), max_error, min_gain, known_inner(inner), time_limit)
+    return Search(ordered, numerics_of(numerics), max_error, min_gain, known_inner(inner), time_limit)
 
 
 _UNITS = {
@@ -132,12 +132,12 @@ _UNITS = {
 }
 
 
-def _tuning(model: Any, machines: list[Machine], settings: Settings, complete: bool, seconds: float) -> Tuning:
+def _tuning(model: Any, machines: list[Machine], search: Search, complete: bool, seconds: float) -> Tuning:
     plain = getattr(model, "_orig_mod", model)
     name = getattr(plain, "__qualname__", None) or type(plain).__name__
     return Tuning(
-        name, tuple({repr(each): each for each in machines}.values()), __version__, settings.numerics.name.lower(),
-        settings.max_error, settings.min_gain, complete, seconds,
+        name, tuple({repr(each): each for each in machines}.values()), __version__, search.numerics.name.lower(),
+        search.max_error, search.min_gain, complete, seconds,
     )  # fmt: skip
 
 

@@ -26,6 +26,14 @@ def reset_compiler(inner: Inner) -> None:
         torch._TorchCompileInductorWrapper(None, None, None).reset()
 
 
+def inner_name(inner: Inner) -> str:
+    """A text for a compiler, the same in every process as far as there is one: a local function has only its address."""
+    if isinstance(inner, str):
+        return inner
+    name = f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', '')}"
+    return repr(inner) if "<" in name or name.endswith(".") else name
+
+
 def known_inner(inner: Inner) -> Inner:
     """Raises `ValueError` for a name that torch.compile does not know."""
     if callable(inner):

@@ -10,10 +10,8 @@ from __future__ import annotations
 import importlib
 import os
 import re
-import shutil
 import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -94,23 +92,18 @@ class Hub:
         return str(self)
 
     def fetch(self, trust: bool) -> tuple[str, ModuleType]:
-        """The module and its source. Raises `SourceError` if it can be neither found nor loaded; a download that failed
-        midway leaves nothing in the cache."""
+        """The module and its source. Raises `SourceError` if it can be neither found nor loaded. Nothing is ever deleted from
+        the cache, which other programs share: a download that broke off is completed by the next one (huggingface_hub)."""
         _, kernels = Package("kernels", "kernels").fetch(trust)
         which: dict[str, Any] = {"revision": self.revision} if self.revision else {"version": self.version}
         get, lock = kernels.get_kernel, os.environ.get(LOCK)
         if lock and not self.revision:
             get, which = kernels.get_locked_kernel, {"lockfile": Path(lock)}
         trust = trust or os.environ.get(TRUST, "").lower() in ("1", "true", "yes")
-        with _alone(self.repository):
-            before = _cached(self.repository)
-            try:
-                module: ModuleType = get(self.repository, trust_remote_code=trust, **which)
-            except Exception as error:
-                if not _raised_by_an_import(error):  # then the download is whole
-                    for path in sorted(_cached(self.repository) - before):
-                        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-                raise SourceError(self._refused(error)) from error
+        try:
+            module: ModuleType = get(self.repository, trust_remote_code=trust, **which)
+        except Exception as error:
+            raise SourceError(self._refused(error)) from error
         return f"{self.repository}@{_commit(module)}", module
 
     def _refused(self, error: Exception) -> Refused:
@@ -199,37 +192,6 @@ def _commit(module: ModuleType) -> str:
     """The commit that a hub module was loaded from; for a local folder the build's own id."""
     found = re.search(r"/snapshots/([^/]+)/", str(Path(module.__file__ or "")).replace(os.sep, "/"))
     return found[1] if found else f"local:{module.__name__}"
-
-
-@contextmanager
-def _alone(repository: str) -> Iterator[None]:
-    """One process at a time, as with the ranks of one job: what is new in the cache after a download broke off is then
-    this process's own. Where the cache cannot be written to nothing is downloaded either."""
-    import filelock
-
-    lock = filelock.FileLock(_cache() / ".locks" / f"attnrewrite--{repository.replace('/', '--')}.lock")
-    try:
-        Path(lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError:
-        yield
-        return
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _cached(repository: str) -> set[Path]:
-    """What the hub's cache holds of a repository: as a kernel, or as the model that it was before there were kernels."""
-    folders = [_cache() / f"{kind}--{repository.replace('/', '--')}" for kind in ("kernels", "models")]
-    return {path for folder in folders if folder.exists() for path in (folder, *folder.rglob("*"))}
-
-
-def _cache() -> Path:
-    from huggingface_hub import constants
-
-    return Path(os.environ.get("KERNELS_CACHE") or constants.HF_HUB_CACHE)
 
 
 def _raised_by_an_import(error: BaseException) -> bool:

@@ -1,4 +1,4 @@
-"""What `with_backend("tune")` has measured, on disk: one file a call, by machine, versions and settings.
+"""What `with_backend("tune")` has measured, on disk: one file a call, by machine, versions and what was searched for.
 
 A file is written whole or not at all, so processes that tune at once do no harm: the last one's stays. What cannot be read,
 or is of another key, is ignored with a warning and measured again.
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_whole
+from ..graphs.inner_compilers import inner_name
 from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
 from ..planning.sites import Site
 from ..version import __version__
-from .measure_site import Settings
+from .measure_site import Search
 
 FOLDER = "ATTNREWRITE_CACHE"  # environment: the folder of the cache
 VERSION = 1
@@ -37,9 +38,9 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnrewrite"
 
 
-def load(call: AttentionCall, machine: Machine, settings: Settings) -> Site | None:
+def load(call: AttentionCall, machine: Machine, search: Search) -> Site | None:
     """What was measured of such a call here, None where nothing was. Warns of a file that does not hold it."""
-    key = _key(call, machine, settings)
+    key = _key(call, machine, search)
     path = _path(key)
     if (path, repr(key)) in _KNOWN:
         return _KNOWN[path, repr(key)]
@@ -64,9 +65,9 @@ def load(call: AttentionCall, machine: Machine, settings: Settings) -> Site | No
     return site
 
 
-def save(site: Site, machine: Machine, settings: Settings) -> None:
+def save(site: Site, machine: Machine, search: Search) -> None:
     """Warns where the folder cannot be written; the result serves this process then."""
-    key = _key(site.call, machine, settings)
+    key = _key(site.call, machine, search)
     path = _path(key)
     _KNOWN[path, repr(key)] = site
     try:
@@ -78,13 +79,14 @@ def save(site: Site, machine: Machine, settings: Settings) -> None:
         )
 
 
-def _key(call: AttentionCall, machine: Machine, settings: Settings) -> dict[str, Any]:
+def _key(call: AttentionCall, machine: Machine, search: Search) -> dict[str, Any]:
     key = {
         "version": VERSION,
+        "inner": inner_name(search.inner),
         "attnrewrite": __version__,
         "machine": machine.to_dict(),
-        "numerics": settings.numerics.name.lower(),
-        "candidates": [each.name for each in settings.candidates],
+        "numerics": search.numerics.name.lower(),
+        "candidates": [each.name for each in search.candidates],
         "call": call.to_dict(),
     }
     known: dict[str, Any] = json.loads(json.dumps(key))  # tuples as they come back

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from ..graphs.inner_compilers import Inner
 from ..graphs.sizes import UnbackedSizeError
 from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
@@ -17,7 +18,7 @@ from ..planning.selectors import AUTO, candidate, measured_candidates, usual_can
 from ..planning.this_machine import machine_of
 from . import cache
 from .example_tensors import example, numbers
-from .measure_site import Settings, measure_site
+from .measure_site import Search, measure_site
 
 logger = logging.getLogger("attnrewrite")
 
@@ -27,6 +28,7 @@ class Tune:
     """`with_backend("tune")`: measures a call the first time it is compiled, and keeps the result on disk (cache.py)."""
 
     name: str = "tune"
+    inner: Inner = "inductor"  # the compiler that kernels are measured under
 
     def select(self, call: AttentionCall, machine: Machine, limit: Numerics, measure: bool) -> tuple[Candidate, ...]:
         auto = functools.partial(AUTO.select, call, machine, limit)
@@ -36,13 +38,16 @@ class Tune:
             asked = numbers(call)
         except UnbackedSizeError:
             return auto()
-        settings = Settings(usual_candidates(), limit)
-        site = cache.load(asked, machine, settings)
+        search = Search(usual_candidates(), limit, inner=self.inner)
+        site = cache.load(asked, machine, search)
         if site is None and measure and not call.needs_grad and _is_here(machine):
             logger.info("measuring kernels for %s", call.described())
-            site = measure_site(example(asked, torch.device(machine.torch_device)), machine, settings)
-            cache.save(site, machine, settings)
+            site = measure_site(example(asked, torch.device(machine.torch_device)), machine, search)
+            cache.save(site, machine, search)
         return auto() if site is None else (*measured_candidates(site, "tune"), *auto())
+
+    def compiled_by(self, inner: Inner) -> Tune:
+        return replace(self, inner=inner)
 
     def libraries(self, machine: Machine) -> None:
         return None

@@ -39,8 +39,8 @@ WRONG = 10.0  # so many times the error of `native` is no rounding
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What `tune` was asked: see there."""
+class Search:
+    """What is looked for, and how long: the arguments of `attnrewrite.tune`."""
 
     candidates: tuple[Candidate, ...]
     numerics: Numerics = Numerics.REORDERED
@@ -66,17 +66,17 @@ class Runner:
 Say = Callable[[str], None]
 
 
-def measure_site(captured: Captured, machine: Machine, settings: Settings, say: Say = lambda text: None) -> Site:
+def measure_site(captured: Captured, machine: Machine, search: Search, say: Say = lambda text: None) -> Site:
     """The call with every decision, every measurement and the choice. Nothing but Ctrl-C, and a GPU that no longer answers,
     comes out of it as an exception."""
     devices = [captured.query.device] if captured.query.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # dropout, and whatever a kernel draws
-        return _Measuring(captured, machine, settings, say).site()
+        return _Measuring(captured, machine, search, say).site()
 
 
 class _Measuring:
-    def __init__(self, captured: Captured, machine: Machine, settings: Settings, say: Say) -> None:
-        self.captured, self.machine, self.settings, self.say = captured, machine, settings, say
+    def __init__(self, captured: Captured, machine: Machine, search: Search, say: Say) -> None:
+        self.captured, self.machine, self.search, self.say = captured, machine, search, say
         self.watch = Stopwatch(captured.query.device)
         self.worker = Worker(captured.query.device)
         self.done: dict[str, Measurement] = {}
@@ -85,7 +85,7 @@ class _Measuring:
 
     def site(self) -> Site:
         call = self.captured.call
-        planned = [(each, self._planned(each)) for each in self.settings.candidates]
+        planned = [(each, self._planned(each)) for each in self.search.candidates]
         accepted = [(candidate, site) for candidate, site in planned if site is not None and site.chosen is not None]
         runners = []
         try:
@@ -106,7 +106,7 @@ class _Measuring:
                 self._too_inexact(runner), 1e3 * runner.host or None,
             )  # fmt: skip
         measured = tuple(self.done[each.name] for each, _ in planned if each.name in self.done)
-        chosen = choose(measured, {each.name: each.samples for each in runners}, self.settings.min_gain)
+        chosen = choose(measured, {each.name: each.samples for each in runners}, self.search.min_gain)
         if chosen is None and any(candidate.name == "native" for candidate, _ in accepted):
             chosen = "native"  # the call as it stands is never wrong, only the limit may be too low for it
         taken = [each for _, site in planned if site is not None for each in site.decisions]
@@ -120,14 +120,14 @@ class _Measuring:
     def _planned(self, candidate: Candidate) -> Site | None:
         """None where deciding itself fails: a record of somebody's own may raise."""
         try:
-            return plan_site(self.captured.call, candidate, self.machine, self.settings.numerics)
+            return plan_site(self.captured.call, candidate, self.machine, self.search.numerics)
         except Exception as error:
             self.done[candidate.name] = Measurement(candidate.name, dropped=said(error))
             return None
 
     def _guarded(self, name: str, function: Callable[[], Any], spent: float, error: float | None = None) -> Any:
         """What the function returns; None where it raises or takes too long, which drops the kernel."""
-        limit = self.settings.time_limit
+        limit = self.search.time_limit
         try:
             return self.worker.run(function, limit - spent)
         except OverdueError:
@@ -160,7 +160,7 @@ class _Measuring:
         enough_memory(site.backend, call, self.watch.device)
         graph = site_graph(self.captured, site, candidate, self.machine)
         with torch.set_grad_enabled(call.needs_grad):
-            compiled = compile_with(self.settings.inner, graph.module, list(graph.inputs))
+            compiled = compile_with(self.search.inner, graph.module, list(graph.inputs))
         run = _with_backward(compiled, graph.inputs) if call.needs_grad else lambda: compiled(*graph.inputs)
         self.worker.check()
         with torch.set_grad_enabled(call.needs_grad):
@@ -220,7 +220,7 @@ class _Measuring:
         rounds = max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / max(a_round, 1e-9))))
         shuffle = random.Random(0).shuffle
         for number in range(-1, MORE * rounds):  # the first one warms up
-            if number >= rounds and not undecided([each.samples for each in near], self.settings.min_gain):
+            if number >= rounds and not undecided([each.samples for each in near], self.search.min_gain):
                 break
             self.say(f"round {number + 1}/{max(rounds, number + 1)}")
             order = list(near)
@@ -243,9 +243,9 @@ class _Measuring:
 
     def _too_inexact(self, runner: Runner) -> str | None:
         """The limit is the user's; without one, what rounding explains, and for a quantised kernel twice what it states."""
-        limit, why = self.settings.max_error, "max_error"
+        limit, why = self.search.max_error, "max_error"
         if limit is None:
-            record = next(each for each in self.settings.candidates if each.name == runner.name).on(self.machine)
+            record = next(each for each in self.search.candidates if each.name == runner.name).on(self.machine)
             if record.numerics is Numerics.QUANTISED:
                 limit, why = 2 * record.tolerance.error, "twice its stated error"
             elif self.of_native is not None and runner.name != "native":

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
+from ..graphs.inner_compilers import Inner
 from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
 from ..kernels.records import Backend, Numerics
@@ -31,7 +32,8 @@ class Candidate:
 
 
 class Selector(Protocol):
-    """A choice that names other kernels for each call: "auto", "tune", a plan (selecting.py). It is compared and hashed."""
+    """A choice that names other kernels for each call: "auto", a plan (selectors.py), "tune" (measuring/first_use.py). It is
+    compared and hashed."""
 
     @property
     def name(self) -> str: ...
@@ -44,6 +46,10 @@ class Selector(Protocol):
         """All that it may name there; None where that is not known beforehand."""
         ...
 
+    def compiled_by(self, inner: Inner) -> Selector:
+        """The same for graphs that this compiler gets: one that measures measures under it."""
+        ...
+
 
 Chosen = Candidate | Selector
 
@@ -54,7 +60,7 @@ class Policy:
 
     A pattern is "self", "cross", "masked", "unmasked" or a glob over site names. `cast` is the dtype that a call may be cast
     to for a kernel that does not take its own; `trust_remote_code` loads hub kernels of publishers that the hub does not vouch
-    for; `checks` puts checks of values around each swapped call (checking.py).
+    for; `checks` puts checks of values around each swapped call (passes/check_values.py).
     """
 
     choices: tuple[Chosen, ...]
@@ -64,6 +70,15 @@ class Policy:
     cast: str | None = None
     trust_remote_code: bool = False
     checks: bool = False
+
+    def compiled_by(self, inner: Inner) -> Policy:
+        """The same for graphs that this compiler gets."""
+
+        def chosen(choices: tuple[Chosen, ...]) -> tuple[Chosen, ...]:
+            return tuple(each if isinstance(each, Candidate) else each.compiled_by(inner) for each in choices)
+
+        rules = tuple((pattern, chosen(choices)) for pattern, choices in self.rules)
+        return replace(self, choices=chosen(self.choices), rules=rules)
 
     def rule_for(self, call: AttentionCall) -> str | None:
         """The pattern whose rule holds for a call, None where the general choices do."""

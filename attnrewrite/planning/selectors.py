@@ -1,10 +1,11 @@
-"""What chooses kernels by the call: "auto" by a table, "tune" by measuring once, a plan by what was measured before."""
+"""What chooses kernels by the call: "auto" by a table, a plan by what was measured before. ("tune": measuring/first_use.py.)"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..graphs.inner_compilers import Inner
 from ..graphs.sizes import UnbackedSizeError
 from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
@@ -58,6 +59,9 @@ class Auto:
         chosen = self.select(call, machine, Numerics(numerics - 1), stale=stale)
         return [each for each in chosen if each.name != "native"]
 
+    def compiled_by(self, inner: Inner) -> Auto:
+        return self
+
     def libraries(self, machine: Machine) -> tuple[Candidate, ...]:
         return tuple(candidate(name) for name in dict.fromkeys(name for row in ROWS for name in row.names))
 
@@ -87,6 +91,9 @@ class Planned:
             if site is not None and stale is None:
                 return (*measured_candidates(site, "plan"), *AUTO.select(call, machine, limit))
         return AUTO.select(call, machine, limit, stale=f"the plan of {tuning.model}: {stale}")
+
+    def compiled_by(self, inner: Inner) -> Planned:
+        return self
 
     def libraries(self, machine: Machine) -> tuple[Candidate, ...]:
         chosen = {each.name: each for site in self.plan.sites for each in measured_candidates(site, "plan")[:1]}

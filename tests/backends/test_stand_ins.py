@@ -9,8 +9,8 @@ from parity import attend, doubled, qkv, relative
 from stand_ins import KERNELS, RECORDS, compiler, fewest_keys, is_sage_1, machine_for, name_of
 
 from attnrewrite import AttentionCompiler, Code, Machine, MaskKind, make_policy
-from attnrewrite.backends.packing import leading, packing
 from attnrewrite.graphs.inner_compilers import records_cuda_graphs
+from attnrewrite.kernels.packing import leading, packing
 
 HALF = 1.2e-2  # rounding to bfloat16
 

@@ -34,7 +34,7 @@ from .rounds import by_rounds, in_turn, words
 
 AGAIN = "torch.compile, again"  # the same once more, compiled for itself: how far its ratio is from 1 is the noise
 EAGER, PLAIN, AUTO, TUNED, QUANTISED = "eager", "torch.compile", "auto", "tuned", "tuned, quantised"
-Step = Callable[[], torch.Tensor]
+RunStep = Callable[[], torch.Tensor]
 PEER = "diffusers, "  # in front of the name that its dispatcher is set to
 
 
@@ -110,7 +110,7 @@ def measure(
     say(f"\n{denoiser.about}")
     rows: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
-    steps: dict[str, tuple[Step, str]] = {}
+    steps: dict[str, tuple[RunStep, str]] = {}
     plan: Plan | None = None
     # Where a variant raises while it is traced, parts of blocks are compiled, and those are shared by all variants.
     with torch.no_grad(), recompilations(256):
@@ -208,7 +208,7 @@ def _plan_of(backend: Any) -> Plan | None:
     return next((choice.plan for choice in choices if isinstance(choice, Planned)), None)
 
 
-def _warm(denoiser: Denoiser, step: Step, peer: str) -> tuple[torch.Tensor, int]:
+def _warm(denoiser: Denoiser, step: RunStep, peer: str) -> tuple[torch.Tensor, int]:
     """The output, and how many graphs were compiled for it."""
     _choose(denoiser, peer)
     before = compiled_graphs()
@@ -217,7 +217,7 @@ def _warm(denoiser: Denoiser, step: Step, peer: str) -> tuple[torch.Tensor, int]
     return output, compiled_graphs() - before
 
 
-def _timed(denoiser: Denoiser, device: torch.device, step: Step, peer: str) -> Callable[[], float]:
+def _timed(denoiser: Denoiser, device: torch.device, step: RunStep, peer: str) -> Callable[[], float]:
     def timed() -> float:
         _choose(denoiser, peer)
         return 1e3 * Stopwatch(device).span(step)

@@ -25,7 +25,7 @@ from ...kernels.calls import AttentionCall, Mask, MaskKind
 from ...kernels.decisions import Refused
 from ...kernels.records import Numerics
 from ...measuring.example_tensors import example
-from ...measuring.measure_site import Settings, measure_site
+from ...measuring.measure_site import Search, measure_site
 from ...planning.measurements import Measurement
 from ...planning.planner import make_plan
 from ...planning.registry import records_of
@@ -126,7 +126,7 @@ def measure(
 
     def found(candidates: Iterable[str], numerics: Numerics) -> Site:
         ordered = candidates_of(list(dict.fromkeys(["native", *candidates])), "kernels")
-        return measure_site(captured, machine, Settings(ordered, numerics, inner=inner))
+        return measure_site(captured, machine, Search(ordered, numerics, inner=inner))
 
     with torch.no_grad():
         captured = example(call, device)

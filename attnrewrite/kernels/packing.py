@@ -15,8 +15,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..kernels.calls import AttentionCall, MaskKind
-from ..kernels.decisions import Step
+from .calls import AttentionCall, MaskKind
+from .decisions import Step
 
 
 @dataclass(frozen=True)

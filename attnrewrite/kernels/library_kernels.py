@@ -1,0 +1,126 @@
+"""What a record's `op` is for the two kinds of function that most attention libraries have: of batched tensors, and of packed
+ones. A function that takes more than these is registered by itself (`ops.register`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .calls import AttentionCall
+from .packing import Packing, pack, unpack
+
+Kernel = Callable[..., Tensor]
+
+DENSE = "(Tensor query, Tensor key, Tensor value, bool causal, float? scale)"
+PACKED = (
+    "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, bool causal, float? scale)"
+)
+
+
+def dense_kernel(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Sequence[Tensor]] | None = None,
+    *,
+    output: Callable[[Tensor, Tensor], Tensor] = ops.dense_output,
+    tags: tuple[torch.Tag, ...] = (),
+) -> Kernel:
+    """Makes `torch.ops.attnrewrite.<name>` of a function of batched tensors, for a record with `layout="bshd"`.
+
+    forward(library, query, key, value, causal, scale): (batch, length, heads, dim) each, causal as the record's mask words say,
+        scale None for 1 / sqrt(head_dim). It returns the output (batch, q_len, heads, value_dim), or a tuple that begins with
+        it; with a backward, (output, log-sum-exp in float32 (batch, heads, q_len)).
+    backward(library, grad, output, logsumexp, query, key, value, causal, scale): the gradients of query, key and value.
+    output(query, value): an empty tensor that lies in memory as what `forward` returns. By default that is made dense.
+    tags: as in `ops.register`.
+    """
+    op = _registered(name, DENSE, forward, backward, output, tags, (ops.products, ops.backward_products))
+
+    def kernel(
+        query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin
+    ) -> Tensor:
+        needs_grad = call.needs_grad and backward is not None
+        found = op(query, key, value, call.mask.is_causal, call.scale, needs_grad=needs_grad, origin=origin)
+        return _first(found)
+
+    return kernel
+
+
+def packed_kernel(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Sequence[Tensor]] | None = None,
+    *,
+    output: Callable[[Tensor, Tensor], Tensor] = ops.dense_output,
+    tags: tuple[torch.Tag, ...] = (),
+) -> Kernel:
+    """Makes `torch.ops.attnrewrite.<name>` of a function of packed tensors, for a record with `layout="bshd"`,
+    `prepare=packing` and `steps=packing_steps`, which takes key padding then.
+
+    forward(library, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale): (tokens, heads,
+        dim) each, sequence starts as int32 (batch + 1,). Keys behind the end of the last sequence are not to be read. It
+        returns the output (tokens, heads, value_dim), or a tuple that begins with it; with a backward, (output, log-sum-exp in
+        float32 (heads, tokens)).
+    backward(library, grad, output, logsumexp, query, ..., scale): the gradients of query, key and value.
+    output, tags: as in `dense_kernel`.
+    """
+    formulas = (ops.packed_products, ops.packed_backward_products)
+    op = _registered(name, PACKED, forward, backward, output, tags, formulas)
+
+    def kernel(
+        query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall, origin: ops.Origin
+    ) -> Tensor:
+        needs_grad = call.needs_grad and backward is not None
+        found = op(
+            *pack(query, key, value, packed), packed.cu_seqlens_q, packed.cu_seqlens_k, call.q_len, call.kv_len,
+            call.mask.is_causal, call.scale, needs_grad=needs_grad, origin=origin,
+        )  # fmt: skip
+        return unpack(_first(found), call)
+
+    return kernel
+
+
+def _registered(
+    name: str,
+    takes: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., Sequence[Tensor]] | None,
+    output: Callable[[Tensor, Tensor], Tensor],
+    tags: tuple[torch.Tag, ...],
+    formulas: tuple[Callable[..., int], Callable[..., int]],
+) -> ops.Op:
+    flops, backward_flops = formulas
+    if backward is None:
+        return ops.register(
+            name,
+            f"{takes} -> Tensor",
+            lambda library, *args: _dense(_first(forward(library, *args)), output),
+            lambda query, key, value, *_: output(query, value),
+            flops=flops,
+            tags=tags,
+        )
+    return ops.register(
+        name,
+        f"{takes} -> (Tensor, Tensor)",
+        lambda library, *args: forward(library, *args)[:2],
+        lambda query, key, value, *_: (output(query, value), ops.logsumexp_of(query, True)),
+        flops=flops,
+        backward=backward,
+        backward_flops=backward_flops,
+        tags=tags,
+    )
+
+
+def _first(result: Any) -> Tensor:
+    """Some versions of a library return the log-sum-exp besides."""
+    output: Tensor = result[0] if isinstance(result, tuple | list) else result
+    return output
+
+
+def _dense(tensor: Tensor, output: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    return tensor.contiguous() if output is ops.dense_output else tensor
