@@ -16,8 +16,10 @@ from .entrances.inductor_pass import inductor_pass
 from .entrances.schedules import Schedule, schedule
 from .entrances.tuning import tune
 from .graphs.sizes import UnbackedSizeError, holds
+from .kernels import ops as ops  # what a plug-in registers a function with
 from .kernels.calls import AttentionCall, Mask, MaskKind
 from .kernels.decisions import Accepted, Code, Decision, Refused, Step
+from .kernels.library_kernels import dense_kernel, packed_kernel
 from .kernels.machines import Machine
 from .kernels.records import Backend, HeadDim, Numerics, Tolerance
 from .kernels.sources import Hub, Package
@@ -75,6 +77,7 @@ __all__ = [
     "attention_backend",
     "check",
     "decide",
+    "dense_kernel",
     "explain",
     "explain_file",
     "export",
@@ -87,6 +90,8 @@ __all__ = [
     "make_plan",
     "make_policy",
     "names",
+    "ops",
+    "packed_kernel",
     "records_of",
     "report_of",
     "reset_attention_backend",

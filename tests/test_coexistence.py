@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -107,6 +108,24 @@ def test_identity_changes_with_what_matters(monkeypatch):
     assert len({base, *changed.values()}) == len(changed) + 1, changed
 
 
+@pytest.mark.parametrize("file", ["passes/swap_kernels.py", "backends/native.py", "attnrewrite/planning/reasons.py"])
+def test_identity_changes_with_every_file_of_the_package(tmp_path, file):
+    """In a checkout too, where passes and backends stand behind links."""
+    for folder in ("attnrewrite", "passes", "backends"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from attnrewrite.entrances.identity import package_digest; print(package_digest())"
+
+    def digest():
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    before = digest()
+    assert before == digest()
+    with (tmp_path / file).open("a") as opened:
+        opened.write("# a change\n")
+    assert before != digest()
+
+
 def test_a_commit_of_the_hub_is_a_part_of_the_identity(monkeypatch):
     record = replace(
         attnrewrite.records_of(MATH)[0],
@@ -140,7 +159,7 @@ def scaled(query, key, value, prepared, *, call):
 """
 
 PROCESS = """
-import sys, json, torch, attnrewrite, mine
+import sys, json, torch, attnrewrite, attnrewrite.entrances.identity, mine
 from dataclasses import replace
 from torch._dynamo.utils import counters
 
@@ -177,7 +196,7 @@ found = {}
 found["pass ours"] = case(ours, "pass")
 found["pass context"] = case(ours, "pass", theirs)
 found["backend ours"] = case(ours, "backend")
-attnrewrite.__version__ = version
+attnrewrite.entrances.identity.__version__ = version
 found["pass version"] = case(ours, "pass")
 if save:
     with open(save, "wb") as artifacts:

@@ -116,6 +116,92 @@ def test_each_room_says_what_lives_there(folder):
     assert "mports" in text, "and what it may import"
 
 
+# -- what is private to PyTorch, and to others, stands in graphs/
+
+# Where else, and why.
+EXCEPTIONS = {
+    ("aot/packages.py", "torch._inductor"): "aoti_compile_and_package and aoti_load_package: documented under this name",
+    ("entrances/graph_pass.py", "torch._inductor.custom_graph_pass"): "CustomGraphPass: PyTorch's documented class for passes",
+    ("commands/interception.py", "sys._getframe"): "Python's own way to the caller's line",
+    ("commands/run.py", "atexit._run_exitfuncs"): "a process that ends by a signal runs them as Python would",
+    ("backends/flash_attention_2.py", "library.flash_attn_interface._flash_attn_backward"): "it has no public one",
+    ("backends/flash_attention_2.py", "library.flash_attn_interface._flash_attn_varlen_backward"): "the same",
+    ("backends/flash_attention_4.py", "library.interface._flash_attn_bwd"): "the same",
+}  # fmt: skip
+
+
+def is_private(name):
+    return name.startswith("_") and not name.startswith("__")
+
+
+def own_names(known):
+    """Private names that this package gives itself: reading one of them is nobody else's business."""
+    found = set()
+    for path in known.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                found.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                found.add(node.id)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                found |= {node.attr} if isinstance(node.value, ast.Name) and node.value.id == "self" else set()
+    return {name for name in found if is_private(name)}
+
+
+def dotted(node):
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([*([node.id] if isinstance(node, ast.Name) else ["..."]), *reversed(parts)])
+
+
+def private_uses(path, own):
+    """(line, name) of every private module that a file imports, and every private attribute of others that it reads. Operators
+    are public, whatever their names: they stand in programs that are saved."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level == 0:
+            if any(map(is_private, (node.module or "").split("."))):
+                yield node.lineno, node.module
+        elif isinstance(node, ast.Attribute) and is_private(node.attr) and node.attr not in own:
+            name = dotted(node)
+            if not name.startswith(("torch.ops.", "aten.")):
+                yield node.lineno, name
+
+
+def shown(path):
+    return path.relative_to(ROOT).as_posix().removeprefix("attnrewrite/")
+
+
+def test_private_pytorch_is_used_in_graphs():
+    own = own_names(MODULES)
+    found = [
+        (shown(path), line, name)
+        for module, path in MODULES.items()
+        if room(module) != "graphs"
+        for line, name in private_uses(path, own)
+    ]
+    unknown = [f"{path}:{line} uses {name}" for path, line, name in found if (path, name) not in EXCEPTIONS]
+    assert not unknown, "\n".join(unknown)
+    assert {(path, name) for path, _, name in found} == set(EXCEPTIONS), "an exception that is not needed any more"
+
+
+@pytest.mark.parametrize(
+    ("statement", "name"),
+    [
+        ("from torch._dynamo.guards import Guard", "torch._dynamo.guards"),
+        ("import torch\ntorch._C._log_api_usage_once('x')", "torch._C._log_api_usage_once"),
+        ("def f(program):\n    return program._update()", "program._update"),
+        ("import torch\ntorch.ops.aten._scaled_dot_product_flash_attention", None),
+        ("from __future__ import annotations\nclass A:\n    def f(self):\n        self._x = 1", None),
+    ],
+)
+def test_a_private_use_would_be_seen(tmp_path, statement, name):
+    known = package(tmp_path, planning__plans=statement)
+    found = {each for _, each in private_uses(known["attnrewrite.planning.plans"], own_names(known))}
+    assert (name in found) if name else not found
+
+
 # -- a test that cannot fail would be no test
 
 

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 import torch
-from parity import check, qkv
+from parity import attend, check, doubled, qkv, relative
 
 import attnrewrite
+from attnrewrite import dense_kernel
+from attnrewrite.kernels import sources
 from attnrewrite.planning import registry
 
 PYPROJECT = """
@@ -188,6 +190,62 @@ def test_a_record_passed_straight_in():
     with torch.no_grad():
         site = check(attnrewrite.with_backend(record, "native"), *qkv())
     assert site.chosen == "by_hand"
+
+
+def own_forward(library, query, key, value, causal, scale):
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return library.attend(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale).transpose(1, 2)
+
+
+OWN_KERNEL = dense_kernel("test_registry_own", own_forward)
+
+
+@pytest.fixture
+def installed_library(monkeypatch, tmp_path):
+    """A distribution that no record of attnrewrite needs."""
+    about = tmp_path / "own_attention-1.4.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: own-attention\nVersion: 1.4\n")
+    (tmp_path / "own_attention.py").write_text(
+        "def attend(q, k, v, scale): return (q @ k.mT * scale).softmax(-1) @ v\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    return attnrewrite.Package("own-attention", "own_attention")
+
+
+@pytest.mark.parametrize(("wanted", "code"), [(">=1.2", None), (">=2", attnrewrite.Code.VERSION)])
+def test_a_record_passed_in_with_a_package_of_its_own(installed_library, wanted, code):
+    """The version of its package is seen, and an op finds the module by its text in a process that has loaded nothing."""
+    record = attnrewrite.Backend(
+        "own", "tests", OWN_KERNEL, frozenset({"cpu"}), frozenset({"float32"}), source=installed_library,
+        requires={"own-attention": wanted}, layout="bshd",
+    )  # fmt: skip
+    backend = attnrewrite.with_backend(record, "native", inner="eager")
+    tensors = qkv()
+    with torch.no_grad():
+        output = torch.compile(attend, backend=backend, fullgraph=True)(*tensors)
+    assert relative(output, attend(*map(doubled, tensors))) < 1e-5
+    (site,) = backend.report.sites
+    if code is not None:
+        ((_, refused),) = site.refusals
+        assert (refused.code, refused.detail) == (code, "own needs own-attention>=2, found 1.4")
+        return
+    assert (site.chosen, site.source) == ("own", "own-attention 1.4")
+    sources._LIBRARIES.clear()
+    sources._TEXTS.clear()
+    assert sources.library("own-attention 1.4").__name__ == "own_attention"
+
+
+def test_an_op_of_a_plug_in_finds_its_package_before_anybody_asked_for_names(plug_in, installed_library):
+    """As in a process that runs a saved program: no plug-in is imported yet."""
+    sources._PACKAGES.pop("own-attention", None)
+    code = (
+        "from attnrewrite import Backend, Package\n"
+        "RECORDS = Backend('mine', 'tests', None, frozenset({'cpu'}), frozenset({'float32'}),\n"
+        "                  source=Package('own-attention', 'own_attention'))\n"
+    )
+    plug_in("mine", code)
+    assert sources.library("own-attention 1.4").__name__ == "own_attention"
 
 
 # -- names

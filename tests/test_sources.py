@@ -2,7 +2,6 @@
 
 import shutil
 import sys
-import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -257,28 +256,41 @@ def test_a_version_that_does_not_exist(hub):
     assert (refused.code, "Version 9 not found" in refused.detail) == (Code.MISSING, True)
 
 
-def test_a_download_that_breaks_off_leaves_nothing(hub):
-    """And falls to the next choice. A second try, once the network is back, works."""
+def test_a_download_that_breaks_off_falls_to_the_next_choice(hub):
+    """And a second try, once the network is back, completes it."""
     hub.broken.add("__init__.py")
     site = run(choices(RECORD, "xformers", trust_remote_code=True))
     assert site.chosen == "xformers"
     assert site.refusals[0][1].code is Code.MISSING
     assert "kernels-community/flash-attn3@v1 does not load" in site.refusals[0][1].detail
-    assert cached(hub) == []
     hub.broken.clear()
     torch.compiler.reset()
     assert run(choices(RECORD, "xformers", trust_remote_code=True)).chosen == "_flash_3_hub"
 
 
-def test_a_download_that_breaks_off_leaves_what_was_there(hub):
-    load(FLASH_3, trust=True)
-    before = cached(hub)
-    assert before
+def test_a_part_of_a_download_is_not_taken_for_the_whole_offline(hub):
     hub.broken.add("__init__.py")
-    path = hub.folder / FLASH_3.repository / f"build/{VARIANT}/__init__.py"
-    path.write_text(path.read_text() + "# another version")
-    refusal(replace(FLASH_3, version=2), trust=True)
-    assert cached(hub) == before
+    refusal(FLASH_3, trust=True)
+    hub.offline()
+    for source in (FLASH_3, replace(FLASH_3, revision=COMMITS[1])):
+        assert refusal(source, trust=True).code is Code.MISSING
+
+
+@pytest.mark.parametrize("repository", [FLASH_3.repository, "someone/else"])
+def test_a_load_that_fails_deletes_nothing(hub, monkeypatch, repository):
+    """The cache is every program's: another one, of this repository too, may be downloading at the same time."""
+    import kernels
+
+    folder = hub.cache / f"kernels--{repository.replace('/', '--')}" / "snapshots" / COMMITS[2]
+
+    def fails(*_, **__):
+        folder.mkdir(parents=True)
+        (folder / "kernel.so").write_text("what another program has just downloaded")
+        raise ConnectionError("connection reset")
+
+    monkeypatch.setattr(kernels, "get_kernel", fails)
+    assert "connection reset" in refusal(FLASH_3, trust=True).detail
+    assert (folder / "kernel.so").exists()
 
 
 def test_offline(hub):
@@ -333,38 +345,6 @@ def test_a_kernel_that_does_not_import(hub):
         refused = refusal(FLASH_3, trust=True)
         assert (refused.code, words in refused.detail) == (Code.BROKEN, True)
         shutil.rmtree(hub.cache)  # the download was whole, and stayed
-
-
-def test_a_download_that_breaks_off_beside_another(hub, monkeypatch):
-    """Two ranks of one job: what is new in the cache when one fails may be the other's."""
-    import kernels
-
-    started, done = threading.Event(), threading.Event()
-    whole = hub.cache / "kernels--publisher--name/snapshots/abc/kernel.so"
-
-    def fails(repository, **_):
-        started.set()
-        done.wait(0.5)  # for nothing, if the other waits for its turn
-        raise ConnectionError("connection reset")
-
-    def succeeds(repository, **_):
-        whole.parent.mkdir(parents=True)
-        whole.write_text("a kernel")
-        done.set()
-        return SimpleNamespace(__file__=str(whole))
-
-    def other():
-        started.wait(5)
-        monkeypatch.setattr(kernels, "get_kernel", succeeds)
-        Hub("publisher/name", 1).fetch(True)
-
-    monkeypatch.setattr(kernels, "get_kernel", fails)
-    thread = threading.Thread(target=other)
-    thread.start()
-    with pytest.raises(SourceError, match="connection reset"):
-        Hub("publisher/name", 1).fetch(True)
-    thread.join()
-    assert whole.exists()
 
 
 def test_no_build_for_this_machine(hub):
