@@ -466,7 +466,7 @@ def test_logging(caplog):
         torch.compile(Model(), backend=backend, fullgraph=True)(hidden(), hidden(11))
     own = [record for record in caplog.records if record.name == "attnrewrite"]
     (line,) = (record.getMessage() for record in own if record.levelno == logging.INFO)
-    assert "3 attention sites, 3 taken by a choice, 0 left as they were" in line
+    assert "3 attention sites: 3 swapped, 0 native, 0 left as they were" in line
     details = [record.getMessage() for record in own if record.levelno == logging.DEBUG]
     assert [line.split(": ")[1] for line in details] == ["blocks.0", "blocks.1", "cross"]
     assert all(": _native_flash; _native_cudnn refused: DEVICE: " in line for line in details)

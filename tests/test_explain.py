@@ -100,7 +100,7 @@ def test_compiled_module(called):
         model(hidden())
     report = explain(model, hidden(), backend="_native_math")
     assert (names(report), report.swapped) == (ATTENTIONS, 3)
-    assert backend.report.swapped == 3 * called
+    assert backend.report.native == 3 * called
 
 
 @pytest.mark.parametrize("called", [False, True])
@@ -437,7 +437,7 @@ def test_a_site(report):
 
 def test_text(report):
     text = str(report)
-    assert "3 attention sites in 1 graph, 3 taken by a choice, 0 left as they were" in text
+    assert "3 attention sites in 1 graph: 3 swapped, 0 native, 0 left as they were" in text
     (row,) = (line for line in text.splitlines() if line.startswith("blocks"))
     assert row.split("  ")[0] == "blocks.0-2.attn (3)"
     for part in ("(2, 4, 7, 8)", "4 x 7 x 8", "float32", "boolean (2, 1, 7, 7)", "_native_flash"):
@@ -448,7 +448,7 @@ def test_text(report):
 
 def test_text_of_what_stays():
     text = str(explain(attend, *qkv(), backend="_native_cudnn"))
-    assert "1 attention site in 1 graph, 0 taken by a choice, 1 left as they were" in text
+    assert "1 attention site in 1 graph: 0 swapped, 0 native, 1 left as they were" in text
     assert "(unchanged)" in text
 
 

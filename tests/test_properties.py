@@ -230,8 +230,8 @@ def test_the_table_loses_no_site(report):
     assert named <= names
     assert cut or named == names
     if report.graphs:
-        left = len(report.sites) - report.swapped
-        assert f"{report.swapped} taken by a choice, {left} left as they were" in text
+        assert report.swapped + report.native + report.left == len(report.sites)
+        assert f"{report.swapped} swapped, {report.native} native, {report.left} left as they were" in text
 
 
 def unfolded(cell):

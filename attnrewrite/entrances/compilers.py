@@ -217,10 +217,7 @@ def entry(
 
 def _log(graph: GraphReport) -> None:
     sites = graph.plan.sites
-    logger.info(
-        "graph %s: %d attention sites, %d taken by a choice, %d left as they were, %.3f s",
-        graph.name, len(sites), graph.plan.swapped, len(sites) - graph.plan.swapped, graph.seconds,
-    )  # fmt: skip
+    logger.info("graph %s: %d attention sites: %s; %.3f s", graph.name, len(sites), graph.plan.counts(), graph.seconds)
     for site in sites:
         reasons = "".join(f"; {name} refused: {refused}" for name, refused in site.refusals)
         logger.debug("graph %s: %s: %s%s", graph.name, site.name, site.chosen or "unchanged", reasons)

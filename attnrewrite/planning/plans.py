@@ -25,7 +25,21 @@ class Plan:
 
     @property
     def swapped(self) -> int:
-        return sum(site.chosen is not None for site in self.sites)
+        """How many attentions get another call than they have."""
+        return sum(site.swapped for site in self.sites)
+
+    @property
+    def native(self) -> int:
+        """How many a choice leaves to PyTorch as they are."""
+        return sum(site.chosen == "native" and not site.swapped for site in self.sites)
+
+    @property
+    def left(self) -> int:
+        """How many no choice may take."""
+        return sum(site.chosen is None for site in self.sites)
+
+    def counts(self) -> str:
+        return f"{self.swapped} swapped, {self.native} native, {self.left} left as they were"
 
     def described(self) -> Plan:
         return replace(self, sites=tuple(site.described() for site in self.sites))

@@ -44,6 +44,11 @@ class Site:
         return self.call.site
 
     @property
+    def swapped(self) -> bool:
+        """Whether another call stands in the graph. `native` changes what was spelled out, or lowered, and nothing else."""
+        return self.chosen is not None and (self.chosen != "native" or self.call.written_as == "operations")
+
+    @property
     def refusals(self) -> tuple[tuple[str, Refused], ...]:
         return tuple((name, decision) for name, decision in self.decisions if isinstance(decision, Refused))
 

@@ -129,7 +129,22 @@ class Report:
 
     @property
     def swapped(self) -> int:
-        return sum(graph.plan.swapped for graph in self.graphs)
+        """How many attentions got another call than they had."""
+        return self._together.swapped
+
+    @property
+    def native(self) -> int:
+        """How many a choice left to PyTorch as they were."""
+        return self._together.native
+
+    @property
+    def left(self) -> int:
+        """How many no choice might take."""
+        return self._together.left
+
+    @property
+    def _together(self) -> Plan:
+        return Plan(tuple(self.sites))
 
     @property
     def seconds(self) -> float:
@@ -167,8 +182,8 @@ class Report:
             return f"attnrewrite ({self.policy}): {NOTHING}"
         sites = self.sites
         lines = [
-            f"attnrewrite ({self.policy}): {count(len(sites), 'attention site')} in {count(len(self.graphs), 'graph')}, "
-            f"{self.swapped} taken by a choice, {len(sites) - self.swapped} left as they were; {self.seconds:.2f} s"
+            f"attnrewrite ({self.policy}): {count(len(sites), 'attention site')} in {count(len(self.graphs), 'graph')}: "
+            f"{self._together.counts()}; {self.seconds:.2f} s"
         ]
         machines = dict.fromkeys(str(graph.machine) for graph in self.graphs if graph.machine)
         lines += [f"on {machine}" for machine in machines]
