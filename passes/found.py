@@ -87,12 +87,12 @@ class Found:
     operands: Operands | None = None  # None: the call can only stay as it is
     chain: tuple[Node, ...] = ()  # what a swap may leave without a reader, so that it goes too
 
-    def then(self, step: type[Step], **more: Any) -> Step:
+    def then(self, step: type[Next], **more: Any) -> Next:
         """The same after another step, of which `more` is what the step has found out or changed."""
         return step(**{**vars(self), **more})
 
 
-Step = TypeVar("Step", bound=Found)
+Next = TypeVar("Next", bound=Found)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -69,11 +69,12 @@ def find_scores(
     """Walks from what `reader` reads as `node`, whose value has `dims`, back to a product; where it ends otherwise, why.
 
     seen: the nodes that were tried before; each is walked once."""
-    node = writes.current(node, reader)
+    read, node = node, writes.current(node, reader)
     value = value_of(node)
     seen = set() if seen is None else seen
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
-        return Missed("its scores are no floating tensor", node)
+        written = f"its scores are written into by {shown(node)}"
+        return Missed(written if node is not read else "its scores are no floating tensor", node)
     if node in seen:
         return Missed("its scores are computed twice from one tensor", node)
     if len(seen) > VISITS:
@@ -117,7 +118,7 @@ def _computed(node: Node) -> str:
     if node.op in ("placeholder", "get_attr"):
         return "its scores come from outside of the graph"
     if written_by(node):
-        return f"its scores are written into, or may be, by {shown(node)}"
+        return f"its scores may be written into by {shown(node)}"
     if spelled(node) in ("view", *TURNS):
         return f"its scores are viewed ({shown(node)}) in a way in which their axes cannot be followed"
     return f"its scores are computed by {shown(node)}"

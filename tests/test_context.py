@@ -5,6 +5,7 @@ import contextlib
 import contextvars
 import threading
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from parity import TOLERANCE, attend, doubled, qkv, relative
 from torch.utils.checkpoint import checkpoint
 
 import attnrewrite
-from attnrewrite import attention_backend, with_backend
-from attnrewrite.entrances import contexts as switching
+from attnrewrite import Code, attention_backend, make_policy, records_of, with_backend
+from attnrewrite.entrances import contexts
 
 MATH, FLASH = "_native_math", "_native_flash"
 
@@ -155,6 +156,46 @@ def test_as_a_decorator():
             yield 1
 
 
+def test_no_cast_is_not_the_same_as_no_word_about_it():
+    """A record that takes bfloat16 alone gets float32 tensors only if somebody lets them be cast."""
+    halves = replace(records_of(MATH)[0], name="halves", dtypes=frozenset({"bfloat16"}))
+    backend = with_backend(halves, "native", inner="eager", cast="bfloat16")
+    run = torch.compile(attend, backend=backend)
+    tensors = qkv()
+    with torch.no_grad():
+        run(*tensors)
+        with attention_backend(halves, "native"):
+            run(*tensors)
+        with attention_backend(halves, "native", cast=None):
+            run(*tensors)
+    assert [site.chosen for site in backend.report.sites] == ["halves", "halves", "native"]
+    assert backend.report.sites[2].refusals[0][1].code is Code.DTYPE
+
+
+@pytest.mark.parametrize("name", ["strict", "trust_remote_code", "checks"])
+@pytest.mark.parametrize("value", ["no", 0, "True"])
+def test_a_flag_is_a_bool(name, value):
+    """In every place that takes settings: where one comes from a configuration, "no" must not mean yes."""
+    said = rf"^{name} is {value!r} \({type(value).__name__}\): give True or False$"
+    doors = [
+        with_backend,
+        attention_backend,
+        attnrewrite.inductor_pass,
+        lambda *names, **more: make_policy(names, **more),
+    ]
+    doors.append(lambda *names, **more: attnrewrite.set_attention_backend(torch.nn.Linear(1, 1), *names, **more))
+    for door in doors:
+        with pytest.raises(TypeError, match=said):
+            door("native", **{name: value})
+
+
+def test_a_setting_that_there_is_not():
+    with pytest.raises(TypeError, match="there is no argument 'numeric'; did you mean 'numerics'"):
+        with_backend("native", numeric="exact")
+    with pytest.raises(TypeError, match="there is no argument 'colour'; there are strict, numerics, cast"):
+        attention_backend("native", colour="red")
+
+
 def test_settings_come_from_the_model_unless_given():
     given = qkv()
     coarse = {"numerics": "quantised", "cast": "bfloat16"}
@@ -182,7 +223,7 @@ def test_each_thread_has_its_own():
         with attention_backend(name) if name else contextlib.nullcontext():
             for _ in range(5):
                 together.wait(60)
-                seen.setdefault(name, set()).add(str(switching.active()))
+                seen.setdefault(name, set()).add(str(contexts.active()))
             run(*given)
 
     threads = [threading.Thread(target=work, args=(name,)) for name in (None, MATH, FLASH)]

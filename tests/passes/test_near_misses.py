@@ -1,0 +1,141 @@
+"""A softmax that looks like that of an attention and was not taken for one: what is missing, and where."""
+
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from parity import qkv
+
+import attnrewrite
+
+SCALE = 0.3
+TRIANGLE = torch.ones(9, 9, dtype=torch.bool).tril()
+
+
+class Attention(torch.nn.Module):
+    """Spelled out, with something between the products: `between(scores)`, or instead of them."""
+
+    def __init__(self, between=None, whole=None):
+        super().__init__()
+        self.between, self.whole = between, whole
+
+    def forward(self, query, key, value):
+        if self.whole is not None:
+            return self.whole(query, key, value)
+        return self.between(query @ key.mT * SCALE).softmax(-1) @ value
+
+
+class Model(torch.nn.Module):
+    def __init__(self, *attentions):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(attentions)
+
+    def forward(self, query, key, value):
+        return [block(query, key, value) for block in self.blocks]
+
+
+def explained(*attentions):
+    tensors = qkv(q_len=9, kv_len=9)
+    with torch.no_grad():
+        return attnrewrite.explain(Model(*attentions), *tensors, backend="_native_math")
+
+
+def written(scores):
+    scores = scores.clone()
+    scores[:, :, 1:, 1:] += 1.0
+    return scores
+
+
+def talking_heads(query, key, value):
+    """The heads of the weights are mixed before the values are read."""
+    weights = (query @ key.mT * SCALE).softmax(-1)
+    mixed = torch.einsum("bhij,hg->bgij", weights, torch.ones(4, 4))
+    return mixed @ value
+
+
+def returned_mask(query, key, value):
+    weights = (query @ key.mT * SCALE).softmax(-1)
+    return torch.cumsum(weights, -1) @ value
+
+
+MISSES = {
+    "written into": (Attention(written), "its scores are written into by setitem"),
+    "sorted": (Attention(lambda scores: scores.sort(-1).values), r"its scores are computed by getitem"),
+    "relu": (Attention(torch.relu), r"its scores are computed by relu"),
+    "rounded": (Attention(lambda scores: torch.div(scores, 2, rounding_mode="floor")), "its scores are rounded"),
+    "fill of the graph": (
+        Attention(lambda scores: scores.masked_fill(TRIANGLE, scores.max())),
+        "its scores are filled with what is no number of the graph",
+    ),
+    "two tensors": (
+        Attention(lambda scores: torch.where(TRIANGLE, scores, scores.mT)),
+        r"its scores are chosen between two tensors \(where\)",
+    ),
+    "heads are mixed": (Attention(whole=talking_heads), r"its weights are read by einsum|no dimension|several dimensions"),
+    "weights are computed on": (Attention(whole=returned_mask), "its weights are read by cumsum"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISSES)
+def test_what_is_missing(name):
+    attention, reason = MISSES[name]
+    report = explained(attention)
+    assert report.sites == []
+    (near,) = report.near_misses
+    assert near.site == "blocks.0"
+    assert re.search(reason, near.reason), near.reason
+    assert f"not taken for an attention: softmax at blocks.0: {near.reason}" in " ".join(str(report).split())
+
+
+def gate(query, key, value):
+    return F.softmax(query.mean(-1, keepdim=True), 1) * value[..., :9, :]
+
+
+def router(query, key, value):
+    """Experts, chosen by a linear layer."""
+    weights = F.linear(query, torch.ones(5, query.shape[-1])).softmax(-1)
+    return weights.topk(2, -1).values.sum() * value
+
+
+def classifier(query, key, value):
+    return (query.flatten(2) @ torch.ones(query.shape[2] * query.shape[3], 7)).softmax(-1)
+
+
+@pytest.mark.parametrize("function", [gate, router, classifier])
+def test_a_softmax_of_something_else_is_not_listed(function):
+    assert explained(Attention(whole=function)).near_misses == []
+
+
+def test_one_line_for_many_layers_and_nothing_is_lost_in_json():
+    report = explained(*(Attention(torch.relu) for _ in range(4)), Attention(lambda scores: scores))
+    assert [site.name for site in report.sites] == ["blocks.4"]
+    assert "softmax at blocks.0-3 (4): its scores are computed by relu" in " ".join(str(report).split())
+    again = attnrewrite.Report.from_json(report.to_json())
+    assert again.near_misses == report.near_misses
+    assert str(again) == str(report)
+
+
+def test_check_lists_them_too():
+    tensors = qkv(q_len=9, kv_len=9)
+    with torch.no_grad():
+        found = attnrewrite.check(
+            Model(Attention(torch.relu), Attention(lambda scores: scores)), *tensors, backend="native"
+        )
+    assert found.ok
+    assert "softmax at blocks.0: its scores are computed by relu" in " ".join(str(found).split())
+    assert '"reason": "its scores are computed by relu"' in found.to_json()
+
+
+def test_a_compiled_models_report_lists_them():
+    backend = attnrewrite.with_backend("native", inner="eager")
+    torch.compile(Model(Attention(torch.relu)), backend=backend)(*qkv(q_len=9, kv_len=9))
+    assert [str(each) for each in backend.report.near_misses] == [
+        "softmax at blocks.0: its scores are computed by relu"
+    ]
+
+
+def test_exported_programs_list_them():
+    program = torch.export.export(Model(Attention(torch.relu)), tuple(qkv(q_len=9, kv_len=9)))
+    report = attnrewrite.report_of(attnrewrite.rewrite(program, "native"))
+    assert [each.reason for each in report.near_misses] == ["its scores are computed by relu"]
