@@ -1,12 +1,12 @@
-"""The kernels: one file a family, which holds its `RECORDS`. A new file is found by being here. Imports `kernels`, `graphs` and
-what is below them."""
+"""The kernels: one file for each family, with its `RECORDS`. A new file in this folder needs no further registration. Imports
+`kernels`, `graphs` and the folders below them."""
 
 from importlib import import_module
 from pkgutil import iter_modules
 
 from ..kernels.records import Backend
 
-# The order of the families: that in which `names()` and `info` list them, and in which `tune` breaks ties. Others come behind.
+# The order of families in `names()`, in `info` and for ties in `tune`. Families that are not named here come last.
 ORDER = (
     "native", "native_varlen", "flex", "flash_attention_2", "flash_attention_3", "flash_attention_4", "sage", "xformers",
     "aiter", "npu", "xla",

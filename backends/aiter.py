@@ -1,5 +1,5 @@
-"""AITER's FlashAttention 2 for AMD GPUs, from the kernels hub. https://github.com/ROCm/aiter. No AMD GPU was at hand: run with
-a stand-in of the same signature."""
+"""AITER's FlashAttention 2 for AMD GPUs, from the kernels hub. https://github.com/ROCm/aiter. No AMD GPU was at hand: tested
+with a stand-in of the same signature."""
 
 from typing import Any
 

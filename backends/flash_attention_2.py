@@ -50,7 +50,7 @@ def varlen_backward(
     library: Any, grad: Tensor, output: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor,
     cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float | None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    # Keys behind the last sequence's end get no gradient from the kernel: theirs is zero.
+    # The kernel writes no gradient for keys behind the end of the last sequence: it is zero.
     grads = (torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value))
     library.flash_attn_interface._flash_attn_varlen_backward(
         grad, query, key, value, output, logsumexp, *grads, cu_q, cu_k, max_q, max_k, 0.0, _scale(query, scale),

@@ -1,7 +1,7 @@
 """FlashAttention 3, for Hopper. https://github.com/Dao-AILab/flash-attention (hopper/), tried with fa3-fwd 0.0.3 from PyPI.
 
-Forward only: the wheel has no backward, and no other build was tried. Causal is aligned lower-right. Key padding goes to
-`flash_attn_with_kvcache`, the function that takes the number of keys in use (`cache_seqlens`) beside batched tensors.
+Forward only: the wheel has no backward, and no other build was tried. Causal is aligned lower-right. Calls with key padding use
+`flash_attn_with_kvcache`, which takes batched tensors and the number of keys in use (`cache_seqlens`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..kernels.sources import Hub, Package
 
 FP8 = torch.float8_e4m3fn
 
-# -- the library's functions; some versions return the log-sum-exp besides
+# -- the library's functions; some versions return the log-sum-exp too
 
 
 def forward(
@@ -65,7 +65,7 @@ FLASH_3 = ops.register(
     fake,
     flops=ops.products,
 )
-# -- what lands in the graph
+# -- the code that is emitted into the graph
 
 
 def flash_3(
@@ -81,7 +81,7 @@ def flash_3(
 def flash_3_fp8(
     query: Tensor, key: Tensor, value: Tensor, used: Leading | None, *, call: AttentionCall, origin: ops.Origin
 ) -> Tensor:
-    """The casts are part of the graph, so that Inductor fuses them into what made the tensors."""
+    """The casts are part of the graph, so that Inductor fuses them into the operations that made the tensors."""
     (q8, q_scale), (k8, k_scale), (v8, v_scale) = (_to_fp8(tensor, call.kv_heads) for tensor in (query, key, value))
     output: Tensor = FLASH_3(
         q8, lead(k8, used), lead(v8, used), used and used.seqused_k, call.mask.is_causal, call.scale,
@@ -91,7 +91,7 @@ def flash_3_fp8(
 
 
 def _to_fp8(tensor: Tensor, kv_heads: Any) -> tuple[Tensor, Tensor]:
-    """e4m3 and its scale, float32 (batch, kv_heads): one for each head of keys and the queries that read it."""
+    """The tensor in e4m3, and its scales in float32 (batch, kv_heads): query heads of one key head share a scale."""
     grouped = tensor.unflatten(2, (kv_heads, -1)).float()
     scale = grouped.abs().amax(dim=(1, 3, 4)).clamp(min=1e-12) / torch.finfo(FP8).max
     return (grouped / scale[:, None, :, None, None]).to(FP8).flatten(2, 3), scale
@@ -121,7 +121,7 @@ FROM_SOURCE = Backend(
         'or, for Hopper and bfloat16, pip install "fa3-fwd>=0.0.3"'
     },
 )
-# The wheel on PyPI: Hopper and bfloat16 alone.
+# The wheel on PyPI has kernels for Hopper and bfloat16 only.
 FROM_PYPI = replace(
     FROM_SOURCE,
     capability=((9, 0), (9, 0)),

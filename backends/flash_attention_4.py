@@ -1,7 +1,7 @@
 """FlashAttention 4 (CuTe). https://github.com/Dao-AILab/flash-attention (flash_attn/cute), tried with flash-attn-4 4.0.0b36.
 
-It compiles a kernel for each kind of call at the first one: seconds. Causal is aligned lower-right. Its variable-length
-function takes batched tensors too, with the number of keys in use (`seqused_k`): key padding goes there.
+The library compiles a kernel at the first call of each kind, which takes seconds. Causal is aligned lower-right. Calls with key
+padding use the variable-length function, which also takes batched tensors and the number of keys in use (`seqused_k`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def backward(
     library: Any, grad: Tensor, output: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor,
     seqused_k: Tensor | None, causal: bool, scale: float | None, _: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    # Keys that are not in use get no gradient from the kernel: theirs is zero.
+    # The kernel writes no gradient for keys that are not in use: it is zero.
     new = torch.empty_like if seqused_k is None else torch.zeros_like
     grads = dq, dk, dv = torch.empty_like(query), new(key), new(value)
     library.interface._flash_attn_bwd(
@@ -78,7 +78,7 @@ def flash_4(
 
 
 def head_dim_on_blackwell(call: AttentionCall, machine: Machine) -> Refused | None:
-    """`_validate_head_dims` of flash_attn/cute/interface.py: on sm_100 and sm_110 up to 128."""
+    """On sm_100 and sm_110 the limit is 128 (`_validate_head_dims` of flash_attn/cute/interface.py)."""
     if machine.capability is None or machine.capability[0] not in (10, 11) or holds(call.head_dim <= 128):
         return None
     detail = f"flash_4 takes head_dim up to 128 on this GPU, this is {described(call.head_dim)}"
@@ -108,7 +108,7 @@ PACKAGE = Backend(
 FROM_HUB = replace(
     PACKAGE,
     name="flash_4_hub",
-    backward=False,  # its internals are not known
+    backward=False,  # the internal functions of the hub's build are not known
     tested="sm_90, as a package",
     source=Hub("kernels-community/flash-attn4", version=0),
     requires={"kernels": ">=0.17"},

@@ -1,6 +1,6 @@
 """flex_attention, emitted as the higher-order operator that Dynamo itself would trace, so that Inductor makes the kernel.
 
-Masks become a `mask_mod` with a block mask (which skips blocks that nobody sees), biases a `score_mod`. Limits as in
+Masks become a `mask_mod` with a block mask (which skips blocks that no query sees), biases a `score_mod`. Limits as in
 `torch/nn/attention/flex_attention.py` and `torch/_inductor/kernel/flex/`, read on torch 2.9, 2.11 and 2.13.
 """
 
@@ -22,25 +22,25 @@ from ..kernels.decisions import Code, Refused
 from ..kernels.machines import Machine, satisfies
 from ..kernels.records import Backend, HeadDim
 
-BLOCK = 128  # PyTorch's own default: the kernels' tiles must divide it
-WHOLE = 1 << 30  # the block size by which PyTorch says that there is no block mask
+BLOCK = 128  # PyTorch's default block size: the kernels' tiles must divide it
+WHOLE = 1 << 30  # PyTorch's block size where there is no block mask
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a mask becomes: block lists, two small graphs, and the tensor that one of them reads."""
+    """The arguments of the operator that a mask becomes."""
 
-    blocks: tuple[Any, ...]
+    blocks: tuple[Any, ...]  # `BlockMask.as_tuple()` without the mask_mod
     score_mod: GraphModule
     mask_mod: GraphModule
-    score_tensors: tuple[Tensor, ...] = ()
-    mask_tensors: tuple[Tensor, ...] = ()
+    score_tensors: tuple[Tensor, ...] = ()  # the bias that score_mod reads
+    mask_tensors: tuple[Tensor, ...] = ()  # the boolean mask that mask_mod reads
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call: AttentionCall) -> Tensor:
     options: dict[str, Any] = {
         "PRESCALE_QK": False,
-        "ROWS_GUARANTEED_SAFE": False,  # a row may have no key at all: it gives zeros, as SDPA does
+        "ROWS_GUARANTEED_SAFE": False,  # a row without any key gives zeros, as in SDPA
         "BLOCKS_ARE_CONTIGUOUS": False,
         "WRITE_DQ": True,
         "OUTPUT_LOGSUMEXP": call.needs_grad and call.device != "cpu",
@@ -51,28 +51,28 @@ def flex(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call:
     scale = float(int(call.head_dim)) ** -0.5 if call.scale is None else call.scale
     if call.device == "cpu":
         # Inductor's CPU template (2.13) fails on queries and keys that are views of another kernel's output, as that of
-        # a linear layer. A product makes them tensors of their own; with 2 and 1/2 it is exact, and so are the scores.
+        # a linear layer. A product makes new tensors; the factors 2 and 1/2 are exact and leave the scores unchanged.
         query, key = query * 2.0, key * 0.5
     output: Tensor = torch.ops.higher_order.flex_attention(
         query, key, value, prepared.score_mod, (*prepared.blocks, prepared.mask_mod), scale, options,
         prepared.score_tensors, prepared.mask_tensors,
     )[0]  # fmt: skip
     if call.device == "cpu" and not _of_data(output):
-        # Nor does that template take what reads its output into itself, and it fails where Inductor tries: it does not behind
-        # this.
+        # The template also fails where Inductor fuses a reader of its output into it; Inductor does not fuse behind
+        # as_strided.
         output = output.as_strided(output.shape, output.stride())
     return output
 
 
 def _of_data(tensor: Tensor) -> bool:
-    """Whether only the data decides a size of it."""
+    """Whether a size of the tensor depends on data."""
     from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
     return any(isinstance(size, torch.SymInt) and free_unbacked_symbols(size) for size in tensor.shape)
 
 
 def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
-    """Block lists and modifications for a mask; no host synchronisation, no shape that depends on data."""
+    """Block lists, score_mod and mask_mod for a mask; no host synchronisation, no shape that depends on data."""
     if mask is not None and mask.dtype == torch.bool:
         some, all_ = _blocks_of(mask, call)
         tensor, dims = _squeezed(mask, call)
@@ -89,12 +89,12 @@ def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
     return Prepared(blocks, _add_bias(dims), _everything(), score_tensors=(tensor,))
 
 
-# -- which blocks of 128 x 128 are seen by some row (some), and which by all of theirs (all_): (b, h, rows, columns)
+# -- blocks of 128 x 128 scores, bool (b, h, rows, columns): `some` of a block's scores are seen, or `all_` of them
 
 
 def _blocks_of(mask: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     rows, columns = _count(call.q_len), _count(call.kv_len)
-    whole_rows = is_one(mask.shape[2])  # the same for every query: read it once
+    whole_rows = is_one(mask.shape[2])  # a mask that is the same for every query is read once
     if is_one(mask.shape[3]):
         mask = mask.expand(*mask.shape[:3], call.kv_len)
     missing: Any = (0, columns * BLOCK - call.kv_len, 0, 0 if whole_rows else rows * BLOCK - call.q_len)
@@ -111,13 +111,14 @@ def _causal_blocks(key: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     row = torch.arange(rows, device=key.device)[:, None]
     column = torch.arange(columns, device=key.device)[None, :]
     some = column <= row
-    # Full below the diagonal; not where the last block is cut off by kv_len.
+    # Blocks below the diagonal are full, except a last block that kv_len cuts off.
     all_ = (column < row) & (column * BLOCK + BLOCK <= call.kv_len)
     return some[None, None], all_[None, None]
 
 
 def _lists(some: Tensor, all_: Tensor, call: AttentionCall) -> tuple[Any, ...]:
-    """For each row of blocks how many are needed and which, partly and fully seen apart; and the same for columns."""
+    """For each row of blocks the number and the indices of its partly seen blocks, and of its fully seen blocks; then the same
+    for each column of blocks."""
     partly = some & ~all_
     by_row = (*_ordered(partly), *_ordered(all_))
     by_column = (*_ordered(partly.transpose(-2, -1)), *_ordered(all_.transpose(-2, -1)))
@@ -125,17 +126,18 @@ def _lists(some: Tensor, all_: Tensor, call: AttentionCall) -> tuple[Any, ...]:
 
 
 def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of each row are wanted, and all blocks with the wanted ones first."""
+    """The number of wanted blocks in each row, and the indices of all blocks, the wanted ones first."""
     wanted = blocks.to(torch.int32, memory_format=torch.contiguous_format)
     order = torch.argsort(wanted, dim=-1, descending=True, stable=True)
     return _dense(wanted.sum(-1, dtype=torch.int32)), _dense(order.to(torch.int32))
 
 
 def _dense(tensor: Tensor) -> Tensor:
-    """The same tensor with the strides of a dense one written out.
+    """The same tensor with explicit dense strides.
 
-    Inductor gives a size of 1 any stride, but its Triton template steps from batch to batch by that of the heads, of which
-    a key padding has one: it then reads outside the lists (illegal memory access with several batches, torch 2.11).
+    Inductor gives a dimension of size 1 any stride, but its Triton template steps from batch to batch by the stride of the
+    heads, and the lists of a key padding have one head: the template then reads outside of the lists (illegal memory access
+    with several batches, torch 2.11).
     """
     strides: list[Any] = [1]
     for size in reversed(tensor.shape[1:]):
@@ -144,7 +146,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _tuple(call: AttentionCall, lists: Sequence[Tensor | None], block: int) -> tuple[Any, ...]:
-    """In the order that this version of PyTorch wants, without the mask_mod at its end."""
+    """The block mask as a tuple in the order of this version of PyTorch, without the mask_mod at its end."""
     names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
              "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")  # fmt: skip
     lengths: Any = (1, 1) if block == WHOLE else (call.q_len, call.kv_len)
@@ -161,7 +163,7 @@ def _count(length: Size) -> Size:
 
 
 def _squeezed(mask: Tensor, call: AttentionCall) -> tuple[Tensor, tuple[int, ...]]:
-    """The mask without the sizes of 1 that broadcast, and the positions of those that are left (at least one)."""
+    """The mask without the dimensions of size 1, which broadcast, and the positions of the other dimensions (at least one)."""
     if all(is_one(size) for size in mask.shape):
         mask = mask.expand(call.batch, 1, 1, 1)
     dims = tuple(dim for dim in range(4) if not is_one(mask.shape[dim])) or (0,)
@@ -169,8 +171,8 @@ def _squeezed(mask: Tensor, call: AttentionCall) -> tuple[Tensor, tuple[int, ...
         if dim not in dims:
             mask = mask.squeeze(dim)
     if call.device == "cpu":
-        # Inductor's CPU template (2.13) reads only tensors that lie in memory: it fails on a captured one that it
-        # would rather compute where it is read. as_strided makes it store the mask first.
+        # Inductor's CPU template (2.13) reads only captured tensors that are stored in memory, and fails where Inductor
+        # would compute one inside the template. as_strided makes Inductor store the mask first.
         mask = mask.contiguous()
         mask = mask.as_strided(mask.shape, mask.stride())
     return mask, dims
@@ -215,14 +217,15 @@ def _load(graph: Graph, dims: tuple[int, ...], b: Node, h: Node, q_idx: Node, kv
 
 
 def grouped_heads(call: AttentionCall, machine: Machine) -> Refused | None:
-    """Short queries go to flex decoding, which shares keys among a power of two of heads."""
+    """Short queries go to flex decoding, which needs a power of two of query heads for each key head."""
     if holds(call.heads == call.kv_heads):
         return None
     if any(holds(call.heads == call.kv_heads * 2**power) for power in range(1, 8)):
         return None
     return Refused(
         Code.GQA,
-        f"flex shares keys among a power of two of query heads, here {described(call.heads)} share {described(call.kv_heads)}",
+        "flex needs a power of two of query heads for each key head, "
+        f"the call has {described(call.heads)} query heads and {described(call.kv_heads)} key heads",
         "Repeat keys and values in the model, or choose another kernel",
     )
 
@@ -240,8 +243,8 @@ def static_lengths(call: AttentionCall, machine: Machine) -> Refused | None:
 
 
 def boolean_masks_from_2_13(call: AttentionCall, machine: Machine) -> Refused | None:
-    """Two sites that share the block lists of a boolean mask end the process on a CPU with several threads (abort inside
-    the kernel, seen on 2.9 and 2.11; 2.13 is right)."""
+    """On a CPU with several threads, two sites that share the block lists of a boolean mask end the process (abort inside the
+    kernel, seen on 2.9 and 2.11; 2.13 is right)."""
     version = machine.packages.get("torch", "0")
     if not call.mask.is_boolean or satisfies(version, ">=2.13"):
         return None
@@ -267,7 +270,7 @@ FLEX_CUDA = Backend(
     value_dim=True,
     backward=True,
     compiled=True,
-    # The options of the operator are a dict. An exported model that calls flex_attention itself cannot be saved either (2.13).
+    # The operator takes a dict of options. An exported model that calls flex_attention itself cannot be saved either (2.13).
     not_exported="torch.export.save cannot write the operator flex_attention",
     checks=(grouped_heads,),
     prepare=prepare,

@@ -1,9 +1,9 @@
 """PyTorch's own kernels, called as the aten operators that `F.scaled_dot_product_attention` chooses among.
 
-Limits are those of `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` and `sdp_utils_cpp.h`, checked on torch 2.9,
-2.11 and 2.13. The operators themselves check less than SDPA does before it calls them, so a record must: with a boolean
-mask `_scaled_dot_product_attention_math` and `_scaled_dot_product_cudnn_attention` add 1 and 0 to the scores, the CPU
-kernel reads strided rows as if they were dense, broadcasts no batch, and divides by zero at length 0.
+Limits are those of `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` and `sdp_utils_cpp.h`, checked on torch 2.9, 2.11 and
+2.13. The operators check less than SDPA does before it calls them, so a record must check the rest:
+`_scaled_dot_product_attention_math` and `_scaled_dot_product_cudnn_attention` add a boolean mask as 1 and 0 to the scores; the
+CPU kernel reads strided rows as if they were dense, does not broadcast the batch, and divides by zero at length 0.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ DENSE = frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.BOOLEAN, 
 
 
 def additive(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tensor | None:
-    """The mask as a bias: a boolean one becomes 0 where a key takes part and -inf where not."""
+    """The mask as a bias: a boolean mask becomes 0 where a key takes part and -inf elsewhere."""
     if mask is None or mask.dtype != torch.bool:
         return mask
     zero = torch.zeros((), dtype=getattr(torch, call.dtype), device=mask.device)
@@ -31,13 +31,14 @@ def additive(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tensor | 
 
 
 def aligned_bias(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tensor | None:
-    """A bias as the memory-efficient kernel reads it: all four sizes, rows that start at multiples of 16 elements."""
+    """A bias for the memory-efficient kernel: expanded to (batch, heads, q_len, kv_len), with rows that start at multiples of
+    16 elements."""
     bias = additive(mask, key, call)
     if bias is None:
         return None
     if is_one(bias.shape[-1]):
         bias = bias.expand(*bias.shape[:-1], call.kv_len)
-    if not holds_if_guarded(call.kv_len % 16 == 0):  # padding copies, so that the last stride is 1 too
+    if not holds_if_guarded(call.kv_len % 16 == 0):  # pad makes a copy, so that the last stride is 1 too
         missing: Any = (0, 16 - call.kv_len % 16)
         bias = torch.nn.functional.pad(bias, missing)[..., : call.kv_len]
     elif not always(bias.stride(-1) == 1) or not all(
@@ -48,7 +49,7 @@ def aligned_bias(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tenso
 
 
 def full_bias(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tensor | None:
-    """A bias whose last two sizes are q_len and kv_len: kernels broadcast batch and heads."""
+    """A bias expanded to q_len and kv_len in its last two sizes: kernels broadcast batch and heads."""
     bias = additive(mask, key, call)
     return None if bias is None else bias.expand(bias.shape[0], bias.shape[1], call.q_len, call.kv_len)
 
@@ -97,7 +98,7 @@ def cudnn(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, cal
 
 
 def flash_backward_on_consumer_gpus(call: AttentionCall, machine: Machine) -> Refused | None:
-    """sm_86, 89, 120 and 121 have too little shared memory for the backward of wide heads."""
+    """sm_86, 87, 89, 120 and 121 have too little shared memory for the backward of wide heads."""
     if not call.needs_grad or machine.capability not in {(8, 6), (8, 7), (8, 9), (12, 0), (12, 1)}:
         return None
     if holds(call.head_dim <= 192) or (call.dropout == 0 and holds(call.head_dim > 224)):
@@ -110,7 +111,7 @@ def flash_backward_on_consumer_gpus(call: AttentionCall, machine: Machine) -> Re
 
 
 def random_state_of_uint64(call: AttentionCall, machine: Machine) -> Refused | None:
-    """The operator also returns its random state, in uint64: a dtype that `torch.export.save` knows on 2.13, not on 2.11."""
+    """The operator also returns its random state in uint64, a dtype that `torch.export.save` knows on 2.13, not on 2.11."""
     if not call.exported or satisfies(torch.__version__, ">=2.13"):
         return None
     return Refused(
@@ -121,14 +122,14 @@ def random_state_of_uint64(call: AttentionCall, machine: Machine) -> Refused | N
 
 
 def rows_of_the_bias(call: AttentionCall, machine: Machine) -> Refused | None:
-    """`aligned_bias` will ask this of a mask; asked here, a data-dependent kv_len is refused."""
+    """Asks the question of `aligned_bias` during the decision, so that a kv_len that depends on data is refused."""
     if call.mask.is_tensor:
         holds_if_guarded(call.kv_len % 16 == 0)
     return None
 
 
 def float32_mask_of_float64(call: AttentionCall, machine: Machine) -> Refused | None:
-    """The CPU kernel reads such a mask as something else: relative error 0.8 from 16 keys on (2.13)."""
+    """The CPU kernel misreads a float32 mask of a float64 call: relative error 0.8 from 16 keys on (2.13)."""
     if call.dtype != "float64" or call.mask.dtype != "float32":
         return None
     return Refused(
@@ -139,7 +140,7 @@ def float32_mask_of_float64(call: AttentionCall, machine: Machine) -> Refused | 
 
 
 def causal_with_a_scale_of_zero_or_less(call: AttentionCall, machine: Machine) -> Refused | None:
-    """The CPU kernel multiplies the scale with the -inf of the scores that causal hides: NaN (2.13)."""
+    """The CPU kernel multiplies the -inf of scores hidden by causal by the scale, which gives NaN (2.13)."""
     if not call.mask.is_causal or call.scale is None or call.scale > 0:
         return None
     return Refused(
@@ -152,14 +153,14 @@ def cudnn_dropout(call: AttentionCall, machine: Machine) -> Refused | None:
         return None
     return Refused(
         Code.DROPOUT,
-        f"cuDNN drops in steps of 1/16, the call has p={call.dropout:g}",
+        f"cuDNN takes dropout in steps of 1/16, the call has p={call.dropout:g}",
         "Use a multiple of 0.0625, or choose another kernel",
     )
 
 
 def cudnn_head_dim(call: AttentionCall, machine: Machine) -> Refused | None:
-    """Up to 128. On Hopper and data-centre Blackwell up to 256, forward only, where PyTorch itself lets it through: as run
-    on torch 2.11 with cuDNN 9.19; its later sources ask for a cuDNN behind 9.22."""
+    """The limit is 128. On Hopper and data-centre Blackwell it is 256, forward only, where PyTorch allows it: torch 2.11 with
+    cuDNN 9.19 does (run there); later sources of PyTorch need a cuDNN newer than 9.22."""
     torch_version, cudnn_version = machine.packages.get("torch", "0"), machine.packages.get("cudnn", "0")
     wide = machine.capability is not None and (machine.capability == (9, 0) or machine.capability[0] == 10)
     wide = wide and (not satisfies(torch_version, ">=2.12") or satisfies(cudnn_version, ">9.22.0"))
@@ -188,7 +189,7 @@ NATIVE = Backend(
     name="native",
     family="PyTorch",
     op=None,
-    summary="F.scaled_dot_product_attention as it stands: PyTorch chooses",
+    summary="F.scaled_dot_product_attention unchanged: PyTorch chooses the kernel",
     devices=frozenset({"cpu", "cuda", "rocm", "meta", "mps", "xla", "tpu", "npu", "xpu", "hpu", "privateuseone"}),
     dtypes=ANY | {"complex64", "complex128", "float8_e4m3fn", "float8_e5m2"},
     masks=DENSE | {MaskKind.CAUSAL_LOWER_RIGHT},

@@ -19,8 +19,8 @@ from .native import FLASH_CUDA
 def varlen(query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall) -> Tensor:
     query, key, value = pack(query, key, value, packed)
     if call.needs_grad and packed.keys is not None:
-        # The backward leaves the gradients of keys behind the last sequence's end as they were in memory (2.11): where()
-        # makes zeros of them.
+        # For keys behind the end of the last sequence, the backward leaves their gradients uninitialised (2.11); the
+        # backward of where() sets these gradients to zero.
         read = (torch.arange(key.shape[0], device=key.device) < packed.cu_seqlens_k[-1])[:, None, None]
         zero = torch.zeros((), dtype=key.dtype, device=key.device)
         key, value = torch.where(read, key, zero), torch.where(read, value, zero)

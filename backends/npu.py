@@ -1,13 +1,13 @@
 """Ascend NPUs: `torch_npu.npu_fusion_attention`, the operator `npu::npu_fusion_attention` that torch-npu registers.
 
-https://github.com/Ascend/op-plugin, docs/context/torch_npu-npu_fusion_attention.md. No NPU was at hand: run with a stand-in of
-the same schema that computes what this document says:
+https://github.com/Ascend/op-plugin, docs/context/torch_npu-npu_fusion_attention.md. No NPU was at hand: tested with a stand-in
+of the same schema that computes the formula of this document:
 
     softmax(masked(scale * (pse + query key^T), atten_mask)) value
 
-So, unlike SDPA's, a bias is scaled with the scores, a mask is True where a key does *not* take part, and the scale is 1 if it
-is not given. Rows without any key are right with `inner_precise=2` and a mask; of a bias of -inf nothing is said, so it is cut
-off at a finite value, and rows of nothing else are set to zero.
+Differences from SDPA: the bias is scaled with the scores, the mask is True where a key does *not* take part, and the scale is 1
+by default. Rows without any key are right with `inner_precise=2` and a mask. The document says nothing about a bias of -inf:
+such a bias is clamped to a finite value, and rows of nothing but -inf are set to zero.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ COMPRESSED = 2048
 
 @dataclass(frozen=True)
 class Prepared:
-    mask: Tensor | None = None  # bool, True: masked out; (batch or 1, heads or 1, q_len, kv_len), or the compressed one
+    mask: Tensor | None = None  # bool, True: masked out; (batch or 1, heads or 1, q_len, kv_len), or compressed
     bias: Tensor | None = None  # finite; (batch or 1, heads, q_len, kv_len)
-    alive: Tensor | None = None  # of a bias, rows that have a key: (batch or 1, q_len or 1, heads or 1, 1)
+    alive: Tensor | None = None  # with a bias: bool, True: the row has a key; (batch or 1, q_len or 1, heads or 1, 1)
 
 
 def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
@@ -42,7 +42,7 @@ def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
     if mask is None:
         return Prepared()
     if call.mask.is_boolean:
-        # A batch of 1 with several heads is no shape that the operator documents.
+        # The operator documents no mask with a batch of 1 and several heads.
         batch = mask.shape[0] if is_one(mask.shape[1]) else call.batch
         return Prepared(mask=torch.logical_not(mask).expand(batch, -1, call.q_len, call.kv_len).contiguous())
     alive = (mask > float("-inf")).any(-1, keepdim=True).transpose(1, 2)
@@ -55,7 +55,7 @@ def fusion_attention(
 ) -> Tensor:
     scale = float(call.head_dim) ** -0.5 if call.scale is None else call.scale
     if prepared.bias is not None:
-        # The operator would scale the bias too. (Dividing the bias beforehand overflows in float16: -10000 / 0.09.)
+        # The operator would scale the bias too. (A bias divided by the scale overflows in float16: -10000 / 0.09.)
         query, scale = query * scale, 1.0
     output: Tensor = torch.ops.npu.npu_fusion_attention.default(
         query, key, value, call.heads, "BSND",

@@ -1,16 +1,16 @@
 """SageAttention: int8 scores. https://github.com/thu-ml/SageAttention, tried with 2.2.0 (built from source) and 1.0.6 (PyPI).
 
-Tensors are (batch, length, heads, dim), "NHD". Inference only. What its kernels do otherwise than a caller expects, and what is
-done about it here:
+Tensors are (batch, length, heads, dim), "NHD". Inference only. Unexpected behaviour of its kernels, and the remedies here:
 
-* The CUDA kernels of 2.x launch on the default stream, whatever the current one is (relative error 19 on a side stream and on
-  the replay of a CUDA graph, no error raised; torch 2.11, H200): `ordered` makes the two streams wait for each other, and
-  refuses under capture. Their ops carry `cudagraph_unsafe`, so that Inductor keeps them out of its CUDA graphs.
-* 1.x subtracts the mean from the caller's own key: it gets a copy. It reads keys behind the last whole block of 64 as zeros
-  that take part (relative error 0.28 at kv_len 77): refused.
-* `sageattn_varlen` cannot be captured in a CUDA graph, and a try leaves the process's random state unusable: refused there.
+* The CUDA kernels of 2.x launch on the default stream, also where another stream is current (relative error 19 on a side stream
+  and on the replay of a CUDA graph, no error raised; torch 2.11, H200): `ordered` makes the two streams wait for each other,
+  and raises under capture. The ops of these kernels carry `cudagraph_unsafe`: Inductor keeps them out of its CUDA graphs.
+* 1.x subtracts the mean from the caller's key in place: the op passes a copy. 1.x counts the missing keys of its last block of
+  64 as zeros that take part (relative error 0.28 at kv_len 77): such lengths are refused.
+* `sageattn_varlen` cannot be captured in a CUDA graph, and an attempt leaves the process's random state unusable: the op raises
+  under capture.
 
-Where the compiler says that it records a CUDA graph, `capturable=False` refuses them with the reason before that.
+Where the inner compiler is known to record a CUDA graph, `capturable=False` refuses these kernels already in the decision.
 """
 
 from __future__ import annotations
@@ -35,21 +35,22 @@ from ..kernels.sources import Hub, Package
 
 # -- the library's functions
 
-DEFAULT_STREAM = 0  # CUDA's handle of it
+DEFAULT_STREAM = 0  # CUDA's handle of the default stream
 
 
 def ordered(query: Tensor, run: Callable[[], Tensor]) -> Tensor:
-    """Runs kernels that launch on the default stream, in the order of the current one."""
+    """Calls `run`, whose kernels launch on the default stream, in order with the current stream. Raises `RuntimeError` under
+    capture."""
     current = torch.cuda.current_stream(query.device) if query.is_cuda else None  # None: a stand-in
     if current is None or current.cuda_stream == DEFAULT_STREAM:
         return run()
-    not_while_capturing()  # which is never on the default stream
+    not_while_capturing()  # a capture is never on the default stream
     default = torch.cuda.default_stream(query.device)
     default.wait_stream(current)
     with torch.cuda.stream(default):
         output = run()
     current.wait_stream(default)
-    output.record_stream(current)  # it was allocated on the default stream
+    output.record_stream(current)  # the output was allocated on the default stream
     return output
 
 
@@ -92,7 +93,7 @@ def varlen_1(library: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 
 
 def blackwell(library: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> Tensor:
-    """(batch, heads, length, dim); it writes into its key."""
+    """Tensors are (batch, heads, length, dim). The library writes into its key, so it gets a copy."""
     dense_copy = key.clone(memory_format=torch.contiguous_format)
     output: Tensor = library.sageattn3_blackwell(query.contiguous(), dense_copy, value.contiguous(), is_causal=causal)
     return output.contiguous()
@@ -115,7 +116,7 @@ BLACKWELL_OP = ops.register(
     tags=UNSAFE,
 )
 
-# -- what lands in the graph
+# -- the code that is emitted into the graph
 
 
 def calls_blackwell(
@@ -125,11 +126,11 @@ def calls_blackwell(
     return output
 
 
-# -- limits that no field says
+# -- limits that no field of a record expresses
 
 
 def as_many_queries_as_keys(call: AttentionCall, machine: Machine) -> Refused | None:
-    """Causal is defined for q_len == kv_len alone (docstring of `sageattn`)."""
+    """Causal is defined only for q_len == kv_len (docstring of `sageattn`)."""
     if not call.mask.is_causal or holds(call.q_len == call.kv_len):
         return None
     return Refused(
@@ -152,9 +153,9 @@ def whole_blocks_of_keys(call: AttentionCall, machine: Machine) -> Refused | Non
 
 
 def a_block_of_keys(call: AttentionCall, machine: Machine) -> Refused | None:
-    """Of its blocks of 64 values, the kernel leaves what lies behind the last key as it finds it in shared memory
-    (csrc/qattn/attn_utils.cuh of 2.2.0 loads with kNoFill). Behind the first block that is an earlier one; without one it may
-    be NaN, and 0 * NaN is NaN (seen on an H100 with 2 keys, now and then)."""
+    """The kernel loads values in blocks of 64 and does not write shared memory behind the last key (csrc/qattn/attn_utils.cuh
+    of 2.2.0 loads with kNoFill). This memory holds values of an earlier block; in the first block it may hold NaN, and 0 * NaN
+    is NaN (seen on an H100 with 2 keys, now and then)."""
     if holds(call.kv_len >= 64):
         return None
     return Refused(
@@ -165,7 +166,7 @@ def a_block_of_keys(call: AttentionCall, machine: Machine) -> Refused | None:
 
 
 def a_block_of_keys_on_sm_80(call: AttentionCall, machine: Machine) -> Refused | None:
-    """There `sageattn` chooses that kernel."""
+    """On sm_80 `sageattn` chooses the CUDA kernel with float16 values."""
     return a_block_of_keys(call, machine) if machine.capability == (8, 0) else None
 
 
@@ -179,7 +180,7 @@ def its_own_scale(call: AttentionCall, machine: Machine) -> Refused | None:
     )
 
 
-# The package imports only those of its extensions that load, and says so in these flags of its module `core`.
+# The package imports only the extensions that load. These flags of its module `core` show which: one per compute capability.
 FLAGS = {
     (8, 0): "SM80_ENABLED",
     (8, 9): "SM89_ENABLED",
@@ -190,7 +191,10 @@ FLAGS = {
 
 
 def built_with(flag: str | None = None) -> LibraryCheck:
-    """`flag`: the one that a kernel needs; None: the one of the variant that `sageattn` chooses for the GPU."""
+    """Makes a check that the installed build has the kernel.
+
+    flag: the flag that the kernel needs; None: the flag of the variant that `sageattn` chooses for the GPU.
+    """
 
     def check(library: ModuleType, machine: Machine) -> Refused | None:
         needed = flag or (FLAGS.get(machine.capability) if machine.capability else None)
@@ -198,7 +202,7 @@ def built_with(flag: str | None = None) -> LibraryCheck:
             return None
         return Refused(
             Code.BROKEN,
-            f"this build of SageAttention has no kernel for it: its core.{needed} is False",
+            f"this build of SageAttention lacks the kernel: its core.{needed} is False",
             "Build it for this GPU (TORCH_CUDA_ARCH_LIST), or choose another kernel",
         )
 
@@ -280,7 +284,7 @@ BLACKWELL = replace(
 
 
 def _pypi_1(record: Backend, op: Kernel) -> Backend:
-    """The same on SageAttention 1.x: one kernel, whatever the name."""
+    """The same record for SageAttention 1.x, which has one kernel for all of these names."""
     return replace(
         record,
         op=op,

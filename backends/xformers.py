@@ -1,7 +1,7 @@
 """xformers. https://github.com/facebookresearch/xformers, `memory_efficient_attention`, tried with 0.0.35.
 
-Tensors are (batch, length, heads, dim). It chooses among its own kernels by the call: FlashAttention where there is no bias,
-CUTLASS for biases, float32 and wide heads.
+Tensors are (batch, length, heads, dim). xformers chooses among its own kernels by the call: FlashAttention where there is no
+bias, CUTLASS for biases, float32 and wide heads.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def forward(
     bias = library.LowerTriangularMask() if causal else bias
     if logsumexp:
         output, found = library.memory_efficient_attention_forward_requires_grad(*given, bias, scale=scale)
-        return output.contiguous(), found[..., : query.shape[1]].contiguous()  # CUTLASS fills up to multiples of 32
+        return output.contiguous(), found[..., : query.shape[1]].contiguous()  # CUTLASS pads to multiples of 32
     output = library.memory_efficient_attention_forward(*given, bias, scale=scale)
     return output.reshape(*query.shape[:-1], -1).contiguous(), query.new_empty(0, dtype=torch.float32)
 
 
 def _grouped(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries that share keys, as (batch, length, key heads, queries a key head, dim)."""
+    """Query, key and value; with grouped heads as (batch, length, kv_heads, query heads per key head, dim)."""
     heads, kv_heads = query.shape[2], key.shape[2]
     if heads == kv_heads:
         return query, key, value
@@ -86,19 +86,19 @@ def xformers(
 
 
 def grouped_heads(call: AttentionCall, machine: Machine) -> Refused | None:
-    """Forward only (docstring of `memory_efficient_attention`), and not tried with a bias."""
+    """Grouped heads are forward only (docstring of `memory_efficient_attention`), and were not tried with a bias."""
     if not (call.needs_grad or call.mask.is_tensor) or holds(call.heads == call.kv_heads):
         return None
     what = "a gradient" if call.needs_grad else "a mask"
     return Refused(
         Code.GQA,
-        f"xformers shares key heads among query heads without {what}, the call has one",
+        f"xformers takes fewer key heads than query heads only without {what}, the call has one",
         "Choose another kernel",
     )
 
 
 def not_deterministic_backward(call: AttentionCall, machine: Machine) -> Refused | None:
-    """xformers says so of its FlashAttention backwards (IS_DETERMINISTIC in fmha/flash.py) and raises."""
+    """xformers marks its FlashAttention backwards as not deterministic (IS_DETERMINISTIC in fmha/flash.py) and raises."""
     if not (call.deterministic and call.needs_grad):
         return None
     return Refused(

@@ -1,14 +1,14 @@
 """TPUs: `torch_xla.experimental.custom_kernel.flash_attention`, JAX's Pallas kernel. Tried with torch_xla 2.9.0 and jax 0.7.1.
 
-No TPU was at hand: the kernel was run in Pallas' interpret mode, and this record with a stand-in that does what it did there
-(docs/xla-and-npu.md). Tensors are (batch, heads, length, dim). What it does otherwise than SDPA, and what is done about it:
+No TPU was at hand: the kernel ran in Pallas' interpret mode, and this record with a stand-in that computes what the kernel did
+there (docs/xla-and-npu.md). Tensors are (batch, heads, length, dim). Differences from SDPA, and the remedies here:
 
-* It scales its bias with the scores, softmax(sm_scale * (q k^T + ab)): where there is a bias the scale goes into the query.
-  (Divided by the scale beforehand, a bias overflows, and its sign turns with that of the scale.)
-* -inf in the bias gives NaN: the bias is cut off at a finite value.
-* A row whose keys are all masked gives the mean of the values: it is set to zero, as in SDPA.
-* With more than 512 keys that are no multiple of 512 it counts the missing ones as zeros that take part, silently; with segment
-  ids it wants multiples of 128: keys are padded, and segment ids hide the padding.
+* The kernel scales its bias with the scores, softmax(sm_scale * (q k^T + ab)): with a bias, the query is scaled instead. (A
+  bias divided by the scale overflows, and a negative scale turns its sign.)
+* -inf in the bias gives NaN: the bias is clamped to a finite value.
+* A row whose keys are all masked gives the mean of the values: the row is set to zero, as in SDPA.
+* With more than 512 keys and no multiple of 512, the kernel silently counts the missing keys as zeros that take part; with
+  segment ids it needs multiples of 128: keys are padded, and segment ids hide the padding.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from ..kernels.records import Backend
 from ..kernels.sources import Package
 from .native import additive
 
-BLOCK, SMALL = 512, 128  # keys are read in blocks of 512; fewer in multiples of 128 where there are segment ids
-FAR = -1e30  # exp() of it is 0
+BLOCK, SMALL = 512, 128  # the kernel reads blocks of 512 keys; fewer keys with segment ids in multiples of 128
+FAR = -1e30  # exp(FAR) is 0
 
 
 def forward(
@@ -61,13 +61,13 @@ XLA_OP = ops.register(
 
 @dataclass(frozen=True)
 class Prepared:
-    """`missing`: how many keys the padding adds. Segment ids are int32: a query reads the keys of its own id."""
+    """The kernel's arguments for a mask. A query reads the keys with its own segment id."""
 
-    missing: Any = 0
-    q_ids: Tensor | None = None  # (batch, q_len), all 0
-    kv_ids: Tensor | None = None  # (batch, kv_len + missing), 0 for keys that take part, 1 for the others
+    missing: Any = 0  # how many keys the padding adds
+    q_ids: Tensor | None = None  # segment ids: int32 (batch, q_len), all 0
+    kv_ids: Tensor | None = None  # segment ids: int32 (batch, kv_len + missing), 0 for keys that take part, else 1
     bias: Tensor | None = None  # float32, finite; (batch, heads, q_len, kv_len + missing)
-    alive: Tensor | None = None  # rows that have a key: (batch or 1, heads or 1, q_len or 1, 1)
+    alive: Tensor | None = None  # bool, True: the row has a key; (batch or 1, heads or 1, q_len or 1, 1)
 
 
 def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
@@ -91,7 +91,7 @@ def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
 
 
 def missing_keys(call: AttentionCall) -> int:
-    """How many keys there are too few for whole blocks. Without a mask a short sequence is one block of any size."""
+    """How many keys are missing to fill whole blocks. Without a mask tensor, a short sequence is one block of any size."""
     short = not holds(call.kv_len > BLOCK)
     block = SMALL if short else BLOCK
     if (short and not call.mask.is_tensor) or holds(call.kv_len % block == 0):

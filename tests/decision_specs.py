@@ -314,7 +314,7 @@ SPECS = {
             "dim 7": (Code.HEAD_DIM, "head_dim from 16", "this is 7"),
             "dim 8": (Code.HEAD_DIM, "head_dim from 16", "this is 8"),
             "dim 15": (Code.HEAD_DIM, "head_dim from 16", "this is 15"),
-            "3 heads a key head": (Code.GQA, "power of two", "12 share 4"),
+            "3 heads a key head": (Code.GQA, "power of two", "12 query heads and 4 key heads"),
         },
         questions=3,  # head_dim >= 16, value_dim >= 16, heads == kv_heads
         not_unbacked=(*DIMS, *HEADS, *LENGTHS),

@@ -157,9 +157,9 @@ def test_another_version_than_a_program_was_made_with(stand_ins):
         library("flash-attn 2.7.0")
     refused = caught.value.refused
     assert (refused.code, refused.detail) == (
-        Code.VERSION, "this program was made with flash-attn 2.7.0, here is flash-attn 2.8.3",
+        Code.VERSION, "this program was made with flash-attn 2.7.0, this machine has flash-attn 2.8.3",
     )  # fmt: skip
-    with pytest.raises(SourceError, match="no kernel here comes from flash-attention-9"):
+    with pytest.raises(SourceError, match="no registered kernel comes from flash-attention-9"):
         library("flash-attention-9 1.0")
 
 
@@ -368,7 +368,7 @@ def test_a_saved_program_gets_the_revision_it_was_made_with(hub, monkeypatch, tm
     refused = caught.value.refused
     assert refused.code is Code.VERSION
     assert refused.detail == (
-        f"this program was made with {text}, here is kernels-community/flash-attn3@local:flash_attn3_local"
+        f"this program was made with {text}, this machine has kernels-community/flash-attn3@local:flash_attn3_local"
     )
 
 

@@ -1,2 +1,2 @@
-"""PyTorch's graphs, sizes and compilers: read, written, traced. Nothing here knows of attention, but for the names of
-PyTorch's own attention operators. Private PyTorch is used here, one function each. Imports `files` and `version`."""
+"""Reads, writes and traces PyTorch's graphs, sizes and compilers. Knows nothing of attention but the names of PyTorch's own
+attention operators. Uses private PyTorch, with one function for each use. Imports `files` and `version`."""

@@ -1,8 +1,8 @@
-"""Which axes of an attention the dimensions of a tensor run over, through views, permutations, expansions and products.
+"""Follows the axes of an attention through the views, permutations, expansions and products of a graph.
 
-An `Atom` is one axis that is never mixed with another: the batch, the heads, the queries, the keys. `Dims` say for each
-dimension of a tensor which atoms it runs over, outermost first: heads folded into the batch are one dimension of two atoms,
-and a dimension of size 1 has none. Atoms are told apart by identity, never by size, so that equal ones are not mixed up.
+An `Atom` is one indivisible axis: the batch, the heads, the queries or the keys. `Dims` list the atoms of each dimension of a
+tensor, outermost first: heads folded into the batch are one dimension with two atoms, and a dimension of size 1 has no atom.
+Atoms are compared by identity, never by size, so that axes of equal size stay apart.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ import torch
 
 from .sizes import Size, always, is_one
 
-# (method, arguments) pairs that are applied to a tensor one after the other: ("transpose", (-2, -1)).
+# Tensor methods with their arguments, applied in order: ("transpose", (-2, -1)).
 Views = tuple[tuple[str, tuple[Any, ...]], ...]
 
 
 class Atom:
-    """One axis. It has a size and its identity."""
+    """One axis, with its size; compared by identity."""
 
     def __init__(self, size: Size) -> None:
         self.size = size
@@ -31,7 +31,7 @@ Dims = tuple[Axis, ...]
 
 
 class Axes:
-    """The atoms of one attention. A view may show that what was taken for one atom is two: then all `Dims` are finer."""
+    """The atoms of one attention. A view may split an atom in two: then the atom stands for these two in all `Dims`."""
 
     def __init__(self) -> None:
         self._parts: dict[Atom, Axis] = {}
@@ -40,7 +40,7 @@ class Axes:
         return tuple((Atom(size),) for size in shape)
 
     def atoms(self, axis: Iterable[Atom]) -> Axis:
-        """The finest atoms of an axis that are larger than 1."""
+        """The finest atoms of an axis, without those of size 1."""
         found: list[Atom] = []
         for atom in axis:
             if atom in self._parts:
@@ -53,8 +53,8 @@ class Axes:
         return tuple(self.atoms(axis) for axis in dims)
 
     def reshaped(self, dims: Dims, shape: Sequence[Size]) -> Dims | None:
-        """The dims after a view to `shape`, or before one from `shape`: the elements keep their order. None where a
-        dimension would hold a part of an atom that no size tells."""
+        """The dims after a view to `shape`, or before a view from `shape`: both keep the order of elements. None where the
+        sizes do not show how a dimension splits an atom."""
         waiting = list(reversed([atom for axis in dims for atom in self.atoms(axis)]))
         result: list[Axis] = []
         for size in shape:
@@ -82,7 +82,7 @@ class Axes:
         return None if waiting else tuple(result)
 
     def broadcast(self, dims: Dims, shape: Sequence[Size], wide: Sequence[Size]) -> Dims | None:
-        """The dims of a tensor of `shape` that broadcasts to `wide`, which has `dims`."""
+        """The dims of a tensor of `shape` that broadcasts to the shape `wide` with `dims`; None where it does not."""
         missing = len(wide) - len(shape)
         if missing < 0:
             return None
@@ -97,8 +97,9 @@ class Axes:
         return tuple(result)
 
     def views(self, source: Dims, target: Dims) -> Views | None:
-        """What turns a tensor of one dims into the other. A dimension of which the tensor lacks all atoms gets size 1;
-        one of which it lacks some is expanded over them. None where the tensor has an atom that the target lacks."""
+        """The views that turn a tensor with dims `source` into one with dims `target`. A target dimension gets size 1 where
+        the tensor has none of its atoms, and is expanded over the missing atoms where the tensor has some of them. None
+        where the tensor has an atom twice, or one that the target lacks."""
         have, want = self.resolved(source), self.resolved(target)
         if have == want:
             return ()
@@ -115,7 +116,7 @@ class Axes:
             if len(runs[dim]) > 1:
                 steps.append(("unflatten", (dim, tuple(_size(run) for run in runs[dim]))))
         flat = [run for axis in runs for run in axis]
-        # 2. Put them into the target's order.
+        # 2. Bring the runs into the target's order.
         starts = {run[0]: run for run in flat}
         order = [starts[atom] for axis in want for atom in axis if atom in starts]
         moves = [flat.index(run) for run in order]
@@ -124,7 +125,7 @@ class Axes:
             steps.append(("transpose", (moved[0] - len(moves), moved[1] - len(moves))))
         elif moved:
             steps.append(("permute", (tuple(moves),)))
-        # 3. Put together, or fill in, what is one dimension there.
+        # 3. Merge the runs that form one target dimension, and expand over missing atoms.
         return tuple(steps) + self._joined(order, want)
 
     def _joined(self, order: list[Axis], want: Dims) -> Views:
@@ -143,7 +144,7 @@ class Axes:
                         steps.append(("unsqueeze", (dim + position,)))
                 if any(piece[0] not in held for piece in pieces):
                     sizes = tuple(_size(piece) for piece in pieces)
-                    # Of the dimensions before and after, -1 keeps the size.
+                    # -1 keeps the sizes of the dimensions before and after.
                     after = len(waiting)
                     steps.append(("expand", ((-1,) * dim + sizes + (-1,) * after,)))
                 steps.append(("flatten", (dim, dim + len(pieces) - 1)))
@@ -151,14 +152,14 @@ class Axes:
 
     @staticmethod
     def _pieces(axis: Axis, runs: list[Axis]) -> list[Axis]:
-        """The runs, and between them, one by one, the atoms of the axis that are in none."""
+        """Splits an axis into the given runs and single atoms for the rest of it, in the axis's order."""
         first = {run[0]: run for run in runs}
         inside = {atom for run in runs for atom in run[1:]}
         return [first.get(atom, (atom,)) for atom in axis if atom not in inside]
 
     @staticmethod
     def _runs(axis: Axis, want: Dims) -> list[Axis]:
-        """An axis in pieces whose atoms follow one another in one dimension of the target too."""
+        """Splits an axis into runs: atoms that follow one another in one dimension of the target too."""
         following = {(one, two) for each in want for one, two in itertools.pairwise(each)}
         runs: list[Axis] = []
         for atom in axis:
@@ -170,7 +171,7 @@ class Axes:
 
 
 def applied(tensor: torch.Tensor, views: Views) -> torch.Tensor:
-    """The tensor after the views."""
+    """Applies the views to the tensor, in order."""
     for name, arguments in views:
         tensor = getattr(tensor, name)(*arguments)
     return tensor

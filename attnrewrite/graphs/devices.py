@@ -1,13 +1,13 @@
-"""What is asked of a GPU besides running kernels."""
+"""Requests to a GPU besides running kernels."""
 
 from __future__ import annotations
 
 import torch
 
-_HERTZ = 2.0e9  # more than GPUs clock: a pause is rather too long
+_HERTZ = 2.0e9  # above the clock rate of GPUs, so that a pause is too long rather than too short
 
 
 def pause_gpu(seconds: float) -> None:
-    """Queues a kernel on the current stream that does nothing for at least so long. What is queued behind it waits, so that
-    launching it is no part of its time."""
+    """Queues a kernel on the current stream that idles for at least `seconds`. Work queued behind it waits, so that the time
+    to launch that work is not measured."""
     torch.cuda._sleep(int(seconds * _HERTZ))

@@ -1,10 +1,10 @@
-"""Writes plain PyTorch code into a graph by running it on the graph's own fake tensors.
+"""Writes plain PyTorch code into a graph by running the code on the graph's own fake tensors.
 
-A kernel's `op` is an ordinary function of tensors. `Emitter` runs it under a `TorchFunctionMode`: every torch call that
-it makes becomes one node, with the fake result as the node's value. So shapes, strides and dtypes of what is emitted are
-PyTorch's own, and a record needs no graph code.
+A kernel's `op` is an ordinary function of tensors. `Emitter` runs it under a `TorchFunctionMode`: each torch call becomes one
+node, with the fake result as the node's value. So PyTorch itself gives the shapes, strides and dtypes of emitted nodes, and
+a record needs no graph code.
 
-An exported program may hold operators only: there, a call that is none becomes the aten operators that it makes.
+An exported program may hold only operators: there, any other call becomes the aten operators into which it decomposes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .trees import leaves
 
 
 class Emitter(TorchFunctionMode):
-    """Emits into one graph. `tensor(node)` gives the fake tensor that stands for a node, `node(tensor)` the way back."""
+    """Emits nodes into one graph. `tensor(node)` gives the fake tensor of a node, `node(tensor)` the node of a fake tensor."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class Emitter(TorchFunctionMode):
         self.graph = graph_module.graph
         self.key = value_key(graph_module)
         self._nodes: dict[int, Node] = {}
-        self._kept: list[torch.Tensor] = []  # alive, so that no id is given twice
+        self._kept: list[torch.Tensor] = []  # keeps the tensors alive, so that Python gives no id twice
         self._meta: dict[str, Any] = {}
         self._modules: dict[int, str] = {}
         self._symbols: dict[str, Node] = {}
@@ -52,7 +52,10 @@ class Emitter(TorchFunctionMode):
 
     @contextmanager
     def before(self, node: Node, needs_grad: bool, value: torch.Tensor) -> Iterator[None]:
-        """What runs inside is emitted before `node`, as part of the same module and source line. `value`: one of its."""
+        """Emits the code inside before `node`, as part of the same module and source line.
+
+        needs_grad: whether autograd is on inside. value: a fake tensor of `node`, which gives the fake mode.
+        """
         self._meta = {key: node.meta[key] for key in INHERITED_META if key in node.meta}
         self._symbols = {}
         fake_mode = value.fake_mode  # type: ignore[attr-defined]
@@ -68,7 +71,7 @@ class Emitter(TorchFunctionMode):
             yield
 
     def once(self, key: Any, build: Callable[[], Any]) -> Any:
-        """`build()` at the first use of `key` in this graph, and its result again at later ones."""
+        """Calls `build()` at the first use of `key` in this graph; later uses get the same result."""
         if key not in self._shared:
             self._shared[key] = build()
         return self._shared[key]
@@ -85,9 +88,9 @@ class Emitter(TorchFunctionMode):
         return result
 
     def write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """The node of a call that gave `result`."""
+        """Writes the node of a call that returned `result`."""
         made = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor) and id(leaf) not in self._nodes]
-        if not made:  # a question (size, stride, dtype), or a call that gave back what it was given
+        if not made:  # the call asked for a size, stride or dtype, or returned one of its arguments
             return
         kind, target = _target(func)
         node = self.graph.create_node(kind, target, self._arguments(args), self._arguments(kwargs))
@@ -103,7 +106,7 @@ class Emitter(TorchFunctionMode):
             self._know(value, node)
 
     def statement(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A call that gives nothing, as that of an op that checks. Its arguments are nodes."""
+        """Writes a call without a result, such as a check. Its arguments are nodes."""
         self._describe(self.graph.call_function(op, args, kwargs), None)
 
     def _describe(self, node: Node, value: Any) -> Node:
@@ -111,7 +114,7 @@ class Emitter(TorchFunctionMode):
         return mark_ours(node)
 
     def same(self, one: torch.Tensor, other: torch.Tensor) -> None:
-        """Two tensors of one node."""
+        """Makes `other` a second fake tensor of the node of `one`."""
         if id(other) not in self._nodes:
             self._know(other, self._nodes[id(one)])
 
@@ -120,7 +123,7 @@ class Emitter(TorchFunctionMode):
         self._kept.append(tensor)
 
     def _arguments(self, values: Any) -> Any:
-        return map_aggregate(values, self._argument)  # unlike pytrees it looks into slices
+        return map_aggregate(values, self._argument)  # unlike pytree, map_aggregate looks into slices
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -141,7 +144,7 @@ class Emitter(TorchFunctionMode):
         return self.graph.get_attr(self._modules[id(module)])
 
     def number(self, size: torch.SymInt | torch.SymFloat) -> Node | int | float:
-        """A node for a symbolic number, computed from the sizes of tensors that are at hand."""
+        """A node that computes a symbolic number from the sizes of known tensors; the number itself where it is fixed."""
         from torch.utils._sympy.interp import sympy_interp
         from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -164,8 +167,8 @@ class Emitter(TorchFunctionMode):
         return self._symbols[name]
 
     def _found(self, symbol: Any) -> Node:
-        """A node for a symbol: an input, the size of a tensor, or, where an exported program has derived sizes, a part of one:
-        2*s stands there for s."""
+        """A node for a symbol: an input or the size of a tensor. An exported program with derived sizes may hold only a
+        multiple, 2*s for s: then this size, divided."""
         inputs: list[Node] = list(self.graph.find_nodes(op="placeholder"))
         sizes = [(self._nodes[id(tensor)], tensor) for tensor in self._kept]
         sizes += [(node, value) for node in inputs if isinstance(value := value_of(node), torch.Tensor)]
@@ -195,7 +198,7 @@ class Emitter(TorchFunctionMode):
 
 
 class _Operators(TorchDispatchMode):
-    """Writes down the aten operators that a torch call is made of, below autograd and composites."""
+    """Writes the aten operators into which a torch call decomposes, below autograd and composite operators."""
 
     def __init__(self, emitter: Emitter) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -206,7 +209,7 @@ class _Operators(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func is torch.ops.aten.detach.default:  # how autograd makes a view its own: no operation
+        if func is torch.ops.aten.detach.default:  # autograd inserts it; it computes nothing
             self.emitter.same(args[0], result)
         else:
             self.emitter.write(func, args, kwargs, result)
@@ -214,7 +217,7 @@ class _Operators(TorchDispatchMode):
 
 
 class _Arithmetic(torch.fx.proxy.GraphAppendingTracer):
-    """Notes the nodes that arithmetic on symbols appends."""
+    """Collects the nodes that arithmetic on symbols appends to the graph."""
 
     def __init__(self, graph: torch.fx.Graph) -> None:
         super().__init__(graph)
@@ -228,7 +231,8 @@ class _Arithmetic(torch.fx.proxy.GraphAppendingTracer):
 
 @contextmanager
 def _no_saved_tensors() -> Iterator[None]:
-    """A checkpoint around the compiled function counts what its first call saves: fake tensors are none of that."""
+    """Hides tensors saved inside from a checkpoint around the compiled function: the checkpoint counts the tensors that its
+    first call saves, and fake tensors must not count."""
     if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         yield
         return
@@ -237,7 +241,7 @@ def _no_saved_tensors() -> Iterator[None]:
 
 
 def _target(func: Any) -> tuple[str, Any]:
-    """Graphs call methods of tensors by name; everything else is a function."""
+    """The kind and target of a node: a graph calls tensor methods by name, everything else as a function."""
     name = getattr(func, "__name__", "")
     if name == "__getitem__":
         return "call_function", operator.getitem

@@ -1,4 +1,4 @@
-"""Graph modules and exported programs, copied and put together anew."""
+"""Copies graph modules, and rebuilds exported programs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 
 def copied(module: GraphModule) -> GraphModule:
-    """A copy whose graphs may be changed. Tensors, and the fake values of nodes, are shared."""
+    """A copy whose graphs may be changed. It shares tensors and the fake values of nodes with the original."""
     memo: dict[int, Any] = {}
     for each in module.modules():
         for tensor in (*each._parameters.values(), *each._buffers.values(), *vars(each).values()):
@@ -31,7 +31,7 @@ def updated(
     signature: ExportGraphSignature,
     state: dict[str, Any] | None = None,
 ) -> ExportedProgram:
-    """A program of another graph, or other weights, that is the same otherwise; the verifier has seen it."""
+    """The program with another graph or other weights, checked by PyTorch's verifier; everything else stays."""
     with _without_own_warnings():
         made: ExportedProgram = program._update(module, signature, state_dict=state)
     if hasattr(program, "_guards_code"):  # not in every version

@@ -1,6 +1,6 @@
-"""A guard of our own on the code that Dynamo is compiling.
+"""Adds a guard of our own to the code that Dynamo is compiling.
 
-A lambda guard is what Dynamo itself uses for state that is no tensor (torch/_dynamo/guards.py, 2.9 to 2.15).
+Dynamo itself uses lambda guards for state that is not a tensor (torch/_dynamo/guards.py, 2.9 to 2.15).
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from torch._guards import Guard, TracingContext
 
 
 def guard_compilation(name: str, code: str, holds: Callable[[Any], bool]) -> None:
-    """Lets the code that is being compiled be used as long as `holds(...)` is true, which is asked at every call, with
-    an argument that says nothing. One guard of a name is enough for a compilation: later ones are left out. Without Dynamo
-    there is nothing to guard.
+    """Restricts the code that is being compiled to calls for which `holds(...)` is true. Dynamo calls `holds` at every call,
+    with an argument that carries no information. A compilation gets one guard of a name; later ones are left out. Does
+    nothing outside of Dynamo.
 
-    name, code: what logs of guards and of recompilations show.
+    name, code: shown in logs of guards and of recompilations.
     """
     tracing = TracingContext.try_get()
     if tracing is None:

@@ -1,5 +1,5 @@
-"""What older versions of Inductor must be told so that an op that fails ends the call: patched while our own compilation runs,
-and only in the versions that need it."""
+"""Makes a failing op end the call in older versions of Inductor. The patches are active only during our own compilation, and
+only in the versions that need them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ CALL = "aoti_torch_proxy_executor_call_function("
 
 @contextmanager
 def failing_ops_end_the_call(ops: Collection[Any], version: str = torch.__version__) -> Iterator[None]:
-    """ops: those without results that raise, which Inductor must not take for dead code."""
+    """Applies the patches that a PyTorch `version` needs.
+
+    ops: the ops without results that raise, which Inductor must not remove as dead code.
+    """
     with ExitStack() as patches:
         if TorchVersion(version) < "2.13":
             patches.enter_context(_calls_are_checked())
@@ -26,11 +29,11 @@ def failing_ops_end_the_call(ops: Collection[Any], version: str = torch.__versio
 
 @contextmanager
 def _calls_are_checked() -> Iterator[None]:
-    """AOTInductor writes code that looks at what a call of an op outside of PyTorch returns.
+    """Makes AOTInductor's code check the error code that a call of an op from outside of PyTorch returns.
 
-    Before torch 2.13 its own code does not (`generate_fallback_kernel_with_runtime_lookup_aot` in
-    torch/_inductor/codegen/cpp_wrapper_cpu.py): an op that raised was printed, and the package went on with outputs that nobody
-    had written.
+    Before torch 2.13 this code ignores it (`generate_fallback_kernel_with_runtime_lookup_aot` in
+    torch/_inductor/codegen/cpp_wrapper_cpu.py): the error of an op was printed, and the package went on with outputs that
+    nothing had written.
     """
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
 
@@ -51,7 +54,7 @@ def _calls_are_checked() -> Iterator[None]:
 
 @contextmanager
 def _kept(ops: Collection[Any]) -> Iterator[None]:
-    """Before torch 2.11 Inductor takes an op for dead code if it returns nothing and its schema writes into nothing
+    """Before torch 2.11 Inductor removes an op as dead code if the op returns nothing and its schema writes to no argument
     (`FallbackKernel.has_side_effects` in torch/_inductor/ir.py)."""
     from torch._inductor.ir import FallbackKernel
 

@@ -1,4 +1,4 @@
-"""The compiler that gets a graph after the swap: its name, its options, its call."""
+"""The inner compiler, which compiles a graph after the swap: its name, its options, its call."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ NAME = "attnrewrite"
 
 
 def known_compilers() -> list[str]:
-    """The names that torch.compile takes as `backend`."""
+    """The names that torch.compile accepts as `backend`."""
     return torch._dynamo.list_backends(exclude_tags=())
 
 
 def reset_compiler(inner: Inner) -> None:
-    """As `torch._dynamo.reset()` asks of a backend: Inductor drops its CUDA graphs."""
+    """Resets the inner compiler, as `torch._dynamo.reset()` resets a backend: Inductor drops its CUDA graphs."""
     if inner == "inductor":
         torch._TorchCompileInductorWrapper(None, None, None).reset()
 
 
 def inner_name(inner: Inner) -> str:
-    """A text for a compiler, the same in every process as far as there is one: a local function has only its address."""
+    """A text that names a compiler, the same in every process; a local function is named by its address, which changes."""
     if isinstance(inner, str):
         return inner
     name = f"{getattr(inner, '__module__', '')}.{getattr(inner, '__qualname__', '')}"
@@ -35,20 +35,20 @@ def inner_name(inner: Inner) -> str:
 
 
 def known_inner(inner: Inner) -> Inner:
-    """Raises `ValueError` for a name that torch.compile does not know."""
+    """Returns `inner`. Raises `ValueError` for a name that torch.compile does not know, and for our own."""
     if callable(inner):
         return inner
     known = known_compilers()
     if inner not in known or inner == NAME:
         near = difflib.get_close_matches(str(inner), known, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}"
-        raise ValueError(f"inner is {inner!r}, which is no backend of torch.compile; {hint} A callable will do as well")
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(known)}."
+        raise ValueError(f"inner is {inner!r}, which is no backend of torch.compile; {hint} A callable is accepted too")
     return inner
 
 
 def known_options(options: Collection[str], inner: Inner, own: Collection[str]) -> None:
-    """Raises `ValueError` for an option that is neither ours nor Inductor's. Another compiler's options are not known here:
-    only what is nearly one of ours is taken for a slip."""
+    """Raises `ValueError` for an option that neither attnrewrite (`own`) nor Inductor has. The options of other compilers are
+    not known here: only a near miss of one of ours is taken for a typing error."""
     for option in options:
         if inner == "inductor":
             theirs = torch._inductor.list_options()
@@ -65,7 +65,7 @@ def known_options(options: Collection[str], inner: Inner, own: Collection[str]) 
 
 
 def records_cuda_graphs(inner: Inner, mode: str | None = None, options: dict[str, Any] | None = None, **_: Any) -> bool:
-    """Whether the compiler records CUDA graphs, as torch.compile's arguments and Inductor's settings say."""
+    """Whether the inner compiler records CUDA graphs, by torch.compile's arguments and Inductor's settings."""
     if inner != "inductor":
         return inner == "cudagraphs"
     settings: dict[str, Any] = {**torch._inductor.list_mode_options().get(mode or "default", {}), **(options or {})}

@@ -1,4 +1,4 @@
-"""What a `torch.nn.Module` calls: `_compiled_call_impl` where somebody has compiled it in place, `_call_impl` otherwise
+"""The function that a `torch.nn.Module` calls: `_compiled_call_impl` after a compilation in place, `_call_impl` otherwise
 (torch/nn/modules/module.py, 2.9 to 2.15)."""
 
 from __future__ import annotations
@@ -8,11 +8,11 @@ from typing import Any
 
 from torch.nn import Module
 
-IMPLEMENTATION = "_compiled_call_impl"  # which PyTorch leaves out of copies and pickles
+IMPLEMENTATION = "_compiled_call_impl"  # PyTorch leaves this attribute out of copies and pickles
 
 
 def implementation_of(module: Module, otherwise: Any = None) -> Any:
-    """What `module.compile()`, or somebody after it, has put there."""
+    """The function that `module.compile()`, or later code, has set; `otherwise` where none is set."""
     return module.__dict__.get(IMPLEMENTATION, otherwise)
 
 
@@ -25,6 +25,6 @@ def drop_implementation(module: Module) -> None:
 
 
 def plain_call(module: Module) -> Callable[..., Any]:
-    """The call of a module, hooks and all, as nobody has compiled it."""
+    """The uncompiled call of a module, with its hooks."""
     call: Callable[..., Any] = module._call_impl
     return call

@@ -1,4 +1,4 @@
-"""Which tensors of a graph are written to: what was read of them once may not be what they hold later."""
+"""Which tensors of a graph are written to: a tensor read before a write may hold other values after it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WRITES = frozenset(
      "irshift"}
 )  # fmt: skip
 _WRITING_METHODS = frozenset(f"__{name}__" for name in _WRITES)
-# In place of what a tensor is, not of what it holds.
+# In-place methods that change a tensor's shape, strides or storage, not its elements.
 RESHAPES = frozenset(
     {
         "unsqueeze_",
@@ -34,13 +34,13 @@ RESHAPES = frozenset(
         "set_",
     }
 )
-# Functions of these modules say by their name, `inplace=` or `out=` that they write. Of others nothing is known.
+# Functions of these modules show by their name, `inplace=` or `out=` that they write. Other functions may write anywhere.
 _KNOWN_MODULES = frozenset({"torch", "_operator", "operator", "math", "builtins"})
 
 
 def written_by(node: Node) -> tuple[Node, ...]:
     """The arguments that a node may write into: `fill_`, `x[i] = y`, `x += y`, `out=`, `inplace=True`,
-    `torch._foreach_mul_`, an op whose schema says so. A function that says nothing counts as one that writes into all."""
+    `torch._foreach_mul_`, an op whose schema says so. An unknown function counts as writing into all of its arguments."""
     return tuple(leaf for argument in _written_by(node) for leaf in _nodes(argument))
 
 
@@ -51,7 +51,7 @@ def written_storages(graph_module: GraphModule) -> set[int]:
 
 
 def storage_of(value: Any) -> int | None:
-    """A number for the memory behind a tensor; views of one memory have the same. None where there is none of its own."""
+    """A number that identifies the storage of a tensor; views share it. None for a value without a storage of its own."""
     if not isinstance(value, torch.Tensor):
         return None
     try:
@@ -62,7 +62,7 @@ def storage_of(value: Any) -> int | None:
 
 
 class Writes:
-    """Where the nodes of a graph stand, and what they write into."""
+    """The positions of a graph's nodes, and the tensors that each of them writes into."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         self.position: dict[Node, int] = {}
@@ -76,17 +76,17 @@ class Writes:
                     self._writers.setdefault(storage, []).append(node)
 
     def current(self, node: Node, reader: Node) -> Node:
-        """The node whose result `node` holds when `reader` reads it: after `x.mul_(2)`, that of mul_."""
+        """The node that computed the value of `node` as `reader` reads it: after `x.mul_(2)`, the node of mul_."""
         before = [edit for edit in self._edits.get(node, ()) if self.position[edit] < self.position[reader]]
         return before[-1] if before else node
 
     def writers(self, node: Node) -> list[Node]:
-        """All that write into the memory of a node's value."""
+        """All nodes that write into the storage of a node's value."""
         storage = storage_of(value_of(node))
         return [] if storage is None else self._writers.get(storage, [])
 
     def unchanged(self, node: Node, reader: Node, later: Node) -> bool:
-        """Whether `later` finds the same in a node as `reader` did."""
+        """Whether `later` reads the same value from `node` as `reader` did."""
         start, end = self.position[reader], self.position[later]
         return not any(start < self.position[writer] < end for writer in self.writers(node))
 
@@ -103,7 +103,7 @@ def _written_by(node: Node) -> Iterator[Any]:
     elif node.op == "call_module":
         owner = node.graph.owning_module
         module = owner.get_submodule(str(node.target)) if owner is not None else None
-        # PyTorch's own say so by `inplace`; among them is what `ExportedProgram.module()` checks its inputs with.
+        # PyTorch's modules show by `inplace` whether they write. The input check of `ExportedProgram.module()` is one of them.
         if not type(module).__module__.startswith("torch.") or getattr(module, "inplace", False):
             yield from (*node.args, *node.kwargs.values())
     elif node.op == "call_function":
@@ -136,7 +136,7 @@ def _written_by_schema(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 
 def _is_operator(target: Any) -> bool:
-    """and_, or_ and not_ of the module `operator` write nothing."""
+    """Whether a function is from the module `operator`: its and_, or_ and not_ write nothing, in spite of their names."""
     return getattr(target, "__module__", "") in ("_operator", "operator")
 
 
@@ -150,7 +150,7 @@ def _is_known(target: Any) -> bool:
 def _says_inplace(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if "inplace" in kwargs:
         return bool(kwargs["inplace"])
-    if not any(each is True for each in args):  # 1 is no flag
+    if not any(each is True for each in args):  # `is`: the number 1 is not a flag
         return False
     try:
         return bool(inspect.signature(target).bind(*args, **kwargs).arguments.get("inplace", False))

@@ -1,6 +1,6 @@
-"""What is particular to a kind of graph: where a node's value stands, what a site is called, which graphs hang below.
+"""Hides the differences between kinds of graphs: the metadata key of values, the names of sites, the graphs that a graph calls.
 
-A Dynamo graph keeps fake values under `meta["example_value"]`, an exported one under `meta["val"]`. Nothing else in
+A Dynamo graph keeps fake values under `meta["example_value"]`, an exported graph under `meta["val"]`. Nothing else in
 attnrewrite knows the difference.
 """
 
@@ -25,22 +25,22 @@ SDPA_TARGETS = frozenset(
 LINEAR_TARGETS = frozenset(
     {torch._C._nn.linear, torch.ops.aten.linear.default, torch.conv2d, torch.conv1d, torch.conv3d}
 )
-# A call that sets which of its kernels SDPA may choose, as `with torch.nn.attention.sdpa_kernel(...)` leaves it in a graph.
+# `with torch.nn.attention.sdpa_kernel(...)` becomes this call in a graph: it sets the kernels that SDPA may choose.
 SETS_KERNELS = torch.nn.attention._sdpa_kernel
 MHA = torch.nn.functional.multi_head_attention_forward
-# Attention inside one operator, which leaves no call to swap. The value: how to have one.
+# Operators with an attention inside, which leave no call to swap. The value tells the user how to get one.
 _FUSED = "torch.backends.mha.set_fastpath_enabled(False) before compiling makes it a call that can be swapped"
 OPAQUE_TARGETS = {
     torch._transformer_encoder_layer_fwd: _FUSED,
     torch._native_multi_head_attention: _FUSED,
-    MHA: "with need_weights=False and outside autocast it is opened, and its attention swapped",
+    MHA: "with need_weights=False and outside autocast it is decomposed, and its attention swapped",
 }
 INHERITED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "from_node")
 
-# Under `attnrewrite run` every call of SDPA passes through a function of this file, which counts.
+# Under `attnrewrite run` every call of SDPA passes through a counting function of this file: its frame names no site.
 LAUNCHER = str(Path(__file__).parents[1] / "commands" / "interception.py")
 
-# torch.func's transforms stand in a Dynamo graph as calls that enter and leave a nesting level.
+# A transform of torch.func becomes two calls in a Dynamo graph, which enter and leave a nesting level.
 _ENTERS = {"_vmap_increment_nesting": "vmap", "_grad_increment_nesting": "grad", "_jvp_increment_nesting": "jvp"}
 _LEAVES = {"_vmap_decrement_nesting", "_grad_decrement_nesting", "_jvp_decrement_nesting"}
 _CHANGES = _ENTERS.keys() | _LEAVES | {"_enter_autocast", "_exit_autocast"}
@@ -61,7 +61,7 @@ def value_of(node: Any) -> Any:
 
 @contextmanager
 def values_only(value: torch.Tensor, needs_grad: bool = False) -> Iterator[None]:
-    """What runs inside computes with fake values such as `value`, sizes symbolic or not, and traces nothing."""
+    """Runs the code inside on fake values, in the fake mode of `value`, with known or symbolic sizes; traces nothing."""
     with torch.set_grad_enabled(needs_grad), enable_python_dispatcher(), fake_mode_of(value) or nullcontext():
         yield
 
@@ -75,36 +75,36 @@ def new_fake_mode() -> FakeTensorMode:
 
 
 def fake_mode_of(value: Any) -> Any:
-    """The mode that a fake tensor was made in, None for anything else."""
+    """The fake mode of a fake tensor, None for anything else."""
     return getattr(value, "fake_mode", None)
 
 
 def is_plain_tensor(tensor: torch.Tensor) -> bool:
-    """Not a subclass with a behaviour of its own."""
+    """Whether a tensor is not of a subclass with behaviour of its own."""
     return type(tensor) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def is_transformed(tensor: torch.Tensor) -> bool:
-    """Wrapped by a transform of torch.func."""
+    """Whether a tensor is wrapped by a transform of torch.func."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a node stands in: the innermost torch.func transform, and the autocast regions, each (device type, enabled)."""
+    """The torch.func transform and the autocast regions around a node."""
 
-    transform: str | None = None
-    autocast: tuple[tuple[str, bool], ...] = ()
+    transform: str | None = None  # the innermost one, as a sentence for refusals
+    autocast: tuple[tuple[str, bool], ...] = ()  # (device type, enabled) of each region, the innermost last
 
     def autocasts(self, device: str) -> bool:
-        """Whether autocast is on for a device: what the graph says last of it, or what it is compiled under."""
+        """Whether autocast is on for a device type: by the innermost region, or else by the state at compilation."""
         said = [enabled for kind, enabled in self.autocast if kind == device]
         return said[-1] if said else torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def graphs_below(root: GraphModule) -> Iterator[tuple[GraphModule, Surroundings]]:
-    """`root` and every graph that it calls (bodies of checkpoints, branches of cond, repeated regions), each once, with
-    what it is called in."""
+    """Yields `root` and each graph that it calls (bodies of checkpoints, branches of cond, repeated regions) once, with the
+    surroundings of the call."""
     seen: set[int] = set()
     waiting: list[tuple[GraphModule, Surroundings]] = [(root, Surroundings())]
     while waiting:
@@ -121,7 +121,7 @@ def graphs_below(root: GraphModule) -> Iterator[tuple[GraphModule, Surroundings]
 
 
 def with_surroundings(module: GraphModule, outer: Surroundings) -> Iterator[tuple[Node, Surroundings]]:
-    """The nodes in order, each with what it stands in."""
+    """Yields the nodes in order, each with its surroundings."""
     transforms: list[str] = []
     regions: dict[Node, tuple[str, bool]] = {}
     now = outer
@@ -142,7 +142,7 @@ def with_surroundings(module: GraphModule, outer: Surroundings) -> Iterator[tupl
 
 
 def _around_the_call(graph: Node, inside: Surroundings) -> Surroundings:
-    """An exported program keeps an autocast region as an operator that calls a graph."""
+    """The surroundings of a called graph: an exported program keeps an autocast region as an operator that calls a graph."""
     for user in graph.users:
         if getattr(user.target, "__name__", "") == "wrap_with_autocast":
             device, _, enabled = user.args[:3]
@@ -164,7 +164,7 @@ def module_of(node: Node) -> str:
 
 
 def site_name(node: Node) -> str:
-    """The path of the module that makes the call; where there is none, the name of the compiled module's class or function."""
+    """The path of the module that makes the call; without a path, the name of the compiled module's class or function."""
     if path := module_of(node):
         return path
     if stack := list((node.meta.get("nn_module_stack") or {}).values()):
@@ -172,15 +172,15 @@ def site_name(node: Node) -> str:
         return str(getattr(kind, "__name__", kind)).rsplit(".", 1)[-1]
     frames = re.findall(r'File "([^"]*)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
     frames = [frame for frame in frames if frame[0] != LAUNCHER]
-    # Behind a graph break Dynamo calls the rest of f torch_dynamo_resume_in_f_at_LINE.
+    # After a graph break, Dynamo names the rest of f torch_dynamo_resume_in_f_at_LINE.
     return re.sub(r"^torch_dynamo_resume_in_(.+)_at_(\d+)$", r"\1:\2", frames[-1][2]) if frames else "attention"
 
 
 def module_path(source: str) -> str:
-    """Dynamo's expression for a module as a path: L['self'].blocks.0 -> blocks.0, and L['self'] -> ''.
+    """Turns Dynamo's expression for a module into a path: L['self'].blocks.0 -> blocks.0, and L['self'] -> ''.
 
-    It also writes L['self'].__dict__['_modules']['blocks']._modules['0'] for the same, and `_orig_mod` where a block was
-    compiled by itself.
+    Dynamo also writes L['self'].__dict__['_modules']['blocks']._modules['0'] for the same module, and `_orig_mod` where a
+    block was compiled by itself.
     """
     text = re.sub(r"^[LG]\['[^']*'\]", "", source)
     parts = re.findall(r"[^.\[\]']+", text)
@@ -188,5 +188,5 @@ def module_path(source: str) -> str:
 
 
 def kernels_now() -> list[str]:
-    """The kernels that SDPA may choose outside of the graph, by their names."""
+    """The names of the kernels that SDPA may choose outside of the graph, sorted."""
     return sorted(backend.name for backend in torch.nn.attention._cur_sdpa_kernel_backends())

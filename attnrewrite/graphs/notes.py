@@ -1,4 +1,4 @@
-"""What attnrewrite itself writes into the metadata of nodes."""
+"""Notes that attnrewrite writes into the metadata of nodes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LITERAL = "attnrewrite_literal"
 
 
 def mark_ours(node: Node) -> Node:
-    """Of a node that attnrewrite has put into the graph."""
+    """Marks a node that attnrewrite has put into the graph."""
     node.meta[_OURS] = True
     return node
 
@@ -21,12 +21,12 @@ def is_ours(node: Node) -> bool:
 
 
 def note_literal(node: Node, number: Any) -> None:
-    """Of an input: the number that torch.export has lifted out of the graph as a constant."""
+    """Notes the value of an input: a number that torch.export has lifted out of the graph as a constant."""
     node.meta[_LITERAL] = number
 
 
 def literal_of(node: Node) -> Any:
-    """None where nothing was noted."""
+    """The number noted at an input; None where nothing was noted."""
     return node.meta.get(_LITERAL)
 
 

@@ -1,5 +1,5 @@
-"""What the target of a node is, in PyTorch's classes: `torch.ops.aten.mul.Tensor` is an operator, `torch.ops.aten.mul` a packet
-of several, `torch.ops.higher_order.cond` takes graphs."""
+"""Kinds of node targets, by PyTorch's classes: `torch.ops.aten.mul.Tensor` is an operator, `torch.ops.aten.mul` a packet of
+several operators, `torch.ops.higher_order.cond` a higher-order operator, which takes graphs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ def is_higher_order(target: Any) -> TypeGuard[torch._ops.HigherOrderOperator]:
 
 
 def schema_of(target: Any) -> Any:
-    """Of an operator, or of the default one of a packet: `.arguments` and `.returns`."""
+    """The schema of an operator, or of a packet's default operator, with `.arguments` and `.returns`."""
     return (target if is_operator(target) else target.default)._schema
 
 
 def name_in_aten(target: Any) -> str | None:
-    """ "mul" for the operators and the packet of aten.mul; None for what is not aten's."""
+    """ "mul" for the operators and the packet of aten.mul; None for targets outside of aten."""
     if is_operator(target):
         space, name = target.namespace, target._opname
     elif is_packet(target):
@@ -37,5 +37,5 @@ def name_in_aten(target: Any) -> str | None:
 
 
 def defined_in_python(target: Any) -> bool:
-    """Whether an operator was defined by `torch.library`: C++ libraries define theirs by TORCH_LIBRARY."""
+    """Whether an operator was defined by `torch.library`; C++ libraries use TORCH_LIBRARY."""
     return is_operator(target) and target.name().partition(".")[0] in torch.library._defs

@@ -1,8 +1,8 @@
-"""What is asked about the symbolic sizes of an exported program, and answered from the sizes of its example.
+"""Notes the questions about symbolic sizes of an exported program, which PyTorch answers from the sizes of its example.
 
-`torch.compile` turns a question about a size into a guard. An exported program has no guards, and its ShapeEnv is frozen: it
-answers from the example and forgets (torch 2.13). So the answers are noted here, and aot/conditions.py makes of them what must
-hold whenever the program runs.
+`torch.compile` turns a question about a size into a guard. An exported program has no guards, and its ShapeEnv is frozen: the
+ShapeEnv answers from the example and forgets the question (torch 2.13). So the answers are noted here, and aot/conditions.py
+turns them into conditions that must hold whenever the program runs.
 """
 
 from __future__ import annotations
@@ -20,38 +20,37 @@ from .nodes import fake_mode_of, value_of
 
 @dataclass(frozen=True)
 class Question:
-    """relation: what is true of the sizes (sympy). site, kernel: for which attention and which of its choices it was asked; ""
-    for neither."""
+    """One answered question."""
 
-    relation: Any
-    site: str
-    kernel: str
+    relation: Any  # sympy: the relation between sizes that is true in the example
+    site: str  # the attention for which it was asked; "" for none
+    kernel: str  # the kernel for which it was asked; "" for none
 
 
 @dataclass
 class Questions:
-    """All that was asked, in order."""
+    """All questions, with the site and kernel of the next one."""
 
-    asked: list[Question] = field(default_factory=list)
-    site: str = ""
-    kernel: str = ""
+    asked: list[Question] = field(default_factory=list)  # in order
+    site: str = ""  # see `asking`
+    kernel: str = ""  # see `asking`
 
     def note(self, relation: Any) -> None:
         self.asked.append(Question(relation, self.site, self.kernel))
 
 
-# Who listens. The functions that ask (`sizes.holds`) are called by records and passes, which know nothing of export.
+# A context variable, because records and passes call the functions that ask (`sizes.holds`) and know nothing of export.
 _LISTENING: ContextVar[Questions | None] = ContextVar("attnrewrite_questions", default=None)
 
 
 def listening() -> Questions | None:
-    """Where questions are noted now; None under torch.compile, which makes guards of them."""
+    """The object that notes questions now; None under torch.compile, which turns questions into guards."""
     return _LISTENING.get()
 
 
 @contextmanager
 def asking(site: str, kernel: str) -> Iterator[None]:
-    """What is asked inside is asked for this site and kernel."""
+    """Notes the questions inside for this site and kernel."""
     questions = _LISTENING.get()
     if questions is None:
         yield
@@ -65,7 +64,8 @@ def asking(site: str, kernel: str) -> Iterator[None]:
 
 
 class Attempt:
-    """What is asked from here on may be forgotten: a refusal is right for other sizes too, only a kernel is not."""
+    """Lets `forget` drop the questions noted from here on: a refusal is right for other sizes too, only an accepted kernel
+    depends on the answers."""
 
     def __init__(self) -> None:
         self._questions = _LISTENING.get()
@@ -78,10 +78,10 @@ class Attempt:
 
 @contextmanager
 def noted(module: GraphModule, ranges: Mapping[Any, Any]) -> Iterator[Questions]:
-    """What runs inside asks about the sizes of this exported graph. Each of its ShapeEnvs has another `evaluate_expr` as long
-    as this is open, and is as it was behind it.
+    """Notes the questions that the code inside asks about the sizes of this exported graph. Replaces `evaluate_expr` of each
+    ShapeEnv of the graph, and restores it at the end.
 
-    ranges: the program's range constraints. What they answer needs no check and is not noted.
+    ranges: the program's range constraints. A question that they answer needs no check and is not noted.
     """
     questions = Questions()
     modes = _fake_modes(module)
@@ -111,7 +111,7 @@ def _from_the_example(shape_env: Any, questions: Questions, ranges: Mapping[Any,
         symbols: Any = getattr(expr, "free_symbols", ())
         values = hints_of(shape_env)
         if not symbols or not all(symbol in values for symbol in symbols):
-            return original(expr, *args, **kwargs)  # from data: refused, as the caller asked it
+            return original(expr, *args, **kwargs)  # no symbols, or sizes from data, for which PyTorch raises
         answer = answer_within(expr, ranges, least=2)
         if answer is not None:
             return answer
@@ -120,7 +120,7 @@ def _from_the_example(shape_env: Any, questions: Questions, ranges: Mapping[Any,
             questions.note(expr)
         elif answer is sympy.false:
             questions.note(sympy.Not(expr))
-        else:  # a number is asked for: the program is made for it
+        else:  # the question asks for a number: the program is bound to it
             questions.note(sympy.Eq(expr, answer))
         return answer
 
@@ -139,13 +139,14 @@ def hints_of(shape_env: Any) -> Any:
 
 
 def least_of(bounds: Any, otherwise: int) -> Any:
-    """Where a range constraint begins. One that begins with 2 or less says nothing, since no program is held to it
-    (torch/_export/utils.py, 2.9 to 2.13)."""
+    """The lower bound of a range constraint, or `otherwise` for a bound of 2 or less: PyTorch does not check such a bound
+    when the program runs (torch/_export/utils.py, 2.9 to 2.13)."""
     return bounds.lower if bounds.lower > 2 else otherwise
 
 
 def answer_within(expr: Any, ranges: Mapping[Any, Any], least: int) -> Any:
-    """The answer for every size in the program's ranges, None if there is none. Sizes are at least `least`."""
+    """The answer (sympy) that is right for all sizes in the program's ranges, None if there is none. Sizes are at least
+    `least`."""
     import sympy
     from torch.utils._sympy.value_ranges import ValueRanges, bound_sympy
 
@@ -164,15 +165,15 @@ def answer_within(expr: Any, ranges: Mapping[Any, Any], least: int) -> Any:
     relation = relations.get(type(expr))
     if relation is None:
         return None
-    difference = sympy.expand(expr.lhs - expr.rhs)  # s <= s - s % 16 + 16, where each side alone may be anything
+    difference = sympy.expand(expr.lhs - expr.rhs)  # decides s <= s - s % 16 + 16, which the bounds of each side do not
     answer = _holds_within(relation, bound_sympy(difference, bounds))
     if answer is None and difference.is_polynomial(*difference.free_symbols):
-        answer = _holds_within(relation, bound_sympy(sympy.factor(difference), bounds))  # s < s ** 2
+        answer = _holds_within(relation, bound_sympy(sympy.factor(difference), bounds))  # decides s < s ** 2
     return None if answer is None else sympy.sympify(answer)
 
 
 def _holds_within(relation: str, by: Any) -> bool | None:
-    """Whether a relation holds, by the range that the difference of its sides is in; None: for some values only."""
+    """Whether a relation holds where left side minus right side is in the range `by`; None: only for some values."""
     below, above = by.upper < 0, by.lower > 0
     answers = {
         "Eq": False if below or above else None,

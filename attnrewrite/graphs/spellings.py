@@ -1,4 +1,4 @@
-"""One name for each operation, whichever way a graph spells it: function, method, operator, in place, aten overload."""
+"""One name for each operation, however a graph spells it: as function, method, operator, in-place method or aten overload."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from .notes import literal_of
 from .operators import is_operator, is_packet, name_in_aten
 from .sizes import UnbackedSizeError, always
 
-# Where PyTorch's functions stand in a graph. A user's own function may be called `where` too.
+# The owners of PyTorch's functions: a user's own function may be called `where` too.
 _OWNERS = (torch, torch.Tensor, F, torch._C._nn, torch.special, operator, builtins)
-# Operators of Python, in the words of torch.
+# Python's operators by their names in torch.
 _OPERATORS = {
     "and_": "bitwise_and", "or_": "bitwise_or", "invert": "bitwise_not", "truediv": "div", "floordiv": "floor_divide",
     "iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_", "iand": "bitwise_and_", "ior": "bitwise_or_",
@@ -36,8 +36,8 @@ TURNS = frozenset({"transpose", "permute", "movedim", "getattr", "mT", "adjoint"
 
 
 def name_of(node: Node) -> str:
-    """PyTorch's name of what a node computes, in a Dynamo or an exported graph: "masked_fill_" of the method and of
-    aten.masked_fill_.Scalar, "mul_" of `x *= y`. "" for what is not PyTorch's own."""
+    """PyTorch's name of a node's operation, in a Dynamo or an exported graph: "masked_fill_" for the method and for
+    aten.masked_fill_.Scalar, "mul_" for `x *= y`. "" for an operation that is not PyTorch's own."""
     if node.op == "call_method":
         name = str(node.target)
         name = name[2:-2] if name.startswith("__") else name  # until torch 2.11 `x == y` is the method __eq__
@@ -54,30 +54,31 @@ def name_of(node: Node) -> str:
 
 
 def base_name(node: Node) -> str:
-    """The same without the mark of writing in place."""
+    """`name_of` without the in-place mark."""
     name = name_of(node)
     return name[:-1] if writes_in_place(name) else name
 
 
 def writes_in_place(name: str) -> bool:
-    """By the mark that torch has for it."""
+    """Whether a name has torch's in-place mark, an underscore at its end."""
     return name.endswith("_") and not name.endswith("__")
 
 
 def spelled(node: Node) -> str | None:
-    """The common name of what a node computes: "mul" for `x * y`, `x *= y`, `torch.mul`, `aten.mul.Scalar`. None for what
-    is not PyTorch's own. Names that mean the same to an attention are one: "view" is whatever keeps the order of elements."""
+    """The common name of a node's operation: "mul" for `x * y`, `x *= y`, `torch.mul`, `aten.mul.Scalar`. None for an operation
+    that is not PyTorch's own. Operations that mean the same to an attention share a name: "view" is any reshaping that keeps
+    the order of elements."""
     name = base_name(node)
     return _SAME.get(name, name) or None
 
 
 def shown(node: Node) -> str:
-    """What a node computes, for people: "tanh" for PyTorch's own, otherwise the name of what it calls."""
+    """The name of a node's operation for people: "tanh" for PyTorch's own, otherwise the name of the called function."""
     return name_of(node) or str(getattr(node.target, "__name__", node.target))
 
 
 def argument(node: Node, position: int, *names: str, default: Any = None) -> Any:
-    """An argument by its position, or by any of its names: torch says `input` where aten says `self`."""
+    """An argument by its position or by any of its names: torch says `input` where aten says `self`."""
     if position < len(node.args):
         return node.args[position]
     return next((node.kwargs[name] for name in names if name in node.kwargs), default)
@@ -88,7 +89,7 @@ def first(node: Node) -> Any:
 
 
 def integers(node: Node, *names: str) -> Sequence[Any]:
-    """The arguments behind the first, given one by one or as one sequence: permute(x, 0, 2, 1), permute(x, (0, 2, 1))."""
+    """The arguments after the first, given one by one or as one sequence: permute(x, 0, 2, 1), permute(x, (0, 2, 1))."""
     rest = node.args[1:] or tuple(node.kwargs[name] for name in names if name in node.kwargs)
     if len(rest) == 1 and isinstance(rest[0], list | tuple):
         return rest[0]
@@ -96,7 +97,7 @@ def integers(node: Node, *names: str) -> Sequence[Any]:
 
 
 def permutation(node: Node) -> tuple[int, ...] | None:
-    """For a transposition or permutation, the source dimension of each of its dimensions."""
+    """The source dimension of each output dimension of a transposition or permutation; None for other nodes."""
     value = value_of(node)
     rank = value.dim()
     name = spelled(node)
@@ -126,7 +127,7 @@ def permutation(node: Node) -> tuple[int, ...] | None:
 
 
 def keeps_order(node: Node) -> bool:
-    """Whether a node gives the elements of its first argument in the same order: views, copies, full slices."""
+    """Whether a node returns the elements of its first argument in the same order, as views, copies and full slices do."""
     name = spelled(node)
     if name in ("view", "clone"):
         return True
@@ -139,14 +140,14 @@ def keeps_order(node: Node) -> bool:
 
 
 def stays_on(node: Node) -> bool:
-    """Whether a cast is one between floating dtypes on one device."""
+    """Whether a cast converts between floating dtypes and keeps the device."""
     source, value = value_of(first(node)), value_of(node)
     both = isinstance(source, torch.Tensor) and isinstance(value, torch.Tensor)
     return both and source.device == value.device and source.is_floating_point() and value.is_floating_point()
 
 
 def same_shape(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether two shapes are the same as far as is known without a guard."""
+    """Whether two shapes are known to be equal without a guard."""
     return one.dim() == other.dim() and all(always(a == b) for a, b in zip(one.shape, other.shape, strict=True))
 
 
@@ -164,7 +165,8 @@ def is_number(value: Any) -> bool:
 
 
 def number(value: Any) -> float:
-    """The number. For one that Dynamo has made symbolic, reading it makes a guard; `UnbackedSizeError` where none can."""
+    """The number that a value (`is_number`) stands for. Reading a number that Dynamo has made symbolic adds a guard. Raises
+    `UnbackedSizeError` where the number depends on data."""
     if not isinstance(value, Node):
         return float(value)
     held = value_of(value)
@@ -181,14 +183,14 @@ def number(value: Any) -> float:
 
 
 def _constant(node: Node, depth: int) -> Any:
-    """The number that all elements of a tensor are, where the graph itself says so."""
+    """The number that all elements of a tensor equal, where the graph itself shows it within `depth` nodes; None otherwise."""
     if depth == 0:
         return None
     if (literal := literal_of(node)) is not None:
         return literal
     if node.op == "get_attr":
         tensor = getattr(node.graph.owning_module, str(node.target), None)
-        # Literal tensors of a traced model. Buffers and parameters may be given other values later.
+        # Only literal tensors of a traced model: buffers and parameters may get other values later.
         literal = str(node.target).startswith(("_tensor_constant", "lifted_tensor", "_lifted_tensor"))
         return tensor.item() if literal and isinstance(tensor, torch.Tensor) and tensor.numel() == 1 else None
     name = spelled(node)

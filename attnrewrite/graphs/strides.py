@@ -1,4 +1,4 @@
-"""Where a kernel's output lies in memory otherwise than SDPA's did, and somebody would notice."""
+"""Finds out whether a graph depends on the strides of SDPA's output, and gives a kernel's output these strides."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from .operators import is_higher_order
 from .sizes import Size, always
 from .spellings import name_of
 
-# What gives the same result, with the same strides, whatever the strides of its input.
+# Operations that return the same result, with the same strides, for all strides of their input.
 _NORMALISES = frozenset(
     {"linear", "matmul", "bmm", "baddbmm", "addmm", "layer_norm", "scaled_dot_product_attention", "sum", "mean"}
 )
-# What gives the same result with strides that may be others: run again to see.
+# Operations that return the same result, but maybe with other strides: they are run again to see.
 _FOLLOWS = frozenset(
     {"transpose", "permute", "reshape", "flatten", "unflatten", "contiguous", "clone", "unsqueeze", "squeeze", "cat", "stack",
      "conv1d", "conv2d", "conv3d", "einsum"}
 )  # fmt: skip
-# What reads strides, or fails on some.
+# Operations that read strides, or fail for some strides.
 _READS = frozenset({"view", "as_strided", "stride", "is_contiguous", "view_as_complex", "view_as_real"})
 
 
 def same_strides(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether both lie alike in memory, as far as is known without a guard. Sizes of 1 have no stride that counts."""
+    """Whether two tensors of one shape are known to have equal strides without a guard. Strides of dimensions of size 1 do
+    not count."""
     return all(
         always(size == 1) or always(a == b)
         for size, a, b in zip(other.shape, one.stride(), other.stride(), strict=True)
@@ -36,12 +37,13 @@ def same_strides(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def strides_matter(node: Node, now: torch.Tensor, written: set[int]) -> bool:
-    """Whether anything behind `node` would notice that its value has the strides of `now`: a `view`, a write into what was a
-    copy and has become a view, or whoever receives the graph's output.
+    """Whether code after `node` would notice that the value of `node` has the strides of `now`: a `view`, a write into a tensor
+    that was a copy and has become a view, or a receiver of the graph's output.
 
-    now: a fake tensor. written: storages that are written to (`written_storages`).
+    now: a fake tensor, the new value of `node`.
+    written: the storages that some node writes into (`written_storages`).
     """
-    values: dict[Node, torch.Tensor | None] = {node: now}  # what has other strides; None: not known which
+    values: dict[Node, torch.Tensor | None] = {node: now}  # values with other strides; None: strides not known
     waiting = list(node.users)
     while waiting:
         user = waiting.pop()
@@ -62,19 +64,19 @@ def strides_matter(node: Node, now: torch.Tensor, written: set[int]) -> bool:
 
 
 def _run(node: Node, values: dict[Node, torch.Tensor | None]) -> torch.Tensor | None:
-    """The value of a node with other values for some nodes; None where those are not known."""
+    """Computes a node's value anew from changed `values` of other nodes; None where one of these is not known."""
     if any(source in values and values[source] is None for source in node.all_input_nodes):
         return None
     args: Any = map_arg(node.args, lambda source: values.get(source, value_of(source)))
     kwargs: Any = map_arg(node.kwargs, lambda source: values.get(source, value_of(source)))
-    with torch._C.DisableTorchFunction():  # the emitter would write it down
+    with torch._C.DisableTorchFunction():  # otherwise the emitter would write this call into the graph
         function: Any = getattr(torch.Tensor, str(node.target)) if node.op == "call_method" else node.target
         result = function(*args, **kwargs)
     return result if isinstance(result, torch.Tensor) else None
 
 
 def restrided(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """A copy of `tensor` whose dimensions lie in memory in the order of those of `like`, a dense tensor."""
+    """A dense copy of `tensor` with the memory order of the dimensions of `like`, a dense tensor."""
     order: list[int] = []
     for dim, stride in enumerate(like.stride()):
         place = len(order)
@@ -86,6 +88,6 @@ def restrided(tensor: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _outside(stride: Size, other: Size) -> bool:
-    """Whether a dimension lies outside of another. Strides of a dense tensor are multiples of each other, whatever the data
-    says their sizes are."""
+    """Whether the dimension with `stride` is outside of the one with `other` in memory. In a dense tensor the outer stride is a
+    multiple of the inner one, also where sizes depend on data."""
     return always(stride > other) or (not always(other >= stride) and always(stride % other == 0))  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""A model traced by PyTorch: what a backend of ours sees of it, with nothing left behind."""
+"""Traces a model with PyTorch for a backend of ours, and leaves no compiled code behind."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .trees import mapped
 def traced(
     model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], backend: Callable[..., Any]
 ) -> Any:
-    """What the model gives when `backend` compiles it, whatever compiles it otherwise. Sizes are numbers. Nothing that was
-    compiled for it is left behind."""
+    """The result of the model compiled by `backend`, even if the model is set to another compiler. Sizes are static. Drops
+    the compiled code afterwards."""
     compiled: Any = torch.compile(uncompiled(model), backend=backend, dynamic=False)
     with CompiledCode(), recompilations(10_000):
         return compiled(*args, **kwargs)
 
 
 def recompilations(most: int) -> AbstractContextManager[Any]:
-    """Inside, one function may be compiled so many times (8 by default), and 10,000 times with all that it calls."""
+    """Sets Dynamo's limits inside: recompile_limit to `most` (8 by default), accumulated_recompile_limit to 10,000."""
     limits: AbstractContextManager[Any] = torch._dynamo.config.patch(
         recompile_limit=most, accumulated_recompile_limit=10_000
     )
@@ -36,31 +36,31 @@ def recompilations(most: int) -> AbstractContextManager[Any]:
 
 
 def compiled_graphs() -> int:
-    """How many graphs Dynamo has compiled since it was reset."""
+    """How many graphs Dynamo has compiled since its last reset."""
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def compilation() -> tuple[str, Any] | None:
-    """Dynamo's id of the compilation that is under way, as "0/1" (the frame, and how many times it was compiled before), and
-    what tells tries at it apart: where Dynamo starts a frame again, the next try is another one. None outside of any."""
+    """Dynamo's id of the current compilation, as "0/1" (the frame, and the number of its earlier compilations), and a key of
+    the current attempt: Dynamo may start a frame again, which is a new attempt. None outside of a compilation."""
     context = torch._guards.CompileContext.try_get()
     return (str(context.compile_id), (context, context.attempt)) if context else None
 
 
 def without_modes() -> AbstractContextManager[Any]:
-    """What runs inside is no part of a graph that is being traced or written."""
+    """Keeps the code inside out of a graph that is being traced or written."""
     modes: AbstractContextManager[Any] = _disable_current_modes()
     return modes
 
 
 def break_graph(reason: str) -> None:
-    """Inside a function that Dynamo traces: the graph ends here, and what follows is compiled by itself."""
+    """Ends the graph here, in a function that Dynamo traces; Dynamo compiles the following code as another graph."""
     torch._dynamo.graph_break(reason)
 
 
 def traced_operators(function: Callable[..., Any], fake: Sequence[Any], needs_grad: bool) -> GraphModule:
-    """The operators that a function of fake tensors calls, above autograd and without autocast. Each node has its value under
-    "val"."""
+    """A graph of the operators that a function of fake tensors calls, above autograd and without autocast. Each node has its
+    value under "val"."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     with torch.set_grad_enabled(needs_grad), torch._C._DisableAutocast():
@@ -69,14 +69,14 @@ def traced_operators(function: Callable[..., Any], fake: Sequence[Any], needs_gr
 
 
 def uncompiled(model: Any) -> Any:
-    """What a model calls where nobody compiles it."""
+    """The callable of a model without `torch.compile(model)` and `model.compile()`."""
     target = getattr(model, "_orig_mod", model)
     compiled = isinstance(target, torch.nn.Module) and implementation_of(target) is not None
     return plain_call(target) if compiled else target
 
 
 def predicted(graph_module: GraphModule) -> Callable[..., Any]:
-    """The graph as a function that computes no values: zeros of the shapes, dtypes and strides that it would return."""
+    """The graph as a function that computes no values: it returns zeros with the shapes, dtypes and strides of the outputs."""
 
     def call(*inputs: Any) -> Any:
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -94,7 +94,7 @@ def predicted(graph_module: GraphModule) -> Callable[..., Any]:
                 return given.get(id(value), value)
             empty = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
             made = empty.zero_().requires_grad_(value.requires_grad)
-            return made.clone() if value.requires_grad else made  # no leaf, so that code behind may write into it
+            return made.clone() if value.requires_grad else made  # not a leaf, so that later code may write into it
 
         fakes = mapped(fake, inputs)
         with mode:
@@ -105,11 +105,11 @@ def predicted(graph_module: GraphModule) -> Callable[..., Any]:
 
 
 class AttributesOf:
-    """Puts back, at its end, what the modules of a model had as attributes: a forward that assigns to `self` would leave
-    our zeros there."""
+    """Restores, at its end, the attributes of a model's modules: a forward that assigns to `self` would leave our zeros
+    there."""
 
     def __init__(self, model: Any) -> None:
-        owner = getattr(model, "__self__", model)  # of a bound method, its object
+        owner = getattr(model, "__self__", model)  # the object of a bound method
         self._modules = list(owner.modules()) if isinstance(owner, torch.nn.Module) else []
 
     def __enter__(self) -> AttributesOf:
@@ -130,8 +130,8 @@ class AttributesOf:
 
 
 class CompiledCode:
-    """Forgets, at its end, what Dynamo compiled inside: an explanation is no compilation that a later call may reuse,
-    nor one that counts towards the recompilation limit."""
+    """Drops, at its end, the code that Dynamo compiled inside: a later call must not reuse an explanation's code, and this
+    code must not count towards the recompilation limit."""
 
     def __enter__(self) -> CompiledCode:
         self._before: dict[CodeType, set[int]] = {}
@@ -151,7 +151,7 @@ class CompiledCode:
             if not before:
                 torch._C._dynamo.eval_frame.reset_code(code)
                 continue
-            for entry in _entries(code):  # beside the user's own: they stay
+            for entry in _entries(code):  # entries of the user's own compilations stay
                 if id(entry.code) not in before:
                     gone = DeletedGuardManagerWrapper("attnrewrite.explain has ended")
                     # An entry guarded on the identity of an object that the frame does not have is not counted

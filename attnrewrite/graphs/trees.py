@@ -1,4 +1,4 @@
-"""Nested arguments and results as flat lists. Public in PyTorch under `torch.utils.pytree` from 2.15 on only."""
+"""Nested arguments and results as flat lists. PyTorch makes these functions public, as `torch.utils.pytree`, from 2.15 on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]
 
 
 def mapped(function: Callable[[Any], Any], tree: Any) -> Any:
-    """The same structure, with each leaf replaced by what the function makes of it."""
+    """The same structure, with the function applied to each leaf."""
     return _pytree.tree_map(function, tree)
 
 
@@ -27,12 +27,12 @@ def unflattened(leaves: list[Any], structure: Any) -> Any:
 
 
 def in_order(kwargs: dict[str, Any], structure: Any) -> dict[str, Any]:
-    """Keyword arguments in the order that the structure of a call, of (args, kwargs), has them in."""
+    """Keyword arguments in the order of a call's structure, which is that of (args, kwargs)."""
     from torch.export._tree_utils import reorder_kwargs
 
     return reorder_kwargs(kwargs, structure)
 
 
 def structure_of(text: str) -> Any:
-    """A structure that was written as text, as AOTInductor keeps that of a call."""
+    """Reads a structure from text, the form in which AOTInductor keeps the structure of a call."""
     return _pytree.treespec_loads(text)

@@ -1,4 +1,4 @@
-"""The words for one scaled dot-product attention: what is asked of a kernel, without a node and without a tensor."""
+"""One call of scaled dot-product attention as plain data, without nodes and tensors."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ..graphs.sizes import Size, described
 
 
 class MaskKind(str, Enum):
-    """What a mask is known to be. Causal is a word here, not a tensor."""
+    """The kind of a mask that the graph proves. Causal is a kind without a tensor."""
 
     NONE = "none"
-    CAUSAL_UPPER_LEFT = "causal"  # row i sees keys 0..i: what SDPA's is_causal means
+    CAUSAL_UPPER_LEFT = "causal"  # row i sees keys 0..i: SDPA's is_causal
     CAUSAL_LOWER_RIGHT = "causal lower-right"  # row i sees keys 0..i + kv_len - q_len: FlashAttention >= 2.1
-    KEY_PADDING = "key padding"  # the same for every head and query: by its shape, or by how the graph makes it
-    QUERY_KEY_PADDING = "padding of queries and keys"  # a key takes part for a query if neither is padding
-    CAUSAL_PADDING = "causal and key padding"  # causal of either alignment, and some keys are padding
+    KEY_PADDING = "key padding"  # the same for every head and query, as the mask's shape or the graph shows
+    QUERY_KEY_PADDING = "padding of queries and keys"  # a key takes part for a query if neither of them is padding
+    CAUSAL_PADDING = "causal and key padding"  # causal with either alignment, and some keys are padding
     SLIDING_WINDOW = "sliding window"  # row i sees keys i - left .. i + right; q_len == kv_len
     BLOCKS = "blocks"  # a query sees the keys of its own document
     BOOLEAN = "boolean"  # a tensor; True: this key takes part
@@ -32,19 +32,19 @@ _BOOLEAN = frozenset(
 
 @dataclass(frozen=True)
 class Mask:
-    """kind: what is known of it. For a tensor its dtype name ("bool", "float32"), its shape as the model passes it, and whether
-    it is learned; they stay where `understand_masks` has proven that the tensor is causal or hides nothing.
+    """The mask of a call. `dtype`, `shape` and `needs_grad` describe the model's tensor, also where `understand_masks` has
+    proven that this tensor is causal or hides nothing.
 
-    window: how many keys before and behind the query's own a sliding window shows; None: all of them.
-    no_key: what a row gives that sees no key. "zeros": SDPA's answer for a boolean mask and for -inf. An additive mask of a
-        finite number shifts all its scores alike: "all keys" as without a mask, or the "mean" of all values where the number
-        is so large that the scores vanish beside it.
+    window: how many keys before and after its own position a query sees in a sliding window; None: all of them.
+    no_key: the output of a row that sees no key. "zeros": SDPA's output for a boolean mask and for -inf. An additive mask with
+        a finite number shifts all scores of the row alike: "all keys", the output without a mask, or "mean", the mean of all
+        values, where the number is so large that the scores vanish beside it.
     """
 
-    kind: MaskKind = MaskKind.NONE
-    dtype: str | None = None
-    shape: tuple[Size, ...] = ()
-    needs_grad: bool = False
+    kind: MaskKind = MaskKind.NONE  # as proven by the graph
+    dtype: str | None = None  # "bool", "float32"; None: the model passes no tensor
+    shape: tuple[Size, ...] = ()  # as the model passes the tensor
+    needs_grad: bool = False  # the mask is learned
     window: tuple[Size | None, Size | None] | None = None
     no_key: str = "zeros"
 
@@ -58,7 +58,7 @@ class Mask:
 
     @property
     def given(self) -> Mask | None:
-        """The tensor that the model passes, whatever is known of it; None where it passes none."""
+        """The model's tensor as a boolean or additive mask, without the proven kind; None where the model passes no tensor."""
         if self.dtype is None:
             return None
         kind = MaskKind.BOOLEAN if self.dtype == "bool" else MaskKind.ADDITIVE
@@ -66,12 +66,12 @@ class Mask:
 
     @property
     def bare(self) -> Mask:
-        """As a kernel gets it that takes what is proven: a tensor is boolean then, and causal or no mask have none."""
+        """The mask for a kernel that takes the proven kind: a boolean tensor, or no tensor where it is causal or no mask."""
         return replace(self, dtype="bool") if self.is_boolean else replace(self, dtype=None, shape=())
 
     @property
     def is_causal(self) -> bool:
-        """Of either alignment."""
+        """Whether the mask is causal and nothing else, with either alignment."""
         return self.kind in (MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT)
 
     def __str__(self) -> str:
@@ -89,37 +89,35 @@ class Mask:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """One call of scaled dot-product attention, as `find` reads it out of a graph.
+    """One call of scaled dot-product attention, as `find_calls` reads it from a graph.
 
-    Sizes are `int`, or `torch.SymInt` while its graph is being rewritten, or text in a report.
-    `dtype` is the one that the products are computed in (under autocast not that of the arguments). The batch of a
-    rank-5 call is the product of its leading sizes; a rank-3 call has one head.
+    Sizes are `int`, or `torch.SymInt` while the graph is being rewritten, or text in a report.
     """
 
     site: str  # the module path, as "transformer_blocks.0.attn1"
-    batch: Size
-    heads: Size
-    kv_heads: Size
-    q_len: Size
-    kv_len: Size
-    head_dim: Size
-    value_dim: Size
-    dtype: str  # "bfloat16"
-    device: str = "cpu"  # the device's type
+    batch: Size  # the product of the leading sizes where the rank is above 4
+    heads: Size  # heads of the query; 1 where the rank is 3
+    kv_heads: Size  # heads of key and value
+    q_len: Size  # queries of one head
+    kv_len: Size  # keys of one head
+    head_dim: Size  # of query and key
+    value_dim: Size  # the head dim of the value
+    dtype: str  # of the matrix products, as "bfloat16"; under autocast not the dtype of the arguments
+    device: str = "cpu"  # the device type
     mask: Mask = Mask()
     scale: float | None = None  # None: 1 / sqrt(head_dim)
-    dropout: float = 0.0
-    needs_grad: bool = False
-    layout: str = "bhsd"  # how the query lies in memory: "bhsd", "bshd" or "strided"
+    dropout: float = 0.0  # the probability
+    needs_grad: bool = False  # the output requires a gradient
+    layout: str = "bhsd"  # the query's order in memory: "bhsd", "bshd" or "strided"
     role: str = "self"  # "cross" where keys come from another tensor than queries
     deterministic: bool = False  # torch.use_deterministic_algorithms(True) is on
-    in_cuda_graph: bool = False  # the compiler behind the swap records a CUDA graph of it
-    obstacle: str | None = None  # why nothing but the call as it stands can be right here
-    written_as: str = "sdpa"  # "operations": spelled out in the graph; "kernel": a kernel that PyTorch has chosen
-    exported: bool = False  # stands in an exported program: operators only, checks as nodes
+    in_cuda_graph: bool = False  # the inner compiler records the call in a CUDA graph
+    obstacle: str | None = None  # why the call must stay unchanged
+    written_as: str = "sdpa"  # "operations": matmul and softmax in the graph; "kernel": a kernel chosen by PyTorch
+    exported: bool = False  # part of an exported program, which holds operators only and checks as nodes
 
     def described(self) -> AttentionCall:
-        """The same call with its symbolic sizes as text, for reports: it keeps no tracing state alive."""
+        """The same call with symbolic sizes as text, for reports: the copy keeps no tracing state alive."""
         sizes: dict[str, Any] = {name: described(getattr(self, name)) for name in SIZES}
         shape: Any = tuple(described(size) for size in self.mask.shape)
         window: Any = self.mask.window and tuple(None if size is None else described(size) for size in self.mask.window)
@@ -140,6 +138,6 @@ class AttentionCall:
         return AttentionCall(**{**named, "mask": mask})
 
 
-# How fields are called in files from before December 2026.
+# The names of fields in files from before December 2026, and their names now.
 OLD_NAMES = {"form": "written_as", "captured": "in_cuda_graph"}
 SIZES = ("batch", "heads", "kv_heads", "q_len", "kv_len", "head_dim", "value_dim")

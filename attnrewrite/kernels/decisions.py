@@ -1,4 +1,4 @@
-"""What is decided of a kernel and a call: `Accepted`, with the steps it takes, or `Refused`, with the reason."""
+"""The decision whether a kernel takes a call: `Accepted`, with the steps around the kernel, or `Refused`, with the reason."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ class Code(str, Enum):
     HEADS = "HEADS"
     UNBACKED = "UNBACKED"
     BROKEN = "BROKEN"  # installed, but it does not import
-    UNTRUSTED = "UNTRUSTED"  # a publisher that the kernels hub does not vouch for
+    UNTRUSTED = "UNTRUSTED"  # the kernels hub does not vouch for the publisher
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the swap does around a kernel to make it applicable, as "pad_head_dim" from 72 to 80, and what that costs."""
+    """An operation that the swap adds around a kernel to make the kernel applicable, and its cost."""
 
-    name: str
-    before: Size | str
-    after: Size | str
-    cost: str = ""  # of a size that grows: how many times the products
+    name: str  # "pad_head_dim"
+    before: Size | str  # 72
+    after: Size | str  # 80
+    cost: str = ""  # in words; of a size that grows, `str` gives the factor for the matrix products instead
 
     def described(self) -> Step:
         return Step(self.name, described(self.before), described(self.after), self.cost)
@@ -57,11 +57,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The kernel may take the call, after these steps. mask_as: how the kernel receives the mask, one of
-    `reasons.masks_for`."""
+    """The kernel may take the call."""
 
-    steps: tuple[Step, ...] = ()
-    mask_as: str = "proven"
+    steps: tuple[Step, ...] = ()  # the operations that this needs around the kernel
+    mask_as: str = "proven"  # how the kernel receives the mask: "proven", "keys" or "given" (`reasons.masks_for`)
 
     def described(self) -> Accepted:
         return Accepted(tuple(step.described() for step in self.steps), self.mask_as)
@@ -75,11 +74,11 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Refused:
-    """`detail` is a sentence made of the two values that were compared; `fix` is what the reader can do."""
+    """The kernel does not take the call."""
 
     code: Code
-    detail: str
-    fix: str
+    detail: str  # a sentence with the two values that were compared
+    fix: str  # what the user can do
 
     def described(self) -> Refused:
         return self

@@ -1,5 +1,5 @@
-"""What a record's `op` is for the two kinds of function that most attention libraries have: of batched tensors, and of packed
-ones. A function that takes more than these is registered by itself (`ops.register`)."""
+"""Makes the `op` of a record from the two kinds of functions that most attention libraries have: functions of batched tensors
+and functions of packed tensors. A function with more arguments is registered directly (`ops.register`)."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def dense_kernel(
     output: Callable[[Tensor, Tensor], Tensor] = ops.dense_output,
     tags: tuple[torch.Tag, ...] = (),
 ) -> Kernel:
-    """Makes `torch.ops.attnrewrite.<name>` of a function of batched tensors, for a record with `layout="bshd"`.
+    """Makes `torch.ops.attnrewrite.<name>` from a function of batched tensors, for a record with `layout="bshd"`.
 
-    forward(library, query, key, value, causal, scale): (batch, length, heads, dim) each, causal as the record's mask words say,
-        scale None for 1 / sqrt(head_dim). It returns the output (batch, q_len, heads, value_dim), or a tuple that begins with
-        it; with a backward, (output, log-sum-exp in float32 (batch, heads, q_len)).
+    forward(library, query, key, value, causal, scale): tensors are (batch, length, heads, dim); the record's `masks` say how
+        causal is aligned; scale is None for 1 / sqrt(head_dim). Returns the output (batch, q_len, heads, value_dim), or a tuple
+        that begins with it; with a backward, (output, log-sum-exp in float32 (batch, heads, q_len)).
     backward(library, grad, output, logsumexp, query, key, value, causal, scale): the gradients of query, key and value.
-    output(query, value): an empty tensor that lies in memory as what `forward` returns. By default that is made dense.
+    output(query, value): an empty tensor with the strides of the output of `forward`. By default the output is made dense.
     tags: as in `ops.register`.
     """
     op = _registered(name, DENSE, forward, backward, output, tags, (ops.products, ops.backward_products))
@@ -59,13 +59,13 @@ def packed_kernel(
     output: Callable[[Tensor, Tensor], Tensor] = ops.dense_output,
     tags: tuple[torch.Tag, ...] = (),
 ) -> Kernel:
-    """Makes `torch.ops.attnrewrite.<name>` of a function of packed tensors, for a record with `layout="bshd"`,
-    `prepare=packing` and `steps=packing_steps`, which takes key padding then.
+    """Makes `torch.ops.attnrewrite.<name>` from a function of packed tensors, for a record with `layout="bshd"`,
+    `prepare=packing` and `steps=packing_steps`. Such a record takes key padding.
 
-    forward(library, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale): (tokens, heads,
-        dim) each, sequence starts as int32 (batch + 1,). Keys behind the end of the last sequence are not to be read. It
-        returns the output (tokens, heads, value_dim), or a tuple that begins with it; with a backward, (output, log-sum-exp in
-        float32 (heads, tokens)).
+    forward(library, query, key, value, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, scale): query, key and
+        value are (tokens, heads, dim), the starts of sequences int32 (batch + 1,). Must not read keys behind the end of the
+        last sequence. Returns the output (tokens, heads, value_dim), or a tuple that begins with it; with a backward, (output,
+        log-sum-exp in float32 (heads, tokens)).
     backward(library, grad, output, logsumexp, query, ..., scale): the gradients of query, key and value.
     output, tags: as in `dense_kernel`.
     """
@@ -117,7 +117,7 @@ def _registered(
 
 
 def _first(result: Any) -> Tensor:
-    """Some versions of a library return the log-sum-exp besides."""
+    """The output alone: some versions of a library return the log-sum-exp too."""
     output: Tensor = result[0] if isinstance(result, tuple | list) else result
     return output
 

@@ -1,4 +1,4 @@
-"""What a decision may know of the machine: read once a device, or described by hand to plan for one that is elsewhere."""
+"""The machine that a decision is made for: read once per device, or described by hand to plan for a machine elsewhere."""
 
 from __future__ import annotations
 
@@ -10,22 +10,21 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Machine:
-    """A device and the software on it.
-
-    `device` is PyTorch's device type, but "rocm" for an AMD GPU and "tpu" for a TPU ("xla" is what else torch_xla runs on):
-    their kernels are others. `capability` is CUDA's compute
-    capability, None elsewhere. `packages` maps a distribution's name to its version;
-    "torch", "cuda" and "cudnn" are always among those that `here` reads. An H200 seen from a laptop:
+    """A device and the software on it. To plan for an H200 on a laptop:
 
         Machine("cuda", capability=(9, 0), packages={"torch": "2.11.0", "cudnn": "9.19.0"})
+
+    device: PyTorch's device type, but "rocm" for an AMD GPU and "tpu" for a TPU, which have kernels of their own. Other devices
+        of torch_xla are "xla".
+    packages: the version of each distribution by name. `machine_of` reads "torch" and, on NVIDIA GPUs, "cuda" and "cudnn" too.
 
     Raises `ValueError` for a CUDA machine without a capability.
     """
 
     device: str
-    capability: tuple[int, int] | None = None
+    capability: tuple[int, int] | None = None  # CUDA's compute capability; None on other devices
     packages: Mapping[str, str] = field(default_factory=dict, hash=False)
-    name: str = ""
+    name: str = ""  # the device's name, for people
 
     def __post_init__(self) -> None:
         if self.device == "cuda" and self.capability is None:
@@ -41,14 +40,14 @@ class Machine:
         return ", ".join(parts)
 
     def has(self, requires: Mapping[str, str]) -> bool:
-        """Whether its packages satisfy version specifiers, as {"flash-attn": ">=2.7"}."""
+        """Whether the machine's packages satisfy version specifiers, as {"flash-attn": ">=2.7"}."""
         return all(
             name in self.packages and satisfies(self.packages[name], specifier) for name, specifier in requires.items()
         )
 
     @property
     def torch_device(self) -> str:
-        """PyTorch's own word for the device's type."""
+        """PyTorch's device type: "cuda" for "rocm", "xla" for "tpu"."""
         return {"rocm": "cuda", "tpu": "xla"}.get(self.device, self.device)
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,12 +66,12 @@ class Machine:
         )
 
 
-# Distributions that some record needs: a machine's `packages` has their versions, of a user's own record too.
+# The distributions that records need, the records of users too: `machine_of` reads the versions.
 PACKAGES: set[str] = set()
 
 
 def installed(distribution: str) -> str | None:
-    """The version of an installed distribution, without importing it; None where there is none."""
+    """The version of a distribution, read without importing it; None where it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -80,7 +79,7 @@ def installed(distribution: str) -> str | None:
 
 
 def satisfies(version: str, specifier: str) -> bool:
-    """Whether a version (as "2.13.0") is within a specifier (as ">=2.9")."""
+    """Whether a version, as "2.13.0", satisfies a specifier, as ">=2.9". Local parts, as "+cu128", do not count."""
     from packaging.specifiers import SpecifierSet
 
     return SpecifierSet(specifier).contains(version.split("+")[0], prereleases=True)

@@ -1,10 +1,10 @@
-"""`register`: the one place that makes a torch op of a third-party function.
+"""`register`: the one place that makes a torch op from a third-party function.
 
-An op is what torch.compile, torch.export and CUDA graphs can hold: `torch.ops.attnrewrite.<name>`. Each takes three strings
-besides its own arguments, those of its `Origin`.
+torch.compile, torch.export and CUDA graphs can hold such an op, `torch.ops.attnrewrite.<name>`. Each op takes three strings
+besides its own arguments: the fields of `Origin`.
 
-Ops are made with `torch.library.Library`, which costs less a call than `torch.library.custom_op`; bench/op_overhead.py prints
-what one adds to the library's own call.
+Ops are made with `torch.library.Library`, whose ops cost less per call than those of `torch.library.custom_op`;
+bench/op_overhead.py prints the time that an op adds to the library's own call.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ Shape = Sequence[int]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a call of an op comes from: what its errors name. `source` is also what it runs: the text of a loaded library
-    (`attnrewrite.sources`)."""
+    """Where a call of an op comes from; the op's errors name it."""
 
     backend: str  # "_flash_3_hub"
-    source: str  # "kernels-community/flash-attn3@<commit>"
+    source: str  # the loaded library that the op calls (`sources.load`): "kernels-community/flash-attn3@<commit>"
     site: str  # "blocks.0.attn1"
 
 
@@ -41,14 +40,14 @@ STRINGS = "*, str backend, str source, str site"
 
 @dataclass(frozen=True)
 class Op:
-    """A registered op. `forward` and `backward` know no autograd; `autograd` is both together, None without a backward."""
+    """A registered function, as torch ops."""
 
-    forward: Any
-    backward: Any = None
-    autograd: Any = None
+    forward: Any  # without autograd
+    backward: Any = None  # without autograd; None where the function has no backward
+    autograd: Any = None  # both together, differentiable; None without a backward
 
     def __call__(self, *args: Any, needs_grad: bool, origin: Origin) -> Any:
-        """Calls the op that a site needs. Inference goes to `forward`, with no autograd kernel in between."""
+        """Calls `autograd` for `needs_grad`, otherwise `forward`, with no autograd kernel in between."""
         return (self.autograd if needs_grad else self.forward)(*args, **vars(origin))
 
 
@@ -63,17 +62,18 @@ def register(
     backward_flops: Callable[..., int] | None = None,
     tags: tuple[torch.Tag, ...] = (),
 ) -> Op:
-    """Makes `torch.ops.attnrewrite.<name>` of `real(library, *args)`.
+    """Makes `torch.ops.attnrewrite.<name>` from `real(library, *args)`.
 
     schema: "(Tensor query, Tensor key, Tensor value, ...) -> Tensor", or "-> (Tensor, Tensor)" for output and log-sum-exp
-        (float32); the three strings are added to it.
-    fake(*args): the same result on fake tensors: shapes, dtypes, strides. What `real` returns must match it to the stride.
-    backward(library, grad, output, logsumexp, *args): the gradients of query, key and value, dense in the order of
-        dimensions of what they belong to (`torch.empty_like`).
-    flops(*shapes and arguments, out_shape): the products of a call, for `torch.utils.flop_counter`.
-    tags: more of PyTorch's tags, as `torch.Tag.cudagraph_unsafe`.
+        (float32); `register` adds the three strings of `Origin`.
+    fake(*args): the result on fake tensors. The result of `real` must have the same shapes, dtypes and strides.
+    backward(library, grad, output, logsumexp, *args): the gradients of query, key and value, each dense in the dimension order
+        of its tensor (`torch.empty_like`).
+    flops(*shapes and arguments, out_shape): the FLOPs of a call's matrix products, for `torch.utils.flop_counter`.
+    backward_flops: the same for the backward; required with one.
+    tags: additional PyTorch tags, as `torch.Tag.cudagraph_unsafe`.
 
-    An exception of the library comes out as a `RuntimeError` that names the site, the backend, its source and the shapes.
+    The op raises the library's exceptions as a `RuntimeError` that names the site, the backend, its source and the shapes.
     """
     takes, returns = schema.removeprefix("(").split(") -> ")
     forward = _define(name, f"({takes}, {STRINGS}) -> {returns}", real, fake, flops, tags)
@@ -114,7 +114,7 @@ def _define(
 
 
 def _with_autograd(name: str, schema: str, forward: Any, backward: Any) -> Any:
-    """An op that decomposes, above the dispatcher's autograd keys, into `forward` and, when asked, `backward`."""
+    """An op that decomposes, at the dispatcher's autograd keys, into `forward` and, for a gradient, `backward`."""
 
     class Attention(torch.autograd.Function):
         @staticmethod
@@ -160,27 +160,27 @@ def _named(error: Exception, args: tuple[Any, ...], origin: Origin) -> RuntimeEr
     )
 
 
-# -- what most fakes and formulas are made of: query (batch, length, heads, dim), or packed (tokens, heads, dim)
+# -- parts of most fakes and FLOP formulas; a query is (batch, length, heads, dim), or packed (tokens, heads, dim)
 
 
 def zero_unless(condition: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor where a boolean condition that broadcasts to it holds, zeros elsewhere, NaN or not."""
+    """The tensor where a boolean condition holds, zeros elsewhere, even for NaN. The condition broadcasts to the tensor."""
     return torch.where(condition, tensor, torch.zeros((), dtype=tensor.dtype, device=tensor.device))
 
 
 def dense_output(query: Tensor, value: Tensor) -> Tensor:
-    """A new tensor of the query's sizes, as wide as the values, dense."""
+    """A new dense tensor with the sizes of the query and the head dim of the value."""
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
 def logsumexp_of(query: Tensor, wanted: bool) -> Tensor:
-    """float32, (batch, heads, length), or (heads, tokens) where packed; empty where nobody wants it."""
+    """A new float32 tensor (batch, heads, length), or packed (heads, tokens); (0,) where it is not wanted."""
     shape = (query.shape[0], query.shape[2], query.shape[1]) if query.dim() == 4 else (query.shape[1], query.shape[0])
     return query.new_empty(shape if wanted else (0,), dtype=torch.float32)
 
 
 def products(query: Shape, key: Shape, value: Shape, *_: Any) -> int:
-    """2 * (head_dim + value_dim) for each pair of query and key: two matrix products."""
+    """The FLOPs of two matrix products: 2 * (head_dim + value_dim) for each pair of query and key."""
     batch, q_len, heads, dim = query
     return 2 * batch * heads * q_len * key[1] * (dim + value[-1])
 
@@ -188,7 +188,7 @@ def products(query: Shape, key: Shape, value: Shape, *_: Any) -> int:
 def backward_products(
     grad: Shape, output: Shape, logsumexp: Shape, query: Shape, key: Shape, value: Shape, *_: Any
 ) -> int:
-    """Five matrix products: scores again, and the gradients of weights, values, queries and keys."""
+    """The FLOPs of five matrix products: the scores again, and the gradients of weights, value, query and key."""
     batch, q_len, heads, dim = query
     return 2 * batch * heads * q_len * key[1] * (3 * dim + 2 * value[-1])
 
@@ -196,7 +196,7 @@ def backward_products(
 def packed_products(
     query: Shape, key: Shape, value: Shape, cu_q: Shape, cu_k: Shape, max_q: int, max_k: int, *_: Any
 ) -> int:
-    """As `products`, with every sequence as long as the longest may be: true lengths are known on the device only."""
+    """As `products`, with `max_k` keys in every sequence: only the device knows the true lengths."""
     tokens, heads, dim = query
     return 2 * heads * tokens * max_k * (dim + value[-1])
 

@@ -1,10 +1,10 @@
-"""Key padding for kernels without a mask argument: keys and values that take part are put in front.
+"""Key padding for kernels without a mask argument: the keys and values that take part move to the front.
 
-Variable-length kernels get them packed, one sequence behind the other (`packing`); kernels that take how many keys of
-each batch element are in use (FlashAttention's `seqused_k`) get those in front of its others (`leading`).
+Variable-length kernels get these keys packed, one sequence after the other (`packing`). Kernels that take the number of keys in
+use for each batch element (FlashAttention's `seqused_k`) get these keys in front of the element's other keys (`leading`).
 
-Everything stays on the device: no shape depends on data and nothing is read back, so that it holds under `fullgraph`, CUDA
-graphs and export. What is made of a mask is made once and shared by all sites that read it.
+Everything stays on the device: no shape depends on data and no value is read back, so that this works under `fullgraph`, CUDA
+graphs and export. The tensors built from a mask are built once and shared by all sites that read the mask.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from .decisions import Step
 
 @dataclass(frozen=True)
 class Packing:
-    """Where sequences begin in the packed queries and keys (int32, batch + 1), and which keys to take in which order."""
+    """How to pack queries and keys."""
 
-    cu_seqlens_q: Tensor
-    cu_seqlens_k: Tensor
-    keys: Tensor | None  # int64, batch * kv_len: those that take part first; None: all, as they lie
+    cu_seqlens_q: Tensor  # int32 (batch + 1,): where each sequence begins in the packed queries
+    cu_seqlens_k: Tensor  # int32 (batch + 1,): the same for the packed keys
+    keys: Tensor | None  # int64 (batch * kv_len,): indices of the keys, those that take part first; None: all in order
 
 
 @dataclass(frozen=True)
 class Leading:
-    """How many keys take part (int32, (batch,)), and all keys in the order that has those in front (int64, batch * kv_len)."""
+    """How to reorder the keys of each batch element."""
 
-    seqused_k: Tensor
-    keys: Tensor
+    seqused_k: Tensor  # int32 (batch,): how many keys take part
+    keys: Tensor  # int64 (batch * kv_len,): indices of the keys, in each batch element those that take part first
 
 
 def packing_steps(call: AttentionCall) -> tuple[Step, ...]:
@@ -43,9 +43,9 @@ def packing_steps(call: AttentionCall) -> tuple[Step, ...]:
 
 
 def packing(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Packing:
-    """Of no mask, or of a boolean one that is the same for every head and query.
+    """The packing for no mask, or for a boolean mask that is the same for every head and query.
 
-    Keys that take part, wherever they lie, come first; the others stay behind the last sequence's end, where no kernel
+    Keys that take part come first, wherever they are; the others stay behind the end of the last sequence, where no kernel
     reads.
     """
     batch, q_len, kv_len = (cast(int, size) for size in (call.batch, call.q_len, call.kv_len))
@@ -55,14 +55,14 @@ def packing(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Packing:
         return Packing(cu_seqlens_q, starts * kv_len, None)
     valid = mask.select(1, 0).select(1, 0).expand(batch, kv_len)
     lengths = valid.sum(-1, dtype=torch.int32)
-    # Not F.pad: for one sequence of 8,193 to 16,384 keys Inductor gives [length, length] for it on CUDA (2.11).
+    # Not F.pad: Inductor's code for it on CUDA gives [length, length] for one sequence of 8,193 to 16,384 keys (2.11).
     cu_seqlens_k = torch.cat([lengths.new_zeros(1), lengths.cumsum(0, dtype=torch.int32)])
     order = torch.argsort(valid.reshape(-1).to(torch.uint8), stable=True, descending=True)
     return Packing(cu_seqlens_q, cu_seqlens_k, order)
 
 
 def pack(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> tuple[Tensor, Tensor, Tensor]:
-    """(batch, length, heads, dim) to (tokens, heads, dim)."""
+    """Packs query, key and value: (batch, length, heads, dim) to (tokens, heads, dim)."""
     query, key, value = (tensor.flatten(0, 1) for tensor in (query, key, value))
     if packing.keys is not None:
         key, value = key.index_select(0, packing.keys), value.index_select(0, packing.keys)
@@ -70,13 +70,13 @@ def pack(query: Tensor, key: Tensor, value: Tensor, packing: Packing) -> tuple[T
 
 
 def unpack(output: Tensor, call: AttentionCall) -> Tensor:
-    """(tokens, heads, dim) to (batch, length, heads, dim): every query is there, masked keys or not."""
+    """Unpacks the output: (tokens, heads, dim) to (batch, length, heads, dim). Packing drops no query."""
     unpacked: Tensor = output.unflatten(0, (cast(int, call.batch), cast(int, call.q_len)))
     return unpacked
 
 
 def leading(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Leading | None:
-    """Of a boolean mask that is the same for every head and query; None of no mask."""
+    """The order of keys for a boolean mask that is the same for every head and query; None for no mask."""
     if mask is None:
         return None
     batch, kv_len = (cast(int, size) for size in (call.batch, call.kv_len))
@@ -87,7 +87,7 @@ def leading(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Leading | 
 
 
 def lead(tensor: Tensor, leading: Leading | None) -> Tensor:
-    """Keys or values, (batch, length, heads, dim), those that take part first."""
+    """Keys or values, (batch, length, heads, dim), with those that take part first."""
     if leading is None:
         return tensor
     moved: Tensor = tensor.flatten(0, 1).index_select(0, leading.keys).unflatten(0, tensor.shape[:2])

@@ -1,4 +1,4 @@
-"""`Backend`: one attention kernel as data, with every limit it truly has."""
+"""`Backend`: one attention kernel as data, with all of its limits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .sources import Source
 
 
 class Numerics(IntEnum):
-    """How far a kernel's result may lie from SDPA's. A policy's limit accepts its own class and those before it."""
+    """How far a kernel's result may differ from SDPA's. A policy's limit accepts its own class and the classes before it."""
 
     EXACT = 0  # the very same kernel call
     REORDERED = 1  # the same arithmetic in another order: differences of rounding
@@ -26,21 +26,20 @@ class Numerics(IntEnum):
 
 @dataclass(frozen=True)
 class HeadDim:
-    """Head dims that a kernel takes: minimum..max, in multiples. `pad`: others below max are padded with zeros,
-    which changes no product, and the padding is cut off the output."""
+    """The head dims that a kernel takes: multiples of `multiple` from `minimum` to `max`."""
 
-    max: int | None = None
+    max: int | None = None  # None: no limit
     multiple: int = 1
-    pad: bool = False
+    pad: bool = False  # pad other head dims with zeros, which changes no product, and cut the padding off the output
     minimum: int = 1
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a result in half precision may lie from float64: the relative error |out - ref| / |ref| (2-norms), and why."""
+    """How far a result in half precision may differ from float64."""
 
-    error: float = 1.2e-2
-    reason: str = "rounding to bfloat16"
+    error: float = 1.2e-2  # the relative error |out - ref| / |ref|, in 2-norms
+    reason: str = "rounding to bfloat16"  # for this error
 
 
 Check = Callable[[AttentionCall, Machine], Refused | None]
@@ -49,56 +48,51 @@ LibraryCheck = Callable[[ModuleType, Machine], Refused | None]
 
 @dataclass(frozen=True)
 class Backend:
-    """One kernel. A field that a call may need is off unless the record turns it on.
+    """One kernel. A field that a call may need is off unless the record turns it on. A kernel with other limits on another
+    device, or in another version, has one record for each under the same name.
 
-    `op(query, key, value, prepared, *, call)` is a plain function of tensors that returns the output: it is run once on
-    fake tensors, and what it calls is what lands in the graph. Tensors come and go in `layout`: "bhsd" for
-    (batch, heads, length, dim), "bshd" for (batch, length, heads, dim); their last dimension has stride 1.
-    Where a record has a `source`, the library behind it is loaded when a plan chooses it, and `op` gets an `ops.Origin` as
-    `origin=`, to hand on to the ops that `ops.register` made.
-    `prepare(mask, key, call)` makes of the mask (None, or a tensor of rank 4) what the op wants; it is built once a mask
-    and shared by all sites that read it, and comes to the op as `prepared`. Without it the mask itself comes.
-
-    Names repeat where a kernel has other limits on another device or in another version: one record for each.
+    op(query, key, value, prepared, *, call): a plain function of tensors that returns the output. It runs once on fake tensors,
+        and the graph gets the torch calls that it makes. Tensors come and go in `layout`; the last dimension of query, key and
+        value has stride 1. With a `source`, `op` also gets `origin=`, an `ops.Origin` for the ops that `ops.register` made.
+    prepare(mask, key, call): makes `prepared` from the mask (None, or a tensor of rank 4), once for all sites that read the
+        mask. Without `prepare`, `op` gets the mask itself.
     """
 
     name: str
-    family: str
-    op: Callable[..., torch.Tensor] | None  # None: the call stays as it is
-    devices: frozenset[str]
-    dtypes: frozenset[str]
-    summary: str = ""
+    family: str  # the library or project, for people
+    op: Callable[..., torch.Tensor] | None  # None: the call stays unchanged
+    devices: frozenset[str]  # as in `Machine.device`
+    dtypes: frozenset[str]  # of query, key and value: "bfloat16"
+    summary: str = ""  # one line, for people
     capability: tuple[tuple[int, int], tuple[int, int]] | None = None  # first and last, both included
-    not_on: frozenset[tuple[int, int]] = frozenset()  # capabilities between these that it has no kernel for
+    not_on: frozenset[tuple[int, int]] = frozenset()  # capabilities in this range without a kernel
     head_dim: HeadDim = HeadDim()
     masks: frozenset[MaskKind] = frozenset({MaskKind.NONE})
     mask_dtypes: frozenset[str] = frozenset()  # of additive masks, besides the call's own dtype
-    mask_grad: bool = False
-    gqa: bool = False
+    mask_grad: bool = False  # has a gradient for an additive mask
+    gqa: bool = False  # takes fewer key heads than query heads
     value_dim: bool = False  # value_dim may differ from head_dim
     dropout: bool = False
     backward: bool = False
-    always_differentiable: bool = False  # also where the call was planned without a gradient: nothing is kept for it
+    always_differentiable: bool = False  # also in calls planned without a gradient: the backward needs nothing extra
     deterministic: bool = True
     capturable: bool = True  # right under capture and replay of a CUDA graph
-    empty: bool = False  # takes sequences of length 0
-    any_context: bool = False  # takes calls that carry an obstacle
-    all_scores: bool = False  # holds the scores of all queries and keys in memory
-    not_exported: str = ""  # why no exported program can hold it
-    layout: str = "bhsd"
+    empty: bool = False  # takes a batch or sequences of size 0
+    any_context: bool = False  # takes calls with an obstacle
+    all_scores: bool = False  # keeps the scores of all queries and keys in memory
+    not_exported: str = ""  # why no exported program can hold the kernel; "" where it can
+    layout: str = "bhsd"  # (batch, heads, length, dim); "bshd": (batch, length, heads, dim)
     numerics: Numerics = Numerics.REORDERED
     tolerance: Tolerance = Tolerance()
-    tested: str = ""  # the hardware that its parity tests passed on, "interpreter" or "stand-in" (docs/backends.md)
-    compiled: bool = False  # a kernel only once Inductor has made it; uncompiled it is other code
-    source: Source | None = None
+    tested: str = ""  # the hardware on which the parity tests passed, "interpreter" or "stand-in" (docs/backends.md)
+    compiled: bool = False  # a fused kernel only when Inductor compiles it; uncompiled it is other code
+    source: Source | None = None  # the library, which is loaded when a plan chooses the kernel
     requires: Mapping[str, str] = field(default_factory=dict, hash=False)  # distribution -> version specifier
-    install: Mapping[str, str] = field(
-        default_factory=dict, hash=False
-    )  # distribution -> how, where `pip install` does not
-    checks: tuple[Check, ...] = ()
-    library_check: LibraryCheck | None = None  # asked once the source is loaded: a build may lack this kernel
+    install: Mapping[str, str] = field(default_factory=dict, hash=False)  # distribution -> its own install instruction
+    checks: tuple[Check, ...] = ()  # limits that no field expresses
+    library_check: LibraryCheck | None = None  # called with the loaded library: a build may lack this kernel
     prepare: Callable[[torch.Tensor | None, torch.Tensor, AttentionCall], Any] | None = None
-    steps: Callable[[AttentionCall], tuple[Step, ...]] | None = None  # what `prepare` and `op` do that costs something
+    steps: Callable[[AttentionCall], tuple[Step, ...]] | None = None  # the costly operations of `prepare` and `op`
 
     def __post_init__(self) -> None:
         PACKAGES.update(self.requires)

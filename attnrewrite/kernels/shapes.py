@@ -1,4 +1,4 @@
-"""SDPA's tensors of any rank, (..., heads, length, dim) or (batch, length, dim), as kernels want them: of rank 4."""
+"""Turns SDPA's tensors of any rank, (..., heads, length, dim) or (batch, length, dim), into the rank 4 that kernels take."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from ..graphs.sizes import Size, is_one
 
 
 def lead_sizes(*tensors: Tensor) -> tuple[Size, ...]:
-    """The sizes before (heads, length, dim), or before (length, dim) where there is one head: as SDPA broadcasts them."""
+    """The sizes before (heads, length, dim), or before (length, dim) where there is one head, broadcast as SDPA does."""
     return tuple(torch.broadcast_shapes(*(tensor.shape[: -3 if tensor.dim() > 3 else -2] for tensor in tensors)))
 
 
 def rank4(tensor: Tensor, lead: tuple[Size, ...], heads: Size) -> Tensor:
-    """(batch, heads, length, dim) of query, key or value, expanded to the leading sizes and heads of the call."""
+    """Query, key or value as (batch, heads, length, dim), expanded to the leading sizes and heads of the call."""
     if tensor.dim() <= 3:
         tensor = tensor.unsqueeze(-3)
     return tensor.expand(*lead, heads, *tensor.shape[-2:]).reshape(math.prod(lead), heads, *tensor.shape[-2:])
 
 
 def mask_rank4(mask: Tensor, lead: tuple[Size, ...], rank: int) -> Tensor:
-    """A mask that broadcasts to scores of a rank, with four sizes; each may be 1. lead: those of the call."""
+    """A mask with four dimensions, each of which may be of size 1, from a mask that broadcasts to scores of `rank`.
+
+    lead: the leading sizes of the call (`lead_sizes`).
+    """
     mask = mask[(None,) * (rank - mask.dim())]
     if rank == 2:
         return mask[None, None]

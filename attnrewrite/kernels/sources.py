@@ -1,8 +1,8 @@
-"""Where the function behind a kernel comes from: an installed package, or a repository of the kernels hub.
+"""The source of a kernel's library: an installed package, or a repository of the kernels hub.
 
-Nothing here is imported or downloaded until a plan chooses the kernel (`load`). What was loaded is known by a text, its
-source, as "flash-attn 2.8.3" or "kernels-community/flash-attn3@<commit>". The text is an argument of the op: it says
-which library the op calls, and makes PyTorch's caches, which know an op by its name alone, tell versions apart.
+Nothing here is imported or downloaded until a plan chooses the kernel (`load`). A text identifies a loaded library, as
+"flash-attn 2.8.3" or "kernels-community/flash-attn3@<commit>". The text is an argument of the op: it selects the library that
+the op calls, and lets PyTorch's caches, which know an op by its name alone, tell versions apart.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from ..graphs.tracing import without_modes
 from .decisions import Code, Refused
 from .machines import installed
 
-LOCK = "ATTNREWRITE_KERNELS_LOCK"  # environment: a kernels.lock, as `kernels lock` writes it, that fixes every commit
-TRUST = "ATTNREWRITE_TRUST_REMOTE_CODE"  # environment: 1 loads kernels of publishers that the hub does not vouch for
+# Environment variables.
+LOCK = "ATTNREWRITE_KERNELS_LOCK"  # the path of a kernels.lock, as `kernels lock` writes it, which fixes every commit
+TRUST = "ATTNREWRITE_TRUST_REMOTE_CODE"  # 1 loads kernels of publishers that the hub does not vouch for
 
 
 class SourceError(RuntimeError):
-    """A library that cannot be loaded. `refused` is the reason as a decision."""
+    """Raised for a library that cannot be loaded. `refused` is the reason as a decision."""
 
     def __init__(self, refused: Refused) -> None:
         super().__init__(str(refused))
         self.refused = refused
 
 
-_PACKAGES: dict[str, Package] = {}  # every one that was made, by its distribution: a text names no module
-# What makes the packages of plug-ins, which are not imported before somebody asks (planning/registry.py).
+_PACKAGES: dict[str, Package] = {}  # every `Package` by its distribution: the text of a library names no module
+# Functions that import plug-ins, which make their packages; called only on demand (planning/registry.py).
 PLUG_INS: list[Callable[[], object]] = []
 
 
@@ -52,11 +53,12 @@ class Package:
         return self.distribution
 
     def on(self, packages: Mapping[str, str]) -> str:
-        """The text that it will be known by on a machine with these packages."""
+        """The text that identifies the library on a machine with these packages."""
         return f"{self.distribution} {packages[self.distribution]}"
 
     def fetch(self, trust: bool) -> tuple[str, ModuleType]:
-        """The module and its source. Raises `SourceError` with the import's own words if it does not import."""
+        """The text that identifies the library, and its module. Raises `SourceError`, with the import's own message, if the
+        module does not import."""
         version = installed(self.distribution)
         try:
             module = importlib.import_module(self.module)
@@ -75,25 +77,23 @@ class Package:
 class Hub:
     """A repository of the kernels hub, loaded by the `kernels` library: from LOCAL_KERNELS, its cache, or the network.
     Tried with kernels 0.17.2; 0.14 takes other arguments and trusts other publishers.
-
-    `revision` (a branch, tag or commit) replaces `version`; so does the commit of a lock file, where the environment names
-    one.
     """
 
     repository: str  # "kernels-community/flash-attn3"
-    version: int
-    revision: str | None = None
+    version: int  # without `revision`, the commit of a lock file replaces it where the environment names one
+    revision: str | None = None  # a branch, tag or commit, which replaces `version`
 
     def __str__(self) -> str:
         return f"{self.repository}@{self.revision or f'v{self.version}'}"
 
     def on(self, packages: Mapping[str, str]) -> str:
-        """The text that it will be known by elsewhere: with a branch, which commit that is shows when it is loaded."""
+        """The text that identifies the library on another machine; the commit of a branch is known only after loading."""
         return str(self)
 
     def fetch(self, trust: bool) -> tuple[str, ModuleType]:
-        """The module and its source. Raises `SourceError` if it can be neither found nor loaded. Nothing is ever deleted from
-        the cache, which other programs share: a download that broke off is completed by the next one (huggingface_hub)."""
+        """The text that identifies the library, and its module. Raises `SourceError` if the library is not found or does not
+        load. Deletes nothing from the cache, which other programs share: the next download completes one that broke off
+        (huggingface_hub)."""
         _, kernels = Package("kernels", "kernels").fetch(trust)
         which: dict[str, Any] = {"revision": self.revision} if self.revision else {"version": self.version}
         get, lock = kernels.get_kernel, os.environ.get(LOCK)
@@ -107,7 +107,7 @@ class Hub:
         return f"{self.repository}@{_commit(module)}", module
 
     def _refused(self, error: Exception) -> Refused:
-        """What `kernels` (0.17) raises, by its words: it has no exceptions of its own."""
+        """The reason behind an exception of `kernels` (0.17), by its message: `kernels` has no exception classes."""
         said = f"{self} does not load: {type(error).__name__}: {_first_line(error)}"
         if "not from a trusted publisher" in str(error):
             publisher = self.repository.split("/")[0]
@@ -120,27 +120,27 @@ class Hub:
             return Refused(Code.CAPABILITY, said, other)
         if "build variant" in str(error) or "requires kernels" in str(error):
             return Refused(Code.VERSION, said, other)
-        # By the name of its branch: what is downloaded by its version is not found again offline (kernels 0.17.2).
+        # By the name of the branch: a download by version is not found again offline (kernels 0.17.2).
         install = f"kernels.install_kernel('{self.repository}', revision='{self.revision or f'v{self.version}'}')"
         return Refused(
             Code.MISSING,
             said,
-            f'Where there is a network: python -c "import kernels; {install}"; then set HF_HUB_OFFLINE=1 where there is none; '
+            f'Download it with a network: python -c "import kernels; {install}", then set HF_HUB_OFFLINE=1 to run without one; '
             f"or name a local folder: LOCAL_KERNELS={self.repository}=<folder>",
         )
 
 
 Source = Package | Hub
 
-# What has been loaded in this process: a later compilation asks no file and no network again.
-_TEXTS: dict[tuple[Source, bool], str] = {}  # by source and trust
-_LIBRARIES: dict[str, ModuleType] = {}  # by text
+# The libraries loaded in this process: a later compilation reads no file and no network again.
+_TEXTS: dict[tuple[Source, bool], str] = {}  # the text of a library, by source and trust
+_LIBRARIES: dict[str, ModuleType] = {}  # the module of a library, by text
 
 
 def load(source: Source, trust: bool = False) -> str:
-    """Loads a library, once a process, and returns the text that it is known by from now on. Raises `SourceError`."""
+    """Loads a library, once per process, and returns the text that identifies it. Raises `SourceError`."""
     if (source, trust) not in _TEXTS:
-        with without_modes():  # an import may make tensors: they are not part of the graph being rewritten
+        with without_modes():  # tensors that an import makes are not part of the graph being rewritten
             text, module = source.fetch(trust)
         _LIBRARIES.setdefault(text, module)
         _TEXTS[source, trust] = text
@@ -148,10 +148,10 @@ def load(source: Source, trust: bool = False) -> str:
 
 
 def library(text: str, trust: bool = False) -> ModuleType:
-    """The module behind a source's text, for an op that is about to call it.
+    """The module of the library that a text identifies, for an op that is about to call it.
 
-    In a process that has not loaded it (a saved program), it is loaded now. Raises `SourceError` if what is there now is
-    another version than the program was made with.
+    Loads the library in a process that has not loaded it (a saved program). Raises `SourceError` if the version found is not
+    the version that the program was made with.
     """
     if (module := _LIBRARIES.get(text)) is None:
         source = _parsed(text)
@@ -161,7 +161,7 @@ def library(text: str, trust: bool = False) -> ModuleType:
             raise SourceError(
                 Refused(
                     Code.VERSION,
-                    f"this program was made with {text}, here is {found}",
+                    f"this program was made with {text}, this machine has {found}",
                     f"Install {text}, or make the program again",
                 )
             )
@@ -181,7 +181,7 @@ def _parsed(text: str) -> Source:
         raise SourceError(
             Refused(
                 Code.MISSING,
-                f"no kernel here comes from {distribution}",
+                f"no registered kernel comes from {distribution}",
                 "Install the plug-in that this program needs, or import the module that makes its record",
             )
         )
@@ -189,13 +189,13 @@ def _parsed(text: str) -> Source:
 
 
 def _commit(module: ModuleType) -> str:
-    """The commit that a hub module was loaded from; for a local folder the build's own id."""
+    """The commit that a hub module was loaded from; for a local folder, the id of the build."""
     found = re.search(r"/snapshots/([^/]+)/", str(Path(module.__file__ or "")).replace(os.sep, "/"))
     return found[1] if found else f"local:{module.__name__}"
 
 
 def _raised_by_an_import(error: BaseException) -> bool:
-    """Whether the code of a kernel ran into it, not the library that was fetching the kernel."""
+    """Whether the code of the kernel raised the error, not the library that was fetching the kernel."""
     frames = [frame.f_code.co_name for frame, _ in traceback.walk_tb(error.__traceback__)]
     return "exec_module" in frames
 
