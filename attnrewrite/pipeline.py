@@ -1,4 +1,4 @@
-"""find, understand, plan, swap, tidy: the one way from a traced graph to a graph with the chosen kernels."""
+"""`rewrite_graph`: find, understand, plan, swap, tidy. Every traced graph gets its kernels here."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from .planning.this_machine import machine_of
 
 @dataclass(frozen=True)
 class Target:
-    """What a graph is rewritten for."""
+    """The machine and the surroundings that a graph is rewritten for."""
 
-    machine: Machine | None = None  # None: the one that its tensors are on
-    prefix: str = ""  # the path of the compiled module in the model that it is a part of: sites are named from there
-    in_cuda_graph: bool = False  # who compiles the graph records a CUDA graph of it
-    exported: bool = False  # the graph is that of an `ExportedProgram`, to be saved
+    machine: Machine | None = None  # None: the machine of the graph's own tensors
+    prefix: str = ""  # the path of the compiled module in the whole model; site names begin with it
+    in_cuda_graph: bool = False  # the compiler records a CUDA graph of the graph
+    exported: bool = False  # the graph belongs to an `ExportedProgram` that will be saved
 
 
 class Watch(Protocol):
-    """What looks at the attentions of each graph around the swap (measuring/capturing.py)."""
+    """An observer that is called before and after the swap in each graph (measuring/capturing.py)."""
 
     def before(self, module: GraphModule, attentions: Sequence[Planned]) -> Sequence[Planned]:
-        """Returns what is swapped instead, in the same order."""
+        """Returns the attentions to swap instead, in the same order."""
         ...
 
     def after(self, module: GraphModule, attentions: Sequence[Planned]) -> None: ...
@@ -47,12 +47,12 @@ class Watch(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was planned and done."""
+    """The result of `rewrite_graph`."""
 
     plan: Plan
-    machine: Machine | None  # of the first attention
-    unchanged: int  # attention calls that stand in the graph afterwards
-    seconds: float  # that all passes took
+    machine: Machine | None  # the machine of the first attention; None: there is no attention
+    unchanged: int  # number of attention calls that are left in the graph
+    seconds: float  # duration of all passes
     swapped: tuple[Swapped, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
 
@@ -64,8 +64,8 @@ def rewrite_graph(
     libraries: Libraries = Libraries.LOAD,
     watch: Watch | None = None,
 ) -> Outcome:
-    """Plans for `root` and every graph below it, and puts the chosen kernels in place; under `Libraries.PLAN_ONLY` it stops
-    behind the plan. `watch` is called around the swap.
+    """Plans for `root` and every graph that it calls, and puts the chosen kernels in place; with `Libraries.PLAN_ONLY` it stops
+    after the plan. `watch` is called before and after the swap in each graph.
 
     Raises `AttentionRefusedError` under a strict policy, and `RuntimeError` if the graph does not end up as planned.
     """
@@ -123,7 +123,7 @@ def _swap(module: GraphModule, planned: Sequence[Planned], checks: bool, watch: 
 
 
 def _placed(found: Understood, machine: Machine, target: Target) -> Understood:
-    """With what its call does not know from the graph alone."""
+    """`found`, with the fields of its call that the graph alone does not give."""
     call = replace(
         found.call,
         device=machine.device,
@@ -135,7 +135,7 @@ def _placed(found: Understood, machine: Machine, target: Target) -> Understood:
 
 
 def _below(prefix: str, site: str, path: str) -> str:
-    """The name of a site in the whole model. path: that of the module that makes the call, "" for the compiled one itself."""
+    """The name of a site in the whole model. path: the module that makes the call; "" for the compiled module itself."""
     if not prefix:
         return site
     if not path and (module := re.fullmatch(r"[^#]*(#\d+)?", site)):
@@ -154,7 +154,7 @@ def _machine(found: Understood) -> Machine:
 
 
 def _stands(module: GraphModule, attentions: Sequence[Planned]) -> int:
-    """Attention that is in the graph: calls, kernels that were there before, and what was found spelled out and still is."""
+    """Number of attentions left in the graph: SDPA calls, PyTorch's own kernels, and attention still in tensor operations."""
     calls = sum(
         node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS or node.target in FUSED_TARGETS
         for node in module.graph.nodes

@@ -1,13 +1,13 @@
-"""The passes, one a file. Each reads the graph, or changes it, and gives back what it has found or done (found.py).
+"""The passes, one per file. Each reads or changes the graph, and returns what it found or did (found.py).
 
-    OPENERS             open what hides an attention
-    find_calls          every attention of a graph
-    understand_masks    what the graph proves of their masks
+    OPENERS             replace nodes that hide an attention
+    find_calls          finds every attention of a graph
+    understand_masks    proves from the graph what kind of mask each attention has
     [plan]              attnrewrite/pipeline.py
     swap_kernels        puts the chosen kernels in place
-    TIDIERS             clean up around them
+    TIDIERS             clean up around the kernels
 
-Imports `planning` and what is below it.
+Imports `planning` and the packages below it.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from .open_multi_head_attention import open_multi_head_attention
 from .swap_kernels import swap_kernels
 from .understand_masks import understand_masks
 
-# Each returns how many places it changed.
+# A pass returns the number of places that it changed.
 Pass = Callable[[GraphModule], int]
 
 OPENERS: tuple[Pass, ...] = (open_multi_head_attention,)

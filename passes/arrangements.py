@@ -1,4 +1,4 @@
-"""Which atoms of an attention are its batch, its heads, its queries and its keys."""
+"""Finds out which atoms (graphs/axes.py) of an attention are its batch, its heads, its queries and its keys."""
 
 from __future__ import annotations
 
@@ -10,30 +10,29 @@ from .operands import Readable
 
 @dataclass(frozen=True)
 class Sides:
-    """What the two products tell of an attention."""
+    """The dims and the operands of the two products of an attention."""
 
-    weights: Dims  # at the softmax
-    dim: int  # of the weights, that the softmax runs over
-    output: Dims  # of the product with the values
-    inner: Axis  # that q k^T sums over
-    width: Axis  # the last one of the values
-    queries: list[Readable]  # what a kernel could read, the nearest to the product first
-    keys: list[Readable]
-    values: list[Readable]
+    weights: Dims  # dims of the softmax
+    dim: int  # the dimension of the weights that the softmax runs over
+    output: Dims  # dims of weights @ v
+    inner: Axis  # the axis that q k^T sums over
+    width: Axis  # the last axis of the values
+    queries: list[Readable]  # tensors that a kernel could read as the query, the nearest to the product first
+    keys: list[Readable]  # the same for the key
+    values: list[Readable]  # the same for the value
 
 
 @dataclass(frozen=True)
 class Arrangement:
-    """Which axes stand where in SDPA's (batch, heads, queries, inner) and so on. `batch` has no dimension where all are of
-    rank 3, and neither has `heads` where they are of rank 2; several query heads read one key head along the atoms `shared`."""
+    """The axes of an attention in SDPA's order: (batch, heads, queries, inner) for the query, and so on."""
 
-    batch: Dims
-    heads: Dims
-    shared: Axis
+    batch: Dims  # one dimension; none if query, key and value get rank 3 or 2
+    heads: Dims  # one dimension; none if query, key and value get rank 2
+    shared: Axis  # the atoms of the heads along which several query heads read one key head
     queries: Axis
     keys: Axis
-    inner: Axis
-    width: Axis
+    inner: Axis  # head dim
+    width: Axis  # value dim
 
     @property
     def query(self) -> Dims:
@@ -61,11 +60,11 @@ class Arrangement:
 
 
 def arrange(sides: Sides, axes: Axes) -> Arrangement | None:
-    """None for one vector that all batches are compared with: a pooling, of which a kernel would make many calls."""
+    """None if one query vector serves all batches: a pooling, which a kernel would compute as many calls."""
     weights = axes.resolved(sides.weights)
     keys, inner, width = weights[sides.dim], axes.atoms(sides.inner), axes.atoms(sides.width)
     asked = sides.queries[0].atoms(axes)
-    own = asked - sides.keys[0].atoms(axes) - {*keys, *inner}  # of the query alone
+    own = asked - sides.keys[0].atoms(axes) - {*keys, *inner}  # atoms that only the query has
     queries: Axis = ()
     for dim, axis in enumerate(weights):
         if dim != sides.dim and own & set(axis):
@@ -76,7 +75,7 @@ def arrange(sides: Sides, axes: Axes) -> Arrangement | None:
     other = {*queries, *keys, *inner, *width}
     groups = _groups(sides, axes, lead, other, bool(queries))
     shared = _shared(sides, axes, lead)
-    if len(groups) > 2 and shared == groups[-1]:  # (batch, groups, heads of one): the heads are both
+    if len(groups) > 2 and shared == groups[-1]:  # (batch, groups, heads of a group): the last two are the heads
         groups = [*groups[:-2], (*groups[-2], *groups[-1])]
     if len(groups) < 2:
         return Arrangement((), tuple(groups), (), queries, keys, inner, width)
@@ -87,8 +86,8 @@ def arrange(sides: Sides, axes: Axes) -> Arrangement | None:
 
 
 def _groups(sides: Sides, axes: Axes, lead: Axis, other: set[Atom], has_queries: bool) -> list[Axis]:
-    """The atoms before (queries, keys), as the dimensions of some tensor have them: the last group is the heads. Where each
-    tensor has them in one dimension, the last atom is the heads."""
+    """The atoms before (queries, keys), grouped like the dimensions of a tensor: the last group is the heads. If every tensor
+    has these atoms in one dimension, the last atom is the heads."""
     known = []
     for dims in (sides.weights, sides.output, *(each.dims for each in sides.queries)):
         found = [
@@ -96,7 +95,7 @@ def _groups(sides: Sides, axes: Axes, lead: Axis, other: set[Atom], has_queries:
             for axis in axes.resolved(dims)
             if not axis or not set(axis) <= other
         ]
-        if not has_queries and () in found:  # a single query: its dimension, the last of size 1, is none of these
+        if not has_queries and () in found:  # a single query: the last dimension of size 1 is the query's
             found.reverse()
             found.remove(())
             found.reverse()
@@ -108,12 +107,12 @@ def _groups(sides: Sides, axes: Axes, lead: Axis, other: set[Atom], has_queries:
     if len(lead) > 1:
         return [lead[:-1], lead[-1:]]
     if known:
-        return known[0]  # a batch, or heads, of 1
+        return known[0]  # the batch or the heads have size 1
     return [lead] if len(sides.weights) > 2 else []
 
 
 def _shared(sides: Sides, axes: Axes, lead: Axis) -> Axis:
-    """The innermost atoms that neither keys nor values have."""
+    """The innermost atoms of `lead` that neither keys nor values have."""
     had = sides.keys[-1].atoms(axes) | sides.values[-1].atoms(axes)
     count = 0
     while count < len(lead) and lead[-1 - count] not in had:

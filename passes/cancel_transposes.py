@@ -1,4 +1,5 @@
-"""Kernels that want (batch, length, heads, dim) meet models that have just left that layout."""
+"""Removes transpositions that undo each other: many models leave the layout (batch, length, heads, dim) just before a kernel
+that needs it."""
 
 import torch
 from torch.fx import GraphModule, Node
@@ -19,7 +20,7 @@ def cancel_transposes(graph_module: GraphModule) -> int:
         if first is None or not _swaps_heads_and_length(node) or not _swaps_heads_and_length(first):
             continue
         if not is_ours(node) and not is_ours(first):
-            continue  # the model's own business
+            continue  # both are the model's own
         source = first.args[0]
         if isinstance(source, Node):
             node.replace_all_uses_with(source)

@@ -1,7 +1,7 @@
-"""Checks of values around every swapped attention, on request: what no guard can see.
+"""Optional checks of the values around every swapped attention, which no guard can see.
 
-Each check is a torch op that returns a copy of the tensor it lets through, so that no compiler can leave it out or move it
-behind its use. It reads results back, which CUDA graphs do not allow: Inductor runs it outside of them
+Each check is a torch op that returns a copy of its first tensor, so that no compiler can remove the check or move it behind
+the tensor's next use. The op reads values back to the host, which CUDA graphs do not allow: Inductor runs it outside of them
 (`torch.Tag.cudagraph_unsafe`).
 """
 
@@ -26,11 +26,11 @@ MASK_AXES = ("batch", "head", "query", "key")
 
 
 class AttentionCheckError(RuntimeError):
-    """A value that an attention cannot make sense of. The message has the site, the kernel and the value's place."""
+    """An invalid value in the query, key, value, mask or output. The message names the site, the kernel and the position."""
 
 
 def check_inputs(module: GraphModule, attentions: Sequence[Planned]) -> tuple[Planned, ...]:
-    """Before the swap: the query of each call that is going to be swapped passes through the op `check_inputs`."""
+    """Before the swap: routes the query of each call that will be swapped through the op `check_inputs`."""
     emitter = Emitter(module)
 
     def checked(planned: Planned) -> Planned:
@@ -53,7 +53,7 @@ def check_inputs(module: GraphModule, attentions: Sequence[Planned]) -> tuple[Pl
 
 
 def check_outputs(module: GraphModule, attentions: Sequence[Planned]) -> None:
-    """Behind the swap: each kernel's output passes through the op `check_output`."""
+    """After the swap: routes the output of each kernel through the op `check_output`."""
     key = value_key(module)
     for swapped in attentions:
         if not isinstance(swapped, Swapped):
@@ -101,7 +101,7 @@ def _some_key(mask: Tensor, site: str, backend: str) -> None:
             raise AttentionCheckError(
                 f"the mask of attention site {site!r} ({backend}) is {mask[index].item()} at {_place(index, MASK_AXES)}"
             )
-        valid = mask > torch.finfo(mask.dtype).min  # what is written for -inf where a kernel cannot bear that
+        valid = mask > torch.finfo(mask.dtype).min  # finfo.min stands for -inf if a kernel does not take -inf
     empty = ~valid.any(-1)
     if empty.any():
         index = tuple(int(place) for place in empty.nonzero()[0])
@@ -112,13 +112,13 @@ def _some_key(mask: Tensor, site: str, backend: str) -> None:
 
 
 def _place(index: tuple[int, ...], axes: tuple[str, ...]) -> str:
-    """(0, 2, 5, 1) -> "batch 0, head 2, position 5, channel 1"; a tensor of lower rank has the last of the axes."""
+    """(0, 2, 5, 1) -> "batch 0, head 2, position 5, channel 1"; a tensor of lower rank uses the last axes."""
     names = (*(f"axis {axis}" for axis in range(len(index) - len(axes))), *axes[max(0, len(axes) - len(index)) :])
     return ", ".join(f"{name} {place}" for name, place in zip(names, index, strict=True)) or "its only row"
 
 
 def _define(name: str, schema: str, real: Any) -> None:
-    """An op that is the identity for autograd; on fake tensors it copies and looks at nothing."""
+    """Defines an op that is the identity for autograd. On fake tensors the op copies and checks nothing."""
 
     def fake(tensor: Tensor, *rest: Any, **strings: str) -> Tensor:
         return tensor.clone()

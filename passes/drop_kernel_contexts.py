@@ -1,4 +1,5 @@
-"""`with sdpa_kernel(...)` inside a model leaves calls in the graph that set PyTorch's own choice and set it back."""
+"""Removes the calls that `with sdpa_kernel(...)` inside a model leaves in the graph: they set PyTorch's kernel choice and reset
+it."""
 
 from __future__ import annotations
 
@@ -11,11 +12,11 @@ from ..graphs.operators import is_higher_order
 
 
 def drop_kernel_contexts(graph_module: GraphModule) -> int:
-    """Removes each pair of such calls that has nothing left between them that reads the choice.
+    """Removes each pair of such calls if no node between them reads the choice any more.
 
     _sdpa_kernel([MATH]); kernel(q, k, v); _sdpa_kernel([all])  ->  kernel(q, k, v)
 
-    Both of a pair go, or both stay: one alone would leave the choice changed. They also keep a graph out of
+    Both calls of a pair go, or both stay: one alone would leave the choice changed. Such calls also keep a graph out of
     AOTAutograd's cache (pytorch#194007).
     """
     nodes = list(graph_module.graph.nodes)
@@ -37,7 +38,7 @@ def drop_kernel_contexts(graph_module: GraphModule) -> int:
 
 
 def _pairs(nodes: list[Node]) -> list[tuple[Node, Node]]:
-    """Innermost first. A call leaves a context if it sets what stood before the context was entered."""
+    """(entering call, leaving call), innermost first. A call leaves a context if it restores the choice from before it."""
     state: list[Any] = [kernels_now()]
     open_: list[Node] = []
     pairs = []
@@ -56,6 +57,6 @@ def _pairs(nodes: list[Node]) -> list[tuple[Node, Node]]:
 
 
 def _reads_choice(node: Node) -> bool:
-    if node.op in ("call_module", "get_attr"):  # a graph below may hold an attention; a plain tensor attribute does not
+    if node.op in ("call_module", "get_attr"):  # a called graph may hold an attention; a tensor attribute does not
         return node.op == "call_module" or any(is_higher_order(user.target) for user in node.users)
     return node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS

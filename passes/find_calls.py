@@ -1,4 +1,4 @@
-"""Finds every scaled dot-product attention of a graph and says what it asks for."""
+"""Finds every scaled dot-product attention of a graph and describes it as an `AttentionCall`."""
 
 from __future__ import annotations
 
@@ -39,22 +39,22 @@ PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "s
 
 @dataclass(frozen=True)
 class Finds:
-    """What one graph holds."""
+    """The attentions of one graph, and the near misses."""
 
     attentions: tuple[Found, ...] = ()  # in the order of the graph
-    missed: tuple[tuple[Node, Missed], ...] = ()  # each softmax that is nearly that of one
+    missed: tuple[tuple[Node, Missed], ...] = ()  # each softmax that is nearly part of an attention, with the reason
 
 
 def find_calls(graph_module: GraphModule, surroundings: Surroundings, names: dict[str, int]) -> Finds:
-    """Finds every attention of a graph, and changes nothing.
+    """Finds every attention of a graph. The graph is not changed.
 
-    Every spelling counts: SDPA's positional, keyword or mixed arguments, ranks 2 to 5 and above, grouped heads, masks of any
-    rank; attention that is spelled out in tensor operations (recognise.py); the kernels that PyTorch has chosen in a program
-    that was lowered before (fused_kernels.py); and the fused multi-head kernels of `torch.nn`, which cannot be swapped and
-    are reported with the reason.
+    All forms are found: SDPA's positional, keyword or mixed arguments, ranks 2 to 5 and above, grouped heads, masks of any
+    rank; attention that is written in tensor operations (recognise.py); the kernels that PyTorch has chosen in a lowered
+    program (fused_kernels.py); and the fused multi-head kernels of `torch.nn`, which cannot be swapped and are reported with
+    the reason.
 
-    surroundings: what the graph is called in. names: counts the names of sites over all graphs of one compilation, so that no
-    two share one.
+    surroundings: the torch.func transform and the autocast regions around the graph. names: counts each site name over all
+    graphs of one compilation, so that site names are unique.
     """
     origins = Origins()
     spelled_out, missed = _spelled_out(graph_module)
@@ -70,7 +70,7 @@ def find_calls(graph_module: GraphModule, surroundings: Surroundings, names: dic
         if node.op not in ("call_function", "call_method"):
             continue
         if node in spelled_out:
-            found.append(_found(spelled_out[node], inside, unique(node), origins))
+            found.append(_read_spelled_out(spelled_out[node], inside, unique(node), origins))
         elif node.target in SDPA_TARGETS:
             call, operands = _read(node, inside, unique(node), origins)
             found.append(Found(node, call, operands))
@@ -82,7 +82,7 @@ def find_calls(graph_module: GraphModule, surroundings: Surroundings, names: dic
 
 
 def _spelled_out(graph_module: GraphModule) -> tuple[dict[Node, Recognised], dict[Node, Missed]]:
-    """What `recognise` finds, by the node that gives the output; and by softmax what it nearly does."""
+    """The attentions that `recognise` finds, by their output node; and the near misses, by their softmax."""
     found: dict[Node, Recognised] = {}
     missed: dict[Node, Missed] = {}
     writes = None
@@ -98,15 +98,15 @@ def _spelled_out(graph_module: GraphModule) -> tuple[dict[Node, Recognised], dic
 
 
 def arguments(node: Node) -> dict[str, Any]:
-    """The arguments of an SDPA node by name, whichever way they were given."""
+    """The arguments of an SDPA node by name, whether they were given by position or by name."""
     given = {**dict(zip(PARAMETERS, node.args, strict=False)), **node.kwargs}
     defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
     return {**defaults, **{name: _number(value) for name, value in given.items()}}
 
 
 def _number(value: Any) -> Any:
-    """Under dynamic=True Dynamo makes symbols of a module's floats. SDPA has asked for their values (its schema says
-    `float? scale`), so they are guarded already and reading them costs nothing."""
+    """The number behind a symbol: under dynamic=True Dynamo makes symbols of a module's floats. SDPA has read their values
+    already (its schema says `float? scale`), so they are guarded, and reading them here adds no guard."""
     symbol = value_of(value)
     kinds = {torch.SymFloat: float, torch.SymBool: bool, torch.SymInt: int}
     return kinds[type(symbol)](symbol) if type(symbol) in kinds else value
@@ -140,8 +140,8 @@ def _read(node: Node, inside: Surroundings, site: str, origins: Origins) -> tupl
     ), operands
 
 
-def _found(site: Recognised, inside: Surroundings, name: str, origins: Origins) -> Found:
-    """What was recognised, as a call."""
+def _read_spelled_out(site: Recognised, inside: Surroundings, name: str, origins: Origins) -> Found:
+    """A recognised attention, with its call."""
     output = value_of(site.node)
     obstacle = inside.transform or site.obstacle
     operands = site.operands
@@ -176,16 +176,16 @@ def _found(site: Recognised, inside: Surroundings, name: str, origins: Origins) 
 
 
 def _read_fused(node: Node, inside: Surroundings, site: str, origins: Origins) -> Found:
-    """A kernel that PyTorch has chosen: the call that it was."""
+    """A kernel that PyTorch has chosen, as the SDPA call that it came from."""
     given = fused_arguments(node)
     query, key, value = (value_of(given[name]) for name in ("query", "key", "value"))
     bias = given["bias"]
     mask = value_of(bias)
     output = value_of(node)[0]
     terms = (MaskTerm(Operand(bias), "add", 1.0),) if isinstance(bias, Node) else ()
-    found = _mask(mask, given["is_causal"], query, output, autocast=False)
+    masking = _mask(mask, given["is_causal"], query, output, autocast=False)
     if given["is_causal"] is True and node.target in LOWER_RIGHT:
-        found = Mask(MaskKind.CAUSAL_LOWER_RIGHT)
+        masking = Mask(MaskKind.CAUSAL_LOWER_RIGHT)
     of_query, of_key, of_value = (Operand(given[name]) for name in ("query", "key", "value"))
     operands = Operands(of_query, of_key, of_value, terms, grouped=True)
     call = _call(
@@ -193,7 +193,7 @@ def _read_fused(node: Node, inside: Surroundings, site: str, origins: Origins) -
         (query, key, value),
         output,
         output.dtype,
-        found,
+        masking,
         grouped=True,
         scale=given["scale"],
         dropout=float(given["dropout_p"]),
@@ -216,12 +216,12 @@ def _call(
     obstacle: str | None,
 ) -> AttentionCall:
     query, key, value = tensors
-    shaping = (query, key, value) if obstacle is None else (query,)  # sizes that stay as they are need not fit
+    shaping = (query, key, value) if obstacle is None else (query,)  # sizes of a call that must stay need not match
     batch: Size = 1
     for size in lead_sizes(*shaping):
         batch = batch * size
     heads: tuple[Size, ...] = tuple(tensor.shape[-3] if tensor.dim() > 3 else 1 for tensor in (query, key, value))
-    if obstacle is None and not grouped:  # heads broadcast as matmul does
+    if obstacle is None and not grouped:  # heads broadcast as in matmul
         everywhere = torch.broadcast_shapes(*((size,) for size in heads))[0]
         heads = (everywhere, everywhere, everywhere)
     elif obstacle is None and not holds(heads[1] == heads[2]):
@@ -256,7 +256,7 @@ def _obstacle(given: dict[str, Any], query: Any, key: Any, value: Any, mask: Any
     if mask is not None and given["is_causal"]:
         return "it has both attn_mask and is_causal=True"
     if given["enable_gqa"] is True and query.dim() == 3:
-        return "it shares key heads among tensors of rank 3"
+        return "it has enable_gqa=True with tensors of rank 3"
     return _subclass((query, key, value))
 
 
@@ -277,7 +277,7 @@ def _subclass(tensors: Sequence[torch.Tensor]) -> str | None:
 def _mask(mask: Any, is_causal: Any, query: torch.Tensor, output: torch.Tensor, autocast: bool) -> Mask:
     if mask is None:
         return Mask(MaskKind.CAUSAL_UPPER_LEFT if is_causal is True else MaskKind.NONE)
-    # SDPA's autocast takes a floating mask with the rest, and leaves float64 alone.
+    # Under autocast SDPA casts a floating mask like its other arguments, but never float64.
     cast = autocast and not {mask.dtype, output.dtype} & {torch.bool, torch.float64}
     dtype = output.dtype if cast else mask.dtype
     return tensor_mask(mask, dtype, query, mask.requires_grad and output.requires_grad)
@@ -301,9 +301,9 @@ def _layout(query: torch.Tensor) -> str:
 
 
 def _role(asking: Any, answering: Any, query: torch.Tensor, key: torch.Tensor, origins: Origins) -> str:
-    """self or cross: whether keys are projected from a tensor that queries are projected from too.
+    """The role: "self" if queries and keys are projected from the same tensor, else "cross".
 
-    Where no projection is in the graph, lengths decide.
+    If the graph has no projections, "self" if q_len == kv_len.
     """
     asked, answered = origins.of(asking), origins.of(answering)
     if asked and answered:
@@ -312,7 +312,7 @@ def _role(asking: Any, answering: Any, query: torch.Tensor, key: torch.Tensor, o
 
 
 class Origins:
-    """For a node, the inputs of the linear layers and convolutions that it was last computed by."""
+    """For a node, the inputs of the last linear layers and convolutions before it."""
 
     def __init__(self) -> None:
         self._known: dict[Node, frozenset[Node]] = {}
@@ -330,8 +330,8 @@ class Origins:
 
 
 def _read_opaque(node: Node, site: str) -> AttentionCall:
-    """torch.nn's operators take hidden states (batch, length, width), `multi_head_attention_forward` (length, batch, width),
-    and the number of heads."""
+    """The call inside a fused multi-head kernel of torch.nn. Hidden states are (batch, length, width); in
+    `multi_head_attention_forward` they are (length, batch, width)."""
     name = getattr(node.target, "__name__", str(node.target))
     if node.target is MHA:
         given = inspect.signature(MHA).bind(*node.args, **node.kwargs).arguments

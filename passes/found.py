@@ -1,4 +1,4 @@
-"""What the passes over one graph hand on to each other. Each step gives new objects, and changes none.
+"""The data that the passes over one graph hand on to each other. Each step makes new objects and changes none.
 
 Found  ->  Understood  ->  Planned  ->  Swapped
 """
@@ -24,14 +24,14 @@ from ..planning.sites import Site
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of the graph, and the views that bring it into SDPA's form (..., heads, length, dim)."""
+    """A tensor of the graph, and the views that turn it into SDPA's (..., heads, length, dim)."""
 
     node: Node
     views: Views = ()
 
     @cached_property
     def value(self) -> torch.Tensor:
-        """The fake tensor in that form."""
+        """The fake tensor after the views."""
         given: torch.Tensor = value_of(self.node)
         if not self.views:
             return given
@@ -39,37 +39,36 @@ class Operand:
             return applied(given, self.views)
 
     def emitted(self, emitter: Emitter) -> torch.Tensor:
-        """The same as nodes of a graph."""
+        """The tensor after the views, which are emitted as nodes of the graph."""
         return applied(emitter.tensor(self.node), self.views)
 
 
 @dataclass(frozen=True)
 class MaskTerm:
-    """What one tensor does to the scores, in form (..., heads, q_len, kv_len) or what broadcasts to it.
+    """How one tensor changes the scaled scores.
 
-    how: "add": plus `amount` times the tensor, after scaling. "keep": `amount` where the tensor is False. "drop": `amount`
-    where it is True. An `amount` of -inf makes it a boolean mask.
+    how: "add": adds `amount` times the tensor. "keep": fills the scores with `amount` where the tensor is False. "drop": fills
+        them where the tensor is True.
     """
 
-    tensor: Operand
+    tensor: Operand  # broadcasts to the scores (..., heads, q_len, kv_len)
     how: str
-    amount: float
+    amount: float  # a fill with -inf is a boolean mask
 
 
 @dataclass(frozen=True)
 class Operands:
-    """The tensors of an attention. `mask`: the terms in the order in which the scores meet them. `result`: the views from
-    the kernel's output (..., heads, q_len, value_dim) to the value of the node that it replaces."""
+    """The tensors of an attention."""
 
     query: Operand
     key: Operand
     value: Operand
-    mask: tuple[MaskTerm, ...] = ()
-    result: Views = ()
+    mask: tuple[MaskTerm, ...] = ()  # in the order in which the terms change the scores
+    result: Views = ()  # from the kernel's output (..., heads, q_len, value_dim) to the value of the replaced node
     grouped: bool = False  # several query heads share a key head
 
     def moved(self, nodes: Mapping[Node, Node]) -> Operands:
-        """The same with some nodes replaced by others."""
+        """The operands with each node of `nodes` replaced by its value there."""
 
         def at(operand: Operand) -> Operand:
             return replace(operand, node=nodes.get(operand.node, operand.node))
@@ -80,15 +79,15 @@ class Operands:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """One attention in a graph, as `find_calls` gives it. Two are the same only if they are one object."""
+    """One attention in a graph, as `find_calls` returns it. Compared by identity."""
 
-    node: Node  # it gives the output
+    node: Node  # gives the attention's output
     call: AttentionCall
-    operands: Operands | None = None  # None: the call can only stay as it is
-    chain: tuple[Node, ...] = ()  # what a swap may leave without a reader, so that it goes too
+    operands: Operands | None = None  # None: the call must stay as it is
+    chain: tuple[Node, ...] = ()  # nodes that the swap erases if they have no reader left
 
     def then(self, step: type[Next], **more: Any) -> Next:
-        """The same after another step, of which `more` is what the step has found out or changed."""
+        """This attention after the next step. more: the fields that the step adds or changes."""
         return step(**{**vars(self), **more})
 
 
@@ -97,21 +96,21 @@ Next = TypeVar("Next", bound=Found)
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Understood(Found):
-    """What `understand_masks` gives: the call's mask is what the graph proves it to be."""
+    """An attention as `understand_masks` returns it: the mask of its call is the kind that the graph proves."""
 
     proof: Proof | None = None  # None: nothing is proven
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Planned(Understood):
-    """What the plan gives: the call knows its machine, its site has a choice."""
+    """An attention after planning: its call has the device of its machine."""
 
-    site: Site
+    site: Site  # the decisions and the choice
 
     @property
     def kernel(self) -> Backend | None:
-        """The chosen kernel, None where the call stays as it is: nothing was chosen, or `native` for what is one call of
-        PyTorch already. Attention in tensor operations becomes one call then."""
+        """The chosen kernel; None if the call stays as it is, because nothing was chosen, or `native` for a single call of
+        PyTorch. Under `native`, attention in tensor operations becomes a single call."""
         backend = self.site.backend
         if backend is None or (backend.op is None and self.call.written_as != "operations"):
             return None
@@ -120,12 +119,12 @@ class Planned(Understood):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Swapped(Planned):
-    """What `swap_kernels` gives where it has put a kernel in place: `node` gives the kernel's output."""
+    """An attention whose kernel `swap_kernels` has put in place: `node` gives the kernel's output."""
 
 
 @dataclass(frozen=True)
 class Missed:
-    """Why something is no attention that could be swapped, and the node where that shows."""
+    """Why an attention was not recognised."""
 
     reason: str
-    node: Node
+    node: Node  # the node at which recognition failed

@@ -1,4 +1,4 @@
-"""The attention kernels of PyTorch that a program holds once it was lowered: SDPA with the choice already made."""
+"""PyTorch's own attention kernels in a lowered program: SDPA calls for which PyTorch has already chosen the kernel."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ FUSED = (
     aten._scaled_dot_product_fused_attention_overrideable,
 )
 FUSED_TARGETS = frozenset({*FUSED, *(each.default for each in FUSED)})
-# FlashAttention's causal, where the others have SDPA's.
+# is_causal is lower-right in FlashAttention, and upper-left, as in SDPA, in the others.
 LOWER_RIGHT = frozenset({FUSED[0], FUSED[0].default})
 
 
 def fused_arguments(node: Node) -> dict[str, Any]:
-    """query, key, value, bias, dropout_p, is_causal, scale of such a node, and why it must stay (`obstacle`, or None).
+    """query, key, value, bias, dropout_p, is_causal and scale of such a node; and `obstacle`: why it must stay, or None.
 
-    It returns a tuple, with the attention first. The rest (log-sum-exp, random state) belongs to this kernel's backward.
+    The node returns a tuple: the attention's output, then results for this kernel's backward (log-sum-exp, random state).
     """
     wanted = schema_of(node.target).arguments
     given: dict[str, Any] = {each.name: each.default_value if each.has_default_value() else None for each in wanted}
@@ -40,7 +40,7 @@ def fused_arguments(node: Node) -> dict[str, Any]:
     elif isinstance(bias, Node) and value_of(bias).dtype == torch.bool:
         obstacle = "its kernel adds a boolean mask as 1 and 0"
     elif any(isinstance(given.get(name), Node) for name in ("dropout_p", "is_causal", "scale")):
-        obstacle = "its numbers are computed in the graph"
+        obstacle = "its dropout_p, is_causal or scale is computed in the graph"
     if obstacle:
         given |= {name: 0.0 for name in ("dropout_p",) if isinstance(given.get(name), Node)}
         given |= {name: None for name in ("is_causal", "scale") if isinstance(given.get(name), Node)}

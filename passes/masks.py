@@ -1,4 +1,4 @@
-"""A mask that is made of terms: what it is as one tensor, and how that is built."""
+"""Combines the terms of a mask: describes and builds the one tensor that they make."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .found import MaskTerm, Operand
 
 
 def mask_of(terms: Sequence[MaskTerm], dtype: torch.dtype, query: torch.Tensor, output: torch.Tensor) -> Mask:
-    """What the terms are together, for products in `dtype`."""
+    """The mask that all terms together make. dtype: that of the attention's products."""
     if not terms:
         return Mask()
     (first, *rest) = terms
@@ -28,9 +28,10 @@ def mask_of(terms: Sequence[MaskTerm], dtype: torch.dtype, query: torch.Tensor, 
 
 
 def tensor_mask(mask: torch.Tensor, dtype: torch.dtype, query: torch.Tensor, needs_grad: bool) -> Mask:
-    """A mask that is one tensor, as its shape and dtype tell. `dtype`: the one that it is added in.
+    """The mask that one tensor is, by its shape and dtype alone. dtype: the one in which the mask is added.
 
-    needs_grad: under no_grad a parameter requires a gradient too, so the output's word counts as well."""
+    needs_grad: the mask and the output both require a gradient. Under no_grad a parameter still does, but the output does not.
+    """
     kind = MaskKind.ADDITIVE
     if mask.dtype == torch.bool:
         kind = MaskKind.KEY_PADDING if _is_key_padding(mask, query) else MaskKind.BOOLEAN
@@ -46,10 +47,10 @@ def _is_key_padding(mask: torch.Tensor, query: torch.Tensor) -> bool:
 def build_mask(
     terms: Sequence[MaskTerm], dtype: torch.dtype, tensor: Callable[[Operand], torch.Tensor]
 ) -> torch.Tensor | None:
-    """One tensor as SDPA takes it: boolean (True: the key takes part) if every term says yes or no, else a bias.
+    """One tensor as SDPA takes it: boolean (True: the key takes part) if every term fills with -inf, else additive.
 
-    A fill with a finite number is a bias too: in a row of nothing but fills all keys have equal weights, where SDPA's
-    boolean mask would give zeros. A boolean mask's rows without any key are zeros in SDPA and NaN in a softmax.
+    A fill with a finite number is additive too: in a row with nothing but fills all keys have equal weights, where SDPA's
+    boolean mask would give zeros. A row without any key in a boolean mask is zeros in SDPA and NaN in a softmax.
     """
     if not terms:
         return None
@@ -74,7 +75,8 @@ def build_mask(
 
 
 def _bias_dtype(terms: Sequence[MaskTerm], dtype: torch.dtype) -> torch.dtype:
-    """The call's own; for halves float32 where a term is, or where a fill is too low for float16."""
+    """The dtype of an additive mask: the call's own. For float16 and bfloat16 it is float32 if a term is float32 or float64;
+    for float16 also if a term fills with a finite number, which may be too low for float16."""
     half = dtype in (torch.float16, torch.bfloat16)
     wide = any(
         term.how == "add" and value_of(term.tensor.node).dtype in (torch.float32, torch.float64) for term in terms

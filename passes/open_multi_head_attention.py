@@ -1,4 +1,4 @@
-"""`F.multi_head_attention_forward` is one node of a Dynamo graph, with an attention inside."""
+"""Opens `F.multi_head_attention_forward`, a single node of a Dynamo graph that hides an attention."""
 
 import inspect
 from typing import Any
@@ -12,12 +12,12 @@ from ..graphs.trees import flattened, unflattened
 
 
 def open_multi_head_attention(graph_module: GraphModule) -> int:
-    """Replaces the node by what it computes, so that its attention can be found.
+    """Replaces the node by the operations that it computes, so that its attention can be found.
 
     multi_head_attention_forward(q, k, v, ...)  ->  linear, reshape, scaled_dot_product_attention, reshape, linear
 
-    With `need_weights=True` PyTorch itself computes the softmax by hand and returns it: there is no call inside. Under
-    autocast (the output has another dtype than the query) the casts would be traced away. Both stay, and are reported.
+    With `need_weights=True` PyTorch computes the softmax itself and returns it: the node has no SDPA call inside. Under
+    autocast (the output has another dtype than the query) the casts would be traced away. Such nodes stay and are reported.
     """
     opened = 0
     for node in graph_module.graph.find_nodes(op="call_function", target=MHA):
@@ -74,7 +74,7 @@ def _open(graph_module: GraphModule, node: Node) -> None:
 
 
 def _differentiable(value: Any, node: Node) -> Any:
-    """make_fx detaches the values it keeps: what is computed from something that needs a gradient needs one too."""
+    """`value`, which needs a gradient if an input of its node needs one: make_fx detaches the values that it keeps."""
     needed = any(getattr(value_of(source), "requires_grad", False) for source in node.all_input_nodes)
     if needed and isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.requires_grad_()

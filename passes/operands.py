@@ -1,4 +1,5 @@
-"""From what a product reads back to the tensors that a kernel should get: past scalings, upcasts, repetitions and views."""
+"""Walks from an operand of a product back to the tensor that a kernel should get: past scalings, upcasts, repetitions and
+views."""
 
 from __future__ import annotations
 
@@ -18,17 +19,17 @@ from .scores import DEPTH, before
 
 @dataclass(frozen=True)
 class Readable:
-    """A node that a kernel could read, and what lies between it and the product."""
+    """A node that a kernel could read, and the operations that were passed between the node and the product."""
 
     node: Node
-    dims: Dims
-    reader: Node  # that reads it
-    passed: tuple[Node, ...] = ()  # the nodes between
-    scales: tuple[tuple[Any, int], ...] = ()  # (number, power)
-    repeats: int = 0
-    casts: int = 0  # from halves to float32
-    flips: int = 0  # negations of a boolean mask
-    work: int = 0  # how many of these, and of copies in memory, need not be computed then
+    dims: Dims  # of the node
+    reader: Node  # the node that reads it
+    passed: tuple[Node, ...] = ()  # the nodes between it and the product
+    scales: tuple[tuple[Any, int], ...] = ()  # (number, power) of the scalings
+    repeats: int = 0  # number of repetitions
+    casts: int = 0  # number of casts from float16 or bfloat16 to float32
+    flips: int = 0  # number of negations of a boolean mask
+    work: int = 0  # number of all of these and of copies in memory: operations that a kernel makes unnecessary
 
     def atoms(self, axes: Axes) -> set[Atom]:
         return {atom for axis in self.dims for atom in axes.atoms(axis)}
@@ -46,25 +47,27 @@ def readables(
     repeats: bool = False,
     flips: bool = False,
 ) -> list[Readable]:
-    """The nodes from which `reader` gets its operand `node`, the nearest first, that hold the same when `later` reads them."""
+    """The nodes from which `reader` gets its operand `node`, the nearest first, that still hold the same values when `later`
+    reads them. scales, repeats, flips: whether to pass such operations. narrow: the dtype from which upcasts are passed."""
     found: list[Readable] = []
     at: Readable | None = Readable(node, dims, reader)
     while at is not None and len(found) < DEPTH and writes.unchanged(at.node, at.reader, later):
         found.append(at)
         if writes.current(at.node, at.reader) is not at.node or written_by(at.node):
-            break  # its source was something else before
+            break  # its source held other values before
         at = _back(at, axes, scales, narrow, repeats, flips)
     return found
 
 
 def best(axes: Axes, found: list[Readable], target: Dims) -> tuple[Readable, Views] | None:
-    """The candidate with the least left to compute, of those the one with the fewest views, of those the nearest."""
+    """The candidate that saves the most work, then the one with the fewest views to `target`, then the nearest; with its views.
+    None if no candidate has views to `target`."""
     fitting = [(each, views) for each in found if (views := axes.views(each.dims, target)) is not None]
     return min(fitting, key=lambda pair: (-pair[0].work, len(pair[1])), default=None)
 
 
 def _back(at: Readable, axes: Axes, scales: bool, narrow: Any, repeats: bool, flips: bool) -> Readable | None:
-    """One step back, None where the tensor is computed."""
+    """One operation further back; None if the operation cannot be passed."""
     node, name = at.node, spelled(at.node)
     source: Any = first(node)
     value = value_of(node)
@@ -111,7 +114,7 @@ def _step(at: Readable, source: Node, dims: Dims, **changes: Any) -> Readable:
 
 
 def _unrepeated(node: Node, name: str, dims: Dims, axes: Axes) -> Dims | None:
-    """The dims before a repetition: it lacks the atoms that were repeated over."""
+    """The dims before a repetition, without the repeated atoms; None if the node is no such repetition."""
     source = value_of(first(node))
     if name == "expand":
         return axes.broadcast(dims, source.shape, value_of(node).shape)

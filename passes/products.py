@@ -1,4 +1,4 @@
-"""The products of an attention, q k^T and weights @ v, as matmul, bmm, baddbmm or einsum."""
+"""Reads the products of an attention, q k^T and weights @ v, from matmul, bmm, baddbmm or einsum."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ PRODUCTS = frozenset({"matmul", "baddbmm", "einsum"})
 
 @dataclass(frozen=True)
 class Product:
-    """left x right, as letters of an einsum: ("bik", "bkj", "bij"). `added` is what baddbmm adds, times `beta`."""
+    """alpha * (left @ right) + beta * added."""
 
     node: Node
     left: Node
     right: Node
-    letters: tuple[str, str, str]
+    letters: tuple[str, str, str]  # einsum letters of left, right and the output: ("bik", "bkj", "bij")
     alpha: Any = 1
-    added: Node | None = None
+    added: Node | None = None  # the tensor that baddbmm adds
     beta: Any = 1
 
     @property
@@ -37,13 +37,13 @@ class Product:
 
     @property
     def batched(self) -> bool:
-        """Whether both have every dimension of the output but one."""
+        """Whether each operand has all dimensions of the output but one."""
         left, right, output = self.letters
         return all(len(set(output) - set(each)) == 1 for each in (left, right))
 
 
 def read_product(node: Node) -> Product | None:
-    """The product that a node computes; None where it computes none, or one that is not of two matrices."""
+    """The product of two matrices that a node computes; None if it computes anything else."""
     found = _read(node)
     values = [] if found is None else [value_of(each) for each in (node, found.left, found.right)]
     return found if all(isinstance(value, torch.Tensor) for value in values) else None
@@ -98,13 +98,13 @@ def _einsum(node: Node) -> Product | None:
             return None
     if not set(output) <= set(left) | set(right):
         return None
-    if any(letter not in output for letter in set(left) ^ set(right)):  # summed within one operand
+    if any(letter not in output for letter in set(left) ^ set(right)):  # a sum within one operand
         return None
     return Product(node, operands[0], operands[1], (left, right, output))
 
 
 def _spread(text: str, rank: int) -> str | None:
-    """The dimensions behind "..." as digits, counted from the right, so that they broadcast."""
+    """`text` with "..." replaced by a digit for each dimension, counted from the right, so that the dimensions broadcast."""
     if "..." not in text:
         return text
     missing = rank - (len(text) - 3)
@@ -112,10 +112,10 @@ def _spread(text: str, rank: int) -> str | None:
 
 
 def operand_dims(product: Product, dims: Dims, axes: Axes) -> tuple[Dims, Dims, Axis] | Missed:
-    """The dims of left and right, and the axis that is summed over, where the product itself has `dims`."""
+    """The dims of left and right and the axis that is summed over, for a product whose output has `dims`."""
     left, right, output = product.letters
     if len(product.summed) != 1:
-        return Missed("queries and keys are multiplied over several dimensions at once", product.node)
+        return Missed("the product of its queries and keys does not sum over exactly one dimension", product.node)
     inner = Atom(_size(product, product.summed))
     letters: dict[str, Axis] = {**dict(zip(output, dims, strict=True)), product.summed: (inner,)}
     sizes = dict(zip(output, value_of(product.node).shape, strict=True)) | {product.summed: inner.size}
@@ -123,27 +123,27 @@ def operand_dims(product: Product, dims: Dims, axes: Axes) -> tuple[Dims, Dims, 
         _operand(text, value_of(node), letters, sizes) for text, node in ((left, product.left), (right, product.right))
     ]
     if found[0] is None or found[1] is None:
-        return Missed("its queries and keys have sizes that are not known to fit", product.node)
+        return Missed("the sizes of its queries and keys are not known to match", product.node)
     return found[0], found[1], (inner,)
 
 
 def output_dims(product: Product, weights: Node, dims: Dims, axes: Axes) -> tuple[Dims, Dims, Axis, Axis] | Missed:
-    """Where `weights`, one operand, has `dims`: the dims of the other operand and of the product, the axis that is
-    summed over, and the new axis of the other operand."""
+    """For a product with the operand `weights`, which has `dims`: the dims of the other operand and of the output, the axis
+    that is summed over, and the axis that only the other operand has."""
     left, right, output = product.letters
     mine, theirs = (left, right) if weights is product.left else (right, left)
     other = product.right if weights is product.left else product.left
     if len(product.summed) != 1:
-        return Missed("its weights are multiplied with the values over several dimensions at once", product.node)
+        return Missed("the product of its weights and values does not sum over exactly one dimension", product.node)
     free = [letter for letter in theirs if letter not in mine]
     if len(free) != 1:
-        return Missed("its values have no dimension, or several, that its weights do not have", product.node)
+        return Missed("its values do not have exactly one dimension that its weights lack", product.node)
     width: Axis = (Atom(_size(product, free[0])),)
     letters: dict[str, Axis] = {**dict(zip(mine, dims, strict=True)), free[0]: width}
     sizes = dict(zip(mine, value_of(weights).shape, strict=True)) | {free[0]: width[0].size}
     others = _operand(theirs, value_of(other), letters, sizes)
     if others is None:
-        return Missed("its weights and values have sizes that are not known to fit", product.node)
+        return Missed("the sizes of its weights and values are not known to match", product.node)
     return others, tuple(letters[letter] for letter in output), letters[product.summed], width
 
 
@@ -171,12 +171,12 @@ def _rank(node: Node) -> int:
     return value.dim() if isinstance(value, torch.Tensor) else 0
 
 
-NEAR, MANY = 12, 200  # operations between a softmax and a product that belongs to it; nodes that are looked at
+NEAR, MANY = 12, 200  # most operations between a softmax and a product that belongs to it; most nodes to look at
 
 
 def leads_to_product(node: Node, forward: bool = False) -> bool:
-    """Whether a product of two computed matrices lies a few operations before a node, or behind it: a hint, where what lies
-    between was not understood."""
+    """Whether a product of two computed matrices is within `NEAR` operations before a node, or after it (`forward`). A hint, if
+    the operations in between were not understood."""
     seen, front = {node}, [node]
     for _ in range(NEAR):
         if any(_is_of_two_activations(each) for each in front):

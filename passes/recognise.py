@@ -1,9 +1,9 @@
-"""Recognises an attention that is spelled out in tensor operations, from its softmax on; changes nothing.
+"""Recognises an attention that is written in tensor operations, starting at its softmax. The graph is not changed.
 
     softmax(scale * q k^T + mask, keys) -> dropout -> @ v
 
-Every dimension is followed by what it is (graphs/axes.py), not by where it stands or how large it is, so that any order of
-axes, heads folded into the batch and keys repeated for groups of heads come out as SDPA's (batch, heads, length, dim).
+Axes are followed by identity (graphs/axes.py), not by position or size. So any order of axes, heads folded into the batch and
+keys repeated for groups of heads come out as SDPA's (batch, heads, length, dim).
 """
 
 from __future__ import annotations
@@ -28,29 +28,30 @@ from .scores import Scores, ScoreStep, find_scores
 from .values import Values, find_values, readers
 
 HALF = frozenset({torch.float16, torch.bfloat16})
-# What a finite fill must be below to count as a mask: weights of exp(-1e4) are zero in every dtype.
+# A finite fill must not be above this number to count as a mask: weights of exp(-1e4) are zero in every dtype.
 LEAST_FILL = -1e4
-# In float32 any score that is added to it is lost, so that a row of nothing but fills has equal weights, as after the fill.
+# A finite fill becomes at most this bias. Any score added to it is lost in float32, so that a row with nothing but fills has
+# equal weights, as after the fill.
 LOWEST = -1e30
 
 
 @dataclass(frozen=True)
 class Recognised:
-    """An attention that is spelled out."""
+    """An attention that is written in tensor operations."""
 
-    node: Node  # it gives the output
+    node: Node  # gives the attention's output
     softmax: Node
-    operands: Operands | None  # None: it must stay, for the reason `obstacle`
+    operands: Operands | None  # None: it must stay, because of `obstacle`
     scale: float
-    dropout: float
+    dropout: float  # probability
     dtype: torch.dtype  # of the products
-    obstacle: str | None
-    chain: tuple[Node, ...] = ()
-    sizes: tuple[Any, Any] = (0, 0)  # head_dim and value_dim, where there are no operands
+    obstacle: str | None  # why it must stay
+    chain: tuple[Node, ...] = ()  # nodes that the swap erases if they have no reader left
+    sizes: tuple[Any, Any] = (0, 0)  # head_dim and value_dim, if there are no operands
 
 
 def recognise(softmax: Node, writes: Writes) -> Recognised | Missed | None:
-    """The attention around a softmax; where there nearly is one, what is missing; None for a softmax of something else."""
+    """The attention around a softmax; `Missed` if there nearly is one; None for any other softmax."""
     source, dim = first(softmax), argument(softmax, 1, "dim")
     value = value_of(softmax)
     if not isinstance(source, Node) or not isinstance(value, torch.Tensor) or not isinstance(dim, int):
@@ -71,7 +72,7 @@ def recognise(softmax: Node, writes: Writes) -> Recognised | Missed | None:
 
 @dataclass
 class _Recogniser:
-    """Of one softmax between two products."""
+    """Recognises the attention of one softmax between two products."""
 
     softmax: Node
     weights: Dims
@@ -93,16 +94,18 @@ class _Recogniser:
         if not keys or not summed:
             return Missed("it has a single key", self.softmax)
         if not (summed <= one) ^ (summed <= other) or summed & one & other:
-            return Missed("what its values are summed over is no dimension of its keys alone", self.values.product.node)
+            return Missed(
+                "its values are not summed over a dimension that only its keys have", self.values.product.node
+            )
         if keys != summed:
-            reason = f"its softmax runs over dimension {self.dim} of the scores, which are not the keys"
+            reason = f"its softmax runs over dimension {self.dim} of the scores, which is not that of the keys"
             return self._stays(reason, inner)
         sides = (("left", left), ("right", right))
         (queried, query), (keyed, key) = sides if summed <= other else sides[::-1]
         query_node, key_node = getattr(product, queried), getattr(product, keyed)
         letters = dict(zip(("left", "right"), product.letters[:2], strict=True))
         if not set(letters[queried]) - set(letters[keyed]):
-            return Missed("it compares all keys with a single vector: there is no dimension of queries", product.node)
+            return Missed("its query is a single vector, without a dimension of queries", product.node)
         obstacle = self.scores.obstacle or self._read_elsewhere()
         if (writer := self._writer()) is not None:
             return Missed(f"its scores or weights are written into by {shown(writer)}", writer)
@@ -125,8 +128,8 @@ class _Recogniser:
             for step in steps
         ]
         if not (queries and keys and values and all(masks)):
-            return Missed("one of its tensors is written into before its values are read", end)
-        # Products in float32 of upcast halves are what kernels compute of the halves themselves.
+            return Missed("one of its tensors is written into before the product with its values", end)
+        # From float16 and bfloat16 kernels compute the same float32 products as the model does from the upcast tensors.
         exact = narrow is not None and any(each.casts for each in queries) and any(each.casts for each in keys)
         queries = [each for each in queries if bool(each.casts) == exact]
         keys = [each for each in keys if bool(each.casts) == exact]
@@ -135,7 +138,7 @@ class _Recogniser:
         sides = Sides(self.weights, self.dim, self.values.dims, inner, self.values.width, queries, keys, values)
         arrangement = arrange(sides, self.axes)
         if arrangement is None:
-            return Missed("it compares the keys of all batches with a single vector: a pooling", product.node)
+            return Missed("its query is a single vector for all batches: a pooling", product.node)
         shared = set(arrangement.shared)
         chosen = [best(self.axes, queries, arrangement.query)]
         for found, target in ((keys, arrangement.key), (values, arrangement.value)):
@@ -145,7 +148,7 @@ class _Recogniser:
         if None in chosen or result is None:
             lacks = [name for name, each in zip(("query", "key", "value"), chosen, strict=True) if each is None]
             what = f"its {lacks[0]}" if lacks else "its output"
-            return Missed(f"no views bring {what} into the form (batch, heads, length, dim)", product.node)
+            return Missed(f"{what} cannot be viewed as (batch, heads, length, dim)", product.node)
         (query_at, query_views), (key_at, key_views), (value_at, value_views) = chosen  # type: ignore[misc]
         try:
             read = self._masks(steps, masks, arrangement, obstacle)
@@ -161,7 +164,7 @@ class _Recogniser:
         except UnbackedSizeError as error:
             return Missed(f"its scale, a fill or its dropout depends on data ({error})", product.node)
         if not 0 <= dropout < 1:
-            return Missed(f"its dropout is {dropout:g}", self.softmax)
+            return Missed(f"its dropout is {dropout:g}, which is not in [0, 1)", self.softmax)
         if value_of(self.softmax).dtype == torch.float64 != dtype:
             obstacle = obstacle or f"its softmax runs in float64, its products in {dtype}"
         if value_of(end).dtype != dtype:
@@ -175,7 +178,7 @@ class _Recogniser:
             bool(arrangement.shared),
         )
         if not _fits(operands):
-            return Missed("the sizes of its query, key and value are not known to fit", product.node)
+            return Missed("the sizes of its query, key and value are not known to match", product.node)
         chain = (*self._chain(), *used, *query_at.passed, *key_at.passed, *value_at.passed)
         return Recognised(end, self.softmax, operands, scale, dropout, dtype, obstacle, chain)
 
@@ -186,7 +189,7 @@ class _Recogniser:
         arrangement: Arrangement,
         obstacle: str | None,
     ) -> tuple[tuple[MaskTerm, ...], float, str | None, list[Node]] | Missed:
-        """The terms of the mask, the scale of the product, an obstacle, and the nodes that were passed on the way."""
+        """(terms of the mask, scale of q k^T, obstacle, nodes that were passed on the way)."""
         scale, terms, used = 1.0, [], []
         ways = {id(step): each for step, each in zip(steps, found, strict=True)}
         for step in reversed(self.scores.steps):
@@ -198,7 +201,7 @@ class _Recogniser:
             placed = best(self.axes, ways[id(step)], arrangement.mask)
             if placed is None:
                 assert step.reader is not None
-                return Missed("no views bring its mask into the form (batch, heads, q_len, kv_len)", step.reader)
+                return Missed("its mask cannot be viewed as (batch, heads, q_len, kv_len)", step.reader)
             at, views = placed
             used += at.passed
             amount, how = number(step.amount) * scale, step.how
@@ -228,7 +231,7 @@ class _Recogniser:
         return None
 
     def _writer(self) -> Node | None:
-        """What else writes into the scores or the weights."""
+        """Another node that writes into the scores or the weights; None if there is none."""
         nodes = {*self.scores.nodes, self.softmax, *self.values.nodes[:-1]}
         return next((writer for node in nodes for writer in self.writes.writers(node) if writer not in nodes), None)
 
@@ -239,7 +242,7 @@ class _Recogniser:
 
 
 def _fits(operands: Operands) -> bool:
-    """Whether the sizes of query, key and value fit, as far as SDPA asks."""
+    """Whether query, key and value have equal ranks, query and key equal head dims, key and value equal lengths, as in SDPA."""
     query, key, value = (each.value for each in (operands.query, operands.key, operands.value))
     same = query.dim() == key.dim() == value.dim()
     return same and always(query.shape[-1] == key.shape[-1]) and always(key.shape[-2] == value.shape[-2])

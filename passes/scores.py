@@ -1,4 +1,4 @@
-"""From a softmax back to the product of queries and keys."""
+"""Walks from a softmax back to the product of queries and keys."""
 
 from __future__ import annotations
 
@@ -27,37 +27,37 @@ from ..graphs.spellings import (
 from .found import Missed
 from .products import Product, leads_to_product, read_product
 
-DEPTH = 40  # operations between a product and the softmax
-VISITS = 200  # nodes that are tried on the way back, masks included
+DEPTH = 40  # most operations between a product and the softmax
+VISITS = 200  # most nodes to try on the way back, masks included
 Back = Callable[[Any, "Dims | None"], "Scores | Missed"]
 Narrow = Callable[[Any], "Dims | None"]
 
 
 @dataclass(frozen=True)
 class ScoreStep:
-    """One thing that happens to the scores between the product and the softmax.
+    """One operation on the scores between the product and the softmax.
 
-    how: "scale": times `amount` ** `power`. "add": plus `amount` * tensor. "keep", "drop": `amount` where the tensor is False,
-        or True.
+    how: "scale": times `amount` ** `power`. "add": plus `amount` * `tensor`. "keep": `amount` where `tensor` is False. "drop":
+        `amount` where `tensor` is True.
     """
 
     how: str
-    amount: Any  # a number, or a node of one
+    amount: Any  # a number, or a node that gives one
     tensor: Node | None = None
-    dims: Dims = ()
+    dims: Dims = ()  # of the tensor
     reader: Node | None = None  # the node that reads the tensor
     power: int = 1
 
 
 @dataclass(frozen=True)
 class Scores:
-    """product: q k^T, whose value has `dims`. steps: from there to the softmax. nodes: all in between, both included."""
+    """The scores of an attention."""
 
-    product: Product
-    dims: Dims
-    steps: tuple[ScoreStep, ...] = ()
-    nodes: tuple[Node, ...] = ()
-    obstacle: str | None = None
+    product: Product  # q k^T
+    dims: Dims  # of the product
+    steps: tuple[ScoreStep, ...] = ()  # from the product to the softmax, in order
+    nodes: tuple[Node, ...] = ()  # from the product to the input of the softmax, both included
+    obstacle: str | None = None  # why the attention must stay as it is
 
     def then(self, node: Node, *steps: ScoreStep, obstacle: str | None = None) -> Scores:
         return replace(self, steps=self.steps + steps, nodes=(*self.nodes, node), obstacle=self.obstacle or obstacle)
@@ -66,15 +66,15 @@ class Scores:
 def find_scores(
     node: Node, dims: Dims, reader: Node, axes: Axes, writes: Writes, seen: set[Node] | None = None
 ) -> Scores | Missed:
-    """Walks from what `reader` reads as `node`, whose value has `dims`, back to a product; where it ends otherwise, why.
+    """Walks from `node`, which `reader` reads and which has `dims`, back to a product; `Missed` if it ends anywhere else.
 
-    seen: the nodes that were tried before; each is walked once."""
+    seen: the nodes that were visited before; each node is visited once."""
     read, node = node, writes.current(node, reader)
     value = value_of(node)
     seen = set() if seen is None else seen
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         written = f"its scores are written into by {shown(node)}"
-        return Missed(written if node is not read else "its scores are no floating tensor", node)
+        return Missed(written if node is not read else "its scores are not a floating-point tensor", node)
     if node in seen:
         return Missed("its scores are computed twice from one tensor", node)
     if len(seen) > VISITS:
@@ -86,7 +86,9 @@ def find_scores(
 
     def back(source: Any, expected: Dims | None) -> Scores | Missed:
         if not isinstance(source, Node) or expected is None:
-            return Missed(f"its scores are computed by {shown(node)} from what is not known to have their shape", node)
+            return Missed(
+                f"its scores are computed by {shown(node)} from an operand whose shape is not known to match", node
+            )
         return find_scores(source, expected, node, axes, writes, seen)
 
     def narrow(source: Any) -> Dims | None:
@@ -97,7 +99,7 @@ def find_scores(
     source = first(node)
     if name == "to":
         if not stays_on(node):
-            return Missed("its scores move to another device, or to a dtype that is not floating", node)
+            return Missed("its scores move to another device, or to a dtype that is not floating point", node)
         return _then(back(source, narrow(source)), node)
     if name == "tanh":
         return _then(back(source, dims), node, obstacle="its scores are capped (tanh)")
@@ -116,11 +118,11 @@ def find_scores(
 
 def _computed(node: Node) -> str:
     if node.op in ("placeholder", "get_attr"):
-        return "its scores come from outside of the graph"
+        return "its scores come from outside the graph"
     if written_by(node):
         return f"its scores may be written into by {shown(node)}"
     if spelled(node) in ("view", *TURNS):
-        return f"its scores are viewed ({shown(node)}) in a way in which their axes cannot be followed"
+        return f"the axes of its scores cannot be followed through {shown(node)}"
     return f"its scores are computed by {shown(node)}"
 
 
@@ -136,13 +138,13 @@ def _of_product(product: Product, dims: Dims, axes: Axes) -> Scores | Missed:
         return scores
     added = axes.broadcast(dims, value_of(product.added).shape, value_of(product.node).shape)
     if added is None:
-        return Missed("what baddbmm adds to its scores is not known to broadcast to them", product.node)
+        return Missed("the tensor that baddbmm adds is not known to broadcast to its scores", product.node)
     step = ScoreStep("add", product.beta, product.added, added, product.node)
     return replace(scores, steps=(*scores.steps, step))
 
 
 def before(node: Node, dims: Dims, axes: Axes) -> Dims | None:
-    """The dims of the first argument of a view, a copy or a permutation, None if the node is something else."""
+    """The dims of the first argument of a view, a copy or a permutation that has `dims`; None for any other node."""
     source = value_of(first(node))
     if not isinstance(source, torch.Tensor) or source.dtype != value_of(node).dtype or written_by(node):
         return None
@@ -178,13 +180,13 @@ def _added(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | Missed
     one, other = first(node), argument(node, 1, "other")
     alpha = argument(node, 2, "alpha", default=1)
     if not is_number(alpha) or isinstance(alpha, Node):
-        return Missed("something is added to its scores with a factor that the graph computes", node)
+        return Missed("the graph computes the factor (alpha) with which a tensor is added to its scores", node)
     sign = -alpha if name == "sub" else alpha
     missed = []
     if is_number(other) and isinstance(one, Node):
         found = back(one, narrow(one))
         if isinstance(found, Scores):
-            return found.then(node)  # the same for every score: the softmax does not see it
+            return found.then(node)  # the same number for every score does not change the softmax
         missed.append(found)
     pairs = [(one, other, sign)] + ([(other, one, 1)] if sign == 1 else [])
     both = []
@@ -203,7 +205,7 @@ def _added(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | Missed
 
 
 def _nearest(missed: list[Missed]) -> Missed:
-    """Of several ways back, the one on which there is a product."""
+    """Of several ways back, the first that leads to a product; otherwise the first."""
     return next((each for each in missed if leads_to_product(each.node)), missed[0])
 
 
@@ -212,12 +214,12 @@ def _filled(found: Scores | Missed, node: Node, how: str, mask: Any, fill: Any, 
     if isinstance(found, Missed):
         return found
     if not isinstance(mask, Node) or not isinstance(value, torch.Tensor) or value.dtype != torch.bool:
-        return Missed("its scores are filled where something that is no boolean mask says so", node)
+        return Missed("the mask that fills its scores is not a boolean tensor", node)
     dims = narrow(mask)
     if dims is None:
-        return Missed("the mask of its scores is not known to broadcast to them", node)
+        return Missed("the mask that fills its scores is not known to broadcast to them", node)
     if not is_number(fill):
-        return Missed("its scores are filled with what is no number of the graph", node)
+        return Missed("the value that fills its scores is not known to be a number", node)
     return found.then(node, ScoreStep(how, fill, mask, dims, node))
 
 
@@ -229,4 +231,4 @@ def _chosen(node: Node, back: Back, narrow: Narrow) -> Scores | Missed:
     for how, source, fill in (("keep", one, other), ("drop", other, one)):
         if is_number(fill) and isinstance(source, Node):
             return _filled(back(source, narrow(source)), node, how, condition, fill, narrow)
-    return Missed("its scores are chosen between two tensors (where)", node)
+    return Missed("its scores are selected from two tensors (where)", node)

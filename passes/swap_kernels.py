@@ -1,4 +1,4 @@
-"""Carries out a plan: puts the chosen kernel where the call stood."""
+"""Carries out a plan: replaces calls with the chosen kernels."""
 
 from __future__ import annotations
 
@@ -27,12 +27,11 @@ from ..planning.reasons import cast_to
 from .found import Operand, Operands, Planned, Swapped
 from .masks import build_mask
 
-CHECK = "_assert_tensor_metadata"  # torch.export writes one behind each cast
+CHECK = "_assert_tensor_metadata"  # torch.export writes one after each cast
 
 
 def swap_kernels(graph_module: GraphModule, attentions: Sequence[Planned]) -> tuple[Planned, ...]:
-    """Replaces each call whose site chose a kernel with an op of its own. Returns all of them in the same order, those
-    that were swapped as `Swapped`.
+    """Replaces each call that has a chosen kernel. Returns all attentions in the same order, the replaced ones as `Swapped`.
 
     sdpa(q, k, v, boolean_mask)  ->  bias = where(mask, 0, -inf)  [once for all sites that read this mask]
                                      _scaled_dot_product_efficient_attention(q, k, v, bias, ...)[0]
@@ -58,7 +57,7 @@ def swap_kernels(graph_module: GraphModule, attentions: Sequence[Planned]) -> tu
 def _swap(
     planned: Planned, operands: Operands, backend: Backend, emitter: Emitter, written: set[int]
 ) -> tuple[list[Node], Node]:
-    """Returns the nodes that held the attention's output, and the one that does now."""
+    """Returns the nodes that gave the attention's output, and the node that gives it now."""
     node, call, site = planned.node, planned.call, planned.site
     fused = call.written_as == "kernel"
     old: torch.Tensor = value_of(node)[0] if fused else value_of(node)
@@ -93,7 +92,7 @@ def _swap(
     new = emitter.node(output)
     for each in outputs:
         each.replace_all_uses_with(new)
-    for user in list(node.users):  # members of a kernel's tuple, which nobody reads any more
+    for user in list(node.users):  # the other results of a fused kernel, which nothing reads
         emitter.graph.erase_node(user)
     emitter.graph.erase_node(node)
     _erase([each for each in planned.chain if each is not node], emitter.graph)
@@ -103,7 +102,7 @@ def _swap(
 def _mask(
     operands: Operands, call: AttentionCall, tensor: Any, emitter: Emitter, written: set[int]
 ) -> tuple[Callable[[], torch.Tensor] | None, Any]:
-    """What makes the mask one tensor, and the key under which sites share what it becomes."""
+    """A function that returns the mask as one tensor, and the key under which sites share the tensor prepared from the mask."""
     if not operands.mask:
         return None, None
     nodes = [term.tensor.node for term in operands.mask]
@@ -112,7 +111,7 @@ def _mask(
         repr([(term.tensor.views, term.how, term.amount) for term in operands.mask]),
         call.dtype,
     )
-    # A mask that the graph writes into may be another one at the next site: it is not shared.
+    # A mask that the graph writes into may have other values at the next site: it is not shared.
     if any(storage_of(value_of(node)) in written for node in nodes):
         shared = (shared, call.site)
     (first, *rest) = operands.mask
@@ -136,7 +135,7 @@ def _native(
     mask: torch.Tensor | None,
     emitter: Any,
 ) -> torch.Tensor:
-    """One call of PyTorch, which then chooses, where the model has spelled the attention out."""
+    """Attention in tensor operations as one SDPA call, for which PyTorch chooses the kernel."""
     query, key, value = (_cast(each, call.dtype) for each in (query, key, value))
     sdpa = SDPA if emitter.key == "example_value" else torch.ops.aten.scaled_dot_product_attention.default
     arguments: dict[str, Any] = {"dropout_p": call.dropout, "scale": call.scale}
@@ -149,7 +148,7 @@ def _native(
 
 
 def _erase(chain: Sequence[Node], graph: Graph) -> None:
-    """Erases what only the swapped attention was computed by: of `chain`, the nodes that nobody reads any more."""
+    """Erases the nodes of `chain` that nothing reads after the swap."""
     waiting = [node for node in dict.fromkeys(chain) if node.op != "placeholder"]
     while dead := [node for node in waiting if all(spelled(user) == CHECK for user in node.users)]:
         for node in dead:
@@ -171,8 +170,8 @@ def launch(
     shared: Any,
     emitter: Emitter,
 ) -> torch.Tensor:
-    """From SDPA's tensors, of any rank, to the kernel's and back, by the steps of the plan. Sites of one `shared` key share
-    what a mask becomes."""
+    """Calls the kernel on SDPA's tensors (..., heads, length, dim) of any rank, with the steps of the plan, and returns SDPA's
+    output. Sites with the same `shared` key share the tensor prepared from the mask."""
     returned = getattr(torch, call.dtype)
     if (cast := accepted.step("cast")) is not None:
         call = cast_to(str(cast.after), call)
@@ -183,7 +182,7 @@ def launch(
     key, value = (_rank4(tensor, call.batch, call.kv_heads, shape) for tensor in (key, value))
     call, query, key, value = _padded(accepted, call, query, key, value)
 
-    # What a prepared mask may depend on besides the mask: it is shared, so no more than this is shown to `prepare`.
+    # `prepare` sees only what the prepared mask may depend on besides the mask, because sites share the prepared mask.
     about = replace(call, site="", role="", layout="", scale=None, dropout=0.0)
 
     def prepare() -> Any:
@@ -209,14 +208,14 @@ def launch(
 
 
 def _cast(tensor: torch.Tensor, dtype: str | None) -> torch.Tensor:
-    """Under autocast SDPA casts what is floating; an op of ours is not on autocast's list, so the cast is written out."""
+    """Under autocast SDPA casts floating tensors. Autocast does not know the ops of this package, so the cast is explicit."""
     wanted = getattr(torch, str(dtype))
     return tensor if tensor.dtype == wanted else tensor.to(wanted)
 
 
 def _cast_mask(mask: torch.Tensor, wanted: Mask, chosen: bool) -> torch.Tensor:
-    """As SDPA does under autocast; where the policy chose the cast, what was finite stays so: in a row that is masked with
-    finfo.min throughout -inf would leave no key at all."""
+    """Casts the mask as SDPA does under autocast. If the policy chose the cast (`chosen`), finite numbers stay finite: a row
+    that is masked with finfo.min throughout would become -inf and have no key at all."""
     dtype = getattr(torch, str(wanted.dtype))
     if chosen and mask.is_floating_point() and mask.dtype != dtype:
         limit = torch.finfo(dtype).max
@@ -225,7 +224,7 @@ def _cast_mask(mask: torch.Tensor, wanted: Mask, chosen: bool) -> torch.Tensor:
 
 
 def _rank4(tensor: torch.Tensor, batch: Any, heads: Any, shape: Any) -> torch.Tensor:
-    """(..., heads, length, dim) -> (batch, heads, length, dim). Kernels do not broadcast: what SDPA would, is expanded."""
+    """(..., heads, length, dim) -> (batch, heads, length, dim), expanded where SDPA broadcasts: kernels do not broadcast."""
     length, dim = tensor.shape[-2:]
     lead = (*shape[:-1], heads) if len(shape) > 1 else tuple(shape)
     if len(lead) != tensor.dim() - 2 or any(not holds(a == b) for a, b in zip(tensor.shape[:-2], lead, strict=True)):
@@ -236,7 +235,7 @@ def _rank4(tensor: torch.Tensor, batch: Any, heads: Any, shape: Any) -> torch.Te
 def _padded(
     accepted: Accepted, call: AttentionCall, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[AttentionCall, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Zeros behind the head dim change no score; the scale stays that of the true one."""
+    """Pads head_dim and value_dim with zeros, which change no score. The scale stays that of the unpadded head_dim."""
 
     def pad(tensor: torch.Tensor, step: Step | None) -> torch.Tensor:
         missing: Any = (0, 0 if step is None else step.after - tensor.shape[-1])  # type: ignore[operator]

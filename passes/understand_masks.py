@@ -1,4 +1,4 @@
-"""What a mask means, as far as the graph proves it: causal, key padding, a window, documents, or nothing at all."""
+"""Proves from the graph what a mask means: causal, key padding, a sliding window, documents, or no mask at all."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from ..masks.reading import Reader, Unstable, is_plain
 from ..masks.views import before_views
 from .found import Found, MaskTerm, Operands, Understood
 
-# A number that hides a key, as the models have it: -10000 (-9984 in bfloat16), -1e9, finfo.min. A key behind it takes part
-# only if its score is larger than all others by about as much. Smaller numbers are biases.
+# A number at or below this one hides a key. Models use -10000 (-9984 in bfloat16), -1e9 and finfo.min: a hidden key takes part
+# only if its score is larger than all others by about as much. Numbers nearer to zero are biases.
 FAR = -5000.0
-# From here on a score vanishes beside the number, even in float64: all keys are alike then.
+# A score added to a number at or below this one is lost, even in float64: all hidden keys have equal scores then.
 VANISHING = -1e18
 
 KEY, QUERY = -1, -2
 
 
 def understand_masks(graph_module: GraphModule, attentions: Sequence[Found]) -> tuple[Understood, ...]:
-    """Says of each attention what its mask is (`call.mask`), and what that is read from (`proof`). The graph stays as it is.
-    Nothing is assumed of the values of a tensor that comes from outside.
+    """Sets `call.mask` of each attention to the kind that the graph proves, and `proof` to the proof. The graph is not changed.
+    Nothing is assumed about the values of a tensor that comes from outside the graph.
 
     where(ones(S, S).tril() == 1, 0, -inf)      ->  causal
     (1 - (lengths[:, None] > arange(S)).to(dtype))[:, None, None] * -10000  ->  key padding
@@ -64,7 +64,7 @@ def _understood(found: Found, operands: Operands, reader: Reader) -> Understood:
 
 
 def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Value | None:
-    """An element of the mask that `masks.build_mask` makes of the terms; None where it is not known."""
+    """One element of the mask that `masks.build_mask` builds from the terms; None if the element is not known."""
     make, wanted = reader.expressions, getattr(torch, str(found.call.mask.dtype))
     total: Value | None = None
     for term in terms:
@@ -97,10 +97,10 @@ def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Valu
 
 @dataclass(frozen=True)
 class Facts:
-    mask: Mask | None = None
-    keep: Value | None = None
-    keys: tuple[Home, ...] = ()
-    queries: tuple[Home, ...] = ()
+    mask: Mask | None = None  # the proven mask; None: nothing is proven
+    keep: Value | None = None  # as in `Proof`
+    keys: tuple[Home, ...] = ()  # as in `Proof`
+    queries: tuple[Home, ...] = ()  # as in `Proof`
 
 
 def _facts(value: Value, call: AttentionCall, rank: int, reader: Reader) -> Facts:
@@ -147,7 +147,7 @@ def _facts(value: Value, call: AttentionCall, rank: int, reader: Reader) -> Fact
 
 
 def hidden(value: Value, make: Expressions) -> tuple[Value, frozenset[float]] | None:
-    """Where an additive mask is zero, and the numbers that it has elsewhere; None if it is not made of constants."""
+    """The condition under which an additive mask is zero, and its other numbers; None if its elements are not constants."""
     if value.kind == "constant":
         zero = value.number == 0
         return make.constant(zero), frozenset(() if zero else (float(value.number),))
@@ -159,7 +159,7 @@ def hidden(value: Value, make: Expressions) -> tuple[Value, frozenset[float]] | 
 
 
 def _homes(values: list[Value], reader: Reader) -> tuple[Home, ...]:
-    """Boolean tensors of the graph that hold the values, or all of them together; () where one has none."""
+    """Boolean tensors of the graph that hold the values: one for their conjunction, or one for each; () if one is missing."""
     for wanted in ([reader.expressions.and_(*values)], values):
         homes = [reader.homes.get(value) for value in wanted]
         found = tuple(home for home in homes if home is not None and is_plain(*home))
@@ -169,7 +169,7 @@ def _homes(values: list[Value], reader: Reader) -> tuple[Home, ...]:
 
 
 def _structure(parts: list[Value], call: AttentionCall) -> tuple[MaskKind | None, Any]:
-    """What conditions on query and key together say."""
+    """The kind of mask, and the window, that conditions on both query and key make; (None, None) if they make no known kind."""
     if len(parts) == 1 and _same_document(parts[0]):
         return MaskKind.BLOCKS, None
     bounds: dict[bool, Index] = {}  # key <= query + bounds[True], key >= query - bounds[False]
@@ -195,7 +195,7 @@ def _structure(parts: list[Value], call: AttentionCall) -> tuple[MaskKind | None
 
 
 def _bound(part: Value) -> tuple[bool, Index] | None:
-    """(True, c) of key <= query + c, (False, c) of key >= query - c."""
+    """(True, c) for key <= query + c, (False, c) for key >= query - c; None for any other condition."""
     if part.kind != "at_least_zero":
         return None
     index: Index = part.parts[0]
@@ -211,7 +211,7 @@ def _bound(part: Value) -> tuple[bool, Index] | None:
 
 
 def _same_document(part: Value) -> bool:
-    """ids[query] == ids[key]: of a tensor, or of positions, as in query // 77 == key // 77."""
+    """Whether the condition is ids[query] == ids[key], with ids from a tensor or from positions: query // 77 == key // 77."""
     if part.kind == "compare" and part.parts[0] == "eq":
         one, other = part.parts[1:]
         if one.kind == other.kind == "read" and one.parts[0] is other.parts[0]:
@@ -227,7 +227,7 @@ def _turned(index: Index) -> Index:
 
 
 def _each_row_sees_a_key(kind: MaskKind, keys: list[Value], call: AttentionCall, no_key: str) -> bool:
-    """Or, for an additive mask of a finite number, whether what is built instead is right for a row that sees none."""
+    """Whether each row sees a key, or whether the mask built for an additive mask of a finite number is right without one."""
     if keys:
         return no_key == "all keys"
     if kind is MaskKind.CAUSAL_LOWER_RIGHT:

@@ -1,4 +1,4 @@
-"""From the weights of an attention on to their product with the values."""
+"""Walks from the weights of an attention to their product with the values."""
 
 from __future__ import annotations
 
@@ -33,20 +33,20 @@ from .scores import DEPTH
 
 @dataclass(frozen=True)
 class Values:
-    """What lies behind a softmax."""
+    """The product with the values, and the operations between the softmax and the product."""
 
     product: Product  # weights @ v
-    value: Node
+    value: Node  # the operand v
     value_dims: Dims  # of the value
     dims: Dims  # of the product
-    summed: Axis  # what the product sums over
-    width: Axis  # the last one of the value
-    dropout: Any = 0.0
-    nodes: tuple[Node, ...] = ()  # from behind the softmax to the product
+    summed: Axis  # the axis that the product sums over
+    width: Axis  # the last axis of the value
+    dropout: Any = 0.0  # probability: a number, or a node that gives one
+    nodes: tuple[Node, ...] = ()  # from after the softmax to the product
 
 
 def after(node: Node, dims: Dims, axes: Axes) -> Dims | None:
-    """The other way round: the dims of the node where its first argument has `dims`."""
+    """The inverse of `scores.before`: the dims of a view, a copy or a permutation whose first argument has `dims`."""
     source, value = value_of(first(node)), value_of(node)
     if not isinstance(value, torch.Tensor) or source.dtype != value.dtype or written_by(node):
         return None
@@ -60,7 +60,7 @@ def after(node: Node, dims: Dims, axes: Axes) -> Dims | None:
     return None
 
 
-# What reads the form of a tensor and not its values.
+# Functions that read the shape, strides or dtype of a tensor, but not its values.
 _FORM = frozenset(
     {"_assert_tensor_metadata", "sym_size", "size", "sym_stride", "sym_numel", "dim", "full_like", "zeros_like", "ones_like",
      "empty_like", "new_full", "new_zeros", "new_ones", "new_empty", "new_tensor"}
@@ -76,9 +76,9 @@ def readers(node: Node) -> Iterator[Node]:
 
 
 def find_values(node: Node, dims: Dims, axes: Axes, depth: int = DEPTH) -> Values | Missed:
-    """Walks from the weights, whose value has `dims`, to the product with the values; where it ends otherwise, why."""
+    """Walks from the weights, which have `dims`, to the product with the values; `Missed` if no reader leads there."""
     if depth == 0:
-        return Missed(f"more than {DEPTH} operations lie behind its softmax", node)
+        return Missed(f"more than {DEPTH} operations lie after its softmax", node)
     missed = []
     for user in readers(node):
         found = _find_values(user, node, dims, axes, depth)
@@ -101,7 +101,7 @@ def _find_values(user: Node, node: Node, dims: Dims, axes: Axes, depth: int) -> 
     name = spelled(user)
     if name == "to":
         if not stays_on(user):
-            return Missed("its weights move to another device, or to a dtype that is not floating", user)
+            return Missed("its weights move to another device, or to a dtype that is not floating point", user)
         return find_values(user, dims, axes, depth - 1)
     if name in ("dropout", "native_dropout"):
         return _dropped(user, name, dims, axes, depth)
@@ -113,9 +113,9 @@ def _find_values(user: Node, node: Node, dims: Dims, axes: Axes, depth: int) -> 
 
 def _of_product(product: Product, weights: Node, dims: Dims, axes: Axes) -> Values | Missed:
     if product.added is not None or product.alpha != 1:
-        return Missed("something is added to the product with its values, or it is scaled", product.node)
+        return Missed("the product with its values is scaled, or a tensor is added to it", product.node)
     if product.left is product.right or weights not in (product.left, product.right):
-        return Missed("its weights are no operand of their own in the product that reads them", product.node)
+        return Missed("the product that reads its weights does not multiply them by another tensor", product.node)
     placed = output_dims(product, weights, dims, axes)
     if isinstance(placed, Missed):
         return placed
@@ -125,7 +125,7 @@ def _of_product(product: Product, weights: Node, dims: Dims, axes: Axes) -> Valu
 
 
 def _emptied(user: Node, weights: Node) -> tuple[Node, ...] | None:
-    """The nodes by which a lowered SDPA gives rows without any key the weights 0, None if `user` does something else.
+    """The nodes with which a lowered SDPA sets the weights of rows without any key to 0; None if `user` does anything else.
 
     where(~any(~(scores == -inf), -1, keepdim), 0, softmax(scores))
     """
@@ -159,12 +159,12 @@ def _dropped(user: Node, name: str, dims: Dims, axes: Axes, depth: int) -> Value
     if name == "native_dropout":
         kept = [each for each in user.users if each.users]
         if len(kept) != 1 or kept[0].args[1] != 0:
-            return Missed("which of its weights are dropped is read", user)
+            return Missed("the mask of its dropout is used", user)
         output = kept[0]
     found = find_values(output, dims, axes, depth - 1)
     if isinstance(found, Missed):
         return found
     if train is not False and found.dropout != 0.0:
-        return Missed("its weights are dropped twice", user)
+        return Missed("its weights have dropout twice", user)
     nodes = found.nodes if output is user else (output, *found.nodes)
     return replace(found, dropout=probability if train is not False else found.dropout, nodes=nodes)

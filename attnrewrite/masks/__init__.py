@@ -1,2 +1,2 @@
-"""What an element of a mask is, as the graph proves it, and what is built of it for a kernel. Imports `kernels`, `graphs` and
-what is below them."""
+"""Proves from the graph what each element of a mask is, and builds the mask tensor that a kernel gets. Imports `kernels`,
+`graphs` and the packages below them."""

@@ -1,4 +1,4 @@
-"""What a kernel gets of a mask that is understood: built once for all sites whose masks are equal, whoever made them."""
+"""Builds the mask tensor that a kernel gets: once for all sites whose masks are equal, even if each layer made its own."""
 
 from __future__ import annotations
 
@@ -16,30 +16,28 @@ from ..kernels.calls import AttentionCall, Mask, MaskKind
 from .expressions import Value, is_axis
 from .indices import Index
 
-Home = tuple[Node, tuple[Index, ...]]  # a tensor that holds a value, and at which indices
+Home = tuple[Node, tuple[Index, ...]]  # a tensor that holds a value, and the indices of that value
 
 
 @dataclass(frozen=True)
 class Proof:
-    """value: what an element of the mask is, one object for equal masks; keep: when it lets a key take part, where that is
-    known. For padding of queries and keys also the boolean tensors of the graph that say which do: all of them must."""
+    """What the graph proves about the elements of a mask."""
 
-    value: Value
-    keep: Value | None = None
-    keys: tuple[Home, ...] = ()
-    queries: tuple[Home, ...] = ()
+    value: Value  # one element of the mask; the same object for equal masks
+    keep: Value | None = None  # the condition under which a key takes part; None: not known
+    keys: tuple[Home, ...] = ()  # only for padding of queries and keys: boolean tensors, all True for a valid key
+    queries: tuple[Home, ...] = ()  # the same: all True for a valid query
 
 
 @dataclass(frozen=True)
 class Built:
-    """The call as the kernel sees it, its mask, and a key that is equal for equal masks. alive: False where a batch element
-    sees no key and its queries must be zero; queries: False where a row of the output must be."""
+    """A call as the kernel sees it, with its mask tensor."""
 
     call: AttentionCall
     mask: Tensor | None
-    shared: Any
-    alive: Tensor | None = None
-    queries: Tensor | None = None
+    shared: Any  # a key that is equal for equal masks
+    alive: Tensor | None = None  # False where a batch element sees no key: its queries must be set to zero
+    queries: Tensor | None = None  # False where a row of the output must be set to zero
 
 
 def built(
@@ -50,8 +48,10 @@ def built(
     shared: Any,
     emitter: Emitter,
 ) -> Built:
-    """mask_as: one of `reasons.masks_for`. given: what makes the model's tensor. shared: the key of that tensor, where nothing
-    is proven of it."""
+    """The call and the mask for a kernel that receives the mask as `mask_as`, one of `reasons.masks_for`.
+
+    given: a function that returns the model's mask tensor. shared: the key of that tensor, used if nothing is proven about it.
+    """
     mask = call.mask
     if proof is not None:
         shared = proof.value
@@ -76,7 +76,7 @@ def built(
 def _keep(
     mask: Mask, proof: Proof, mask_as: str, model: Callable[[], Tensor], rank: int, emitter: Emitter
 ) -> tuple[Tensor, Tensor | None]:
-    """True where a key takes part; and where queries must be zero for it, whether a row sees any key at all."""
+    """The boolean mask (True: the key takes part) and, only for `no_key="mean"`, whether each row sees any key."""
     if mask_as == "keys":
         return _all_of(proof.keys, rank, emitter), None
     assert proof.keep is not None
@@ -99,7 +99,7 @@ def _all_of(homes: Sequence[Home], rank: int, emitter: Emitter) -> Tensor:
 
 
 def _arranged(tensor: Tensor, indices: tuple[Index, ...], rank: int) -> Tensor:
-    """A view of `rank` dimensions in which each axis stands in its place."""
+    """A view of `rank` dimensions with each axis of `indices` at its own dimension; the other dimensions have size 1."""
     axes: list[int] = []
     for dim in reversed(range(tensor.dim())):
         found = is_axis(indices[dim])

@@ -1,8 +1,8 @@
-"""What one element of a mask is, as an expression in the axes (batch, head, query, key); equal expressions are one object.
+"""One element of a mask as an expression in the axes (batch, head, query, key). Equal expressions are the same object.
 
-Booleans are built of and, not, comparisons of indices and elements of tensors; numbers of constants, indices and
-`select(condition, a, b)`. So `(1 - m.to(dtype)) * -10000` of a boolean m is `select(m, 0, -10000)`, and `tril` of ones
-is `query - key >= 0`. What is none of these is an element of a tensor of the graph: `read`.
+Boolean expressions consist of `and`, `not`, comparisons of indices and elements of tensors; numeric expressions of constants,
+indices and `select(condition, a, b)`. For a boolean m, `(1 - m.to(dtype)) * -10000` is `select(m, 0, -10000)`; `tril` of ones
+is `query - key >= 0`. Any other element is a `read` of a tensor of the graph.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.fx import Node
 
 from .indices import Index, Place, at_least_zero, constant, divided
 
-MOST_LEAVES = 16  # of nested selects; more are no mask that a kernel has a word for
+MOST_NODES = 16  # limit on `Value.nodes` of nested selects; no mask that a kernel supports needs more
 
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """kind, and what it is made of:
+    """An expression. Its `parts`, by `kind`:
 
     "constant"  (number,)            "index"  (Index,)                "absolute"  (Index,)
     "read"      (node, indices)      "select" (condition, a, b)       "compare"   ("lt" | "le" | "eq", a, b)
@@ -34,8 +34,8 @@ class Value:
     kind: str
     parts: tuple[Any, ...]
     boolean: bool
-    axes: frozenset[int] = field(default=frozenset(), repr=False)  # the dims that it depends on
-    leaves: int = field(default=1, repr=False)
+    axes: frozenset[int] = field(default=frozenset(), repr=False)  # the dimensions that the value depends on
+    nodes: int = field(default=1, repr=False)  # size of the expression tree
 
     @property
     def number(self) -> Any:
@@ -43,7 +43,7 @@ class Value:
 
 
 class Expressions:
-    """Makes values, simplified, and each only once."""
+    """Makes simplified values, each of them only once."""
 
     def __init__(self) -> None:
         self._made: dict[Any, Value] = {}
@@ -54,14 +54,14 @@ class Expressions:
         key = (kind, tuple(repr(part) if isinstance(part, float) else (type(part), part) for part in parts))
         if key not in self._made:
             axes: set[int] = set()
-            leaves = 1
+            nodes = 1
             for part in parts:
                 for each in part if isinstance(part, tuple) else (part,):
                     axes |= {place.dim for place in each.axes()} if isinstance(each, Index) else set()
                     if isinstance(each, Value):
                         axes |= each.axes
-                        leaves += each.leaves
-            self._made[key] = value = Value(kind, parts, boolean, frozenset(axes), leaves)
+                        nodes += each.nodes
+            self._made[key] = value = Value(kind, parts, boolean, frozenset(axes), nodes)
             self._order[value] = len(self._order)
         return self._made[key]
 
@@ -139,7 +139,7 @@ class Expressions:
         return self._make("select", (condition, self.as_number(a), self.as_number(b)), False)
 
     def as_number(self, value: Value) -> Value:
-        """A boolean as 1 and 0."""
+        """`value`, with a boolean turned into 1 or 0."""
         if not value.boolean:
             return value
         if value.kind == "constant":
@@ -157,7 +157,7 @@ class Expressions:
             return self.not_(self.compare("eq", a, b))
         a, b = self.as_number(a), self.as_number(b)
         for first, second, swapped in ((a, b, False), (b, a, True)):
-            if first.kind == "select" and first.leaves + second.leaves <= MOST_LEAVES:
+            if first.kind == "select" and first.nodes + second.nodes <= MOST_NODES:
                 condition, *sides = first.parts
                 yes, no = (self.compare(name, *((second, side) if swapped else (side, second))) for side in sides)
                 return self.select(condition, yes, no)
@@ -166,7 +166,7 @@ class Expressions:
         indices = [_whole(each, name, left) for each, left in ((a, True), (b, False))]
         if indices[0] is not None and indices[1] is not None:
             return self._compare_indices(name, indices[1] - indices[0])
-        if name in ("lt", "le"):  # |index| < size and its likes: both sides of a window
+        if name in ("lt", "le"):  # |index| < size and the like: both ends of a window
             strict = 1 if name == "lt" else 0
             if a.kind == "absolute" and indices[1] is not None:
                 limit = indices[1] - strict
@@ -183,11 +183,11 @@ class Expressions:
         return self.at_least_zero(difference - 1 if name == "lt" else difference)
 
     def arithmetic(self, function: Callable[..., Any], values: tuple[Value, ...], dtype: torch.dtype) -> Value | None:
-        """A function of numbers, element by element, in the dtype of its result; None where it is not known."""
+        """`function` of the values, element by element. dtype: that of the result. None if the result is not known."""
         values = tuple(map(self.as_number, values))
         for place, value in enumerate(values):
             if value.kind == "select":
-                if sum(each.leaves for each in values) > MOST_LEAVES:
+                if sum(each.nodes for each in values) > MOST_NODES:
                     return None
                 condition, *sides = value.parts
                 yes, no = (
@@ -212,7 +212,7 @@ class Expressions:
         return self._make("absolute", (indices[0],), False) if function is abs else None
 
     def cast(self, value: Value, dtype: torch.dtype) -> Value | None:
-        """A value in another dtype; None where it is not known."""
+        """`value` cast to `dtype`; None if the result is not known."""
         if dtype == torch.bool:
             return self.as_boolean(value)
         value = self.as_number(value)
@@ -227,13 +227,13 @@ class Expressions:
         return value if value.kind in ("index", "absolute") and dtype in _EXACT else None
 
 
-# dtypes in which positions are exact
+# dtypes that hold positions exactly
 _EXACT = frozenset({torch.int32, torch.int64, torch.float32, torch.float64})
 _FORMATS = {torch.float16: "e", torch.float32: "f"}
 
 
 def rounded(number: float, dtype: torch.dtype) -> float:
-    """A number as a tensor of this dtype holds it."""
+    """`number` as a tensor of `dtype` holds it. Raises `OverflowError` for a number that an integer dtype cannot hold."""
     if not dtype.is_floating_point:
         if isinstance(number, float) and not math.isfinite(number):
             raise OverflowError
@@ -257,7 +257,8 @@ def rounded(number: float, dtype: torch.dtype) -> float:
 
 
 def _whole(value: Value, name: str, left: bool) -> Index | None:
-    """An index, or a constant that compares with whole numbers as one: key < 2.5 is key < 3."""
+    """One side of a comparison as an index, None if it is none. A constant is rounded to a whole number that compares alike:
+    key < 2.5 is key < 3. left: the value is the left side."""
     if value.kind == "index":
         index: Index = value.parts[0]
         return index
@@ -273,7 +274,7 @@ def _whole(value: Value, name: str, left: bool) -> Index | None:
 
 
 def is_axis(index: Index) -> Place | None:
-    """The axis, where an index is one and nothing else."""
+    """The axis, if the index is a single axis and nothing else; otherwise None."""
     if len(index.terms) == 1:
         ((product, factor),) = index.terms.items()
         if factor == 1 and len(product) == 1 and isinstance(product[0], Place):

@@ -1,8 +1,8 @@
-"""Index arithmetic: sums of products of axes and sizes, with what can be proven of them.
+"""Index arithmetic: sums of products of axes and sizes, and proofs about their bounds.
 
-An element of a mask stands at (batch, head, query, key). Reading a tensor through a chain of views, slices, repeats and
-concatenations is reading it at *indices*: expressions in these axes. `row * 77 + column`, then `// 77`, is `row` again.
-Sizes may be symbolic; nothing here asks a question that becomes a guard.
+An element of a mask has the position (batch, head, query, key). Reading a tensor through a chain of views, slices, repeats and
+concatenations means reading it at *indices*, which are expressions in these axes: `(row * 77 + column) // 77` is `row` again
+if column < 77. Sizes may be symbolic; no function here adds a guard.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from ..graphs.sizes import Size, always
 
 @dataclass(frozen=True)
 class Place:
-    """A position along one dimension of a mask, counted from its end: -1 the key, -2 the query. 0 <= axis < extent."""
+    """The position along one dimension of a mask: 0 <= position < extent."""
 
-    dim: int
+    dim: int  # counted from the end: -1 is the key, -2 the query
     extent: Index
 
     def __str__(self) -> str:
@@ -29,10 +29,10 @@ class Place:
 
 @dataclass(frozen=True)
 class Symbol:
-    """A symbolic size. It is known by its text; PyTorch's own object comes along to ask what holds for all its values."""
+    """A symbolic size. Two symbols are equal if their texts are."""
 
     text: str
-    size: Any  # torch.SymInt
+    size: Any  # torch.SymInt, to prove what holds for all values of the symbol
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Symbol) and self.text == other.text
@@ -46,7 +46,7 @@ class Symbol:
 
 @dataclass(frozen=True)
 class Quotient:
-    """above // below where that could not be resolved."""
+    """`above // below`, where it cannot be simplified."""
 
     above: Index
     below: Index
@@ -56,11 +56,11 @@ class Quotient:
 
 
 Factor = Place | Symbol | Quotient
-Monomial = tuple[Factor, ...]  # sorted; () is 1
+Monomial = tuple[Factor, ...]  # a product of its factors, sorted; () is 1
 
 
 class Index:
-    """An integer: a sum of products with integer factors. Equal sums are equal objects for `==` and `hash`."""
+    """An integer expression: a sum of products with integer coefficients. Equal sums are equal for `==` and `hash`."""
 
     __slots__ = ("_hash", "terms")
 
@@ -104,7 +104,7 @@ class Index:
 
     @property
     def number(self) -> int | None:
-        """The value, if it is the same everywhere and known."""
+        """The value of a constant index; None for any other."""
         if not self.terms:
             return 0
         return self.terms[()] if len(self.terms) == 1 and () in self.terms else None
@@ -118,7 +118,7 @@ class Index:
                     yield from atom.above.axes()
 
     def factor_of(self, atom: Factor) -> Index | None:
-        """What an atom is multiplied with; None if it stands in a power or inside a quotient."""
+        """The coefficient of `atom`, outside of quotients; None if a product has `atom` more than once."""
         found: dict[Monomial, int] = {}
         for product, factor in self.terms.items():
             rest = list(product)
@@ -135,12 +135,12 @@ def constant(value: int) -> Index:
 
 
 def axis(dim: int, extent: Index) -> Index:
-    """The axis itself; 0 where there is but one position."""
+    """The axis as an index; 0 if its extent is 1."""
     return constant(0) if extent.number == 1 else Index({(Place(dim, extent),): 1})
 
 
 def index_of(size: Size) -> Index:
-    """A size as an index: its symbols become atoms, so that `2 * s0 + 9` is seen to be a sum."""
+    """A size as an index. Each symbol becomes a factor of its own, so `2 * s0 + 9` is a sum of two products."""
     if isinstance(size, int):
         return constant(size)
     if (number := size.node.maybe_as_int()) is not None:
@@ -167,7 +167,7 @@ def _index(value: Index | int) -> Index:
 
 
 def at_least_zero(index: Index) -> bool:
-    """Whether it is provably >= 0, wherever its axes stand. An index is linear in an axis, so its least value is at an end."""
+    """Whether `index` is provably >= 0 at all positions. An index is linear in each axis, so its minimum is at either end."""
     if (number := index.number) is not None:
         return number >= 0
     for each in dict.fromkeys(atom for product in index.terms for atom in product if not isinstance(atom, Symbol)):
@@ -176,7 +176,7 @@ def at_least_zero(index: Index) -> bool:
             return False
         rest = index - slope * Index({(each,): 1})
         if at_least_zero(slope) and (isinstance(each, Place) or at_least_zero(each.above)):
-            return at_least_zero(rest)  # at position 0; a quotient is at least 0
+            return at_least_zero(rest)  # the minimum is at position 0; a quotient is at least 0
         if isinstance(each, Place) and at_least_zero(-slope):
             return at_least_zero(rest + slope * (each.extent - 1))
         return False
@@ -194,12 +194,12 @@ def _evaluated(index: Index) -> Any:
 
 
 def within(index: Index, size: Index) -> bool:
-    """Whether 0 <= index < size, provably."""
+    """Whether 0 <= index < size is provable."""
     return at_least_zero(index) and at_least_zero(size - 1 - index)
 
 
 def divided(above: Index, below: Index) -> tuple[Index, Index]:
-    """(above // below, above % below), resolved where it is provable: (row * 77 + key) // 77 is row where key < 77."""
+    """(above // below, above % below), simplified where provable: (row * 77 + key) // 77 is row if key < 77."""
     if below.number == 1:
         return above, constant(0)
     for quotient in _candidates(above, below):
@@ -211,7 +211,7 @@ def divided(above: Index, below: Index) -> tuple[Index, Index]:
 
 
 def _candidates(above: Index, below: Index) -> Iterator[Index]:
-    """What the quotient may be: the terms that are multiples of `below`, by each of its terms."""
+    """Candidates for above // below, one for each term of `below`: the terms of `above` divided by that term."""
     for product, factor in below.terms.items():
         found: dict[Monomial, int] = {}
         for other, number in above.terms.items():
@@ -229,7 +229,7 @@ def _take(atoms: list[Factor], atom: Factor) -> bool:
 
 
 def exchanged(index: Index, one: int, other: int) -> Index:
-    """With two axes in each other's place."""
+    """`index` with the axes `one` and `other` exchanged."""
 
     def atom(each: Factor) -> Factor:
         if isinstance(each, Place) and each.dim in (one, other):

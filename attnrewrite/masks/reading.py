@@ -1,8 +1,8 @@
-"""Reads what one element of a tensor is out of a graph, Dynamo's or exported: through views, slices, concatenations,
-comparisons and arithmetic, as far as they are known. Anything else is an element of that node's own tensor.
+"""Reads one element of a tensor out of a graph, Dynamo's or exported, as an expression: through views, slices, concatenations,
+comparisons and arithmetic that have a rule in rules.py. The element of any other node is a read of that node's tensor.
 
-What is written into in place: a tensor that the graph itself fills (`zeros(...).masked_fill_(...)`, `mask[:, :n] = True`) is
-followed write by write; another may be read where nothing is written into it any more, and raises `Unstable` before.
+In-place writes: a tensor that the graph itself fills (`zeros(...).masked_fill_(...)`, `mask[:, :n] = True`) is followed write
+by write. Any other tensor that is written into can be read after its last write; an earlier read raises `Unstable`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .expressions import Expressions, Value, is_axis
 from .indices import Index, constant, index_of, within
 from .rules import ELEMENTWISE, MOVES, assigned
 
-DEEPEST, MOST_READS = 120, 4000  # of one mask: what is more involved is no mask that a kernel has a word for
+DEEPEST, MOST_READS = 120, 4000  # limits for one mask; no mask that a kernel supports needs more
 
 
 def is_plain(node: Node, indices: tuple[Index, ...]) -> bool:
-    """Whether the indices are whole axes, each once, and fixed places: a view of the tensor then holds the value."""
+    """Whether each index is a whole axis, used once, or a fixed position: then a view of the node's tensor holds the value."""
     axes = [is_axis(index) for index in indices]
     named = [axis.dim for axis in axes if axis is not None]
     return len(set(named)) == len(named) and all(
@@ -37,17 +37,18 @@ def is_plain(node: Node, indices: tuple[Index, ...]) -> bool:
 
 
 class Unstable(Exception):
-    """What was read is written into later: it cannot be read again where it would be needed."""
+    """The tensor is written into after it was read, so the attention site cannot read the same values."""
 
 
 class Reader:
-    """For one graph. `expressions` makes equal values one object, whichever mask they are of."""
+    """Reads elements of the tensors of one graph. Equal values of all its masks are one object (`expressions`)."""
 
     def __init__(self, graph_module: GraphModule) -> None:
         self.expressions = Expressions()
-        self.homes: dict[Value, tuple[Node, tuple[Index, ...]]] = {}  # a tensor that holds a value, and where
+        self.homes: dict[Value, tuple[Node, tuple[Index, ...]]] = {}  # a tensor that holds the value, and its indices
         self._positions = {node: place for place, node in enumerate(graph_module.graph.nodes)}
-        self._writes: dict[int, list[tuple[float, Node, Node]]] = {}  # by storage: when, by which node, into which
+        # By storage: (position of the write in the graph, writing node, node whose tensor is written into).
+        self._writes: dict[int, list[tuple[float, Node, Node]]] = {}
         for node, place in self._positions.items():
             for target in written_by(node):
                 if (storage := storage_of(value_of(target))) is not None:
@@ -57,12 +58,12 @@ class Reader:
         self._depth = self._reads = 0
 
     def element(self, node: Node, indices: tuple[Index, ...], site: Node) -> Value:
-        """An element of a node's tensor as the site reads it. Raises `Unstable`."""
+        """The element of a node's tensor at `indices`, as `site` reads it. Raises `Unstable`."""
         self._depth = self._reads = 0
         return self.read(node, indices, self._positions[site])
 
     def read(self, node: Node, indices: tuple[Index, ...], at: float) -> Value:
-        """`at`: the place in the graph at which the element is read."""
+        """The element of a node's tensor at `indices`, as it is at position `at` of the graph. Raises `Unstable`."""
         storage = storage_of(value_of(node))
         if storage is None:
             raise Unstable
@@ -98,7 +99,7 @@ class Reader:
         return found
 
     def _derived(self, node: Node, indices: tuple[Index, ...], at: float, writes: list[Any]) -> Value | None:
-        """By the rule for what the node does, and by what was written into it since."""
+        """The element by the rule for the node's function, then by the writes into its tensor since."""
         name, storage = name_of(node), storage_of(value_of(node))
         first = node.args[0] if node.args else None
         if writes and written_by(node) == (first,) and isinstance(first, Node) and name != "setitem":
@@ -106,7 +107,7 @@ class Reader:
         view = any(storage_of(value_of(each)) == storage for each in node.all_input_nodes)
         if (rule := MOVES.get(name)) is not None:
             found = rule(self, node, indices, at if view else self._positions[node])
-        else:  # one that returns what it was given, as with out=, is not followed
+        else:  # a function that returns an argument, as with out=, is not followed
             found = None if view else self._elementwise(node, base_name(node), indices, self._positions[node])
         if found is None or view:
             return found
@@ -119,7 +120,7 @@ class Reader:
     def _written(
         self, node: Node, indices: tuple[Index, ...], old: Value, when: float, write: Node, target: Node
     ) -> Value | None:
-        while target is not node:  # x.fill_().tril_(): the results of writes are x
+        while target is not node:  # x.fill_().tril_(): each write returns x
             first = target.args[0] if target.args else None
             if not isinstance(first, Node) or written_by(target) != (first,):
                 return None
@@ -131,7 +132,7 @@ class Reader:
     def _elementwise(
         self, node: Node, name: str, indices: tuple[Index, ...], at: float, first: Value | None = None
     ) -> Value | None:
-        """`first`: the value of the first operand, where it is known already."""
+        """first: the value of the first operand, if it is known already."""
         if name not in ELEMENTWISE or not isinstance(value_of(node), torch.Tensor):
             return None
         count, names, rule = ELEMENTWISE[name]
@@ -148,7 +149,8 @@ class Reader:
         return rule(self, node, values, indices)
 
     def operand(self, given: Any, indices: tuple[Index, ...], at: float) -> Value | None:
-        """An operand of an elementwise function at the place of its result: it broadcasts."""
+        """The element of an operand that an elementwise function reads for the element `indices` of its result: operands
+        broadcast."""
         value = value_of(given)
         if isinstance(value, torch.SymInt):
             return self.expressions.index(index_of(value))

@@ -1,7 +1,7 @@
-"""What each function of torch does to an element, for `reading.Reader`: one rule a function, whatever its spelling.
+"""Rules for `reading.Reader`, one for each torch function, in all its spellings: how an element of its result is computed.
 
-`MOVES` read elements of other tensors at other indices; `ELEMENTWISE` compute one of the elements at the same place. A rule
-returns None where it does not know.
+The rules of `MOVES` read an element of another tensor at other indices; the rules of `ELEMENTWISE` compute an element from the
+operands' elements at the same indices. A rule returns None where it does not apply.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ Indices = tuple[Index, ...]
 
 
 class Reader(Protocol):
-    """What a rule asks: `reading.Reader`."""
+    """The part of `reading.Reader` that rules use."""
 
     expressions: Expressions
 
     def read(self, node: Node, indices: Indices, at: float) -> Value:
-        """An element of a node's tensor, as it is at a place in the graph."""
+        """The element of a node's tensor at `indices`, as it is at position `at` of the graph."""
         ...
 
     def operand(self, given: Any, indices: Indices, at: float) -> Value | None:
-        """An operand of an elementwise function at the place of its result: it broadcasts."""
+        """The element of an operand that an elementwise function reads for the element `indices` of its result."""
         ...
 
 
@@ -42,7 +42,7 @@ def argument(node: Node, place: int, name: str, default: Any = None) -> Any:
 
 
 def tensor(node: Node) -> tuple[Node, torch.Tensor] | None:
-    """The first argument and its value, where it is a tensor."""
+    """The first argument and its fake tensor; None if it is no tensor."""
     first = argument(node, 0, "input", node.kwargs.get("self"))
     value = value_of(first)
     return (first, value) if isinstance(first, Node) and isinstance(value, torch.Tensor) else None
@@ -52,7 +52,7 @@ def tensor(node: Node) -> tuple[Node, torch.Tensor] | None:
 
 
 def reshaped(reader: Reader, node: Node, indices: Indices, at: float) -> Value | None:
-    """Any that keeps the elements in their order: view, flatten, unsqueeze, ..."""
+    """All functions that keep the order of the elements: view, flatten, unsqueeze, ..."""
     found = tensor(node)
     if found is None or found[1].dtype != value_of(node).dtype:
         return None
@@ -61,7 +61,7 @@ def reshaped(reader: Reader, node: Node, indices: Indices, at: float) -> Value |
     result = [constant(0)] * len(old)
     left = [place for place, size in enumerate(old) if size.number != 1]
     right = [place for place, size in enumerate(new) if size.number != 1]
-    for end in (0, -1):  # sizes that are the same from either end
+    for end in (0, -1):  # match equal sizes from either end
         while left and right and old[left[end]] == new[right[end]]:
             result[left.pop(end)] = indices[right.pop(end)]
     flat = constant(0)
@@ -122,7 +122,7 @@ def sliced(reader: Reader, node: Node, indices: Indices, at: float) -> Value | N
 def _start(start: Any, size: Any) -> Index | None:
     if start is None:
         return constant(0)
-    if not isinstance(start, int | torch.SymInt):  # a tensor, or a list of places
+    if not isinstance(start, int | torch.SymInt):  # a tensor, or a list of positions
         return None
     begin = index_of(start)
     if at_least_zero(begin):
@@ -142,7 +142,7 @@ def selected(reader: Reader, node: Node, indices: Indices, at: float) -> Value |
 
 
 def items(given: Any, rank: int) -> list[Any] | None:
-    """The entries of x[...], with the ellipsis written out."""
+    """The entries of x[...], with the ellipsis expanded to slices; None if an entry is True or False."""
     entries = list(given) if isinstance(given, tuple | list) else [given]
     entries = [value_of(each) if isinstance(value_of(each), torch.SymInt) else each for each in entries]
     if any(isinstance(each, bool) for each in entries):
@@ -160,7 +160,7 @@ def _bounds(entry: slice) -> list[Any] | None:
 
 
 def item(reader: Reader, node: Node, indices: Indices, at: float) -> Value | None:
-    """x[None, 0, 1:, ...], or x[rows, columns] with whole numbers that the graph computes from positions."""
+    """x[None, 0, 1:, ...], or x[rows, columns] with integers that the graph computes from positions."""
     found = tensor(node)
     if found is None:
         return None
@@ -281,7 +281,7 @@ def padded(reader: Reader, node: Node, indices: Indices, at: float) -> Value | N
 
 
 def same(reader: Reader, node: Node, indices: Indices, at: float) -> Value | None:
-    """The same elements, in another dtype perhaps."""
+    """All functions that keep each element, perhaps in another dtype."""
     found = tensor(node)
     if found is None or found[1].shape != value_of(node).shape:
         return None

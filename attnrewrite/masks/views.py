@@ -1,4 +1,4 @@
-"""Reading an element of a view is reading its tensor elsewhere: each view of axes.py, backwards."""
+"""From the indices of an element in a view to its indices in the viewed tensor, for each view of graphs/axes.py."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .indices import Index, constant, divided, index_of
 
 
 def before_views(tensor: torch.Tensor, views: Views, indices: tuple[Index, ...]) -> tuple[Index, ...]:
-    """At which indices of a (fake) tensor an element of its view stands."""
+    """The indices in a (fake) tensor of the element that is at `indices` after `views`."""
     shapes = []
     with values_only(tensor):
         for view in views:

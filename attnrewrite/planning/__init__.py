@@ -1,2 +1,2 @@
-"""Which kernel takes which call, and the plan as data. Imports `masks`, `backends`, `kernels`, `graphs` and what is below
-them."""
+"""Decides which kernel takes which call, and holds the plan as data. Imports `masks`, `backends`, `kernels`, `graphs` and the
+packages below them."""

@@ -1,4 +1,4 @@
-"""Which measured site a call is like, and whether a plan is from here at all."""
+"""Finds the measured site that matches a call, and tells whether a plan was measured on a machine like this one."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from ..kernels.calls import SIZES, AttentionCall, Mask
 from ..kernels.machines import Machine
 from .sites import Site
 
-# What changes a kernel's time besides sizes and mask. Neither the site's name, nor its role, nor the scale does.
+# The fields besides sizes and mask that change a kernel's time. The site's name, its role and the scale do not.
 STATIC = ("dtype", "device", "dropout", "needs_grad", "deterministic", "written_as")
 
 
 def find(sites: Sequence[Site], call: AttentionCall) -> Site | None:
-    """The measured site that is like the call, whatever it is called: so a plan of a whole model serves its repeated blocks
-    compiled by themselves. One that differs in how the query lies in memory, or in what the graph proves of the same mask
-    (a block knows less than its model), serves where there is no better one.
+    """The measured site that matches the call, or None. Names are not compared, so a plan of a whole model also serves its
+    repeated blocks compiled by themselves. A site with another memory layout of the query, or for which the graph proves
+    something else about the same mask (a block knows less than its model), is used only if no site agrees in both.
 
-    Sizes are equal; of a symbolic size the power of two below it is. That is asked through `holds`, last, so that the compiled
-    code is for those sizes.
+    Sizes must be equal; a symbolic size must be in [p, 2p), with p the power of two at or below the measured size. `holds` asks
+    for that last, and makes it a guard of the compiled code.
     """
     like = [site for site in sites if all(getattr(site.call, name) == getattr(call, name) for name in STATIC)]
     exact = [site for site in like if site.call.layout == call.layout and _same(site.call.mask, call.mask)]
@@ -34,14 +34,14 @@ def _same(one: Mask, other: Mask) -> bool:
 
 
 def _same_tensor(one: Mask, other: Mask) -> bool:
-    """What the model passes is alike."""
+    """Whether the model passes the same kind of mask, with the same broadcast dimensions."""
     if one.given is None or other.given is None:
         return one.given is other.given and one.kind is other.kind
     return one.given.kind is other.given.kind and _broadcasts(one) == _broadcasts(other)
 
 
 def _broadcasts(mask: Mask) -> tuple[bool, ...]:
-    """Which of the last dimensions of a mask are 1."""
+    """Which of the last four dimensions of a mask have size 1. A missing dimension counts as one of size 1."""
     ones = [isinstance(size, int) and size == 1 for size in mask.shape]
     return (True,) * (4 - len(ones)) + tuple(ones)
 
@@ -63,7 +63,8 @@ def floor(size: int) -> int:
 
 
 def foreign(machines: Sequence[Machine], here: Machine) -> str | None:
-    """How those of a plan differ from this machine in what changes every choice; None where it is one of them."""
+    """How the machines of a plan differ from `here`, in a property that changes every choice; None if `here` is like one of
+    them."""
     there = next((each for each in machines if each.device == here.device), None)
     if there is None:
         return (

@@ -1,4 +1,4 @@
-"""`Measurement`: what was found out about one kernel at one site; and which of them is chosen."""
+"""`Measurement`: the time and error of one kernel at one site. `Tuning`: how the measurements of a plan were made."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ from ..kernels.machines import Machine
 
 @dataclass(frozen=True)
 class Measurement:
-    """milliseconds: the median of `rounds` samples; None where nothing was timed. spread: two standard errors of that
-    median, in parts of it. error: |out - ref| / |ref| against float64 on the site's own tensors; None under dropout.
-    dropped: why it cannot be chosen; a kernel may be timed and still be too inexact. host: milliseconds that the host takes to
-    launch it from compiled code, where that is a GPU."""
+    """The time and error of one kernel at one site."""
 
     name: str
-    milliseconds: float | None = None
-    spread: float | None = None
-    error: float | None = None
-    rounds: int = 0
-    dropped: str | None = None
-    host: float | None = None
+    milliseconds: float | None = None  # median of `rounds` samples; None: not timed
+    spread: float | None = None  # relative spread: two standard errors of the median, divided by the median
+    error: float | None = None  # |out - ref| / |ref| against float64 on the site's own tensors; None under dropout
+    rounds: int = 0  # number of samples
+    dropped: str | None = None  # why the kernel cannot be chosen; a timed kernel may still be too inexact
+    host: float | None = None  # milliseconds that the host takes to launch the kernel from compiled code, on a GPU
 
     @property
     def least(self) -> float:
-        """Milliseconds that a call takes in a model that waits for its host."""
+        """Milliseconds of one call in a model that waits for its host."""
         return max(self.milliseconds or 0.0, self.host or 0.0)
 
     def __str__(self) -> str:
@@ -38,17 +35,16 @@ class Measurement:
 
 @dataclass(frozen=True)
 class Tuning:
-    """Where, with what and how a plan was measured. machines: one for each kind of device that the model has sites on.
-    complete: False where Ctrl-C ended it. seconds: what it took."""
+    """The model, the machines and the settings with which `attnrewrite.tune` measured a plan."""
 
-    model: str
-    machines: tuple[Machine, ...]
-    attnrewrite: str
+    model: str  # name of the model's class or function
+    machines: tuple[Machine, ...]  # one for each kind of device that the model has sites on
+    attnrewrite: str  # version of this package
     numerics: str = "reordered"
-    max_error: float | None = None
-    min_gain: float = 0.02
-    complete: bool = True
-    seconds: float = 0.0
+    max_error: float | None = None  # largest |out - ref| / |ref| allowed; None: the limits of `attnrewrite.tune`
+    min_gain: float = 0.02  # relative gain from which a kernel replaces a simpler one
+    complete: bool = True  # False: Ctrl-C ended the measurement
+    seconds: float = 0.0  # duration of the measurement
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "machines": [machine.to_dict() for machine in self.machines]}

@@ -1,4 +1,4 @@
-"""`make_plan`: decides for each call, by the policy and the machine that it runs on."""
+"""`make_plan`: decides which kernel takes each call, by the policy and the machine of the call."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .sites import Site
 
 
 class AttentionRefusedError(RuntimeError):
-    """Under `strict=True`: no choice may take a site. The message has the site and every reason."""
+    """Raised under `strict=True` if no choice may take a site. The message names the site and every reason."""
 
 
 class Libraries(Enum):
-    """What a plan does with the libraries behind its kernels."""
+    """Whether `make_plan` loads the libraries of the kernels that it chooses."""
 
-    LOAD = "load"  # they are loaded; one that cannot be is refused
-    NAME = "name"  # the machine is elsewhere: its packages say which library will be there, nothing is loaded
-    PLAN_ONLY = "plan only"  # neither: nothing will be swapped
+    LOAD = "load"  # load them; a kernel whose library cannot be loaded is refused
+    NAME = "name"  # load nothing: the graph runs on another machine, whose packages tell the library and its version
+    PLAN_ONLY = "plan only"  # load and name nothing: no call will be swapped
 
 
 def make_plan(
@@ -35,10 +35,10 @@ def make_plan(
     machines: Sequence[Machine],
     libraries: Libraries = Libraries.PLAN_ONLY,
 ) -> Plan:
-    """Decides for each call, with the machine it runs on. Pure but for the guards that `holds` records, and for the libraries
-    that `Libraries.LOAD` loads.
+    """Decides which kernel takes each call; `machines` has the machine of each call. Side effects: the guards that `holds`
+    records; under `Libraries.LOAD` also the libraries that are loaded, and the measurements of "tune".
 
-    Raises `AttentionRefusedError` if the policy is strict and a site has no taker.
+    Raises `AttentionRefusedError` if the policy is strict and no choice may take a site.
     """
     loaded: dict[Source, str | Refused] = {}
     sites = tuple(
@@ -84,12 +84,12 @@ def _site(
 
 
 def lacking(backend: Backend, source: str, machine: Machine) -> Refused | None:
-    """Why the loaded library has no such kernel for this machine, None if it has."""
+    """Why the loaded library lacks the kernel on this machine; None if it has the kernel."""
     return backend.library_check(library(source), machine) if backend.library_check else None
 
 
 def _loaded(source: Source, trust: bool, loaded: dict[Source, str | Refused]) -> str | Refused:
-    """The text of a loaded library, or why it does not load: tried once a plan."""
+    """The name and version of a loaded library, or why it does not load. Each library is tried once per plan."""
     if source not in loaded:
         try:
             loaded[source] = load(source, trust)

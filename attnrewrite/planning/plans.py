@@ -1,4 +1,4 @@
-"""`Plan`: for every site the call, each decision that was taken, and the choice; of a tuned model also what was measured."""
+"""`Plan`: for every site the call, the decisions on the kernels and the choice; for a tuned model also the measurements."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from .measurements import Tuning
 from .sites import Site
 from .tables import tuned_table
 
-VERSION = 1  # of a plan's file
+VERSION = 1  # of the file format
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`tuning`: of a plan that `attnrewrite.tune` measured; None where it was only decided. `str()` is a table to read."""
+    """The decision for every attention site. `str()` is a table to read."""
 
     sites: tuple[Site, ...] = ()
-    tuning: Tuning | None = None
+    tuning: Tuning | None = None  # how `attnrewrite.tune` measured the plan; None: it was not measured
 
     @property
     def swapped(self) -> int:
-        """How many attentions get another call than they have."""
+        """Number of sites that get another call than the model has."""
         return sum(site.swapped for site in self.sites)
 
     @property
     def native(self) -> int:
-        """How many a choice leaves to PyTorch as they are."""
+        """Number of sites with the choice `native`, whose call stays as it is."""
         return sum(site.chosen == "native" and not site.swapped for site in self.sites)
 
     @property
     def left(self) -> int:
-        """How many no choice may take."""
+        """Number of sites that no choice may take."""
         return sum(site.chosen is None for site in self.sites)
 
     def counts(self) -> str:
@@ -45,12 +45,12 @@ class Plan:
         return replace(self, sites=tuple(site.described() for site in self.sites))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON, whole or not at all. Raises `OSError`."""
+        """Writes the plan to a JSON file, whole or not at all. Raises `OSError`."""
         write_whole(Path(path), self.to_json() + "\n")
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Plan:
-        """Raises `OSError`, and `ValueError` for a file that holds no plan of a version that is known here."""
+        """Reads a plan from a JSON file. Raises `OSError`, and `ValueError` if the file holds no plan of the known version."""
         text = Path(path).read_text(encoding="utf-8", errors="replace")
         try:
             return Plan.from_json(text)
@@ -58,7 +58,7 @@ class Plan:
             raise ValueError(f"{os.fspath(path)}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """Sites that differ in their names alone stand there once, under "names"."""
+        """Sites that differ only in their names share one entry, with the names under "names"."""
         groups: dict[str, dict[str, Any]] = {}
         for site in self.described().sites:
             data = site.to_dict()
@@ -72,7 +72,7 @@ class Plan:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Plan:
-        """Raises `ValueError` if this is no plan of a version that is known here. Sites come out grouped."""
+        """Sites that share an entry become neighbours. Raises `ValueError` if `data` is no plan of the known version."""
         try:
             if data["attnrewrite plan"] != VERSION:
                 raise ValueError(f"its version is {data['attnrewrite plan']!r}, {VERSION} is known here")
@@ -89,7 +89,7 @@ class Plan:
 
     @staticmethod
     def from_json(text: str) -> Plan:
-        """Raises `ValueError` as `from_dict`, and for a text that is no JSON."""
+        """Raises `ValueError` as `from_dict` does, and if `text` is not JSON."""
         try:
             data = json.loads(text)
         except ValueError as error:

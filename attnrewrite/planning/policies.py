@@ -15,39 +15,39 @@ from ..kernels.records import Backend, Numerics
 
 @dataclass(frozen=True)
 class Candidate:
-    """One choice: a name with its records (one for each group of devices or versions). Where a selector has chosen it, `note`
-    says by what; `stale` why a plan does not say what is best here, so that something else has."""
+    """A kernel that may be chosen."""
 
     name: str
-    records: tuple[Backend, ...]
-    note: str | None = None
-    stale: str | None = None
+    records: tuple[Backend, ...]  # one for each group of devices or versions
+    note: str | None = None  # the evidence by which a selector named the kernel
+    stale: str | None = None  # why a plan does not cover the call, so that "auto" named the kernel
 
     def on(self, machine: Machine) -> Backend:
-        """The record for a machine: the first that is for its device and whose packages it has; if there is none, the
-        first for its device, or the first at all, whose refusal says what is missing."""
+        """The record for a machine: the first for its device whose required packages it has. Otherwise the first for its
+        device, or the first of all: the refusal of that record says what is missing."""
         here = [record for record in self.records if machine.device in record.devices]
         there = [record for record in here if machine.has(record.requires)]
         return (there or here or list(self.records))[0]
 
 
 class Selector(Protocol):
-    """A choice that names other kernels for each call: "auto", a plan (selectors.py), "tune" (measuring/first_use.py). It is
-    compared and hashed."""
+    """A choice that names kernels call by call: "auto", a plan (selectors.py), "tune" (measuring/first_use.py). It needs
+    `==` and `hash`."""
 
     @property
     def name(self) -> str: ...
 
     def select(self, call: AttentionCall, machine: Machine, limit: Numerics, measure: bool) -> tuple[Candidate, ...]:
-        """In order of preference. Asks about sizes through `holds`, as little as it can. measure: kernels may be run."""
+        """Kernels for the call, in order of preference. Asks about sizes through `holds`, and as little as possible, because
+        each answer is a guard. limit: the numerics of the policy. measure: kernels may be run to time them."""
         ...
 
     def libraries(self, machine: Machine) -> tuple[Candidate, ...] | None:
-        """All that it may name there; None where that is not known beforehand."""
+        """All kernels that it may name on the machine; None if they are not known beforehand."""
         ...
 
     def compiled_by(self, inner: Inner) -> Selector:
-        """The same for graphs that this compiler gets: one that measures measures under it."""
+        """The selector for graphs that `inner` compiles: a selector that times kernels compiles them with `inner`."""
         ...
 
 
@@ -56,23 +56,19 @@ Chosen = Candidate | Selector
 
 @dataclass(frozen=True)
 class Policy:
-    """`choices` in order of preference; `rules` as pairs of a pattern and its own choices, of which the first match holds.
+    """The choices and limits of `with_backend`. The pattern of a rule is "self", "cross", "masked", "unmasked", or a glob over
+    site names."""
 
-    A pattern is "self", "cross", "masked", "unmasked" or a glob over site names. `cast` is the dtype that a call may be cast
-    to for a kernel that does not take its own; `trust_remote_code` loads hub kernels of publishers that the hub does not vouch
-    for; `checks` puts checks of values around each swapped call (passes/check_values.py).
-    """
-
-    choices: tuple[Chosen, ...]
-    rules: tuple[tuple[str, tuple[Chosen, ...]], ...] = ()
-    strict: bool = False
-    numerics: Numerics = Numerics.REORDERED
-    cast: str | None = None
-    trust_remote_code: bool = False
-    checks: bool = False
+    choices: tuple[Chosen, ...]  # in order of preference
+    rules: tuple[tuple[str, tuple[Chosen, ...]], ...] = ()  # (pattern, choices); the first pattern that matches counts
+    strict: bool = False  # raise if no choice may take a site
+    numerics: Numerics = Numerics.REORDERED  # how far a result may differ from SDPA's
+    cast: str | None = None  # the dtype that a call may be cast to if a kernel does not take the call's own dtype
+    trust_remote_code: bool = False  # load hub kernels of publishers that the hub does not vouch for
+    checks: bool = False  # check values around each swapped call (passes/check_values.py)
 
     def compiled_by(self, inner: Inner) -> Policy:
-        """The same for graphs that this compiler gets."""
+        """The policy for graphs that `inner` compiles."""
 
         def chosen(choices: tuple[Chosen, ...]) -> tuple[Chosen, ...]:
             return tuple(each if isinstance(each, Candidate) else each.compiled_by(inner) for each in choices)
@@ -81,11 +77,11 @@ class Policy:
         return replace(self, choices=chosen(self.choices), rules=rules)
 
     def rule_for(self, call: AttentionCall) -> str | None:
-        """The pattern whose rule holds for a call, None where the general choices do."""
+        """The pattern of the first rule that matches the call; None if none does and `choices` count."""
         return next((pattern for pattern, _ in self.rules if matches(pattern, call)), None)
 
     def candidates(self, call: AttentionCall, machine: Machine, measure: bool = False) -> Iterator[Candidate]:
-        """For one call, in order, each name once. `measure`: a selector may run kernels to find out."""
+        """Kernels for one call, in order of preference, each name once. measure: selectors may run kernels to time them."""
         pattern = self.rule_for(call)
         seen: set[str] = set()
         for chosen in self.choices if pattern is None else dict(self.rules)[pattern]:

@@ -1,10 +1,10 @@
-"""What `with_backend("auto")` prefers: a table, with the evidence for each of its rows.
+"""The table of kernels that `with_backend("auto")` prefers, with the evidence for each row.
 
-A row says for which calls its kernels were faster than `native`. What no row is about goes to `native`, and so does what
-none of a row's kernels may take: nothing is guessed from another machine, mask or length. `attnrewrite bench --kernels`
-measures every row again and says where it is wrong.
+A row says for which calls its kernels were faster than `native`. A call that fits no row goes to `native`, and so does a call
+that no kernel of its row may take: nothing is guessed from another machine, mask or length. `attnrewrite bench --kernels`
+measures every row again and says which rows are wrong.
 
-Hub kernels are not in it: a choice that nobody made should not download anything.
+The table has no hub kernels: "auto" should not download anything that nobody asked for.
 """
 
 from __future__ import annotations
@@ -22,23 +22,19 @@ UNMASKED = frozenset({MaskKind.NONE})
 
 @dataclass(frozen=True)
 class Row:
-    """`names` in order, for calls of inference that fit all of it. Both ends of a range are included.
+    """The kernels to prefer for inference calls in bfloat16 or float16 that meet every condition of the row."""
 
-    capability: of the GPU. head_dim: from, to. kv_len: from, to. rows: batch * heads * q_len, from; below that a kernel with
-    larger tiles leaves part of the GPU without work. numerics: the limit from which on the row holds.
-    """
-
-    capability: tuple[int, int]
+    capability: tuple[int, int]  # compute capability of the GPU
     masks: frozenset[MaskKind]
-    head_dim: tuple[int, int]
-    kv_len: tuple[int, int | None]
-    rows: int
-    names: tuple[str, ...]
-    evidence: str
-    numerics: Numerics = Numerics.REORDERED
+    head_dim: tuple[int, int]  # first and last, both included
+    kv_len: tuple[int, int | None]  # first and last, both included; None: no limit
+    rows: int  # least batch * heads * q_len; below it a kernel with larger tiles leaves part of the GPU without work
+    names: tuple[str, ...]  # in order of preference
+    evidence: str  # the measured gain and the file of the results
+    numerics: Numerics = Numerics.REORDERED  # the row needs a policy with this limit or a higher one
 
     def fits(self, call: AttentionCall, machine: Machine, limit: Numerics) -> bool:
-        """Static facts first; each question about a symbolic size becomes a guard."""
+        """Whether the call meets the conditions. Static facts first: each question about a symbolic size becomes a guard."""
         if machine.capability != self.capability or call.mask.kind not in self.masks or limit < self.numerics:
             return False
         if call.needs_grad or call.dtype not in ("bfloat16", "float16"):
@@ -58,7 +54,7 @@ SHAPES = "bench/results/kernels_by_shape_h100.json"
 MODELS = "bench/results/masked_models_h200.json"
 
 ROWS: tuple[Row, ...] = (
-    # -- quantised, for who has asked for it
+    # -- quantised: only if the policy allows it
     Row(HOPPER, UNMASKED, (65, 128), (16384, None), 200_000, ("_flash_3_fp8", "sage"),
         f"fp8 1.5x, sage 1.3x at 32,760 tokens of 12 and 40 heads: {SHAPES}", Numerics.QUANTISED),
     Row(HOPPER, UNMASKED, (64, 64), (16384, None), 300_000, ("_flash_3_fp8",),
@@ -74,7 +70,7 @@ ROWS: tuple[Row, ...] = (
         f"FA3 1.15x at 8,192 tokens of 24 heads: {SHAPES}"),
     Row(HOPPER, UNMASKED, (64, 64), (4096, 8191), 300_000, ("_flash_3", "flash_4"),
         f"FA3 1.29x at 2 x 4,429 tokens of 38 heads, 0.93x at 2 x 4,096 of 10: {SHAPES}"),
-    # -- key padding: with the keys in use in front; SDPA's mask costs its fastest kernel
+    # -- key padding: these kernels get the keys in use in front of the others; a mask keeps SDPA from its fastest kernel
     Row(HOPPER, PADDING, (64, 256), (16384, None), 100_000, ("_flash_3", "flash_4"),
         f"FA3 and FA4 1.8x at 32,896 tokens of 24 heads, PyTorch's own 0.91x: {SHAPES}"),
     Row(HOPPER, PADDING, (64, 256), (6144, 16383), 100_000, ("_flash_3", "flash_4", "flash_varlen", "_native_varlen"),

@@ -1,4 +1,4 @@
-"""Whether a kernel may take a call, and if not, why: one list of reasons for all kernels."""
+"""Decides whether a kernel may take a call, and why not: one list of reasons for all kernels."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def decide(
 ) -> Decision:
     """Whether `backend` may take `call` on `machine` under the numerics `limit`.
 
-    cast: the dtype ("bfloat16") that a call may be cast to where the kernel does not take its own.
+    cast: the dtype ("bfloat16") that the call may be cast to if the kernel does not take the call's own dtype.
 
-    Stops at the first refusal. Facts that are static come first, questions about sizes last, because a question
-    about a symbolic size becomes a guard (see `holds`).
+    Stops at the first refusal. Static facts come first, questions about sizes last, because a question about a symbolic
+    size becomes a guard (see `holds`).
     """
     numerics = backend.numerics
     if call.written_as == "operations":
-        numerics = max(numerics, Numerics.REORDERED)  # no kernel keeps the order of operations
+        numerics = max(numerics, Numerics.REORDERED)  # no kernel keeps the order of the model's operations
     if numerics > limit:
         return Refused(
             Code.NUMERICS,
@@ -51,21 +51,22 @@ def decide(
                 return Accepted(steps + _paddings(backend, asked) + own, mask_as)
             attempt.forget()
             first = first or refused
-        assert first is not None  # there is at least one way to hand a mask over
+        assert first is not None  # `masks_for` gives at least one way
         return first
     except UnbackedSizeError as error:
         return Refused(
             Code.UNBACKED,
-            f"whether {error} holds depends on data, so that no guard can check it",
+            f"the condition {error} depends on the data of a tensor, so no guard can check it",
             "Give the size a bound with torch._check, or keep SDPA here",
         )
 
 
 def masks_for(backend: Backend, mask: Mask) -> Iterator[tuple[str, Mask]]:
-    """How a kernel may receive a mask, the best way first: what is known of a mask never takes a kernel from it.
+    """How a kernel may receive a mask, the best way first. Knowing more about a mask never excludes a kernel.
 
-    "proven": as what it is known to be; where that is a tensor, a boolean one. "keys": padding of queries and keys as key
-    padding, with the rows of padded queries set to zero behind the kernel. "given": the model's own tensor.
+    "proven": the kind that the graph proves, with a boolean tensor if the kind needs one; an additive mask stays additive.
+    "keys": padding of queries and keys as key padding; the output rows of padded queries are set to zero after the kernel.
+    "given": the model's own tensor.
     """
     has = backend.masks
     causal = mask.is_causal and bool(has & {MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT})
@@ -74,7 +75,7 @@ def masks_for(backend: Backend, mask: Mask) -> Iterator[tuple[str, Mask]]:
     elif mask.kind is MaskKind.QUERY_KEY_PADDING and MaskKind.KEY_PADDING in has:
         yield "keys", replace(mask.bare, kind=MaskKind.KEY_PADDING)
     elif mask.given.kind not in has:
-        yield "proven", mask  # refused, by its name
+        yield "proven", mask  # the refusal then names the proven kind
     if mask.given is not None and mask.given.kind is not mask.kind and mask.given.kind in has:
         yield "given", mask.given
 
@@ -90,13 +91,13 @@ def _refusal(backend: Backend, call: AttentionCall, machine: Machine) -> Refused
 
 
 def cast_to(dtype: str, call: AttentionCall) -> AttentionCall:
-    """The call with its tensors, a bias among them, cast to a dtype."""
+    """The call with its tensors, an additive mask included, cast to `dtype`."""
     mask = call.mask if call.mask.dtype in (None, "bool") else replace(call.mask, dtype=dtype)
     return replace(call, dtype=dtype, mask=mask)
 
 
 def _paddings(backend: Backend, call: AttentionCall) -> tuple[Step, ...]:
-    """Zeros behind a head dim, where the kernel wants multiples: they change no product."""
+    """The steps that pad head_dim and value_dim with zeros to the multiple that the kernel needs: zeros change no product."""
     multiple = backend.head_dim.multiple
     if not backend.head_dim.pad:
         return ()
@@ -147,8 +148,8 @@ def _capability(backend: Backend, call: AttentionCall, machine: Machine) -> Refu
 
 def _context(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
     if call.obstacle is None or (backend.any_context and call.written_as != "operations"):
-        return None  # for what is spelled out no choice means to stay
-    return Refused(Code.CONTEXT, call.obstacle, "The call stays as it is; nothing is lost but the choice")
+        return None  # `native` leaves a call as it is, but it would replace attention in tensor operations
+    return Refused(Code.CONTEXT, call.obstacle, "The call stays as it is in the model, and its result does not change")
 
 
 def _exported(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
@@ -156,7 +157,7 @@ def _exported(backend: Backend, call: AttentionCall, machine: Machine) -> Refuse
         return None
     return Refused(
         Code.CONTEXT,
-        f"{backend.name} cannot stand in an exported program: {backend.not_exported}",
+        f"{backend.name} cannot be part of an exported program: {backend.not_exported}",
         "Choose another kernel, or compile with torch.compile",
     )
 
@@ -221,20 +222,21 @@ def _grad(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | 
 def _mask(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
     kind = call.mask.kind
     if call.mask.is_causal and backend.masks & {MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT}:
-        return None  # which of the two is a question about sizes: _causal
+        return None  # `_causal` compares the alignments last, because that is a question about sizes
     if kind not in backend.masks:
         taken = ", ".join(sorted(word.value for word in backend.masks if word is not MaskKind.NONE)) or "no mask"
         return Refused(
             Code.MASK,
             f"{backend.name} takes {taken}, the call has a mask: {call.mask}",
-            "Choose a kernel that takes it as the next one",
+            "Add a kernel that takes this mask as the next choice",
         )
     dtype = call.mask.dtype
     if kind is MaskKind.ADDITIVE and dtype != call.dtype and dtype not in backend.mask_dtypes:
         return Refused(
             Code.MASK,
-            f"{backend.name} adds a mask in {' or '.join(sorted({call.dtype, *backend.mask_dtypes}))}, this one is {dtype}",
-            f"Make the mask in {call.dtype}, if that is exact enough",
+            f"{backend.name} takes an additive mask in {' or '.join(sorted({call.dtype, *backend.mask_dtypes}))}, "
+            f"the call's mask is {dtype}",
+            f"Cast the mask to {call.dtype}, if that is exact enough",
         )
     return None
 
@@ -244,9 +246,9 @@ def _value_dim(backend: Backend, call: AttentionCall, machine: Machine) -> Refus
         return None
     return Refused(
         Code.VALUE_DIM,
-        f"{backend.name} needs values as wide as keys, "
+        f"{backend.name} needs value_dim equal to head_dim, "
         f"value_dim is {described(call.value_dim)} and head_dim {described(call.head_dim)}",
-        "Choose a kernel that takes another value_dim",
+        "Choose a kernel that takes a value_dim other than head_dim",
     )
 
 
@@ -273,7 +275,7 @@ def _head_dim(backend: Backend, call: AttentionCall, machine: Machine) -> Refuse
         else:
             continue
         detail = f"{backend.name} takes {name} {limit}, this is {described(size)}"
-        return Refused(Code.HEAD_DIM, detail, "Choose a kernel for heads of this width")
+        return Refused(Code.HEAD_DIM, detail, f"Choose a kernel that takes this {name}")
     return None
 
 
@@ -288,7 +290,7 @@ def _causal(backend: Backend, call: AttentionCall, machine: Machine) -> Refused 
     wants = "upper-left" if kind is MaskKind.CAUSAL_UPPER_LEFT else "lower-right"
     return Refused(
         Code.CAUSAL,
-        f"{backend.name} aligns causal {has}, the call {wants}, and they differ: "
+        f"{backend.name} takes causal {has}, the call is causal {wants}, and they differ unless q_len == kv_len: "
         f"q_len is {described(call.q_len)}, kv_len {described(call.kv_len)}",
         "Choose a kernel with the other alignment",
     )
@@ -302,7 +304,7 @@ def _length(backend: Backend, call: AttentionCall, machine: Machine) -> Refused 
             return Refused(
                 Code.LENGTH,
                 f"{backend.name} needs {name} of at least 1, this is {described(size)}",
-                "Skip the call where there is nothing to attend",
+                "Skip the attention call for an empty tensor",
             )
     return None
 

@@ -1,7 +1,7 @@
-"""Names of kernels to their records: those of this package, and those that other packages bring.
+"""Finds the records of a kernel by its name: records of this package and of plug-ins.
 
-A package brings kernels by an entry point of the group `attnrewrite.backends`, which names a `Backend` or a sequence of
-them:
+A plug-in is a package with an entry point of the group `attnrewrite.backends` that names a `Backend` or a sequence of
+`Backend` objects:
 
     [project.entry-points."attnrewrite.backends"]
     mine = "my_package.attention:RECORDS"
@@ -24,7 +24,7 @@ GROUP = "attnrewrite.backends"
 
 @functools.cache
 def records() -> tuple[Backend, ...]:
-    """All records. Plug-ins are imported at the first call; one that fails is left out with a warning."""
+    """All records. Plug-ins are imported at the first call; a plug-in that fails is left out with a warning."""
     found = list(RECORDS)
     for entry in sorted(metadata.entry_points(group=GROUP), key=lambda entry: entry.name):
         try:
@@ -57,10 +57,10 @@ def names() -> tuple[str, ...]:
 
 
 def records_of(name: str) -> tuple[Backend, ...]:
-    """The records of a name, one for each group of devices or versions it has limits for.
+    """The records of a kernel, one for each group of devices or versions with limits of its own.
 
     "_flash_3_hub@<revision>" pins a kernel of the hub to a branch, tag or commit. Raises `ValueError` for an unknown name,
-    and for a revision of a kernel that is not from the hub.
+    an empty revision, and a revision of a kernel that is not from the hub.
     """
     plain, _, revision = name.partition("@")
     found = tuple(record for record in records() if record.name == plain)

@@ -1,4 +1,4 @@
-"""What chooses kernels by the call: "auto" by a table, a plan by what was measured before. ("tune": measuring/first_use.py.)"""
+"""Selectors choose kernels call by call: "auto" by a table, a plan by its measurements. ("tune": measuring/first_use.py.)"""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def candidate(name: str, note: str | None = None, stale: str | None = None) -> C
 
 
 def usual_candidates() -> tuple[Candidate, ...]:
-    """Every kernel but those of the hub, which would be downloaded."""
+    """Every kernel except those of the hub, which would be downloaded."""
     found = [Candidate(name, records_of(name)) for name in names()]
     return tuple(each for each in found if not any(isinstance(record.source, Hub) for record in each.records))
 
 
 @dataclass(frozen=True)
 class Auto:
-    """`with_backend("auto")`: the first row of the table (preferences.py) that is about the call, then `native`."""
+    """`with_backend("auto")`: the kernels of the first row in the table (preferences.py) that fits the call, then `native`."""
 
     name: str = "auto"
 
@@ -42,7 +42,7 @@ class Auto:
         try:
             for row in ROWS if call.obstacle is None else ():
                 preferred = [candidate(name, f"auto: {row.evidence}", stale) for name in row.names]
-                # A question about sizes that could change nothing would only cost a recompilation.
+                # Each question about sizes may cost a recompilation: ask only if a kernel of the row can run here.
                 able = any(machine.has(each.on(machine).requires) for each in preferred)
                 if able and row.fits(call, machine, limit):
                     found = [each for each in preferred if each.on(machine).numerics <= limit]
@@ -50,12 +50,12 @@ class Auto:
                         break
                     found += self._below(row.numerics, call, machine, stale)
                     break
-        except UnbackedSizeError:  # of sizes that only the data decides nothing is known
+        except UnbackedSizeError:  # nothing is known about sizes that depend on data
             found = []
-        return (*found, candidate("native", "auto: no evidence for another" if not found else None, stale))
+        return (*found, candidate("native", "auto: no evidence that another is faster" if not found else None, stale))
 
     def _below(self, numerics: Numerics, call: AttentionCall, machine: Machine, stale: str | None) -> list[Candidate]:
-        """What is preferred where a quantised kernel refuses."""
+        """The kernels to prefer if a quantised kernel refuses the call."""
         chosen = self.select(call, machine, Numerics(numerics - 1), stale=stale)
         return [each for each in chosen if each.name != "native"]
 
@@ -68,7 +68,10 @@ class Auto:
 
 @dataclass(frozen=True)
 class Planned:
-    """`with_backend(plan)`: what was the fastest where the call was measured; "auto" where it was not."""
+    """`with_backend(plan)`: the plan's kernels for a call that was measured, then "auto"; only "auto" for any other call.
+
+    Raises `ValueError` for a plan that was not measured.
+    """
 
     plan: Plan
     name: str = "plan"
@@ -104,7 +107,7 @@ class Planned:
 
 
 def measured_candidates(site: Site, by: str) -> tuple[Candidate, ...]:
-    """The choice, then the others that were timed, the fastest first; of names that are known here."""
+    """The site's choice, then the other timed kernels, the fastest first. Names without a record here are left out."""
     timed = {each.name: each for each in site.measured if each.milliseconds is not None and each.dropped is None}
     order = sorted(timed, key=lambda name: (name != site.chosen, timed[name].least))
     if site.chosen is not None and site.chosen not in timed:
@@ -118,12 +121,12 @@ def _known(order: list[str], site: Site, by: str) -> Iterator[Candidate]:
     for name in order:
         note = f"{by}: {_milliseconds(timed.get(name))}"
         note += "" if name == "native" else f", native {_milliseconds(native)}"
-        if name == site.chosen and site.backend is not None:  # a record that no name leads to
+        if name == site.chosen and site.backend is not None:  # the registry may not have this record
             yield Candidate(name, (site.backend,), note)
             continue
         try:
             yield candidate(name, note)
-        except ValueError:  # a plug-in's, which is not installed here
+        except ValueError:  # a kernel of a plug-in that is not installed here
             continue
 
 
@@ -132,7 +135,7 @@ def _milliseconds(value: float | None) -> str:
 
 
 def _other_packages(site: Site, machines: Sequence[Machine], here: Machine) -> str | None:
-    """What the chosen kernel needs, in another version than it was measured in."""
+    """A package that the chosen kernel requires and whose version here is not the measured one; None if there is none."""
     there = next(each for each in machines if each.device == here.device)
     chosen = measured_candidates(site, "")
     for package in chosen[0].on(there).requires if chosen else ():

@@ -1,4 +1,4 @@
-"""`Site`: one attention of a plan: the call, each decision that was taken, and the choice."""
+"""`Site`: one attention of a plan, with its call, the decisions on the kernels and the choice."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .measurements import Measurement
 
 @dataclass(frozen=True)
 class NearMiss:
-    """A softmax that looks like that of an attention, and why it was not taken for one."""
+    """A softmax that looks like part of an attention, but was not recognised as one."""
 
-    site: str  # the path of its module
-    reason: str
+    site: str  # the path of the module that calls the softmax
+    reason: str  # why it was not recognised
 
     def __str__(self) -> str:
         return f"softmax at {self.site}: {self.reason}"
@@ -24,20 +24,21 @@ class NearMiss:
 
 @dataclass(frozen=True)
 class Site:
-    """One attention. `chosen` is a kernel's name, or None where the call stays as it was; `decisions` are those taken,
-    in order, up to the first that was accepted. `source` is the library that was loaded for it, with its version or commit.
-    `note` is by what "auto", "tune" or a plan chose; `stale` why a plan could not. Of a tuned site `decisions` are those of all
-    candidates, that of the chosen one last, and `measured` what was found out about those that were accepted."""
+    """One attention of a plan.
+
+    decisions: (kernel, decision) pairs in the order in which the kernels were asked, up to the first that accepted. Of a tuned
+        site: the decisions on all candidates, with the chosen kernel last.
+    """
 
     call: AttentionCall
     decisions: tuple[tuple[str, Decision], ...]
-    chosen: str | None
+    chosen: str | None  # the name of a kernel; None: the call stays as it is
     rule: str | None = None  # the pattern of the rule that named the choices
-    source: str | None = None
-    backend: Backend | None = field(default=None, compare=False, repr=False)  # not kept in reports
-    note: str | None = None
-    stale: str | None = None
-    measured: tuple[Measurement, ...] = ()
+    source: str | None = None  # the library that was loaded for the kernel, with its version or commit
+    backend: Backend | None = field(default=None, compare=False, repr=False)  # the chosen record; not kept in reports
+    note: str | None = None  # the evidence by which "auto", "tune" or a plan chose
+    stale: str | None = None  # why a plan could not choose
+    measured: tuple[Measurement, ...] = ()  # of a tuned site: the measurements of the kernels that accepted
 
     @property
     def name(self) -> str:
@@ -45,7 +46,7 @@ class Site:
 
     @property
     def swapped(self) -> bool:
-        """Whether another call stands in the graph. `native` changes what was spelled out, or lowered, and nothing else."""
+        """Whether the graph gets another call. `native` changes only attention that is written in tensor operations."""
         return self.chosen is not None and (self.chosen != "native" or self.call.written_as == "operations")
 
     @property
@@ -54,7 +55,7 @@ class Site:
 
     @property
     def steps(self) -> tuple[Step, ...]:
-        """What is done around the chosen kernel."""
+        """The steps around the chosen kernel, such as padding or a cast."""
         last = self.decisions[-1][1] if self.decisions else None
         return last.steps if isinstance(last, Accepted) else ()
 

@@ -1,4 +1,4 @@
-"""Sites as tables to read: a tuned plan whole, and the cells and names that every table shares."""
+"""Formats sites as text: the table of a plan, and the cells and names that all tables share."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .sites import NearMiss, Site
 
 
 def tuned_table(sites: Sequence[Site], tuning: Tuning | None) -> str:
-    """A row for each group of sites that differ in their names alone; under it every kernel, the fastest first, then what
-    was dropped and what was refused."""
+    """A row for each group of sites that differ only in their names; below it the timed kernels, the fastest first, then the
+    dropped and the refused kernels."""
     groups: dict[object, list[Site]] = {}
     for site in sites:
         key = (repr({**vars(site.call), "site": "", "role": ""}), site.chosen, site.measured)
@@ -82,7 +82,7 @@ def _timed(each: Measurement, native: float | None, width: int) -> str:
 
 
 def cells(call: AttentionCall) -> tuple[str, str, str, str]:
-    """Of a table: query, key and value, dtype, mask."""
+    """The table cells of a call: query, key and value, dtype, mask."""
     keys = f"{call.kv_heads} x {call.kv_len} x {call.head_dim}"
     if call.value_dim != call.head_dim:
         keys += f"/{call.value_dim}"
@@ -120,7 +120,7 @@ def count(number: int, noun: str) -> str:
 
 
 def near_miss_lines(near_misses: Iterable[NearMiss]) -> list[str]:
-    """A line for each reason, with the modules that it holds for."""
+    """A line for each reason, with all modules that have it."""
     modules: dict[str, list[str]] = {}
     for each in near_misses:
         modules.setdefault(each.reason, []).append(each.site)
@@ -128,6 +128,6 @@ def near_miss_lines(near_misses: Iterable[NearMiss]) -> list[str]:
         line
         for reason, names in modules.items()
         for line in textwrap.wrap(
-            f"not taken for an attention: softmax at {folded(names)}: {reason}", 116, subsequent_indent="    "
+            f"not recognised as attention: softmax at {folded(names)}: {reason}", 116, subsequent_indent="    "
         )
     ]

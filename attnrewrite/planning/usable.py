@@ -14,7 +14,7 @@ from .registry import records_of
 
 
 def usable(name: str, machine: Machine) -> tuple[Refused | None, Backend]:
-    """Why the kernel cannot run here on a plain call, None if it can; and its record for this machine."""
+    """Why the kernel cannot run a plain call on the machine, None if it can; and its record for the machine."""
     record = Candidate(name, records_of(name)).on(machine)
     decision = decide(record, probe_call(record, machine.device), machine, Numerics.QUANTISED)
     if isinstance(decision, Refused):
@@ -28,6 +28,6 @@ def usable(name: str, machine: Machine) -> tuple[Refused | None, Backend]:
 
 
 def probe_call(record: Backend, device: str) -> AttentionCall:
-    """A call that only the machine can stand in the way of: a dtype of the record's own, no mask, 64 wide."""
+    """A plain call that only the machine can rule out: a dtype that the record takes, no mask, head_dim 64."""
     dtype = next(each for each in ("bfloat16", "float16", "float32", "float64") if each in record.dtypes)
     return AttentionCall("", 1, 1, 1, 128, 128, 64, 64, dtype, device)
