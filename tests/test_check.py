@@ -185,7 +185,7 @@ def test_the_first_site_that_goes_wrong(stack):
     assert found.first_wrong.name == "layers.1"
     assert found.first_wrong.wrong == "its output is not finite, its inputs are: 66 NaN, 0 infinite"
     assert [bool(site.wrong) for site in found.sites] == [False, True, True]
-    assert "What stands before it is wrong" in found.sites[2].wrong
+    assert "The cause lies before this attention" in found.sites[2].wrong
     assert (found.output.bad, found.output.bad_before) == (tokens.numel(), 0)
     assert not found.ok
     text = str(found)

@@ -470,7 +470,7 @@ BAD = {
     "compiled": (
         lambda: set_attention_backend(torch.compile(Layer()), FLASH),
         TypeError,
-        r"what torch\.compile\(\.\.\.\) returned",
+        r"the result of torch\.compile\(\.\.\.\)",
     ),
     "component": (
         lambda: set_attention_backend(Pipeline(), FLASH, components=["vea"]),

@@ -144,7 +144,7 @@ def test_what_happened_in_the_model_is_told():
     assert "flash-attn 2.8" in text
     stays = report_of(call_of(), None).repro("blocks.0.attn")
     assert "with_backend('native')" in stays
-    assert "the call stayed as it was" in stays
+    assert "the call stayed unchanged" in stays
 
 
 @pytest.mark.parametrize("name", ["sage", "_flash_3_hub@abc"])

@@ -1,1 +1,1 @@
-"""The functions that a user calls on a model. Imports `reports`, `measuring`, `pipeline` and what is below them."""
+"""The functions that a user calls on a model. Imports `reports`, `measuring`, `pipeline` and the folders below them."""

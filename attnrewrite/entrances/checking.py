@@ -1,4 +1,4 @@
-"""`check`: a model with swapped attention, compared site by site with float64 and as a whole with the unchanged model."""
+"""`check`: compares each swapped attention with float64, and the model's output with the unchanged model's."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from ..reports.site_fidelity import Outputs, SiteFidelity
 from .choices import Choices
 from .compilers import AttentionCompiler, compiler_of
 
-# Relative errors that rounding explains, by the dtype of the products. Half precision: the record's own (`Tolerance`).
+# Relative errors that rounding explains, by the dtype of the products. Half precision has the record's limit (`Tolerance`).
 ROUNDING = {"float64": 1e-12, "float32": 1e-5}
-TF32 = 5e-3  # of products in float32 where PyTorch may round their factors to TF32
+TF32 = 5e-3  # the same for float32 products whose factors PyTorch may round to TF32
 
 
 def check(
@@ -39,25 +39,29 @@ def check(
     backend: AttentionCompiler | Choices,
     **kwargs: Any,
 ) -> Fidelity:
-    """Runs `model(*args, **kwargs)` with the kernels of `backend` and says how far each attention lies from float64, and the
-    whole from the unchanged model.
+    """Runs `model(*args, **kwargs)` with the kernels of `backend`, and measures the error of each attention against float64
+    and that of the output against the unchanged model.
 
-        fidelity = attnrewrite.check(model, latents, timestep=t, backend=["sage", "native"])
+        fidelity = attnrewrite.check(model, latents, timestep=t, backend=["flash", "native"])
         print(fidelity)                 # a table, and the first site that goes wrong
         fidelity.plot("check.png")      # a picture
 
-    backend: the object from `with_backend`, or what it takes: a name, a record, or several in order of preference. Its
-        settings hold, but for `strict` and `checks`: a refused site is in the table, and no value raises.
+    model: a module or a function. For an inference call `check` under `torch.no_grad()`, as you would call the model.
+    args, kwargs: the inputs of the model.
+    backend: the object from `with_backend`, or its choices: a name, a record, or several in order of preference. Its settings
+        apply, except `strict` and `checks`: the table shows a refused site, and no value raises an error.
 
-    Three runs, each from the same random state, which is put back, as are the model's attributes:
-    the unchanged model, uncompiled; the model with the kernels in it, whose graph runs as it is, each site being compared with
-    SDPA in float64 on the very tensors that it gets there (at most 256 queries of each head, one head at a time in memory); and
-    the model compiled as `backend` compiles it. A kernel that Inductor makes (`flex`) runs by itself, compiled, on the site's
-    tensors, and `native` gives what the run goes on with.
+    Returns a `Fidelity`. The model runs three times from the same random state. Afterwards the random state and the model's
+    attributes are as before.
 
-    Call it under `torch.no_grad()` for an inference, as the model itself. Raises `TypeError` for a model that cannot be
-    called, `ValueError` for tensors without values (the "meta" device), what `with_backend` raises, and what the model or a
-    kernel raises.
+    1. The unchanged model, uncompiled.
+    2. The model with the kernels, uncompiled. Each site is compared with SDPA in float64 on the tensors that the site gets in
+       this run: at most 256 queries of each head, one head at a time in memory. A kernel that only Inductor makes (`flex`) is
+       compiled by itself and runs on the site's tensors; the run itself goes on with the output of `native`.
+    3. The model compiled with `backend`, whose output is compared with that of run 1.
+
+    Raises `TypeError` for a model that cannot be called, `ValueError` for tensors without values (device "meta"), the errors
+    of `with_backend`, and those of the model and its kernels.
     """
     if not callable(model):
         raise TypeError(f"model is {model!r} ({type(model).__name__}): give a module or a function")
@@ -66,7 +70,7 @@ def check(
     _with_values(model, args, kwargs)
 
     target = uncompiled(model)
-    with _same_state(target), torch.compiler.set_stance("force_eager"):  # parts of it may be compiled already
+    with _same_state(target), torch.compiler.set_stance("force_eager"):  # parts of the model may be compiled already
         expected = _tensors(target(*args, **kwargs))
 
     sites: list[SiteFidelity] = []
@@ -94,7 +98,7 @@ def check(
 
 
 def limit_of(site: Site) -> tuple[float, str]:
-    """The relative error up to which a site's kernel does what its class of numerics promises, and what that class is."""
+    """Returns the largest relative error that the numerics of a site's kernel explain, and the explanation."""
     record = site.backend
     tolerance = record.tolerance if record is not None else Tolerance()
     dtype = site.call.dtype
@@ -134,7 +138,7 @@ def _needs_compiler(site: Site) -> bool:
 
 
 def _by_itself(captured: Captured, inner: Inner) -> Tensor:
-    """What the site's kernel, compiled, makes of the site's tensors, in SDPA's form."""
+    """Compiles the site's kernel by itself, and returns its output for the site's tensors, in SDPA's form."""
     site, call = captured.site, captured.call
     record: Backend | None = site.backend
     assert record is not None
@@ -148,14 +152,14 @@ def _by_itself(captured: Captured, inner: Inner) -> Tensor:
 
 @contextmanager
 def _same_state(model: Any) -> Iterator[None]:
-    """What runs inside draws the same random numbers each time, and leaves those of the caller and the model as they were."""
+    """Restores the random state and the model's attributes at its end, so that every run draws the same random numbers."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(list(devices)), AttributesOf(model):
         yield
 
 
 def _tensors(output: Any) -> list[Tensor]:
-    """The floating tensors that a model returns."""
+    """The floating tensors in the output of a model."""
     given = output if not hasattr(output, "to_tuple") else output.to_tuple()
     return [each.detach() for each in leaves(given) if isinstance(each, Tensor) and each.is_floating_point()]
 

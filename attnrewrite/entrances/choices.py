@@ -1,4 +1,4 @@
-"""What users write as choices, rules and settings, read into a `Policy`."""
+"""Reads the choices, rules and settings of users into a `Policy`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 CASTS = ("bfloat16", "float16")
-CHECKS = "ATTNREWRITE_CHECKS"  # environment: 1, yes or true checks values around every swapped attention
+CHECKS = "ATTNREWRITE_CHECKS"  # environment variable: 1, yes or true turns `checks` on
 
 Choice = str | Backend | Plan
 Choices = Choice | Iterable[Choice]
@@ -27,8 +27,8 @@ SELECTORS: dict[str, Selector] = {"auto": AUTO, "tune": Tune()}
 
 
 class Settings(TypedDict, total=False):
-    """What every function takes by keyword beside choices and rules. One that is absent is not given: `cast=None` says that
-    nothing is cast."""
+    """The keyword arguments of every function that takes choices and rules; `with_backend` documents each of them. An absent
+    setting is one that the user did not give, whereas `cast=None` turns casting off."""
 
     strict: bool
     numerics: str | Numerics
@@ -37,7 +37,7 @@ class Settings(TypedDict, total=False):
 
 
 class CompileSettings(Settings, total=False):
-    """The same for what is compiled by torch.compile."""
+    """`Settings` and `checks`, for functions that use torch.compile."""
 
     checks: bool | None
 
@@ -47,10 +47,13 @@ FLAGS = ("strict", "trust_remote_code", "checks")
 
 
 def make_policy(choices: Iterable[Choice], rules: Rules | None = None, **settings: Unpack[CompileSettings]) -> Policy:
-    """Reads what a user writes.
+    """Makes a `Policy` from choices, rules and settings, which `with_backend` documents.
 
-    Raises `ValueError` (unknown name, nothing chosen, a name given twice, unknown numerics or cast) and `TypeError` (a choice
-    that is neither name, record nor plan, a setting that is none, a flag that is no bool), naming the argument and the value.
+        policy = attnrewrite.make_policy(["flex", "native"], {"cross": "native"}, cast="bfloat16")
+
+    Raises `ValueError` for an unknown name, no choice at all, a name given twice, and an unknown `numerics` or `cast`;
+    `TypeError` for a choice that is neither name, record nor plan, an unknown setting, and a flag that is not a bool. The
+    message names the argument and the value.
     """
     if rules is not None and not (isinstance(rules, Mapping) and all(isinstance(pattern, str) for pattern in rules)):
         raise TypeError(f"rules is {rules!r}: give a mapping of patterns to choices, as {{'cross': 'native'}}")
@@ -59,7 +62,7 @@ def make_policy(choices: Iterable[Choice], rules: Rules | None = None, **setting
 
 
 def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with values as a `Policy` has them. Raises `TypeError` and `ValueError` as `make_policy`."""
+    """Turns the values of settings into those of a `Policy`. Raises `TypeError` and `ValueError` as `make_policy`."""
     for name, value in given.items():
         if name not in SETTINGS:
             near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
@@ -76,17 +79,17 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def checks_of_environment() -> bool:
-    """What `checks` is where nobody says it: the environment's word now, off without one."""
+    """The value of `checks` where the user gives none: ATTNREWRITE_CHECKS of the environment now, False without it."""
     return os.environ.get(CHECKS, "").lower() in ("1", "true", "yes")
 
 
 def several(choices: Choices) -> tuple[Choice, ...]:
-    """One choice, or some, as a sequence."""
+    """One choice or several, as a tuple."""
     return tuple(choices) if isinstance(choices, Iterable) and not isinstance(choices, str) else (choices,)
 
 
 def candidates_of(choices: Any, argument: str) -> tuple[Candidate, ...]:
-    """Names and records alone, as `make_policy` reads them."""
+    """Reads names and records as `make_policy`. Raises `ValueError` for a choice that chooses kernels itself."""
     found = []
     for chosen in _chosen(choices, argument):
         if not isinstance(chosen, Candidate):

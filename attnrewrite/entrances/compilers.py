@@ -37,13 +37,13 @@ logger = logging.getLogger("attnrewrite")
 
 
 class AttentionCompiler:
-    """A torch.compile backend. Made by `with_backend`; `report` tells what it did.
+    """A torch.compile backend that swaps attention. `with_backend` makes it; `report` shows each attention and its kernel.
 
-    Two of them are equal if they are configured equally: Dynamo then reuses compiled code between them.
+    Two of these objects are equal if they are configured equally: Dynamo then reuses compiled code between them.
     """
 
-    # torch.compile takes an object for a registered backend by its name. Only for those does it release the tracing
-    # state, without which `model.to(...)` can fail after compiling (torch/_dynamo/convert_frame.py, 2.13).
+    # torch.compile recognises a registered backend by this name. Only for a registered backend does it release the tracing
+    # state; while that is alive, `model.to(...)` can fail after compiling (torch/_dynamo/convert_frame.py, 2.13).
     __name__ = NAME
 
     def __init__(
@@ -55,8 +55,12 @@ class AttentionCompiler:
         prefix: str = "",
         report: Report | None = None,
     ) -> None:
-        """`prefix`: where the compiled module stands in its model; sites are named from there. `report`: one that several
-        compilers of one model share."""
+        """policy: choices, rules and settings.
+        inner: the compiler that gets the rewritten graph.
+        machine: the machine to plan for. None: the one that the tensors are on.
+        prefix: the path of the compiled module in its model; names of sites begin with it.
+        report: a report that several compilers of one model share. None: a new one.
+        """
         self.policy = policy
         self.inner = inner
         self.machine = machine
@@ -65,7 +69,7 @@ class AttentionCompiler:
         self._warned: set[str] = set()
 
     def __call__(self, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
-        """Rewrites the graph in place and compiles it. `kwargs` (mode, options) are torch.compile's, for the inner compiler."""
+        """Rewrites the graph in place and compiles it. kwargs: torch.compile's mode and options, for the inner compiler."""
         if self.rewrite(graph_module, in_cuda_graph=records_cuda_graphs(self.inner, **kwargs)):
             contexts.guard_choice()
         self.check_rules()
@@ -74,10 +78,12 @@ class AttentionCompiler:
     def rewrite(
         self, graph_module: GraphModule, libraries: Libraries = Libraries.LOAD, in_cuda_graph: bool = False
     ) -> int:
-        """Plans, reports, and puts the chosen kernels in place, unless `Libraries.PLAN_ONLY`. Returns the number of attention
-        sites. in_cuda_graph: a CUDA graph is recorded of what is compiled.
+        """Plans each attention, adds the graph to `report`, and swaps in the chosen kernels. Returns the number of attention
+        sites. Inside an `attention_backend` the policy is that of the context, outside of any it is this object's own.
 
-        The policy is that of the context that it is called in (`attention_backend`), outside of all its own."""
+        libraries: `Libraries.PLAN_ONLY` leaves the graph unchanged.
+        in_cuda_graph: the inner compiler records a CUDA graph of this graph.
+        """
         override = contexts.active()
         target = Target(self.machine, self.prefix, in_cuda_graph)
         outcome = rewrite_graph(graph_module, self.policy_now(), target, libraries)
@@ -91,15 +97,15 @@ class AttentionCompiler:
         return len(outcome.plan.sites)
 
     def policy_now(self) -> Policy:
-        """What holds here: in an `attention_backend` its choices, outside of all those of this object."""
+        """The policy that applies here: inside an `attention_backend` with its choices, outside of any this object's own."""
         override = contexts.active()
         policy = self.policy if override is None else override.over(self.policy)
         return policy.compiled_by(self.inner)
 
     def check_rules(self) -> None:
-        """Warns, once, of each rule of its own that no site seen so far has matched."""
+        """Warns once of each of this object's rules that no site seen so far has matched."""
         sites = [site for graph in self.report.graphs if not graph.context for site in graph.plan.sites]
-        if not sites or self.prefix:  # who compiles a part knows the whole model, and has looked there (in_place.py)
+        if not sites or self.prefix:  # of a part: in_place.py has checked the rules against the whole model
             return
         unmatched = [
             pattern for pattern, _ in self.policy.rules if not any(matches(pattern, site.call) for site in sites)
@@ -115,23 +121,23 @@ class AttentionCompiler:
             )
 
     def _warn_of_stale(self, plan: Plan) -> None:
-        """Says once, for each reason, at which sites a plan does not say what is best."""
+        """Warns once, for each reason, of the sites at which a plan's measurements do not apply."""
         reasons: dict[str, list[str]] = {}
         for site in plan.sites:
             if site.stale is not None:
                 reasons.setdefault(site.stale, []).append(site.name)
         for reason, names in reasons.items():
-            text = f'{reason}. Its choices are not used at {folded(names)}, what "auto" prefers is: tune again'
+            text = f'{reason}. The plan is not used at {folded(names)}, "auto" chooses there: tune again'
             if text not in self._warned:
                 self._warned.add(text)
                 warnings.warn(text, stacklevel=3)
 
     def reset(self) -> None:
-        """Called by `torch._dynamo.reset()`: lets Inductor drop its CUDA graphs."""
+        """Makes Inductor drop its CUDA graphs. `torch._dynamo.reset()` calls it."""
         reset_compiler(self.inner)
 
     def __eq__(self, other: object) -> bool:
-        if self is other:  # Dynamo asks at every call of a compiled region
+        if self is other:  # Dynamo compares backends at every call of a compiled region
             return True
         return isinstance(other, AttentionCompiler) and self._identity() == other._identity()
 
@@ -148,33 +154,38 @@ class AttentionCompiler:
 def with_backend(
     *choices: Choice, rules: Rules | None = None, inner: Inner = "inductor", **settings: Unpack[CompileSettings]
 ) -> AttentionCompiler:
-    """A torch.compile backend that gives each attention the first of `choices` that may take it.
+    """Makes a torch.compile backend that gives each attention the first of `choices` that accepts its call.
 
-        model = torch.compile(model, backend=attnrewrite.with_backend("_native_cudnn", "flex"))
+        backend = attnrewrite.with_backend("_native_cudnn", "flex")
+        model = torch.compile(model, backend=backend)
 
-    choices: names (`python -m attnrewrite info` lists them) or `Backend` records, in order of preference. An attention
-        that none may take stays as it is, and `.report` says why. "name@revision" pins a kernel of the hub. Three choices
-        name kernels for each call themselves: "auto" by what was measured on machines like this one, a plan of
-        `attnrewrite.tune` by what was measured on this model, "tune" by measuring at the first compilation
-        (docs/performance.md).
-    rules: other choices for some sites: a glob over module paths ("*.attn2"), "self", "cross", "masked" (by a tensor) or
-        "unmasked", to a name, a record or a sequence of them. The first rule that matches a site holds for it.
-    inner: the compiler that gets the graph then: a name of `torch._dynamo.list_backends(None)` or a callable
-        `(graph_module, example_inputs, **kwargs)`. It receives torch.compile's `mode` and `options`.
-    strict: raise `AttentionRefusedError` instead of leaving a site as it is. It comes out of the compiled model's first call
-        as the `inner_exception` of Dynamo's BackendCompilerFailed, whose message has it whole.
-    numerics: how far results may lie from SDPA's: "exact" (the same kernel), "reordered" (rounding), "quantised".
-    cast: "bfloat16" or "float16": cast query, key, value and bias to it for a kernel that does not take their dtype, and the
-        output back. None: such a kernel is refused.
-    trust_remote_code: load kernels of the kernels hub whose publisher the hub does not vouch for. They run code of that
-        publisher in this process. (For all of a process: the environment's ATTNREWRITE_TRUST_REMOTE_CODE=1.)
-    checks: before every swapped attention look for values that no guard sees (query, key and value that are not finite, a
-        row without a valid key), and behind it for an output that is not finite; raise `AttentionCheckError` with the site,
-        the kernel and the place. It reads results back each time, for debugging only. None: what the environment's
-        ATTNREWRITE_CHECKS says now (1, yes or true), which is off without it.
+    choices: names of kernels (`python -m attnrewrite info` lists them) or `Backend` records, in order of preference. An
+        attention that every choice refuses stays unchanged, and `backend.report` says why. "name@revision" pins a kernel of
+        the hub. Three choices choose kernels for each call themselves (docs/performance.md): "auto" by measurements on
+        machines like this one, a plan from `attnrewrite.tune` by measurements on this model, "tune" by measurements at the
+        first compilation.
+    rules: other choices for some sites, a mapping {pattern: a name, a record or a sequence of them}. A pattern is a glob over
+        module paths ("*.attn2"), "self", "cross", "masked" (by a tensor) or "unmasked". The first pattern that matches a
+        site applies.
+    inner: the compiler that gets the rewritten graph: a name from `torch._dynamo.list_backends(None)`, or a callable
+        `(graph_module, example_inputs, **kwargs)`, which receives torch.compile's `mode` and `options`.
+    strict: True raises `AttentionRefusedError` for an attention that every choice refuses. The compiled model's first call
+        raises it as the `inner_exception` of Dynamo's BackendCompilerFailed, whose message contains the whole text.
+    numerics: how far results may lie from SDPA's: "exact" (the same kernel), "reordered" (rounding, the default) or
+        "quantised" (some products in int8 or fp8).
+    cast: "bfloat16" or "float16": casts query, key, value and bias to this dtype for a kernel that does not take theirs, and
+        casts the output back. None, the default: such a kernel is refused.
+    trust_remote_code: True loads kernels whose publisher the kernels hub does not vouch for; they run the publisher's code in
+        this process. ATTNREWRITE_TRUST_REMOTE_CODE=1 in the environment does the same for the whole process.
+    checks: True checks values, which no guard sees, around every swapped attention at run time: query, key, value and output
+        must be finite, and every row must have a valid key. A failed check raises `AttentionCheckError` with the site, the
+        kernel and the place. Only for debugging, since every check reads results back. None, the default: True if
+        ATTNREWRITE_CHECKS is 1, yes or true in the environment now.
 
-    Raises `ValueError` for an unknown or repeated name, for no choice at all, an unknown `inner`, `numerics` or `cast`;
-    `TypeError` for a choice that is neither name nor record, a setting that does not exist, and a flag that is no bool.
+    Returns an `AttentionCompiler`. Its `report` shows each attention, the kernel, and every refusal.
+
+    Raises `ValueError` for an unknown or repeated name, for no choice at all, and for an unknown `inner`, `numerics` or `cast`;
+    `TypeError` for a choice that is neither name, record nor plan, an unknown setting, and a flag that is not a bool.
     """
     if settings.get("checks") is None:
         settings["checks"] = checks_of_environment()
@@ -182,7 +193,7 @@ def with_backend(
 
 
 def compiler_of(backend: AttentionCompiler | Choices) -> AttentionCompiler:
-    """The object from `with_backend` as it is; a name, a record or several in order of preference through it."""
+    """Returns an object from `with_backend` unchanged, and makes one from choices."""
     return backend if isinstance(backend, AttentionCompiler) else with_backend(*several(backend))
 
 
@@ -196,12 +207,16 @@ def entry(
     mode: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """`torch.compile(model, backend="attnrewrite", options={"attention": "flex"})`: what the entry point registers.
+    """Compiles a graph for the backend that is registered as "attnrewrite".
 
-    Options of `with_backend` by their names, its choices as "attention" (a name, a record or a list of them), and "mode",
-    which torch.compile does not take beside options; all others go to the inner compiler. Raises, as the
-    `inner_exception` of Dynamo's BackendCompilerFailed, what `with_backend` raises, and `ValueError` for an option that
-    nobody knows.
+        torch.compile(model, backend="attnrewrite", options={"attention": "flex"})
+
+    options: "attention" is the choices of `with_backend` (a name, a record or a list of them; "native" by default). The other
+        arguments of `with_backend` have their own names. "mode" is that of torch.compile, which does not take a mode beside
+        options. All other options go to the inner compiler.
+
+    Raises the errors of `with_backend`, and `ValueError` for an unknown option: each is the `inner_exception` of Dynamo's
+    BackendCompilerFailed.
     """
     rest = dict(options or {})
     choices = rest.pop("attention", "native")

@@ -1,10 +1,9 @@
-"""`attention_backend`: another choice of kernels for the compiled models that are called inside a `with`.
+"""`attention_backend`: other choices of kernels for the compiled models that are called inside a `with`.
 
-The choice stands in a context variable, so threads and asyncio tasks each have their own. A graph with attention in it is
-compiled once a choice: a guard of its compiled code asks whether the choice is still the one that it was made for. A
-lambda guard is what Dynamo itself uses for such state (torch/_dynamo/guards.py); a dispatcher in the callable that the
-backend returns would cost as much a call, keep an unrewritten copy of every graph alive, and show up in no log of
-recompilations.
+The active choice is a context variable, so that each thread and asyncio task has its own. A graph with attention is compiled
+once for each choice: a guard of the compiled code checks that the active choice is still the one that the code was compiled
+for. Dynamo itself uses lambda guards for such state (torch/_dynamo/guards.py). A dispatcher in the callable that the backend
+returns would cost as much at each call, keep an unrewritten copy of every graph alive, and appear in no log of recompilations.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Override:
-    """What a context puts in the place of a model's own policy: choices and rules, and of the settings those in `given`."""
+    """The policy of a context. Its choices and rules replace those of a model, and so do the settings in `given`."""
 
     policy: Policy
-    given: frozenset[str] = frozenset()
+    given: frozenset[str] = frozenset()  # names of the settings that the user gave
 
     def over(self, own: Policy) -> Policy:
         kept = {name: getattr(own, name) for name in SETTINGS if name not in self.given}
@@ -47,29 +46,29 @@ class Override:
         return str(self.policy)
 
 
-# What is open: [the override, what is open around it, whether compiled code with attention has run inside]. A list, because
-# a context around a call costs as much as making it.
+# An open context: [its override, the open context around it, whether compiled code with attention has run inside]. A list,
+# because every `with` makes one, and a list is made fast.
 Entered = list[Any]
 _ENTERED: ContextVar[Entered] = ContextVar("attnrewrite.attention_backend", default=[None, None, False])  # noqa: B039
 _entered, _enter = _ENTERED.get, _ENTERED.set
 
-# Equal choices are one object, so that a guard compares identities. Kept as long as a context or compiled code has them.
+# Equal overrides are one object, so that guards compare identities. An entry lives while a context or compiled code holds it.
 _ONE: weakref.WeakKeyDictionary[Override, weakref.ref[Override]] = weakref.WeakKeyDictionary()
 
 
 def active() -> Override | None:
-    """The choice of the innermost open context, None outside of all."""
+    """The override of the innermost open context, None outside of any."""
     override: Override | None = _entered()[0]
     return override
 
 
 def mark_used() -> None:
-    """Compiled code with attention in it runs here: the context has something to change."""
+    """Notes that compiled code with attention runs in the open context, which then does not warn."""
     _entered()[2] = True
 
 
 def guard_choice() -> None:
-    """Makes the graph that is being compiled hold for the active choice only. Without Dynamo there is nothing to guard."""
+    """Guards the code that is being compiled on the active choice. Without Dynamo there is nothing to guard."""
     wanted = active()
     code = f"attnrewrite.attention_backend is {str(wanted)!r}" if wanted else "no attnrewrite.attention_backend"
 
@@ -84,8 +83,8 @@ def guard_choice() -> None:
 
 
 class AttentionContext:
-    """What `attention_backend` returns: a context manager and a decorator. It may be entered again, also while it is open
-    and in several threads and tasks at once."""
+    """The context manager and decorator that `attention_backend` returns. It may be entered several times, also while it is
+    open, and in several threads and tasks at once."""
 
     __slots__ = ("override",)
 
@@ -110,8 +109,8 @@ class AttentionContext:
             outer[2] = True
         elif kind is None:
             warnings.warn(
-                f"{self!r} changed nothing: no attention of a model compiled through attnrewrite ran inside. Compile it with "
-                "torch.compile(model, backend=attnrewrite.with_backend(...)), or use "
+                f"{self!r} changed nothing: no attention of a model compiled through attnrewrite ran inside. Compile the "
+                "model with torch.compile(model, backend=attnrewrite.with_backend(...)), or use "
                 "attnrewrite.set_attention_backend(model, ...)",
                 stacklevel=2,
             )
@@ -120,7 +119,7 @@ class AttentionContext:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise TypeError(
                 f"attention_backend decorates {function.__qualname__}, a generator, whose caller would run inside the context "
-                "between two items: put a `with` around what calls the model"
+                "between two items: put a `with` around the call of the model"
             )
         if inspect.iscoroutinefunction(function):
 
@@ -145,27 +144,33 @@ class AttentionContext:
 def attention_backend(
     *choices: Choice, rules: Rules | None = None, **settings: Unpack[CompileSettings]
 ) -> AttentionContext:
-    """Inside `with attention_backend("flash", "native"):` compiled models use these choices, outside their own.
+    """Makes a context in which compiled models use other kernels.
 
-    It holds for every model compiled with `with_backend`, by `backend="attnrewrite"` or by `set_attention_backend`, on this
-    thread or asyncio task. Of nested contexts the innermost holds. Choices and `rules` replace those of the model; the
-    settings of `with_backend` do where they are given: `cast=None` turns a model's cast off.
+        with attnrewrite.attention_backend("flash", "native"):
+            compiled(x)      # flash
+        compiled(x)          # the model's own choices
 
-    Each choice compiles once, at the first call inside; switching afterwards compiles nothing. PyTorch counts it as a
-    recompilation: `torch._dynamo.config.recompile_limit` (8) is the most variants of one function, sizes included.
-    A context in which no such model ran warns when it is left. As a decorator it also takes coroutine functions. A new
-    thread starts outside (`contextvars.copy_context().run` takes the context along), an asyncio task with its creator's
-    choice. What `torch.utils.checkpoint` runs again in a backward outside the context needs it there too, by its `context_fn`.
+    choices, rules: as in `with_backend`. They replace those of the model.
+    settings: as in `with_backend`. A setting that is given replaces that of the model: `cast=None` turns the model's cast off.
 
-    Raises what `with_backend` raises for unknown names and settings.
+    Returns a context manager, which also decorates functions and coroutine functions. It applies to every model compiled with
+    `with_backend`, `backend="attnrewrite"` or `set_attention_backend`, on this thread or asyncio task; of nested contexts the
+    innermost applies. A new thread starts without a context (`contextvars.copy_context().run` takes it along), an asyncio
+    task starts with its creator's. At its end a context warns if no such model ran inside.
+
+    Each choice compiles once, at the first call inside; switching afterwards compiles nothing. PyTorch counts each choice as a
+    recompilation: `torch._dynamo.config.recompile_limit` (8) is the most variants of one function, sizes included. If
+    `torch.utils.checkpoint` runs the model again in a backward outside of the context, give it the context by `context_fn`.
+
+    Raises the errors of `with_backend` for unknown names and settings.
     """
     if is_compiling():
         _not_traced()
-    # Reading names costs tens of microseconds: a context around each step of a loop should not.
+    # Cached, since reading names costs tens of microseconds, too much for a context around each step of a loop.
     if rules is None and not settings:
         try:
             return _known_context(choices)
-        except TypeError:  # what cannot be hashed is neither name nor record: the error says so
+        except TypeError:  # a choice without a hash is neither name nor record: `_context` raises the error
             pass
     return _context(choices, rules, **settings)
 
@@ -186,5 +191,5 @@ _known_context = functools.lru_cache(maxsize=256)(_context)
 
 
 def _not_traced() -> None:
-    """A compiled function that opens a context is broken there: what it calls inside is compiled by itself, with the choice."""
+    """Breaks the graph of a compiled function that opens a context; calls inside are compiled separately, with the choice."""
     break_graph("attnrewrite.attention_backend is entered inside a compiled function")

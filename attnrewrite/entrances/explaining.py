@@ -1,4 +1,4 @@
-"""`explain`: what would be swapped in a model, and why not, without running a kernel or compiling one."""
+"""`explain`: reports which attentions of a model would be swapped, and why not, without running or compiling a kernel."""
 
 from __future__ import annotations
 
@@ -23,16 +23,21 @@ def explain(
     machine: Machine | None = None,
     **kwargs: Any,
 ) -> Report:
-    """Traces `model(*args, **kwargs)` and reports what `backend` would do at each attention.
+    """Traces `model(*args, **kwargs)` and reports what `backend` would do at each attention, without running a kernel.
 
-    backend: the object from `with_backend`, or what it takes: a name, a record, or several in order of preference. A
-        strict policy is explained too: it does not raise here.
-    machine: a described machine plans for hardware that is not there; None: the one that the tensors are on. A model on
-        the "meta" device needs no memory.
+        print(attnrewrite.explain(model, *inputs, backend=["flash", "native"]))
 
-    No graph is run: each returns zeros of the right shape, so that tracing goes on behind a graph break. Code that stands
-    outside any graph does run, on those zeros. The model, its buffers and PyTorch's compile caches are left as they were.
-    Call it under `torch.no_grad()` for an inference, as the model itself: gradients are part of the question.
+    model: a module or a function; on the "meta" device it needs no memory. For an inference call `explain` under
+        `torch.no_grad()`, as you would call the model: a kernel may refuse a call that needs a gradient.
+    args, kwargs: the inputs of the model.
+    backend: the object from `with_backend`, or its choices: a name, a record, or several in order of preference. `strict`
+        does not raise here: the report shows the refused sites.
+    machine: a description of the machine to plan for, which may be elsewhere. None: the one that the tensors are on.
+
+    Returns a `Report`. No graph runs: each returns zeros of the right shape, so that tracing goes on after a graph break. Code
+    outside of any graph does run, on those zeros. The model, its buffers and PyTorch's compile caches stay unchanged.
+
+    Raises the errors of `with_backend`.
     """
     backend = compiler_of(backend)
     planner = AttentionCompiler(replace(backend.policy, strict=False), backend.inner, machine)

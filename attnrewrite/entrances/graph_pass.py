@@ -1,4 +1,4 @@
-"""The object that `inductor_pass` makes. In a file of its own: importing Inductor takes seconds."""
+"""The object that `inductor_pass` makes, in a file of its own since importing Inductor takes seconds."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from .identity import identity_of
 
 
 class AttentionPass(CustomGraphPass):
-    """A pre-grad pass of Inductor that swaps attention. Equal configuration is an equal object."""
+    """A pre-grad pass of Inductor that swaps attention. Two passes are equal if they are configured equally."""
 
     def __init__(self, compiler: AttentionCompiler) -> None:
         self.compiler = compiler
 
     @property
     def report(self) -> Report:
-        """What the pass did. Where PyTorch finds a compiled graph in its caches it does not call the pass (2.12 and newer)."""
+        """The attentions that the pass found. It lacks graphs that PyTorch took from its caches without calling the pass (2.12
+        and newer)."""
         return self.compiler.report
 
     def __call__(self, graph: torch.fx.Graph) -> None:
@@ -33,8 +34,8 @@ class AttentionPass(CustomGraphPass):
         contexts.guard_choice()
 
     def uuid(self) -> Any:
-        """Equal only where the pass would do the same: PyTorch's key for compiled graphs. It is asked at every compilation,
-        also where the pass itself is not called, so the choice of the active context is guarded here as well."""
+        """A part of PyTorch's key for compiled graphs: equal only where the pass would do the same. PyTorch calls it at every
+        compilation, also where it does not call the pass, so the active choice is guarded here too."""
         contexts.guard_choice()
         contexts.mark_used()
         return identity_of(self.compiler.policy_now())
@@ -45,10 +46,10 @@ class AttentionPass(CustomGraphPass):
     def __hash__(self) -> int:
         return hash(self.compiler)
 
-    def __deepcopy__(self, memo: Any) -> AttentionPass:  # Inductor copies its settings
+    def __deepcopy__(self, memo: Any) -> AttentionPass:  # Inductor copies its settings, and the pass with them
         return self
 
-    def __reduce__(self) -> Any:  # before 2.12 Inductor's key pickles them: a text that tells configurations apart
+    def __reduce__(self) -> Any:  # before 2.12 Inductor pickles the pass for its key: a text for each configuration
         return str, (self.uuid() or repr(self),)
 
     def __repr__(self) -> str:

@@ -1,4 +1,4 @@
-"""A text that is equal in two processes exactly where what attnrewrite would do to a graph is: a key for PyTorch's caches."""
+"""A key for PyTorch's caches: a text that two processes share exactly if attnrewrite would rewrite a graph alike in both."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ PACKAGE = __name__.split(".")[0]
 
 
 class UnknownValueError(Exception):
-    """Something in a record has no text that another process could compare."""
+    """A record holds a value without a text that another process could compare."""
 
 
 def identity_of(policy: Policy) -> str | None:
-    """The policy with its records, the machines here with every version, the libraries behind the choices, and this package
-    itself, as a digest. None where a record holds a value that cannot be described.
+    """Returns a digest of the policy with its records, the machines here with every version, the libraries of the choices, and
+    this package itself. None if a record holds a value that cannot be described, or a choice depends on more ("tune").
 
-    Libraries of choices that this machine may run are loaded: only then is the commit of one from the hub known.
+    Loads the libraries of choices that this machine can run: the commit of a library from the hub is known only then.
     """
     try:
         parts = [__version__, package_digest(), described(policy), [machine.to_dict() for machine in _machines()]]
@@ -62,25 +62,25 @@ def _libraries(policy: Policy) -> list[str]:
             if record.source is not None and machine.device in record.devices and machine.has(record.requires):
                 try:
                     found.append(load(record.source, policy.trust_remote_code))
-                except SourceError as error:  # refused then too
+                except SourceError as error:  # the plan refuses the kernel for the same reason
                     found.append(str(error.refused.code.value))
     return found
 
 
 @functools.cache
 def package_digest() -> str:
-    """Of every Python file of this package: a checkout changes without its version."""
+    """The digest of every Python file of this package: in a checkout files change while the version stays."""
     return hashlib.sha256(b"".join(path.read_bytes() for path in package_files())).hexdigest()
 
 
 def package_files() -> list[Path]:
-    """Every Python file of this package, in a fixed order, those behind the links of a checkout too (rglob follows none)."""
+    """Every Python file of this package, sorted, with those behind the links of a checkout (rglob follows no links)."""
     folders = os.walk(Path(__file__).parents[1], followlinks=True)
     return sorted(Path(folder, name) for folder, _, names in folders for name in names if name.endswith(".py"))
 
 
 def described(value: Any) -> Any:
-    """A value as JSON. A function is its code, what it closes over, and the file it is from, which has its helpers."""
+    """Describes a value as JSON; a function by its code, closure, defaults, and its whole file, which holds its helpers."""
     if value is None or isinstance(value, str | bool | int | float):
         return (
             [type(value).__name__, repr(value)] if not isinstance(value, enum.Enum) else [str(type(value)), value.name]
@@ -109,7 +109,7 @@ def described(value: Any) -> Any:
 def _function(function: FunctionType) -> Any:
     name = f"{function.__module__}.{function.__qualname__}"
     if name.split(".")[0] == PACKAGE and function.__closure__ is None:
-        return ["function", name]  # package_digest has its code
+        return ["function", name]  # its code is in package_digest
     if not (file := _file(function)):
         raise UnknownValueError(f"{name}, whose file is not known: what it calls may be anything")
     cells = [described(cell.cell_contents) for cell in function.__closure__ or ()]

@@ -1,8 +1,7 @@
-"""`set_attention_backend`: a model is compiled in place, as `torch.nn.Module.compile` does it, and can be put back.
+"""`set_attention_backend`: compiles a model in place, as `torch.nn.Module.compile` does. `reset_attention_backend` undoes it.
 
-What a module calls when it is compiled stands in one attribute, `_compiled_call_impl`, which PyTorch leaves out of copies
-and pickles. Everything of ours stands there too, so that nothing of a model but this attribute changes: `forward`,
-parameters, hooks, the state dict and the class stay.
+A compiled module calls the function in its attribute `_compiled_call_impl`, which PyTorch leaves out of copies and pickles.
+attnrewrite changes this attribute and nothing else: `forward`, parameters, hooks, the state dict and the class stay.
 """
 
 from __future__ import annotations
@@ -30,13 +29,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class SetModel:
-    """What a set model calls. `before`: every module whose implementation was changed, and what it had."""
+    """The `_compiled_call_impl` of a model after `set_attention_backend`."""
 
-    call: Callable[..., Any]
+    call: Callable[..., Any]  # the compiled call; the plain call of a model whose blocks are compiled
     compiler: AttentionCompiler
-    progress: Progress | None = None
-    before: list[tuple[Module, Any]] = field(default_factory=list)
-    placed: list[Any] = field(default_factory=list)
+    progress: Progress | None = None  # the step of a schedule; None without one
+    before: list[tuple[Module, Any]] = field(default_factory=list)  # changed module, earlier implementation
+    placed: list[Any] = field(default_factory=list)  # the new implementations of these modules
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.progress is None:
@@ -50,7 +49,7 @@ class SetModel:
         set_implementation(module, implementation)
 
     def undo(self) -> None:
-        """Puts back what was there; what somebody has compiled since stays."""
+        """Puts back the earlier implementations. A module that was compiled anew since then stays as it is."""
         for (module, before), placed in zip(reversed(self.before), reversed(self.placed), strict=True):
             if implementation_of(module, _NOTHING) is not placed:
                 continue
@@ -76,27 +75,27 @@ def set_attention_backend(
     options: dict[str, Any] | None = None,
     **settings: Unpack[CompileSettings],
 ) -> AttentionCompiler:
-    """Compiles a model in place with other attention kernels; `reset_attention_backend` puts it back.
+    """Compiles a model in place with other attention kernels. `reset_attention_backend` undoes it.
 
-        attnrewrite.set_attention_backend(pipe, "_flash_3_hub", "native")
+        backend = attnrewrite.set_attention_backend(pipe, "_flash_3_hub", "native")
 
-    model: a `torch.nn.Module`, or a diffusers pipeline: then its denoiser (`transformer`, `transformer_2`, `unet`).
-    choices: as in `with_backend`, or one `schedule(...)`, or one object from `with_backend`, which has the settings then.
-    components: of a pipeline, other parts by name: ["transformer", "text_encoder", "vae"]. Of a part that is called by its
-        `encode` and `decode` (a VAE) the encoder and the decoder are compiled.
-    regional: compile the repeated blocks, which share one compilation, instead of the whole. None: where the model declares
-        them (`_repeated_blocks`, as diffusers' models do). Attention outside of the blocks stays as it is then.
-    rules, inner, and the settings (strict, numerics, cast, trust_remote_code, checks): those of `with_backend`. Paths begin at
-        `model`, in regional compilation too, and in a pipeline with the component's name; blocks that the rules treat alike
-        share a compilation and are reported under the first.
-    fullgraph, dynamic, mode, options: torch.compile's.
+    model: a `torch.nn.Module`, or a diffusers pipeline, whose denoiser is compiled (`transformer`, `transformer_2`, `unet`).
+    choices: as in `with_backend`; or one `schedule(...)`; or one object from `with_backend`, whose own settings then apply.
+    components: names of the pipeline's parts to compile instead: ["transformer", "text_encoder", "vae"]. If a part is called
+        by its `encode` and `decode` (a VAE), its encoder and decoder are compiled.
+    regional: True compiles the repeated blocks, which share one compilation, instead of the whole model: attention outside of
+        the blocks stays unchanged. None: True for a model that declares `_repeated_blocks`, as diffusers' models do.
+    rules, inner, and the settings (strict, numerics, cast, trust_remote_code, checks): as in `with_backend`. Module paths
+        begin at `model`, also in regional compilation, and in a pipeline with the component's name. Blocks that the rules
+        treat alike share a compilation and are reported under the first block.
+    fullgraph, dynamic, mode, options: as in torch.compile.
 
-    Nothing is compiled before the first call. Returns the backend object, whose `report` tells what was done. A model that
-    was set before is put back first; one that was compiled otherwise (`model.compile()`) is so again after the reset.
-    Copies and unpickled models are plain, as those of any model that `torch.nn.Module.compile` was called on.
+    Returns the backend object, whose `report` shows each attention and its kernel. Nothing is compiled before the first call.
+    A model that was set before is reset first. A model that was compiled otherwise (`model.compile()`) is so again after the
+    reset. Copies and unpickled models are uncompiled, as always after `torch.nn.Module.compile`.
 
-    Raises `TypeError` for a model that is none, `ValueError` for an unknown component, for `regional=True` without blocks,
-    and what `with_backend` raises. The model is unchanged then.
+    Raises `TypeError` for a model that is neither module nor pipeline, `ValueError` for an unknown component and for
+    `regional=True` without repeated blocks, and the errors of `with_backend`. The model is then unchanged.
     """
     plan = choices[0] if len(choices) == 1 and isinstance(choices[0], Schedule) else None
     if len(choices) == 1 and isinstance(choices[0], AttentionCompiler):
@@ -117,7 +116,7 @@ def compile_parts(
     progress: Progress | None = None,
     **how: Any,
 ) -> None:
-    """Compiles each of the modules, by their paths, as `set_attention_backend` does. `how`: for torch.compile."""
+    """Compiles modules in place, as `set_attention_backend` does. roots: by path. how: arguments of torch.compile."""
     blocks = {path: _blocks(path, root, regional) for path, root in roots.items()}
     made = {path: _compiled(path, root, blocks[path], compiler, how) for path, root in roots.items()}
     if any(path or blocks[path] for path in roots):
@@ -128,8 +127,8 @@ def compile_parts(
         call, of_blocks = made[path]
         model = SetModel(call, compiler, progress)
         for module in list(root.modules()):
-            # What somebody else compiled as a whole, with blocks in it, would run them by his compiler. What he compiled
-            # inside of what is ours, Dynamo takes in as it stands; what is beside, stays his.
+            # A module that the user compiled would run the blocks inside it by the user's compiler: the module is uncompiled
+            # here. A compiled module inside a block is traced by Dynamo as it is, and one beside the blocks stays as it is.
             if implementation_of(module) is not None and _holds_any(module, of_blocks):
                 model.place(module, None)
         for block, implementation in of_blocks:
@@ -143,8 +142,15 @@ def _holds_any(module: Module, blocks: list[tuple[Module, Any]]) -> bool:
 
 
 def reset_attention_backend(model: Any, components: Iterable[str] | None = None) -> None:
-    """Puts back the callables that the model, or a pipeline's components (None: all of them), had before
-    `set_attention_backend`. A model that was not set stays as it is."""
+    """Undoes `set_attention_backend`: restores the callables that the model had before.
+
+        attnrewrite.reset_attention_backend(pipe)
+
+    model: a module or a pipeline. If it was not set, it stays as it is.
+    components: names of the pipeline's parts to reset. None: all of them.
+
+    Raises `TypeError` for a model that is neither module nor pipeline, `ValueError` for an unknown component.
+    """
     if isinstance(model, Module):
         roots = [model]
     else:
@@ -155,13 +161,13 @@ def reset_attention_backend(model: Any, components: Iterable[str] | None = None)
 
 
 def _undo(root: Module) -> None:
-    for module in reversed(list(root.modules())):  # of a part that was set after its model, first
+    for module in reversed(list(root.modules())):  # parts first: a part may have been set after its model
         if isinstance(implementation := implementation_of(module), SetModel):
             implementation.undo()
 
 
 def _blocks(path: str, root: Module, regional: bool | None) -> dict[str, Module]:
-    """The repeated blocks by their paths from `root`; none where it is compiled as a whole."""
+    """The repeated blocks by their paths from `root`; {} if `root` is compiled as a whole."""
     declared = getattr(root, "_repeated_blocks", None) or ()
     found = {name: module for name, module in root.named_modules() if name and type(module).__name__ in declared}
     if regional and not found:
@@ -175,7 +181,7 @@ def _blocks(path: str, root: Module, regional: bool | None) -> dict[str, Module]
 def _compiled(
     path: str, root: Module, blocks: Mapping[str, Module], compiler: AttentionCompiler, how: Mapping[str, Any]
 ) -> tuple[Callable[..., Any], list[tuple[Module, Any]]]:
-    """What the root is to call, and its blocks with theirs."""
+    """Returns the function that the root is to call, and each block with the function that the block is to call."""
 
     def part(prefix: str) -> AttentionCompiler:
         return AttentionCompiler(
@@ -194,9 +200,9 @@ def _compiled(
 
 
 def _treatment(policy: Policy, path: str, block: Module) -> Any:
-    """Which rule holds for each module of a block: blocks where it is the same share compiled code."""
+    """The rule for each module of a block. Blocks with the same rules share compiled code."""
     globs = [pattern for pattern, _ in policy.rules if pattern not in ("self", "cross")]
-    if any("#" in pattern for pattern in globs):  # of one call among several, which only the graph tells
+    if any("#" in pattern for pattern in globs):  # '#': one of several calls, known only from the graph
         return path
     inside = {name: _join(path, name) for name, _ in block.named_modules()} if globs else {}
     return tuple(

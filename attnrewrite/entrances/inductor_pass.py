@@ -1,4 +1,4 @@
-"""`inductor_pass`: the swap for people who keep `backend="inductor"`."""
+"""`inductor_pass`: swaps attention under `backend="inductor"`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ if TYPE_CHECKING:
 
 
 def inductor_pass(*choices: Choice, rules: Rules | None = None, **settings: Unpack[CompileSettings]) -> AttentionPass:
-    """A pass for Inductor that does what `with_backend` does, for a compile call whose backend must stay "inductor":
+    """Makes a pass for Inductor that swaps attention as `with_backend` does, where the backend must stay "inductor".
 
         torch.compile(model, options={"pre_grad_custom_pass": attnrewrite.inductor_pass("flex", "native")})
 
-    Arguments and errors are those of `with_backend`. The object has a `report`. Its `uuid`, which PyTorch's caches use as
-    a part of their key, is made of the policy, every record's limits and code, the versions of this package, of PyTorch
-    and of each kernel's library: nothing stale is found when one of them changes. With a record that holds a value without
-    such a text, PyTorch runs the pass before it asks its caches, whose key is the rewritten graph then.
+    choices, rules, settings: as in `with_backend`, with the same errors.
+
+    Returns an `AttentionPass`, which has a `report`. Its `uuid` is a part of the key of PyTorch's caches. It is made of the
+    policy, every record's limits and code, and the versions of this package, of PyTorch and of each kernel's library: when
+    one of them changes, no stale graph is found. If a record holds a value that has no text for the key, PyTorch runs the
+    pass before it asks its caches, and their key is the rewritten graph.
     """
     from .graph_pass import AttentionPass
 

@@ -1,4 +1,4 @@
-"""The parts of a pipeline or a model that are compiled: components, what is called of them, repeated blocks."""
+"""The parts of a pipeline or a model to compile: components, their encoders and decoders, repeated blocks."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ DENOISERS = ("transformer", "transformer_2", "unet")
 
 
 def parts(model: Any, components: Iterable[str] | None = None) -> dict[str, Module]:
-    """The modules to compile, by their paths in `model`; "" for itself."""
+    """The modules to compile, by their paths in `model`; "" is the path of `model` itself."""
     if hasattr(model, "_orig_mod"):
         raise TypeError(
-            "model is what torch.compile(...) returned: set the backend on the model that was compiled, or compile it with "
+            "model is the result of torch.compile(...): set the backend on the model that was compiled, or compile that with "
             "torch.compile(model, backend=attnrewrite.with_backend(...))"
         )
     if isinstance(model, Module):
@@ -33,7 +33,8 @@ def parts(model: Any, components: Iterable[str] | None = None) -> dict[str, Modu
     for name in _known(components, named):
         if hasattr(named[name], "_orig_mod"):
             raise TypeError(
-                f"{name} of the pipeline is what torch.compile(...) returned: set the pipeline before, or not both"
+                f"{name} of the pipeline is the result of torch.compile(...): set the pipeline before torch.compile, or use "
+                "only one of the two"
             )
         found |= dict(called_parts(name, named[name]))
     return found
@@ -55,7 +56,7 @@ def _known(components: Iterable[str], named: Mapping[str, Module]) -> list[str]:
 
 
 def called_parts(path: str, module: Module) -> Iterator[tuple[str, Module]]:
-    """What is called of a module: itself, or encoder and decoder of one that is called by its methods."""
+    """The modules that are called: the module itself, or encoder and decoder of a module with `encode` and `decode`."""
     inside = [name for name in ("encoder", "decoder") if isinstance(getattr(module, name, None), Module)]
     if inside and hasattr(module, "encode") and hasattr(module, "decode"):
         for name in inside:

@@ -1,6 +1,6 @@
 """`schedule`: other kernels for the first and the last denoising steps.
 
-Quantised attention shows at the steps that lay out the image and at those that finish it; in between it does not.
+The error of quantised attention shows in the steps that lay out the image and in those that finish it, not in between.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ from .contexts import AttentionContext, active, attention_backend
 
 @dataclass(frozen=True)
 class Schedule:
-    """What `schedule` returns: the contexts of the steps. `set_attention_backend` takes it in place of choices."""
+    """Kernels by denoising step, made by `schedule`. `set_attention_backend` takes it in place of choices.
+
+    edge: the context of the first and the last steps.
+    middle: the choices for the steps between.
+    first, last: the number of first and of last steps.
+    steps: the number of all steps; None: the pipeline's.
+    calls: calls of the denoiser in a step; None: see `schedule`.
+    """
 
     edge: AttentionContext
     middle: tuple[Choice, ...]
@@ -25,8 +32,8 @@ class Schedule:
     calls: int | None = None
 
     def at(self, step: int, steps: int) -> contextlib.AbstractContextManager[Any]:
-        """The context of step 0..steps - 1, for a loop of one's own around a model that is compiled with the middle's
-        choices: `with plan.at(i, 30): model(...)`."""
+        """Returns the context of one step, for a loop of your own around a model that is compiled with the middle's choices:
+        `with plan.at(i, 30): model(...)`. step: 0 to steps - 1."""
         edge = step < self.first or step >= steps - self.last
         return self.edge if edge else contextlib.nullcontext()
 
@@ -40,17 +47,21 @@ def schedule(
     steps: int | None = None,
     calls: int | None = None,
 ) -> Schedule:
-    """Kernels by denoising step: `edge` for the `first` and the `last` ones, `middle` for those between.
+    """Makes a schedule of kernels by denoising step: `edge` for the first and the last steps, `middle` for those between.
 
-        attnrewrite.set_attention_backend(pipe, attnrewrite.schedule(first=2, last=2, edge="native", middle="sage"))
+        plan = attnrewrite.schedule(first=2, last=2, edge="native", middle="sage")
+        attnrewrite.set_attention_backend(pipe, plan, numerics="quantised")
 
-    edge, middle: a name, a record or several in order of preference.
-    steps: how many there are, where the model is not in a diffusers pipeline, which knows. The count restarts behind them.
-    calls: how often the denoiser is called in a step. None: in a pipeline its scheduler says which step it is; where it does
-        not (it has no `step_index`), and outside of pipelines, each call is a step.
+    first, last: the number of first and of last steps that use `edge`.
+    edge, middle: a name, a record or several in order of preference. Each of both compiles once.
+    steps: the number of all steps, after which the count restarts. None: a diffusers pipeline knows the number; any other
+        model needs it, unless `last` is 0.
+    calls: calls of the denoiser in a step. None: the pipeline's scheduler says which step it is; without a scheduler that
+        says so (by `step_index`), each call is a step.
 
-    Each of both compiles once. An `attention_backend` around the call holds for all steps. Raises `ValueError` for numbers
-    that are no counts and for a name that is unknown.
+    Returns a `Schedule`. An `attention_backend` around the call applies to all steps instead.
+
+    Raises `ValueError` for a number that is not a count, for `first` and `last` above `steps`, and for an unknown name.
     """
     for name, value, least in (("first", first, 0), ("last", last, 0), ("steps", steps, 1), ("calls", calls, 1)):
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
@@ -60,15 +71,15 @@ def schedule(
     if steps is not None and first + last > steps:
         raise ValueError(f"first={first} and last={last} are more than steps={steps}: nothing is left for the middle")
     context = attention_backend(*several(edge))
-    attention_backend(*several(middle))  # its names are looked at now, not at the first call
+    attention_backend(*several(middle))  # raises for unknown names now, not at the first call
     return Schedule(context, several(middle), first, last, steps, calls)
 
 
 class Progress:
-    """Which step a model is in. One for all denoisers of a pipeline, which take turns (Wan 2.2 has two)."""
+    """Tells the denoising step of a model. All denoisers of a pipeline share one, since they take turns (Wan 2.2 has two)."""
 
     def __init__(self, schedule: Schedule, pipeline: Any = None) -> None:
-        """Raises `ValueError` where nothing says how many steps there are."""
+        """Raises `ValueError` if the schedule needs the number of steps and neither `steps` nor a scheduler gives it."""
         if schedule.steps is None and schedule.last and not hasattr(pipeline, "scheduler"):
             raise ValueError(
                 f"schedule(last={schedule.last}) on a model without a pipeline: nothing says which steps are the last. "
@@ -80,9 +91,9 @@ class Progress:
         self._timesteps: Any = None
 
     def next_call(self) -> contextlib.AbstractContextManager[Any]:
-        """The context of the call that begins now."""
+        """Returns the context of the denoiser's call that begins now, and counts the call."""
         step, steps = self._step()
-        if active() is not None:  # who opened a context wants it to hold for all steps
+        if active() is not None:  # a context of the user applies to all steps
             return contextlib.nullcontext()
         return self.schedule.at(step, steps)
 
@@ -90,11 +101,11 @@ class Progress:
         plan, scheduler = self.schedule, getattr(self.pipeline, "scheduler", None)
         calls = plan.calls or 1
         timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is not self._timesteps:  # a scheduler makes them anew for each call of the pipeline
+        if timesteps is not self._timesteps:  # each call of the pipeline makes new ones
             self._timesteps, self._count = timesteps, 0
         steps = plan.steps
         if steps is None and scheduler is not None:
-            # In image-to-image a pipeline starts in the midst of its scheduler's timesteps; it knows how many are left.
+            # Image-to-image starts in the middle of the scheduler's timesteps; the pipeline knows how many are left.
             known = getattr(self.pipeline, "num_timesteps", None)
             steps = known if isinstance(known, int) else len(scheduler.timesteps)
         step = self._count // calls

@@ -1,4 +1,4 @@
-"""`tune`: every kernel that may take a site of a model, timed there on the site's own tensors, and the best chosen."""
+"""`tune`: times every kernel that accepts a site of a model on the site's own tensors, and chooses the best."""
 
 from __future__ import annotations
 
@@ -36,35 +36,37 @@ def tune(
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Plan:
-    """Runs `model(*args, **kwargs)` once and finds the fastest kernel for each of its attention sites.
+    """Runs `model(*args, **kwargs)` once, and finds the fastest kernel for each attention site.
 
         with torch.no_grad():
             plan = attnrewrite.tune(model, **inputs)
         plan.save("plan.json")
         compiled = torch.compile(model, backend=attnrewrite.with_backend(plan))
 
-    At each site that differs from those before in more than its name, the run stops, and every candidate that may take the
-    site is compiled as it would stand in the model (with its padding and packing), run on the site's own query, key, value
-    and mask, timed in turn with the others, and compared with float64 (on up to 256 query rows). Sites that are equal are
-    measured once. A call that needs a gradient is timed with its backward. Call it under `torch.no_grad()` for an inference.
+    At each new kind of site the run pauses: every candidate that accepts the site is compiled as it would stand in the model
+    (with padding and packing), run on the site's own query, key, value and mask, timed in turn with the others, and compared
+    with float64 on up to 256 query rows. Sites that differ only in name, role and scale are measured once. A call that needs
+    a gradient is timed with its backward.
 
-    candidates: names or `Backend` records. None: all of this machine but those of the kernels hub, which would be
-        downloaded: name them to have them. `native` always takes part.
-    numerics: "exact", "reordered" (rounding) or "quantised". A plan with quantised choices is used by
-        `with_backend(plan, numerics="quantised")`; without it they are refused and the next one takes the site.
-    max_error: the largest |out - ref| / |ref| that is allowed. None: what rounding explains (10 times the error of `native`),
-        and twice the stated error of a quantised kernel.
-    min_gain: a kernel that is not faster by this part (0.02: 2 %), or by more than the noise, does not replace a simpler
-        one: `native` first, then the order of `candidates`.
+    model: a module or a function; of a pipeline its denoiser. For an inference call `tune` under `torch.no_grad()`.
+    args, kwargs: the inputs of the model.
+    candidates: names or `Backend` records. None: all kernels of this machine, except those of the kernels hub, which would be
+        downloaded: name them to include them. `native` always takes part.
+    numerics: "exact", "reordered" (rounding) or "quantised". A plan with quantised choices needs
+        `with_backend(plan, numerics="quantised")`: otherwise they are refused, and the next kernel takes the site.
+    max_error: the largest relative error |out - ref| / |ref| that is allowed. None: 10 times the error of `native`, which
+        rounding explains, and for a quantised kernel twice its stated error.
+    min_gain: the least gain as a fraction (0.02: 2 %). Only a kernel that is faster by more than this, and by more than the
+        noise, replaces a simpler one; `native` is the simplest, then comes the order of `candidates`.
     inner: the compiler, as in `with_backend`.
-    time_limit: seconds for each candidate at each site, compiling included. One that raises, is not ready in time, returns NaN,
-        infinity or another shape is dropped, with the reason in the plan. What hangs on the host is left behind on its
-        thread; a CUDA kernel that hangs cannot be ended, and `RuntimeError` says so.
-    progress: a line on stderr. None: where stderr is a terminal.
+    time_limit: seconds for each candidate at each site, compiling included. A candidate that takes longer, raises, or returns
+        NaN, infinity or another shape is dropped, with the reason in the plan. One that hangs on the host is left running on
+        its thread. A CUDA kernel that hangs cannot be ended: `RuntimeError` says so.
+    progress: True shows the progress in a line on stderr. None: True if stderr is a terminal.
 
-    Ctrl-C ends the run and returns the plan so far (`plan.tuning.complete` is False).
+    Returns a `Plan`. Ctrl-C ends the run and returns the plan so far (`plan.tuning.complete` is False).
 
-    Raises `TypeError` and `ValueError` for arguments that are none of these, and what the model raises.
+    Raises `TypeError` and `ValueError` for other arguments, `RuntimeError` for a GPU that hangs, and the model's own errors.
     """
     search = _search(model, candidates, numerics, max_error, min_gain, inner, time_limit)
     started = time.perf_counter()
@@ -76,13 +78,13 @@ def tune(
     def receive(captured: Captured) -> None:
         call = captured.call
         if call.site in sites and like(sites[call.site].call) == like(call):
-            return  # it runs again
+            return  # the site runs again
         if like(call) not in known:
             machines.append(machine_of(captured.query.device))
             at = f"site {len(known) + 1}, {call.site} ({call.batch}, {call.heads}, {call.q_len}, {call.head_dim}): "
             known[like(call)] = measure_site(captured, machines[-1], search, lambda text: line.say(at + text))
         name = call.site
-        while name in sites:  # of another graph, or of other sizes
+        while name in sites:  # the same name in another graph, or with other sizes
             name += "'"
         sites[name] = replace(known[like(call)], call=call)
 
@@ -98,7 +100,7 @@ def tune(
 
 
 def like(call: AttentionCall) -> AttentionCall:
-    """Equal for calls that a kernel takes the same time for."""
+    """The call without name, role and scale: equal for calls that take a kernel the same time."""
     return replace(call, site="", role="", scale=None)
 
 
@@ -142,7 +144,7 @@ def _tuning(model: Any, machines: list[Machine], search: Search, complete: bool,
 
 
 class _Line:
-    """One line of a terminal, written over and over."""
+    """A line on the terminal that each text overwrites."""
 
     def __init__(self, on: bool) -> None:
         self._on = on

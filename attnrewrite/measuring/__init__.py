@@ -1,2 +1,2 @@
-"""One attention by itself: captured from a model, compared with float64, timed. Imports `pipeline`, `passes`, `planning` and
-what is below them."""
+"""Measures one attention by itself: captures its tensors from a model, compares kernels with float64, times them. Imports
+`pipeline`, `passes`, `planning` and the folders below them."""

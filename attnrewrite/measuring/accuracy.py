@@ -1,4 +1,4 @@
-"""`Accuracy`: how far an attention's output lies from float64, in the numbers that people compare."""
+"""`Accuracy`: the error of an attention's output against float64, in several measures."""
 
 from __future__ import annotations
 
@@ -14,30 +14,28 @@ from .reference import Reference
 
 @dataclass(frozen=True)
 class Accuracy:
-    """relative_error: |output - exact| / |exact| (2-norms) over the rows compared; sqnr_db: the same as a ratio of signal to
-    error, -20 log10; cosine: of the two as vectors. NaN where one of those rows is not finite.
+    """The error of an attention's output against the same attention in float64 (`exact`).
 
-    worst_row: (batch, head, query) of the row whose own relative error is the largest, and worst_error that error. A row that
-        is exactly zero is measured by the mean norm of all.
-    nan, inf: counts over the whole output. rows: how many rows were compared, of all_rows.
+    The first three numbers are taken over all rows compared, and are NaN if one of these rows is not finite. The error of a
+    row whose exact value is zero is relative to the mean norm of all rows compared.
     """
 
-    relative_error: float
-    sqnr_db: float
-    cosine: float
-    worst_row: tuple[int, int, int]
-    worst_error: float
-    nan: int
-    inf: int
-    rows: int
-    all_rows: int
+    relative_error: float  # |output - exact| / |exact| (2-norms)
+    sqnr_db: float  # the same as a ratio of signal to error: -20 log10(relative_error)
+    cosine: float  # of the angle between output and exact, taken as vectors
+    worst_row: tuple[int, int, int]  # (batch, head, query) of the row with the largest relative error of its own
+    worst_error: float  # the relative error of that row
+    nan: int  # NaN values in the whole output
+    inf: int  # infinite values in the whole output
+    rows: int  # number of rows compared
+    all_rows: int  # number of rows in the output
 
     @property
     def finite(self) -> bool:
         return not self.nan and not self.inf
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers that are not finite as text: JSON has none."""
+        """Numbers that are not finite become text, since JSON has none."""
         return {
             name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in asdict(self).items()
@@ -45,7 +43,7 @@ class Accuracy:
 
 
 def accuracy(exact: Reference, output: Tensor) -> Accuracy:
-    """Of `output` (batch, heads, q_len, value_dim), on the rows of the reference. Of a row without any key nothing is asked."""
+    """Compares `output` (batch, heads, q_len, value_dim) with the reference's rows. A row that sees no key counts as right."""
     values = exact.values
     found = output[:, :, exact.rows].double()
     if exact.seen is not None:
@@ -53,7 +51,7 @@ def accuracy(exact: Reference, output: Tensor) -> Accuracy:
     apart, norm = (found - values).norm(dim=-1), values.norm(dim=-1)
     error = _ratio(apart.norm().item(), norm.norm().item())
     by_row = torch.where(apart == 0, 0.0, apart / torch.where(norm > 0, norm, norm.mean())).flatten()
-    # NaN counts as the largest. Without any row there is none that is worst.
+    # NaN counts as the largest error. An empty output has no worst row.
     place = int(by_row.nan_to_num(nan=math.inf).argmax()) if by_row.numel() else 0
     batch, heads, count = norm.shape
     head, row = divmod(place, max(count, 1))
@@ -71,7 +69,7 @@ def accuracy(exact: Reference, output: Tensor) -> Accuracy:
 
 
 def relative_error(output: Tensor, exact: Tensor) -> float:
-    """|output - exact| / |exact| (2-norms); 0 for two that are all zeros, NaN where one of them is not finite."""
+    """Returns |output - exact| / |exact| (2-norms): 0 if both are all zeros, NaN if one of them is not finite."""
     return _ratio((output.double() - exact.double()).norm().item(), exact.double().norm().item())
 
 
@@ -85,6 +83,6 @@ def _ratio(one: float, other: float) -> float:
 
 def _cosine(one: Tensor, other: Tensor) -> float:
     norms = (one.norm() * other.norm()).item()
-    if norms == 0:  # of two zeros it is 1, of a zero and something 0
+    if norms == 0:  # two zero vectors: 1; one zero vector: 0
         return 1.0 if one.norm().item() == other.norm().item() else 0.0
     return float((one * other).sum().item() / norms)

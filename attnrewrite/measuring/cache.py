@@ -1,7 +1,7 @@
-"""What `with_backend("tune")` has measured, on disk: one file a call, by machine, versions and what was searched for.
+"""Results of `with_backend("tune")` on disk: one file a call, keyed by call, machine, versions, compiler, numerics, candidates.
 
-A file is written whole or not at all, so processes that tune at once do no harm: the last one's stays. What cannot be read,
-or is of another key, is ignored with a warning and measured again.
+A file is replaced in one step, so processes may tune at the same time: the last result stays. A file that cannot be read, or
+that has another key, is ignored with a warning, and its call is measured again.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from ..planning.sites import Site
 from ..version import __version__
 from .measure_site import Search
 
-FOLDER = "ATTNREWRITE_CACHE"  # environment: the folder of the cache
+FOLDER = "ATTNREWRITE_CACHE"  # environment variable: the folder of the cache
 VERSION = 1
 
-_KNOWN: dict[tuple[Path, str], Site] = {}  # read or measured in this process
+_KNOWN: dict[tuple[Path, str], Site] = {}  # results read or measured in this process
 _WARNED: set[str] = set()
 
 
 def folder() -> Path:
-    """Of this user, where the environment names none."""
+    """The folder that ATTNREWRITE_CACHE names, or attnrewrite's in the user's cache folder."""
     if given := os.environ.get(FOLDER):
         return Path(given)
     if sys.platform == "darwin":
@@ -39,7 +39,7 @@ def folder() -> Path:
 
 
 def load(call: AttentionCall, machine: Machine, search: Search) -> Site | None:
-    """What was measured of such a call here, None where nothing was. Warns of a file that does not hold it."""
+    """Returns the result for such a call on this machine, None if there is none. Warns of a file that cannot be used."""
     key = _key(call, machine, search)
     path = _path(key)
     if (path, repr(key)) in _KNOWN:
@@ -66,7 +66,7 @@ def load(call: AttentionCall, machine: Machine, search: Search) -> Site | None:
 
 
 def save(site: Site, machine: Machine, search: Search) -> None:
-    """Warns where the folder cannot be written; the result serves this process then."""
+    """Stores a result. If the folder cannot be written, warns and keeps the result for this process alone."""
     key = _key(site.call, machine, search)
     path = _path(key)
     _KNOWN[path, repr(key)] = site
@@ -75,7 +75,8 @@ def save(site: Site, machine: Machine, search: Search) -> None:
         write_whole(path, json.dumps({"key": key, "site": site.described().to_dict()}, indent=1) + "\n")
     except OSError as error:
         _warn(
-            f"{path.parent} cannot be written ({error.strerror}): what is measured serves this process alone. Set {FOLDER}"
+            f"{path.parent} cannot be written ({error.strerror}): results last for this process alone. Set {FOLDER} to another "
+            "folder"
         )
 
 
@@ -89,7 +90,7 @@ def _key(call: AttentionCall, machine: Machine, search: Search) -> dict[str, Any
         "candidates": [each.name for each in search.candidates],
         "call": call.to_dict(),
     }
-    known: dict[str, Any] = json.loads(json.dumps(key))  # tuples as they come back
+    known: dict[str, Any] = json.loads(json.dumps(key))  # tuples become lists, as in the file
     return known
 
 

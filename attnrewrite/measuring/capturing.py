@@ -1,9 +1,8 @@
 """`capture`: runs a model once and hands over the real tensors of each attention, one site at a time.
 
-The graph that is run is the rewritten one, uncompiled: in front of each site stands an op that keeps its tensors, behind it
-one that hands them over together with what the site gave. So memory holds the tensors of one site, no more than the model
-itself has alive there. Both are torch ops with a schema: they write into nothing, and graphs below (checkpoints, branches)
-take them like any other.
+The rewritten graph runs uncompiled. An op before each site keeps the site's input tensors; an op after the site hands them
+over together with the site's output. So the tensors of only one site are kept, which the model itself has alive there. Both
+are torch ops whose schema writes into no argument, so that subgraphs (checkpoints, branches) take them like any other op.
 """
 
 from __future__ import annotations
@@ -39,18 +38,20 @@ from ..planning.sites import Site
 
 @dataclass(frozen=True)
 class Captured:
-    """One attention as it ran. Tensors are the model's own, detached, with their strides: read them, write into none, and
-    keep none of them behind the callback.
+    """One attention as it ran. The tensors are the model's own, detached, with their strides: only read them, and do not
+    keep them after the callback.
 
-    call: with numbers for sizes. site: what was planned for it (`site.chosen`).
-    query, key, value: in SDPA's form (..., heads, length, dim), of rank 3 or more, in the dtypes that the model has; the
-        products are computed in `call.dtype` (under autocast another one).
-    mask: boolean or additive, as SDPA would get it (broadcasts to (..., heads, q_len, kv_len)); None without a tensor.
-        Causal without a tensor is a word: `call.mask.kind`.
-    keep: where the graph proves what the mask is (key padding, documents, ...), the boolean tensor that a kernel with a word
-        for it gets; rows: of padding of queries and keys, False where a row of the output becomes zeros. None elsewhere.
+    call: the call, with numbers for all sizes.
+    site: the plan for the call; `site.chosen` names the kernel.
+    query, key, value: SDPA's form (..., heads, length, dim), rank 3 or more, in the model's dtypes. The products are computed
+        in `call.dtype`, which is another dtype under autocast.
+    mask: SDPA's attn_mask, boolean or additive, broadcasts to (..., heads, q_len, kv_len). None if the model passes no
+        tensor: a causal mask then shows in `call.mask.kind` alone.
+    keep: the boolean tensor for a kernel that takes the kind of mask which the graph proves (key padding, documents, ...);
+        None where nothing is proven.
+    rows: for padding of queries and keys: False where a row of the output becomes zero. None for other masks.
     grouped: several query heads share a key head.
-    output: what the site gave, in SDPA's form (..., heads, q_len, value_dim).
+    output: the site's output, SDPA's form (..., heads, q_len, value_dim).
     """
 
     call: AttentionCall
@@ -77,16 +78,17 @@ def capture(
     machine: Machine | None = None,
     aside: Callable[[Site], bool] | None = None,
 ) -> Any:
-    """Runs `model(*args, **kwargs)` once, calls `receive` at each attention, in the order in which they run, and returns what
-    the model returns.
+    """Runs `model(*args, **kwargs)` once, calls `receive` at each attention, in the order in which they run, and returns the
+    model's output.
 
-    policy: the choices that are put in place first, for `machine` (None: where the tensors are).
-    aside: sites whose kernel does not run in this graph, which nobody compiles, and whose call runs as it stands. They are
-        handed over with their own plan.
+    policy: the kernels that are swapped in before the run.
+    machine: the machine to plan for. None: the one that the tensors are on.
+    aside: returns True for a site whose kernel cannot run in this uncompiled graph. The site's call then runs unchanged
+        (`native`), and the site is handed over with its own plan.
 
-    A site without tensors of its own (torch.nn's fused layers) or inside torch.func transforms is not handed over. An
-    exception of `receive` ends the run and comes out as it is. Call it under `torch.no_grad()` for an inference, as the
-    model itself.
+    A site without tensors of its own (torch.nn's fused layers) or inside a torch.func transform is not handed over. An
+    exception of `receive` ends the run and is raised unchanged. For an inference call it under `torch.no_grad()`, as you
+    would call the model.
     """
     run = _Run(receive, aside)
 
@@ -102,15 +104,15 @@ def capture(
 
 
 class _Run:
-    """Writes the two ops around each site, and gets what they see."""
+    """Emits the two ops around each site, and receives the tensors from them."""
 
     def __init__(self, receive: Receive, aside: Callable[[Site], bool] | None = None) -> None:
         self.number = next(_NUMBERS)
         self._receive = receive
         self._aside = aside
-        self._sites: list[Planned] = []  # as planned, whatever runs in their place
+        self._sites: list[Planned] = []  # with their own plan, also where `native` runs instead
         self._waiting: dict[int, tuple[Any, ...]] = {}
-        self._places: dict[int, int] = {}  # of a graph's attentions that are captured, in `_sites`
+        self._places: dict[int, int] = {}  # index of an attention in the graph -> index in `_sites`
 
     def before(self, module: GraphModule, attentions: Sequence[Planned]) -> Sequence[Planned]:
         emitter = Emitter(module)
@@ -130,7 +132,7 @@ class _Run:
         for number, place in self._places.items():
             node = attentions[number].node
             outputs = [node]
-            if isinstance(value_of(node), tuple):  # a kernel that was there before, and stays
+            if isinstance(value_of(node), tuple):  # a fused kernel that the graph had before: its first output
                 outputs = [user for user in node.users if user.args[1] == 0]
             with module.graph.inserting_after(outputs[0]):
                 numbers: Any = {"run": self.number, "site": place}
@@ -159,7 +161,7 @@ def _as_it_stands(site: Site) -> Site:
 
 
 def undone(tensor: Tensor, views: Views, shape: tuple[int, ...]) -> Tensor:
-    """The tensor of that shape that these views, which only rename places, have made into this one."""
+    """Inverts views: returns the tensor of `shape` from which `views`, which only move elements, make `tensor`."""
     places = applied(torch.arange(math.prod(shape), device=tensor.device).view(shape), views).reshape(-1)
     before = tensor.new_empty(math.prod(shape))
     before[places] = tensor.reshape(-1)
@@ -192,7 +194,7 @@ def _emit_before(planned: Planned, operands: Operands, emitter: Emitter, numbers
 def with_numbers(
     call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grouped: bool
 ) -> AttentionCall:
-    """The call with the sizes that its tensors have, where the graph holds symbols."""
+    """Replaces the call's symbolic sizes with the sizes of its tensors."""
     if all(isinstance(size, int) for size in (*(getattr(call, name) for name in SIZES), *call.mask.shape)):
         return call
     lead = lead_sizes(query, key, value)

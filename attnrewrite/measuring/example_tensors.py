@@ -1,4 +1,4 @@
-"""Tensors such as a call would get: inside a compilation there are no real ones."""
+"""Random tensors for a call: inside a compilation there are no real ones."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ..planning.matching import floor
 from ..planning.sites import Site
 from .capturing import Captured
 
-HIDDEN = 16  # of so many keys one is padding: most prompts are long, and a kernel must not win by what is hidden
-DOCUMENTS = 4
+HIDDEN = 16  # one key of 16 is padding: most prompts are long, and a kernel must not win by the keys that padding hides
+DOCUMENTS = 4  # in a mask of documents (`MaskKind.BLOCKS`)
 
 
 def numbers(call: AttentionCall) -> AttentionCall:
-    """The call with a number for each symbolic size: the power of two below it, which becomes a guard, so that the compiled
-    code is for sizes from there to the next one. Raises `UnbackedSizeError` where only the data decides a size."""
+    """Replaces each symbolic size with the power of two at or below it. A guard then limits the compiled code to sizes from
+    that power of two to the next. Raises `UnbackedSizeError` for a size that depends on data."""
     sizes: dict[str, Any] = {name: _number(getattr(call, name)) for name in SIZES}
     known = {id(getattr(call, name)): size for name, size in sizes.items()}
     shape = tuple(_of_mask(size, known, call, sizes) for size in call.mask.shape)
@@ -41,7 +41,7 @@ def _number(size: Size) -> int:
 
 
 def _of_mask(size: Size, known: dict[int, int], call: AttentionCall, sizes: dict[str, int]) -> int:
-    """A mask broadcasts: what is not 1 is the size that it has in the call."""
+    """The number for a symbolic size of the mask: that of the call's size with the same symbol."""
     if isinstance(size, int):
         return size
     for name in ("kv_len", "q_len", "batch", "heads"):
@@ -51,8 +51,8 @@ def _of_mask(size: Size, known: dict[int, int], call: AttentionCall, sizes: dict
 
 
 def example(call: AttentionCall, device: torch.device) -> Captured:
-    """Normal numbers as query, key and value, in the memory order that the call has, and a mask of its kind. They are drawn
-    from a generator of their own. Sizes are numbers."""
+    """Makes tensors for a call whose sizes are numbers: normally distributed query, key and value in the call's memory
+    layout, and a mask of its kind. The random numbers come from a generator of their own."""
     batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim = (int(getattr(call, name)) for name in SIZES)
     draw = _Draw(device, getattr(torch, call.dtype), dense=call.layout == "bhsd")
     query = draw(batch, heads, q_len, head_dim)
@@ -78,7 +78,7 @@ class _Draw:
 
 
 def _mask(call: AttentionCall, device: torch.device, draw: _Draw) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The model's tensor, and what is proven of it (`Captured.keep` and `rows`)."""
+    """The mask as the model would pass it, and the proven tensors (`Captured.mask`, `keep` and `rows`)."""
     mask = call.mask
     if mask.given is None:
         return None, None, None
@@ -108,7 +108,7 @@ def _mask(call: AttentionCall, device: torch.device, draw: _Draw) -> tuple[Tenso
     elif mask.kind is MaskKind.BLOCKS:
         wide = max(1, int(call.kv_len) // DOCUMENTS)
         seen = row // wide == column // wide
-    else:  # boolean: of any kind
+    else:  # boolean: an arbitrary pattern
         seen = (row * 7 + column * 3) % HIDDEN != 0
     given = seen.expand(_fitting(seen, shape)).contiguous()
     if mask.dtype != "bool":
@@ -120,8 +120,8 @@ def _mask(call: AttentionCall, device: torch.device, draw: _Draw) -> tuple[Tenso
 
 
 def _of_rank4(shape: list[int], call: AttentionCall) -> tuple[int, ...]:
-    """The tensors here have four dimensions. A call of three has one head and no dimension for it, one of more has a
-    batch of several."""
+    """The mask's shape for tensors of rank 4. The mask of a rank-3 call has no dimension for the one head; that of a call of
+    rank 5 or more has several batch dimensions."""
     if len(shape) > 4:
         shape = [1, *shape[-3:]]
     if len(shape) == 3 and shape[0] not in (1, call.heads):
@@ -130,6 +130,6 @@ def _of_rank4(shape: list[int], call: AttentionCall) -> tuple[int, ...]:
 
 
 def _fitting(seen: Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The mask's own shape; where it is 1 and the pattern is not, the pattern's."""
+    """The mask's shape; a last dimension of size 1 gets the pattern's size."""
     last = tuple(max(a, b) for a, b in zip(seen.shape, shape[-2:], strict=False)) if len(shape) > 1 else seen.shape
     return (*shape[:-2], *last)

@@ -1,4 +1,4 @@
-"""`with_backend("tune")`: kernels are measured where a call is compiled first."""
+"""`with_backend("tune")`: measures kernels when a call is compiled for the first time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Tune:
     """`with_backend("tune")`: measures a call the first time it is compiled, and keeps the result on disk (cache.py)."""
 
     name: str = "tune"
-    inner: Inner = "inductor"  # the compiler that kernels are measured under
+    inner: Inner = "inductor"  # the compiler of the graphs in which kernels are measured
 
     def select(self, call: AttentionCall, machine: Machine, limit: Numerics, measure: bool) -> tuple[Candidate, ...]:
         auto = functools.partial(AUTO.select, call, machine, limit)
@@ -54,5 +54,5 @@ class Tune:
 
 
 def _is_here(machine: Machine) -> bool:
-    """Not a described one: that is explained, and measured nowhere."""
+    """Whether `machine` is this one. A described machine (`explain(machine=...)`) is not here to measure on."""
     return machine.device in ("cpu", "cuda", "rocm") and machine_of(torch.device(machine.torch_device)) == machine

@@ -1,4 +1,4 @@
-"""`measure_site`: every kernel that may take a site, timed on its tensors and compared with float64."""
+"""`measure_site`: times every kernel that accepts a site, on the site's tensors, and compares its output with float64."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ from .site_graphs import plan_site, site_graph
 from .timing import Stopwatch, deviation
 from .workers import OverdueError, Worker
 
-ROUNDS = (7, 25)  # at least and at most
-SECONDS = 2.0  # of rounds a site
-MORE = 3  # so many times as many rounds, where noise hides which kernel is worth it
-FAR_BEHIND = 3.0  # who takes so many times as long as the fastest takes no part in the rounds
-SHORT = 0.1  # seconds of a call that is worth another look before it takes no part
-WRONG = 10.0  # so many times the error of `native` is no rounding
+ROUNDS = (7, 25)  # least and most rounds of a site
+SECONDS = 2.0  # time for the rounds of a site
+MORE = 3  # factor on the number of rounds where noise hides which kernel is worth choosing
+FAR_BEHIND = 3.0  # slower than this multiple of the fastest: timed once
+SHORT = 0.1  # seconds: a shorter call is sampled again before it may count as far behind
+WRONG = 10.0  # above this multiple of native's error: more than rounding
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is looked for, and how long: the arguments of `attnrewrite.tune`."""
+    """The arguments of `attnrewrite.tune`, which documents them."""
 
     candidates: tuple[Candidate, ...]
     numerics: Numerics = Numerics.REORDERED
@@ -52,7 +52,16 @@ class Search:
 
 @dataclass
 class Runner:
-    """A candidate that runs. spent: seconds of its time limit. host: seconds that its launch takes."""
+    """A candidate that ran without an error.
+
+    name: the kernel's name.
+    call: runs the kernel once, with its backward if the call needs a gradient.
+    error: the relative error against float64; None under dropout.
+    seconds: time of one call, before the rounds.
+    spent: seconds used up of the time limit.
+    host: seconds that the host needs to launch one call on a GPU; 0 on a CPU.
+    samples: seconds of one call, one sample a round.
+    """
 
     name: str
     call: Callable[[], Any]
@@ -67,10 +76,10 @@ Say = Callable[[str], None]
 
 
 def measure_site(captured: Captured, machine: Machine, search: Search, say: Say = lambda text: None) -> Site:
-    """The call with every decision, every measurement and the choice. Nothing but Ctrl-C, and a GPU that no longer answers,
-    comes out of it as an exception."""
+    """Returns the site with every decision, every measurement and the choice. Raises only `KeyboardInterrupt` (Ctrl-C), and
+    `RuntimeError` for a GPU that no longer answers."""
     devices = [captured.query.device] if captured.query.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):  # dropout, and whatever a kernel draws
+    with torch.random.fork_rng(devices):  # dropout and kernels draw random numbers
         return _Measuring(captured, machine, search, say).site()
 
 
@@ -108,7 +117,7 @@ class _Measuring:
         measured = tuple(self.done[each.name] for each, _ in planned if each.name in self.done)
         chosen = choose(measured, {each.name: each.samples for each in runners}, self.search.min_gain)
         if chosen is None and any(candidate.name == "native" for candidate, _ in accepted):
-            chosen = "native"  # the call as it stands is never wrong, only the limit may be too low for it
+            chosen = "native"  # the unchanged call is never wrong: only the limit may be too low for it
         taken = [each for _, site in planned if site is not None for each in site.decisions]
         decisions = tuple(sorted(taken, key=lambda each: each[0] == chosen))  # the choice comes last, as in every plan
         of_chosen = next((site for candidate, site in accepted if candidate.name == chosen), None)
@@ -118,7 +127,7 @@ class _Measuring:
         )  # fmt: skip
 
     def _planned(self, candidate: Candidate) -> Site | None:
-        """None where deciding itself fails: a record of somebody's own may raise."""
+        """Plans one candidate. Returns None, and drops the kernel, if planning raises: a user's own record may."""
         try:
             return plan_site(self.captured.call, candidate, self.machine, self.search.numerics)
         except Exception as error:
@@ -126,7 +135,7 @@ class _Measuring:
             return None
 
     def _guarded(self, name: str, function: Callable[[], Any], spent: float, error: float | None = None) -> Any:
-        """What the function returns; None where it raises or takes too long, which drops the kernel."""
+        """Returns the function's result. If the function raises or takes too long, drops the kernel and returns None."""
         limit = self.search.time_limit
         try:
             return self.worker.run(function, limit - spent)
@@ -135,12 +144,12 @@ class _Measuring:
         except Exception as problem:
             dropped = said(problem)
         self.done[name] = Measurement(name, error=error, dropped=dropped)
-        gc.collect()  # an error and its frames hold each other, and the frames tensors
+        gc.collect()  # an error and its frames refer to each other, and the frames hold tensors
         self._still_there(name, dropped)
         return None
 
     def _still_there(self, name: str, dropped: str) -> None:
-        """A failed launch may have taken the whole CUDA context with it, and a kernel that hangs holds the GPU."""
+        """Raises `RuntimeError` if a failed launch has broken the CUDA context, or a kernel that hangs holds the GPU."""
         if self.watch.device.type != "cuda":
             return
         try:
@@ -153,7 +162,7 @@ class _Measuring:
         torch.cuda.empty_cache()
 
     def _start(self, candidate: Candidate, site: Site) -> Runner:
-        """Compiled, run, compared. On the worker's thread."""
+        """Compiles, runs, compares and times a candidate. Called on the worker's thread."""
         started = time.perf_counter()
         call = self.captured.call
         assert site.backend is not None
@@ -173,14 +182,14 @@ class _Measuring:
         run()
         self.worker.check()
         seconds = self.watch.sample(run, 1)
-        for _ in range(4 if seconds < SHORT else 0):  # one sample alone may have met whatever else the machine does
+        for _ in range(4 if seconds < SHORT else 0):  # other load on the machine may have slowed down a single sample
             self.worker.check()
             seconds = min(seconds, self.watch.sample(run, min(3, self.watch.calls(seconds))))
         host = self.watch.host(run)
         return Runner(candidate.name, run, error, seconds, time.perf_counter() - started, host)
 
     def _compared(self, output: Tensor) -> float | None:
-        """The error. Raises `ValueError` for an output that cannot be one."""
+        """Returns the relative error, None under dropout. Raises `ValueError` for another shape, NaN or infinity."""
         captured, call = self.captured, self.captured.call
         batch, heads, q_len, value_dim = (int(each) for each in (call.batch, call.heads, call.q_len, call.value_dim))
         wanted = (batch, q_len, heads * value_dim) if captured.query.dim() == 4 else None
@@ -198,13 +207,13 @@ class _Measuring:
         return None if call.dropout else self.reference.error(whole)
 
     def _rows(self, whole: Tensor) -> Tensor:
-        """The compared rows that see a key."""
+        """The compared rows of the output, with zeros for rows that see no key."""
         assert self.reference is not None
         assert self.reference.seen is not None
         return torch.where(self.reference.seen[..., None], whole[:, :, self.reference.rows], 0.0)
 
     def _rounds(self, runners: list[Runner]) -> list[Runner]:
-        """Samples in turn, each round in another order. Returns those that took part in all."""
+        """Times the kernels in rounds, each in another order. Returns the kernels that took part in every round."""
         if not runners:
             return []
         fastest = min(runner.seconds for runner in runners)
@@ -219,7 +228,7 @@ class _Measuring:
         a_round = sum(each.seconds * calls[each.name] for each in near)
         rounds = max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / max(a_round, 1e-9))))
         shuffle = random.Random(0).shuffle
-        for number in range(-1, MORE * rounds):  # the first one warms up
+        for number in range(-1, MORE * rounds):  # round -1 warms up
             if number >= rounds and not undecided([each.samples for each in near], self.search.min_gain):
                 break
             self.say(f"round {number + 1}/{max(rounds, number + 1)}")
@@ -242,7 +251,8 @@ class _Measuring:
         return seconds
 
     def _too_inexact(self, runner: Runner) -> str | None:
-        """The limit is the user's; without one, what rounding explains, and for a quantised kernel twice what it states."""
+        """Why the error is above the limit, or None. The limit: `max_error`; without it `WRONG` times native's error, and for
+        a quantised kernel twice its stated error."""
         limit, why = self.search.max_error, "max_error"
         if limit is None:
             record = next(each for each in self.search.candidates if each.name == runner.name).on(self.machine)
@@ -251,7 +261,7 @@ class _Measuring:
             elif self.of_native is not None and runner.name != "native":
                 last_bits = (
                     2 * torch.finfo(getattr(torch, self.captured.call.dtype)).eps
-                )  # native may be exact, as for one key
+                )  # native's error may be 0, as for one key
                 limit, why = max(WRONG * self.of_native, last_bits), f"{WRONG:g} times native's"
         if limit is None or runner.error is None or runner.error <= limit:
             return None
@@ -259,7 +269,7 @@ class _Measuring:
 
 
 def _with_backward(compiled: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
-    """Training is both ways."""
+    """A function that runs forward and backward, as training does."""
     learned = [each for each in inputs if each.requires_grad]
 
     def run() -> Any:
@@ -271,13 +281,13 @@ def _with_backward(compiled: Callable[..., Any], inputs: tuple[Tensor, ...]) -> 
 
 
 def said(error: BaseException) -> str:
-    """The first line of an error, and no reference to what it holds."""
+    """The first line of an error as text, which keeps none of the error's frames and tensors alive."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}".rstrip(": ")
 
 
 def enough_memory(record: Backend, call: AttentionCall, device: torch.device) -> None:
-    """Raises `MemoryError` where a kernel that keeps all scores would not fit: on a CPU the system would end the process."""
+    """Raises `MemoryError` if a kernel keeps all scores and these do not fit: on a CPU the system would end the process."""
     if not record.all_scores:
         return
     wanted = 3 * 4 * int(call.batch) * int(call.heads) * int(call.q_len) * int(call.kv_len)

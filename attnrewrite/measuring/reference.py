@@ -1,4 +1,4 @@
-"""Attention in float64, on some rows: what errors are measured against."""
+"""Attention in float64 on some query rows: the reference for every error."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from torch import Tensor
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.shapes import lead_sizes, mask_rank4, rank4
 
-PRODUCTS = 1 << 26  # scores of a reference at most: seconds on two cores, milliseconds on a GPU
-ROWS = (16, 256)  # query rows at least, if there are as many, and at most
+PRODUCTS = 1 << 26  # most scores in a reference: seconds on two cores, milliseconds on a GPU
+ROWS = (16, 256)  # least query rows, if there are as many, and most
 
 
 @dataclass(frozen=True)
 class Reference:
-    """rows: which query rows, int64. values: (batch, heads, rows, value_dim) float64. seen: (batch, heads or 1, rows) boolean,
-    False for a row without any key, of which nothing is asked; None: every row has one."""
+    """Attention in float64 on some query rows."""
 
-    rows: Tensor
-    values: Tensor
-    seen: Tensor | None
+    rows: Tensor  # indices of the query rows, int64
+    values: Tensor  # (batch, heads, rows, value_dim), float64
+    seen: Tensor | None  # (batch, heads, rows) boolean, False for a row that sees no key; None: every row sees a key
 
     def error(self, output: Tensor) -> float:
-        """|output - values| / |values| (2-norms) of (batch, heads, q_len, value_dim). NaN anywhere in these rows gives NaN."""
+        """Returns |output - values| / |values| (2-norms) for an output (batch, heads, q_len, value_dim). Rows that see no key
+        are left out; NaN in any other of the rows gives NaN."""
         taken = output[:, :, self.rows].double()
         if self.seen is not None:
             taken = torch.where(self.seen[..., None], taken, 0.0)
@@ -34,9 +34,13 @@ class Reference:
 
 
 def reference(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Reference:
-    """Of tensors in SDPA's form (..., heads, length, dim) and the model's own mask, which broadcasts to
-    (..., heads, q_len, kv_len). Sizes of `call` are numbers. Rows are evenly spread, the first and the last among them; the
-    products of one head at a time are in memory. Dropout is left out."""
+    """Computes attention in float64, without dropout, with the scores of one head at a time in memory. The query rows are
+    evenly spread, the first and the last among them.
+
+    call: its sizes are numbers.
+    query, key, value: SDPA's form (..., heads, length, dim).
+    mask: the model's own, broadcasts to (..., heads, q_len, kv_len).
+    """
     batch, heads, kv_heads = int(call.batch), int(call.heads), int(call.kv_heads)
     q_len, kv_len = int(call.q_len), int(call.kv_len)
     lead, rank = lead_sizes(query, key, value), query.dim()
@@ -71,7 +75,7 @@ def reference(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, ma
 
 
 def _causal(call: AttentionCall, rows: Tensor) -> Tensor | None:
-    """True where causal hides a key, if no tensor says so."""
+    """True where a causal mask without a tensor hides a key; None for other masks."""
     if call.mask.dtype is not None or not call.mask.is_causal:
         return None
     lower_right = call.mask.kind is MaskKind.CAUSAL_LOWER_RIGHT

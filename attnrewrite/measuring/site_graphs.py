@@ -1,6 +1,6 @@
-"""One site as a graph of its own, with one kernel in it: what the swap writes for it in its model, and nothing else.
+"""One site as a graph of its own, with one kernel: the nodes that the swap writes into the model, and nothing else.
 
-query, key, value, mask  ->  [casts, padding, packing, the kernel]  ->  heads side by side, as models go on
+query, key, value, mask  ->  [casts, padding, packing, the kernel]  ->  heads side by side, as in most models
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ VALUE = "example_value"
 
 @dataclass(frozen=True)
 class SiteGraph:
-    """`module(*inputs)` gives a tuple of one tensor: (batch, q_len, heads * value_dim) where the query has four dimensions,
-    SDPA's own form elsewhere."""
+    """A graph and its inputs. `module(*inputs)` returns a tuple of one tensor: (batch, q_len, heads * value_dim) for a query
+    of rank 4, SDPA's own form for other ranks."""
 
     module: GraphModule
-    inputs: tuple[Tensor, ...]
-    site: Site
+    inputs: tuple[Tensor, ...]  # query, key, value, and mask and rows if the graph has them
+    site: Site  # the plan of the graph's call
 
 
 def plan_site(call: AttentionCall, candidate: Candidate, machine: Machine, numerics: Numerics) -> Site:
-    """What is decided of one candidate, its library loaded."""
+    """Plans a call with one candidate as the only choice, and loads the candidate's library."""
     (site,) = make_plan([call], Policy((candidate,), numerics=numerics), [machine], Libraries.LOAD).sites
     return site
 
 
 def site_graph(captured: Captured, site: Site, candidate: Candidate, machine: Machine) -> SiteGraph:
-    """site: the call's own, in which the candidate was accepted."""
+    """Builds the graph of a captured attention with the candidate's kernel. site: the plan that accepted the candidate."""
     call, mask, rows = _asked(captured, site)
     dtype = getattr(torch, call.dtype)
     tensors = [each.detach() for each in (captured.query, captured.key, captured.value)]
-    tensors = [each if each.dtype == dtype else each.to(dtype) for each in tensors]  # of autocast, which is off here
+    tensors = [each if each.dtype == dtype else each.to(dtype) for each in tensors]  # as autocast, which is off here
     if call.needs_grad:
         tensors = [each.requires_grad_() for each in tensors]
     if mask is not None and mask.is_floating_point():
@@ -68,8 +68,8 @@ def site_graph(captured: Captured, site: Site, candidate: Candidate, machine: Ma
     module = GraphModule(torch.nn.Module(), build.graph)
 
     asked = plan_site(call, candidate, machine, Numerics.QUANTISED)
-    if asked.chosen is None:  # a tensor that stands for a proof has another kind than the call of the model
-        raise RuntimeError(f"{candidate.name} takes the site and not its copy: {asked.refusals[0][1]}")
+    if asked.chosen is None:  # where a tensor stands for a proof, the mask's kind differs from the model's
+        raise RuntimeError(f"{candidate.name} accepts the site, but refuses its copy: {asked.refusals[0][1]}")
     term = (
         (MaskTerm(Operand(nodes["mask"]), *(("keep", -torch.inf) if mask.dtype == torch.bool else ("add", 1.0))),)
         if mask is not None
@@ -86,7 +86,8 @@ def site_graph(captured: Captured, site: Site, candidate: Candidate, machine: Ma
 
 
 def _asked(captured: Captured, site: Site) -> tuple[AttentionCall, Tensor | None, Tensor | None]:
-    """The call as a model makes it that passes just what the kernel gets; its mask; and which rows stay zero behind it."""
+    """Returns the call of a model that passes exactly the mask that the kernel gets, this mask, and a boolean tensor that is
+    False for the rows that become zero after the kernel."""
     call = replace(captured.call, written_as="sdpa")
     mask, given = call.mask, captured.mask
     own = replace(call, mask=mask.given or mask)
@@ -109,7 +110,7 @@ def _asked(captured: Captured, site: Site) -> tuple[AttentionCall, Tensor | None
 
 
 class _Build:
-    """A graph as Dynamo would trace it: each node with its fake value."""
+    """Builds a graph as Dynamo would trace it: each node has its fake value."""
 
     def __init__(self, needs_grad: bool) -> None:
         self.graph = Graph()

@@ -1,4 +1,4 @@
-"""How long a call takes: CUDA events, or a clock on the CPU."""
+"""Times a call: by CUDA events on a GPU, by a clock on the CPU."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from ..graphs.devices import pause_gpu
 
 Call = Callable[[], object]
 
-# A sample lasts about so long, made of as many calls as that takes.
+# Seconds that a sample lasts, about: it repeats the call as often as that takes.
 SAMPLE = {"cuda": 3e-3, "cpu": 5e-3}
-MOST_CALLS = 100
+MOST_CALLS = 100  # in one sample
 
 
 class Stopwatch:
-    """Of one device. On a GPU the calls of a sample are queued behind a pause that is as long as queueing takes: what is
-    measured is the GPU's time, as in a model that keeps the GPU busy, and not the host's."""
+    """Times calls on one device. On a GPU the calls of a sample are queued behind a pause that lasts until all are queued: a
+    sample measures the GPU's time, as in a model that keeps the GPU busy, and not the host's."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
 
     def settle(self) -> None:
-        """Waits for what was launched; raises what went wrong in it."""
+        """Waits for the kernels that were launched, and raises their errors."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def first(self, call: Call) -> float:
-        """Seconds from the call to its end, host and all."""
+        """Seconds from the call to its end, the host's time included."""
         self.settle()
         started = time.perf_counter()
         call()
@@ -39,7 +39,7 @@ class Stopwatch:
         return time.perf_counter() - started
 
     def host(self, call: Call) -> float:
-        """Seconds until a call has come back from an idle GPU: the least of some. On a CPU that is the call itself: 0."""
+        """Seconds that the host needs to launch a call on an idle GPU, the least of five. On a CPU: 0."""
         if self.device.type != "cuda":
             return 0.0
         least = math.inf
@@ -52,12 +52,12 @@ class Stopwatch:
         return least
 
     def calls(self, seconds: float) -> int:
-        """How many calls of so many seconds make a sample."""
+        """The number of calls in a sample, for calls that take `seconds` each."""
         wanted = SAMPLE.get(self.device.type, SAMPLE["cpu"])
         return max(1, min(MOST_CALLS, math.ceil(wanted / max(seconds, 1e-9))))
 
     def sample(self, call: Call, calls: int) -> float:
-        """Seconds a call, over so many calls in a row."""
+        """The mean seconds of one call, over `calls` calls in a row."""
         if self.device.type != "cuda":
             started = time.perf_counter()
             for _ in range(calls):
@@ -72,7 +72,7 @@ class Stopwatch:
         return self._between_events(call, calls)
 
     def span(self, call: Call) -> float:
-        """Seconds of one call, from when the device begins with it to when it is done, waiting for the host included."""
+        """Seconds from the start of one call on the device to its end, with the time in which the device waits for the host."""
         if self.device.type != "cuda":
             started = time.perf_counter()
             call()
@@ -91,7 +91,8 @@ class Stopwatch:
 
 
 def deviation(values: Sequence[float]) -> float:
-    """Two standard errors of the median, from the middle half of the values, which strays do not touch."""
+    """Two standard errors of the median, estimated from the interquartile range, which outliers do not affect. Of fewer than
+    four values: the largest minus the smallest."""
     if len(values) < 4:
         return max(values) - min(values) if values else 0.0
     first, _, third = statistics.quantiles(values, n=4)

@@ -1,6 +1,6 @@
-"""`Worker`: runs functions on a thread of its own, and leaves it behind when one does not come back in time.
+"""`Worker`: runs functions on a thread of its own, and abandons the thread if a function does not return in time.
 
-A new thread also has none of the caller's modes (a compilation in progress, autocast, fake tensors, inference mode).
+The thread has none of the caller's modes (a compilation in progress, autocast, fake tensors, inference mode).
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Result = TypeVar("Result")
 
 
 class OverdueError(Exception):
-    """A function is still running at its time limit. It cannot be stopped: its thread goes on without anybody waiting."""
+    """A function is still running at its time limit. It cannot be stopped: its thread goes on, and its result is lost."""
 
 
 _LEFT: list[threading.Thread] = []
-PATIENCE = 5.0  # seconds at the end of the process for what was left running
+PATIENCE = 5.0  # seconds that the process waits at its end for abandoned threads
 
 
 class Worker:
@@ -34,7 +34,7 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def run(self, function: Callable[[], Result], seconds: float) -> Result:
-        """What the function returns or raises. Raises `OverdueError` after so many seconds."""
+        """Returns the function's result, or raises its exception. Raises `OverdueError` after `seconds`."""
         if self._jobs is None:
             _enter_a_fake_mode()
             self._jobs = queue.SimpleQueue()
@@ -52,14 +52,14 @@ class Worker:
         raise result
 
     def leave(self) -> None:
-        """Ends the thread behind what it is doing now."""
+        """Ends the thread after its current function."""
         if self._jobs is not None and self._thread is not None:
             self._jobs.put(None)
             _LEFT[:] = [*(thread for thread in _LEFT if thread.is_alive()), self._thread]
             self._jobs = self._thread = None
 
     def check(self) -> None:
-        """To be called between two steps of a function: raises `OverdueError` if nobody waits for it any more."""
+        """Raises `OverdueError` if the running function was abandoned. To be called between two of its steps."""
         if threading.current_thread() is not self._thread:
             raise OverdueError("nobody waits for this")
 
@@ -73,19 +73,20 @@ class Worker:
                     finished.put((True, function()))
                 except BaseException as error:
                     finished.put((False, error))
-                job = function = finished = None  # what it held is free
+                job = function = finished = None  # frees the tensors that these hold
 
 
 def _enter_a_fake_mode() -> None:
-    """Where there is no GPU, a PyTorch for CUDA keeps a device guard of the first thread that enters a fake mode, and goes on
-    reading it when that thread has ended (segfault, 2.11). So that is never a thread of ours."""
+    """Makes sure that a worker is never the first thread to enter a fake tensor mode. Without a GPU, a PyTorch built for CUDA
+    keeps a device guard of that first thread, and reads it after the thread has ended (segfault, 2.11)."""
     with new_fake_mode():
         pass
 
 
 @atexit.register
 def _wait() -> None:
-    """A thread that comes back from C++ into an interpreter that has ended would abort the process (before Python 3.14)."""
+    """Waits for abandoned threads: a thread that returns from C++ into an interpreter that has ended aborts the process
+    (before Python 3.14)."""
     end = time.monotonic() + PATIENCE
     for thread in _LEFT:
         thread.join(max(0.0, end - time.monotonic()))

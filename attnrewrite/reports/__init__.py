@@ -1,2 +1,2 @@
-"""What people and files are told: reports, tables, scripts, pictures. Imports `measuring`, `pipeline`, `passes`, `planning`
-and what is below them."""
+"""Reports, tables, scripts and pictures for users. Imports `measuring`, `pipeline`, `passes`, `planning` and the folders
+below them."""

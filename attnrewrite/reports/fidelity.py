@@ -1,4 +1,4 @@
-"""`Fidelity`: what `check` found, as a table, as JSON, as a picture."""
+"""`Fidelity`: the result of `check` as a table, as JSON and as a picture."""
 
 from __future__ import annotations
 
@@ -22,8 +22,20 @@ from .site_fidelity import Outputs, SiteFidelity
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What `check` found. sites: in the order in which they ran. missing: sites that could not be looked at, torch.nn's fused
-    layers and what stands inside torch.func transforms. `str()` is a table, `plot` a picture, `to_json` has everything."""
+    """The result of `attnrewrite.check`: the error of each attention against float64, and of the model's output.
+
+        print(fidelity)                  # a table, and the first site that goes wrong
+        fidelity.plot("check.png")       # a picture
+
+    `to_json` has everything.
+
+    policy: the choices of kernels.
+    sites: a `SiteFidelity` for each attention, in the order in which they ran.
+    output: the model's output, compared with the unchanged model's.
+    missing: names of sites that were not compared: torch.nn's fused layers, and sites inside torch.func transforms.
+    machine: the machine of the first graph with attention; "" without one.
+    near_misses: softmaxes that resemble an attention and were not recognised as one.
+    """
 
     policy: str
     sites: tuple[SiteFidelity, ...]
@@ -34,12 +46,12 @@ class Fidelity:
 
     @property
     def first_wrong(self) -> SiteFidelity | None:
-        """The first site that goes wrong: not finite, or further from float64 than its kernel's numerics explain."""
+        """The first site that goes wrong: its values are not finite, or its error is above its limit. None if there is none."""
         return next((site for site in self.sites if site.wrong), None)
 
     @property
     def ok(self) -> bool:
-        """No site goes wrong, and what is not finite in the output is not so in the unchanged model either."""
+        """True if no site goes wrong and the output has no more non-finite values than that of the unchanged model."""
         return self.first_wrong is None and self.output.bad <= self.output.bad_before
 
     def __str__(self) -> str:
@@ -59,7 +71,8 @@ class Fidelity:
         return "\n".join(lines)
 
     def _table(self) -> list[str]:
-        """A row for each group of sites whose calls, kernels and verdicts agree: the worst of each number."""
+        """A row for each group of sites with equal calls, kernels and verdicts: the site with the largest error stands for it,
+        with the group's largest counts of NaN and infinity."""
         groups: dict[Any, list[SiteFidelity]] = {}
         for site in self.sites:
             groups.setdefault((cells(site.call), site.kernel, bool(site.wrong)), []).append(site)
@@ -109,7 +122,14 @@ class Fidelity:
         return json.dumps(self.to_dict(), indent=1)
 
     def repro(self, site: str | SiteFidelity, path: str | os.PathLike[str] | None = None) -> str:
-        """As `Report.repro`, with the shapes and strides that the site's tensors had in this run."""
+        """Returns a stand-alone script for one site, as `Report.repro`, with the shapes and strides of the site's tensors in
+        this run.
+
+        site: a name or an entry of `sites`.
+        path: a file to which the script is written, too.
+
+        Raises the errors of `Report.repro`.
+        """
         known = {each.name: each for each in self.sites}
         if isinstance(site, str) and site not in known:
             raise ValueError(f"site is {site!r}: it is one of {', '.join(map(repr, known))}")
@@ -121,11 +141,13 @@ class Fidelity:
         return text
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draws the error of every site, in the order in which they run, beside its limit; for images also a first image of the
-        unchanged model, of the swapped one, and their difference. path: .png, .svg or .pdf.
+        """Draws the error of every site beside its limit, in the order in which the sites run. If the output holds images, it
+        also draws the first image of the unchanged model, that of the swapped model, and their difference.
 
-        Raises `ImportError` without matplotlib (extra `plot`), `ValueError` for another ending, `OSError` for a place that
-        cannot be written to.
+        path: a .png, .svg or .pdf file.
+
+        Raises `ImportError` without matplotlib (extra `plot`), `ValueError` for another ending, `OSError` for a path that
+        cannot be written.
         """
         heading = f"attnrewrite check ({self.policy})\n{self.machine}\noutput: {self.output}"
         draw(self.sites, self.output.pictures, heading, possible(path))

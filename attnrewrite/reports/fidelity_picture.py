@@ -1,4 +1,4 @@
-"""The picture of a `Fidelity`."""
+"""Draws the picture of a `Fidelity`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .site_fidelity import SiteFidelity
 
 
 def draw(sites: Sequence[SiteFidelity], pictures: tuple[Tensor, ...], heading: str, file: Path) -> None:
-    """pictures: a first image of the unchanged model and of the swapped one, or none."""
+    """Draws errors and images to `file`. pictures: the first image of the unchanged and of the swapped model, or ()."""
     made = figure(12, 9 if pictures else 5)
     made.suptitle(heading, fontsize="small")
     upper, *lower = made.subfigures(2, 1, height_ratios=(5, 4)) if pictures else [made]
@@ -25,7 +25,7 @@ def draw(sites: Sequence[SiteFidelity], pictures: tuple[Tensor, ...], heading: s
 
 
 def _errors(axis: Any, sites: Sequence[SiteFidelity]) -> None:
-    """Errors on a logarithmic scale; what is not finite, or wrong, is marked at the upper edge or in red."""
+    """Draws errors on a logarithmic scale: non-finite ones at the upper edge, sites that go wrong with a red cross."""
     kernels = list(dict.fromkeys(site.kernel for site in sites))
     errors = [site.accuracy.relative_error for site in sites]
     finite = [error for error in errors if math.isfinite(error) and error > 0]
@@ -37,7 +37,7 @@ def _errors(axis: Any, sites: Sequence[SiteFidelity]) -> None:
             for place, (site, error) in enumerate(zip(sites, errors, strict=True))
             if site.kernel == kernel
         ]
-        # A label that begins with an underscore is left out of the legend.
+        # The space before the name: matplotlib leaves labels that begin with an underscore out of the legend.
         axis.plot(*zip(*points, strict=True), "o", color=COLOURS[number % len(COLOURS)], label=f" {kernel}")
     wrong = [(place, min(max(error, floor), top) if math.isfinite(error) else top)
              for place, (site, error) in enumerate(zip(sites, errors, strict=True)) if site.wrong]  # fmt: skip

@@ -1,4 +1,4 @@
-"""What every picture shares: matplotlib, which is loaded when a picture is asked for, and files that are written whole."""
+"""Shared by all pictures: matplotlib, imported only when a picture is drawn, and files that are written whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 
 
 def possible(path: str | os.PathLike[str]) -> Path:
-    """The path of a picture that can be made. Raises `ImportError` without matplotlib, `ValueError` for an ending that is no
-    format here, `OSError` for a place that cannot be written to."""
+    """Returns the path of a picture after checking that it can be drawn. Raises `ImportError` without matplotlib,
+    `ValueError` for an ending that is not in `FORMATS`, `OSError` for a path that cannot be written."""
     file = Path(path)
     if file.suffix.lower() not in FORMATS:
         raise ValueError(f"{str(path)!r} ends in {file.suffix!r}: a picture is one of {', '.join(FORMATS)}")
@@ -27,7 +27,7 @@ def possible(path: str | os.PathLike[str]) -> Path:
 
 
 def figure(width: float, height: float) -> Any:
-    """A matplotlib figure of that many inches, apart from `pyplot` and its process-wide state."""
+    """Makes a matplotlib figure of `width` x `height` inches, without `pyplot` and its process-wide state."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

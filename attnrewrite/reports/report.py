@@ -1,4 +1,4 @@
-"""`Report`: what was found and done in every graph that one backend object compiled, for people and for files."""
+"""`Report`: the attentions in every graph that one backend object compiled, and their kernels, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ NO_REPORT = "this is not an attnrewrite report of version 1: write it with repor
 
 @dataclass(frozen=True)
 class GraphReport:
-    """One graph."""
+    """One graph of a `Report`."""
 
-    name: str
-    plan: Plan
-    machine: Machine | None
-    seconds: float  # that the passes took
+    name: str  # Dynamo's id of the compilation, as "0/1"; "graph 0" outside of Dynamo
+    plan: Plan  # the decisions at each attention of the graph
+    machine: Machine | None  # the machine of the first attention; None without attention
+    seconds: float  # time that the passes took
     unchanged: int  # attention calls that stand in the graph afterwards
-    context: str = ""  # the choice of the `attention_backend` that it was compiled in, "" outside of all
-    near_misses: tuple[NearMiss, ...] = ()
+    context: str = ""  # choices of the `attention_backend` in which the graph was compiled; "" outside of any
+    near_misses: tuple[NearMiss, ...] = ()  # softmaxes that resemble an attention and were not recognised as one
 
     @staticmethod
     def of(name: str, outcome: Outcome, context: str = "") -> GraphReport:
@@ -74,9 +74,16 @@ class GraphReport:
 
 @dataclass
 class Report:
-    """Grows as graphs are compiled; a graph compiled again after a restart of the tracer replaces itself.
+    """The attentions that one backend object found, the kernel of each, and every refusal.
 
-    `str()` is a table to read, `to_json()` / `from_json()` keep everything.
+        print(backend.report)                   # a table
+        text = backend.report.to_json()         # everything, for `Report.from_json(text)`
+
+    It grows as graphs are compiled. If Dynamo restarts a compilation, the new graph replaces that of the earlier try.
+
+    policy: the choices of kernels.
+    graphs: a `GraphReport` for each graph, in the order of their compilation.
+    unmatched_rules: patterns of `rules` that matched no site.
     """
 
     policy: str = ""
@@ -88,8 +95,8 @@ class Report:
         self._attempts: dict[str, Any] = {}
 
     def add(self, graph: GraphReport, attempt: Any = None) -> None:
-        """Adds a graph. `attempt` tells tries at one compilation apart: where Dynamo starts a frame again, the graphs of
-        the earlier try go; the buckets into which DistributedDataParallel splits a frame belong to one and all stay."""
+        """Adds a graph. attempt: identifies one try at a compilation. If Dynamo starts a frame again, the graphs of the earlier
+        try are removed; the buckets into which DistributedDataParallel splits a frame belong to one try, and all stay."""
         with self._lock:
             if self._attempts.get(graph.name) != attempt:
                 self.graphs[:] = [known for known in self.graphs if known.name != graph.name]
@@ -101,12 +108,16 @@ class Report:
         return [site for graph in self.graphs for site in graph.plan.sites]
 
     def repro(self, site: str | Site, path: str | os.PathLike[str] | None = None) -> str:
-        """A stand-alone Python script that builds the call of one site anew (sizes, dtype, memory layout, mask, scale, seed;
-        random tensors), runs the kernel that was chosen for it under torch.compile, and prints its error to float64.
+        """Returns a stand-alone Python script for one site. The script makes random tensors for the site's call (sizes, dtype,
+        memory layout, mask, scale, seed), runs the chosen kernel under torch.compile, and prints its error against float64.
 
-        site: a name of `sites`, or a site. Of several with one name the last counts. path: also write it there.
-        Sizes that are symbols in the graph stand at its top, to be filled in. Raises `ValueError` for an unknown name, and for
-        a kernel of your own that has no name to ask for; `OSError` for a place that cannot be written to.
+            backend.report.repro("transformer_blocks.3.attn", "repro.py")
+
+        site: a name or an entry of `sites`. If several sites have the name, the last one counts.
+        path: a file to which the script is written, too.
+
+        Symbolic sizes stand at the top of the script, to be filled in. Raises `ValueError` for an unknown name and for a
+        record of your own without a registered name, `OSError` for a path that cannot be written.
         """
         text = script(self._named(site) if isinstance(site, str) else site, __version__)
         if path is not None:
@@ -124,22 +135,22 @@ class Report:
 
     @property
     def near_misses(self) -> list[NearMiss]:
-        """What looks like an attention and was not taken for one."""
+        """Softmaxes that resemble an attention and were not recognised as one, each with the reason."""
         return [each for graph in self.graphs for each in graph.near_misses]
 
     @property
     def swapped(self) -> int:
-        """How many attentions got another call than they had."""
+        """Number of attentions that got another call."""
         return self._together.swapped
 
     @property
     def native(self) -> int:
-        """How many a choice left to PyTorch as they were."""
+        """Number of attentions for which a choice kept PyTorch's call unchanged."""
         return self._together.native
 
     @property
     def left(self) -> int:
-        """How many no choice might take."""
+        """Number of attentions that every choice refused."""
         return self._together.left
 
     @property
@@ -148,6 +159,7 @@ class Report:
 
     @property
     def seconds(self) -> float:
+        """Time that the passes took over all graphs."""
         return sum(graph.seconds for graph in self.graphs)
 
     def to_dict(self) -> dict[str, Any]:
@@ -159,7 +171,7 @@ class Report:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Report:
-        """Raises `ValueError` if this is no report of a version that is known here."""
+        """Reads the result of `to_dict`. Raises `ValueError` if `data` is not a report of version 1."""
         try:
             if data["version"] != 1:
                 raise ValueError(f"its version is {data['version']!r}")
@@ -170,7 +182,7 @@ class Report:
 
     @staticmethod
     def from_json(text: str) -> Report:
-        """Raises `ValueError` as `from_dict`, and for a text that is no JSON."""
+        """Reads the result of `to_json`. Raises `ValueError` as `from_dict`, and for text that is not JSON."""
         try:
             data = json.loads(text)
         except (ValueError, TypeError) as error:
@@ -196,7 +208,7 @@ class Report:
 
 
 def _table(sites: Iterable[Site]) -> list[str]:
-    """A row for each group of sites that differ in their names alone, its refusals under it."""
+    """A row for each group of sites that differ only in their names, with the refusals under the row."""
     groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:
         groups.setdefault(
@@ -218,7 +230,7 @@ def _table(sites: Iterable[Site]) -> list[str]:
 
 
 def _how(site: Site) -> list[str]:
-    """The library behind the chosen kernel, what is done around it, and what chose it."""
+    """A line with the chosen kernel's library, the steps around the kernel (as casts), and the reason for the choice."""
     parts = ([f"from {site.source}"] if site.source else []) + [str(step) for step in site.steps]
     parts += [each for each in (site.stale, site.note) if each]
     return [f"{site.chosen}: {'; '.join(parts)}"] if parts else []

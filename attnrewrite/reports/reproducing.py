@@ -1,4 +1,4 @@
-"""`Report.repro`: a stand-alone script that builds one site's call anew, runs its kernel and prints the error to float64."""
+"""Writes the script of `Report.repro`, which rebuilds one site's call, runs its kernel and prints the error against float64."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEMPLATE = '''\
 
     python THIS_FILE
 
-Random tensors of the site's sizes, dtype and layout go through the kernel, swapped in by torch.compile, and through float64.
+Computes attention on random tensors of the site's sizes, dtype and layout: by the kernel, under torch.compile, and in float64.
 {notes}"""
 
 import torch
@@ -34,7 +34,7 @@ torch.manual_seed(0)
 {symbols}BATCH, HEADS, KV_HEADS = {call.batch}, {call.heads}, {call.kv_heads}
 Q_LEN, KV_LEN = {call.q_len}, {call.kv_len}
 HEAD_DIM, VALUE_DIM = {call.head_dim}, {call.value_dim}
-SCALE = {scale}  # of the scores
+SCALE = {scale}  # factor of the scores
 
 {tensors}
 
@@ -48,7 +48,7 @@ backend = attnrewrite.with_backend({kernel!r}{options})
 compiled = torch.compile(attention, backend=backend, fullgraph=True, dynamic={dynamic})
 output = compiled(query, key, value, *given).detach()
 
-# Float64, on at most 256 query rows, head by head.
+# The reference: attention in float64, on at most 256 query rows, head by head.
 rows = torch.linspace(0, Q_LEN - 1, min(Q_LEN, 256), dtype=torch.float64).round().long().to(DEVICE)
 mask = {reference_mask}
 mask = None if mask is None else mask.expand(BATCH, HEADS, Q_LEN, KV_LEN)
@@ -62,7 +62,7 @@ for head in range(HEADS):
     if mask is not None:
         part = mask[:, head, rows]
         scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part.double()
-    empty = (scores == -torch.inf).all(-1, keepdim=True)  # a row without any key is zero
+    empty = (scores == -torch.inf).all(-1, keepdim=True)  # a row that sees no key is zero
     exact[:, head] = torch.where(empty, 0.0, scores.softmax(-1)) @ v[:, shared].double()
 
 found = output[:, :, rows].double()
@@ -78,10 +78,10 @@ print(f"worst row: batch {{head // HEADS}}, head {{head % HEADS}}, query {{int(r
 
 
 def script(site: Site, version: str, known: Sequence[Layout] = ()) -> str:
-    """The script. `known`: shape and strides of query, key and value where they are known; otherwise they are made from the
-    call, in SDPA's form of rank 4.
+    """Returns the script. known: shape and strides of query, key and value. If empty, the script makes tensors of rank 4, in
+    SDPA's form, from the call.
 
-    Raises `ValueError` for a kernel that has no name, a record of the user's own: a script could not import it.
+    Raises `ValueError` for a user's own record without a registered name: the script could not import it.
     """
     call = site.call.described()
     kernel = site.chosen or "native"
@@ -121,15 +121,15 @@ def script(site: Site, version: str, known: Sequence[Layout] = ()) -> str:
 def _notes(site: Site, cast: Step | None) -> str:
     lines = [f"In the model {name} was refused: {refused}" for name, refused in site.refusals]
     if site.chosen is None:
-        lines.append("No choice took the site, so the call stayed as it was.")
+        lines.append("Every choice refused the site, so the call stayed unchanged.")
     if site.source:
         lines.append(f"The kernel came from {site.source}.")
     if site.call.written_as == "operations":
-        lines.append("In the model it is spelled out in tensor operations.")
+        lines.append("The model spells the attention out in tensor operations.")
     if site.call.obstacle:
-        lines.append(f"In the model nothing may take it: {site.call.obstacle}.")
+        lines.append(f"In the model no kernel may replace the call: {site.call.obstacle}.")
     if site.call.dropout:
-        lines.append("It has dropout: an error to float64 means nothing then.")
+        lines.append("The call has dropout: its error against float64 means nothing.")
     return "".join(f"{line}\n" for line in lines).replace("\\", "\\\\").replace('"""', "'''")
 
 
@@ -147,7 +147,7 @@ def _tensors(call: AttentionCall, known: Sequence[Layout]) -> str:
         lines = [
             "",
             "def tensor(shape, strides):",
-            '    """Random numbers in the shape and strides that the model had there."""',
+            '    """Random numbers with the shape and strides that the tensor has in the model."""',
             "    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))",
             "    return torch.randn(extent, device=DEVICE, dtype=DTYPE).as_strided(shape, strides)",
             "",
@@ -191,8 +191,14 @@ def _attention(call: AttentionCall, mask: _MaskCode) -> list[str]:
 
 
 class _MaskCode:
-    """The mask as code: `made`: lines that make tensors; `given`: their names, arguments of the attention; `inside`: lines in
-    the attention that set `mask`, from which the kind is read again; `reference`: an expression for the same mask."""
+    """The mask of a call as Python code.
+
+    made: lines that make tensors.
+    given: the names of these tensors, which the attention takes as arguments.
+    inside: lines in the attention that set `mask`; attnrewrite recognises the kind of mask from them.
+    is_causal: True if SDPA gets is_causal=True and no mask.
+    reference: an expression for the same mask.
+    """
 
     def __init__(self, call: AttentionCall) -> None:
         self.call, self.kind, self.shape = call, call.mask.kind, _mask_shape(call)
@@ -229,7 +235,7 @@ class _MaskCode:
         return self._tensor(name, f"torch.arange({length}, device=DEVICE) < {longest}  # True: no padding")
 
     def _expression(self, mask: Mask) -> str:
-        """(batch or 1, 1, q_len or 1, kv_len or 1) boolean, or the model's own tensor."""
+        """An expression: a boolean mask (batch or 1, 1, q_len or 1, kv_len or 1), or a random tensor of the model's shape."""
         rows, keys = (f"torch.arange({length}, device=query.device)" for length in ("Q_LEN", "KV_LEN"))
         if self.kind is MaskKind.KEY_PADDING:
             return f"{self._padding('valid', 'KV_LEN')}[:, None, None, :]"
@@ -260,13 +266,13 @@ class _MaskCode:
         shape = ", ".join(self.shape) + ("," if len(self.shape) == 1 else "")
         if self.kind is MaskKind.BOOLEAN:
             name = self._tensor("mask", f"torch.rand(({shape}), device=DEVICE) < 0.7")
-            self.made.append("mask[..., 0] = True  # no row without a key")
+            self.made.append("mask[..., 0] = True  # every row sees a key")
             return name
         grad = ".requires_grad_()" if mask.needs_grad else ""
         return self._tensor("mask", f"torch.randn(({shape}), device=DEVICE, dtype=torch.{mask.dtype}){grad}")
 
     def _shaped(self, expression: str) -> str:
-        """In the rank and sizes that the model's tensor has."""
+        """The expression of a mask in the rank and sizes of the model's mask."""
         if not self.shape or self.kind is MaskKind.BOOLEAN:
             return expression
         if expression.endswith("[:, None, None, :]") and self.shape[1:] == ("1", "1", str(self.call.kv_len)):
@@ -276,7 +282,7 @@ class _MaskCode:
 
 
 def _mask_shape(call: AttentionCall) -> tuple[str, ...]:
-    """The mask's sizes as they broadcast to scores of rank 4."""
+    """The mask's sizes as text, so that they broadcast to scores of rank 4."""
     shape = tuple(str(size) for size in call.mask.shape)
     if len(shape) > 4:
         return ("BATCH", *shape[-3:])
@@ -286,7 +292,7 @@ def _mask_shape(call: AttentionCall) -> tuple[str, ...]:
 
 
 def layouts(*tensors: Tensor) -> tuple[Layout, ...]:
-    """Shape and strides of query, key and value, as `script` takes them: none where they are not of rank 4."""
+    """Shape and strides of query, key and value, as `script` takes them; () if one of them is not of rank 4."""
     if any(tensor.dim() != 4 for tensor in tensors):
         return ()
     return tuple((tuple(tensor.shape), tuple(tensor.stride())) for tensor in tensors)

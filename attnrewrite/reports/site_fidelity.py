@@ -1,4 +1,4 @@
-"""What `check` found of one attention, and of the whole output."""
+"""The results of `check` for one attention and for the whole output."""
 
 from __future__ import annotations
 
@@ -17,8 +17,16 @@ from .reproducing import Layout
 
 @dataclass(frozen=True)
 class SiteFidelity:
-    """One attention, one run of it. limit: the relative error that its kernel's numerics explain, and why. bad_inputs: how many
-    values of query, key or value are not finite, where any is. run: 1, or more where the site runs several times."""
+    """The result of `attnrewrite.check` for one run of one attention.
+
+    site: the call, its kernel, and the decisions.
+    accuracy: the error against float64.
+    limit: the largest relative error that the kernel's numerics explain.
+    limit_reason: the explanation, as "rounding to bfloat16".
+    bad_inputs: for "query", "key" and "value" the number of values that are not finite; only where there are any.
+    run: 1 for the first run of the site, 2 for the second.
+    layouts: shape and strides of query, key and value; () if one of them is not of rank 4.
+    """
 
     site: Site
     accuracy: Accuracy
@@ -42,11 +50,11 @@ class SiteFidelity:
 
     @property
     def wrong(self) -> str:
-        """What is wrong with it, "" if nothing is."""
+        """The reason why the site goes wrong; "" if it does not."""
         of = self.accuracy
         if self.bad_inputs:
             what = ", ".join(f"{number} in its {name}" for name, number in self.bad_inputs.items())
-            return f"values that are not finite come in: {what}. What stands before it is wrong"
+            return f"values that are not finite come in: {what}. The cause lies before this attention"
         if not of.finite:
             return f"its output is not finite, its inputs are: {of.nan} NaN, {of.inf} infinite"
         if self.call.dropout:
@@ -70,11 +78,14 @@ class SiteFidelity:
 
 @dataclass(frozen=True)
 class Outputs:
-    """The whole output, compiled and swapped, beside that of the unchanged model.
+    """The output of the swapped, compiled model, compared with that of the unchanged model.
 
-    relative_error: over all floating tensors together. psnr_db: of the first that is an image or a video (rank 4 or 5, as
-    latents are too): 20 log10 of (largest - smallest value of the unchanged model) / root mean square error; None for others.
-    bad, bad_before: how many values are not finite, and how many of the unchanged model. pictures: a first image of both.
+    relative_error: |output - unchanged| / |unchanged| (2-norms), over all floating tensors together.
+    psnr_db: 20 log10(range / root mean square error), range: largest - smallest value of the unchanged model. Taken of the
+        first tensor that may be an image or a video (rank 4 or 5, latents too); None if there is none.
+    bad: number of values that are not finite.
+    bad_before: the same for the unchanged model.
+    pictures: the first image of the unchanged model and that of the swapped model; () without images.
     """
 
     relative_error: float
@@ -85,7 +96,7 @@ class Outputs:
 
     @staticmethod
     def of(expected: Sequence[Tensor], output: Sequence[Tensor]) -> Outputs:
-        """Raises `ValueError` where the two are not of the same shapes."""
+        """Compares the outputs of the two models. Raises `ValueError` if their tensors differ in shape."""
         shapes, theirs = [tuple(each.shape) for each in output], [tuple(each.shape) for each in expected]
         if shapes != theirs:
             raise ValueError(
@@ -118,7 +129,7 @@ def _psnr(output: Tensor, expected: Tensor) -> float:
 
 
 def _picture(tensor: Tensor) -> Tensor:
-    """The first image, or frame, with at most three channels and 512 rows and columns: (rows, columns, channels) in float32."""
+    """The first image, or the first frame of a video: (rows, columns, channels) in float32, at most 512 x 512 x 3."""
     image = tensor[0] if tensor.dim() == 4 else tensor[0, :, 0]
     steps = [max(1, math.ceil(size / 512)) for size in image.shape[1:]]
     channels = 3 if image.shape[0] >= 3 else 1
