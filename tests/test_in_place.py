@@ -132,6 +132,23 @@ def test_a_rule_that_matches_no_module():
         set_attention_backend(Model(), FLASH, rules={"blocks.9": MATH}, inner="eager")
 
 
+@pytest.mark.parametrize("kind", ["self", "cross", "masked", "unmasked"])
+def test_a_rule_for_a_kind_of_attention_matches_no_path_and_needs_none(kind):
+    model = Model()
+    backend = set_attention_backend(model, "native", rules={kind: MATH}, inner="eager")
+    model(hidden())
+    expected = MATH if kind in ("self", "unmasked") else "native"
+    assert set(sites(backend).values()) == {expected}
+
+
+@pytest.mark.parametrize("beside", [{"rules": {"self": MATH}}, {"inner": "eager"}, {"strict": True}])
+def test_settings_beside_a_backend_object_are_refused(beside):
+    model = Model()
+    with pytest.raises(TypeError, match="give them to with_backend"):
+        set_attention_backend(model, attnrewrite.with_backend(FLASH), **beside)
+    assert model._compiled_call_impl is None
+
+
 def test_of_a_pipeline_the_denoiser():
     pipe = Pipeline(transformer=Model(), transformer_2=Model(), text_encoder=Layer())
     backend = set_attention_backend(pipe, FLASH, inner="eager")

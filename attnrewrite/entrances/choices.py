@@ -63,14 +63,14 @@ def make_policy(choices: Iterable[Choice], rules: Rules | None = None, **setting
 
 def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     """Turns the values of settings into those of a `Policy`. Raises `TypeError` and `ValueError` as `make_policy`."""
-    for name, value in given.items():
+    read = {name: value for name, value in given.items() if (name, value) != ("checks", None)}
+    for name, value in read.items():
         if name not in SETTINGS:
             near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(SETTINGS)}"
             raise TypeError(f"there is no argument {name!r}; {hint}")
         if name in FLAGS and not isinstance(value, bool):
             raise TypeError(f"{name} is {value!r} ({type(value).__name__}): give True or False")
-    read = dict(given)
     if "numerics" in read:
         read["numerics"] = numerics_of(read["numerics"])
     if (cast := read.get("cast")) not in (None, *CASTS):

@@ -17,7 +17,7 @@ from torch.nn import Module
 
 from ..graphs.inner_compilers import Inner
 from ..graphs.modules import drop_implementation, implementation_of, plain_call, set_implementation
-from ..planning.policies import Policy
+from ..planning.policies import KINDS, Policy
 from .choices import Choice, CompileSettings, Rules
 from .compilers import AttentionCompiler, with_backend
 from .model_parts import _components, _join, _known, parts
@@ -100,6 +100,11 @@ def set_attention_backend(
     plan = choices[0] if len(choices) == 1 and isinstance(choices[0], Schedule) else None
     if len(choices) == 1 and isinstance(choices[0], AttentionCompiler):
         compiler = choices[0]
+        if rules is not None or inner != "inductor" or settings:
+            raise TypeError(
+                "set_attention_backend got a backend object and rules, inner or settings beside it: "
+                "give them to with_backend, which makes the object"
+            )
     else:
         chosen: Any = choices if plan is None else plan.middle
         compiler = with_backend(*chosen, rules=rules, inner=inner, **settings)
@@ -201,7 +206,7 @@ def _compiled(
 
 def _treatment(policy: Policy, path: str, block: Module) -> Any:
     """The rule for each module of a block. Blocks with the same rules share compiled code."""
-    globs = [pattern for pattern, _ in policy.rules if pattern not in ("self", "cross")]
+    globs = [pattern for pattern, _ in policy.rules if pattern not in KINDS]
     if any("#" in pattern for pattern in globs):  # '#': one of several calls, known only from the graph
         return path
     inside = {name: _join(path, name) for name, _ in block.named_modules()} if globs else {}
@@ -214,5 +219,5 @@ def _warn_of_rules(policy: Policy, roots: Mapping[str, Module]) -> None:
     paths = [_join(path, name) for path, root in roots.items() for name, _ in root.named_modules()]
     for pattern, _ in policy.rules:
         plain = pattern.split("#")[0]
-        if pattern not in ("self", "cross") and not any(fnmatch.fnmatchcase(path, plain) for path in paths):
+        if pattern not in KINDS and not any(fnmatch.fnmatchcase(path, plain) for path in paths):
             warnings.warn(f"rules: {pattern!r} matches no module of this model", stacklevel=4)

@@ -22,8 +22,7 @@ def numbers(call: AttentionCall) -> AttentionCall:
     """Replaces each symbolic size with the power of two at or below it. A guard then limits the compiled code to sizes from
     that power of two to the next. Raises `UnbackedSizeError` for a size that depends on data."""
     sizes: dict[str, Any] = {name: _number(getattr(call, name)) for name in SIZES}
-    known = {id(getattr(call, name)): size for name, size in sizes.items()}
-    shape = tuple(_of_mask(size, known, call, sizes) for size in call.mask.shape)
+    shape = tuple(_of_mask(size, call, sizes) for size in call.mask.shape)
     return replace(call, site="", role="self", scale=None, mask=replace(call.mask, shape=shape), **sizes)
 
 
@@ -40,7 +39,7 @@ def _number(size: Size) -> int:
     return first
 
 
-def _of_mask(size: Size, known: dict[int, int], call: AttentionCall, sizes: dict[str, int]) -> int:
+def _of_mask(size: Size, call: AttentionCall, sizes: dict[str, int]) -> int:
     """The number for a symbolic size of the mask: that of the call's size with the same symbol."""
     if isinstance(size, int):
         return size

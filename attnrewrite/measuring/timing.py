@@ -30,14 +30,6 @@ class Stopwatch:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def first(self, call: Call) -> float:
-        """Seconds from the call to its end, the host's time included."""
-        self.settle()
-        started = time.perf_counter()
-        call()
-        self.settle()
-        return time.perf_counter() - started
-
     def host(self, call: Call) -> float:
         """Seconds that the host needs to launch a call on an idle GPU, the least of five. On a CPU: 0."""
         if self.device.type != "cuda":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -99,12 +99,16 @@ class Policy:
         return text + "".join(f"; {pattern}: {_names(choices)}" for pattern, choices in self.rules)
 
 
+KINDS: dict[str, Callable[[AttentionCall], bool]] = {  # patterns of rules that are not globs
+    "self": lambda call: call.role == "self",
+    "cross": lambda call: call.role == "cross",
+    "masked": lambda call: call.mask.is_tensor,
+    "unmasked": lambda call: not call.mask.is_tensor,
+}
+
+
 def matches(pattern: str, call: AttentionCall) -> bool:
-    if pattern in ("self", "cross"):
-        return call.role == pattern
-    if pattern in ("masked", "unmasked"):
-        return call.mask.is_tensor == (pattern == "masked")
-    return fnmatch.fnmatchcase(call.site, pattern)
+    return KINDS[pattern](call) if pattern in KINDS else fnmatch.fnmatchcase(call.site, pattern)
 
 
 def _names(choices: tuple[Chosen, ...]) -> str:
