@@ -1,8 +1,8 @@
-# `make demo` and `make test` do all set-up on a fresh machine: they make .venv themselves.
+# `make demo`, `make test` and `make check` create .venv and install everything into it, where it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The version that the suite is run with; any torch >= 2.9 will do for using the package.
+# The torch version that the tests run with. The package itself works with any torch >= 2.9.
 TORCH ?= torch==2.13.0
 
 .PHONY: demo test check clean

@@ -16,7 +16,7 @@ from .entrances.inductor_pass import inductor_pass
 from .entrances.schedules import Schedule, schedule
 from .entrances.tuning import tune
 from .graphs.sizes import UnbackedSizeError, holds
-from .kernels import ops as ops  # what a plug-in registers a function with
+from .kernels import ops as ops  # for plug-ins: ops.register
 from .kernels.calls import AttentionCall, Mask, MaskKind
 from .kernels.decisions import Accepted, Code, Decision, Refused, Step
 from .kernels.library_kernels import dense_kernel, packed_kernel

@@ -14,20 +14,20 @@ from .version import __version__
 
 
 def info(arguments: list[str]) -> None:
-    """every kernel: usable here, or why not"""
+    """list all kernels: usable on this machine, or the reason why not"""
     _no_more(arguments, "info")
     print(support.info(__version__))
 
 
 def table(arguments: list[str]) -> None:
-    """the support matrix as Markdown: what each kernel takes"""
+    """print the support matrix as Markdown: the calls that each kernel takes"""
     _no_more(arguments, "table")
     print(support.matrix().rstrip())
 
 
 def explain(arguments: list[str]) -> None:
-    """the plan of a saved program; without a file, what is found in a small model that attends in all the ways that are told
-    apart, and which kernels take it"""
+    """show the plan of a saved program; without a file, the plan of a small demo model with every kind of attention that
+    attnrewrite distinguishes"""
     from .aot.archives import ProgramFileError
     from .aot.files import explain_file
     from .commands.demo_model import Demo, inputs
@@ -39,7 +39,7 @@ def explain(arguments: list[str]) -> None:
     )
     parser.add_argument(
         "--backend",
-        help="names in order of preference: what they would do to the file's program, instead of the plan that is in it",
+        help="kernel names in order of preference: plan the program for these, instead of showing the plan in the file",
     )
     given = parser.parse_args(arguments)
     names = given.backend.split(",") if given.backend else []
@@ -55,21 +55,25 @@ def explain(arguments: list[str]) -> None:
 
 
 def rewrite(arguments: list[str]) -> None:
-    """a saved program with other kernels, without its source: attnrewrite rewrite in.pt2 out.pt2 --backend flash_4,native"""
+    """swap the kernels of a saved program, without its source: attnrewrite rewrite in.pt2 out.pt2 --backend flash_4,native"""
     from .aot.archives import ProgramFileError
     from .aot.files import retarget
     from .planning.planner import AttentionRefusedError
 
     parser = argparse.ArgumentParser(prog="attnrewrite rewrite", description=rewrite.__doc__)
     parser.add_argument("source", help="a .pt2 of attnrewrite.save or torch.export.save")
-    parser.add_argument("target", help="the file to write; it may be the same")
-    parser.add_argument("--backend", required=True, help="names in order of preference; native alone is the way back")
-    parser.add_argument("--strict", action="store_true", help="fail if an attention has no kernel that may take it")
-    parser.add_argument("--numerics", choices=("exact", "reordered", "quantised"), help="how far results may differ")
+    parser.add_argument("target", help="the file to write; it may be the source file")
+    parser.add_argument(
+        "--backend", required=True, help="kernel names in order of preference; native alone restores the original"
+    )
+    parser.add_argument("--strict", action="store_true", help="fail if none of the kernels may take an attention")
+    parser.add_argument(
+        "--numerics", choices=("exact", "reordered", "quantised"), help="how far results may differ from SDPA's"
+    )
     parser.add_argument(
         "--machine",
         type=_machine,
-        help='hardware that is elsewhere, as JSON: {"device": "cuda", "capability": [9, 0], "packages": {"flash-attn-4": ...}}',
+        help='another machine to run on, as JSON: {"device": "cuda", "capability": [9, 0], "packages": {"flash-attn-4": ...}}',
     )
     given = parser.parse_args(arguments)
     try:
@@ -87,22 +91,22 @@ def _machine(text: str) -> Machine:
     try:
         return Machine.from_dict({"capability": None, "packages": {}, "name": "", **json.loads(text)})
     except (ValueError, TypeError, KeyError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} describes no machine: {error}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} does not describe a machine: {error}") from error
 
 
 def run(arguments: list[str]) -> None:
-    """a script as it is, with other attention kernels in what it compiles (`attnrewrite run --help`)"""
+    """run a script unchanged, with other attention kernels in the models that it compiles (`attnrewrite run --help`)"""
     launching.main(arguments)
 
 
 def bench(arguments: list[str]) -> None:
-    """kernels by shape and steps of denoisers by variant, measured side by side (`attnrewrite bench --help`)"""
+    """measure kernels by shape and denoiser steps by variant, side by side (`attnrewrite bench --help`)"""
     from .commands.bench import command
 
     command.main(arguments)
 
 
-# Each gets the arguments behind its name; its docstring is its line of help.
+# Each function gets the arguments after its name. Its docstring is its help text.
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "info": info,
     "table": table,

@@ -1,18 +1,18 @@
-"""Ahead of time: what rewriting, loading, checking and packaging cost; and packages of a block on a GPU.
+"""Ahead of time: the cost of rewriting, loading, checking and packaging on a CPU, and the speed of packages on a GPU.
 
     python bench/aot.py                                 # on a CPU, about five minutes
-    python bench/aot.py --export out/aot                # anywhere: programs for a described Hopper GPU; needs diffusers, no GPU
-    python bench/aot.py --run out/aot --json bench/results/aot_h200.json      # there: needs no diffusers
+    python bench/aot.py --export out/aot                # on any machine with diffusers: programs for a described Hopper GPU
+    python bench/aot.py --run out/aot --json bench/results/aot_h200.json      # on the GPU: needs no diffusers
 
 rewrite   seconds of `attnrewrite.rewrite` on FLUX.1's export at published widths with fake weights, by number of blocks
-load      `attnrewrite.load` / `torch.export.load` of one file, in turn, the median of the ratios
-checks    microseconds a call of the nodes that check, and their share of a packaged step
-package   a packaged step with `native`, and with `_native_flash`, / one of the unrewritten program, in turn, medians
+load      seconds of `attnrewrite.load` / `torch.export.load` of one file, in turn; the median of the ratios
+checks    microseconds of each check in a call, and their share of a packaged step
+package   a packaged step with `native`, and with `_native_flash`, / one of the unrewritten program, in turn; medians
 
-The block is a WanTransformerBlock at the widths of Wan 2.1 1.3B (12 heads of 128, ffn 8960). With --run: 32,760 tokens (81
-frames of 480 x 832), bfloat16. "package": AOTInductor; "jit": torch.compile of the same exported program with
-`with_backend`. Each line is the median over rounds of (native / kernel) in the same round, and the relative error to
-native in float32. `--packages` names the versions that the described machine has.
+The packaged block is a WanTransformerBlock at the widths of Wan 2.1 1.3B (12 heads of 128, ffn 8960). With --run it has 32,760
+tokens (81 frames of 480 x 832) in bfloat16. "package": AOTInductor. "jit": torch.compile of the same exported program with
+`with_backend`. Each line has the median over rounds of (native / kernel) in the same round, and the relative error to `native`
+in float32. `--packages` lists the package versions of the described machine.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ KERNELS = ("_flash_3", "flash_4", "_native_cudnn", "_native_flash")
 
 
 def block(frames, rows, columns, dtype, text=512, heads=12):
-    """A block of Wan 2.1 1.3B and its inputs: (batch 1, tokens, 1536), text, modulation, rotary embedding. Fewer heads make a
-    narrower one."""
+    """A block of Wan 2.1 1.3B, and its inputs: hidden states (1, tokens, 1536), text, modulation, rotary embedding. With fewer
+    than 12 heads it is narrower."""
     import diffusers
     from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed, WanTransformerBlock
 
@@ -67,7 +67,7 @@ def seconds(function, *args):
 
 
 def by_turns(steps, rounds):
-    """Seconds of each step in each round."""
+    """Returns the seconds of each step in each round."""
     for step in steps.values():
         step()
     return in_turn({name: partial(seconds, step) for name, step in steps.items()}, rounds)
@@ -149,7 +149,7 @@ def checking(record, inputs, step):
 
 
 def exporting(folder, packages, device, small, kernels):
-    machine = None  # this one
+    machine = None  # this machine
     if device != "cpu":
         machine = attnrewrite.Machine(device, (9, 0), dict(pair.split("=", 1) for pair in packages))
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +187,7 @@ def running(folder, rounds, target, device, kernels):
                     plain.module(), backend=attnrewrite.with_backend(*dict.fromkeys([kernel, "native"]))
                 )
                 steps[f"{kernel}, jit"] = lambda jit=jit: jit(*inputs)
-            except Exception as error:  # a result, like a time
+            except Exception as error:  # a kernel that cannot run is a result too
                 print(f"{kernel}: {type(error).__name__}: {str(error).splitlines()[0]}")
         for name, step in steps.items():
             output = step()
@@ -222,7 +222,7 @@ def _synchronised(steps):
 
 
 def _in_float32(program, inputs):
-    """The program's own arithmetic in float32, by promoting what its nodes read."""
+    """The output of the program computed in float32: the inputs and results of all nodes are converted from bfloat16."""
 
     class Wide(torch.fx.Interpreter):
         def run_node(self, node):
@@ -248,13 +248,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--export", type=Path, metavar="DIR")
     parser.add_argument("--run", type=Path, metavar="DIR")
-    parser.add_argument("--device", default="cuda", help="of both; cpu: this one, to try the script")
+    parser.add_argument("--device", default="cuda", help="for --export and --run; cpu: this machine, to try the script")
     parser.add_argument(
-        "--small", action="store_true", help="--export: 288 tokens and 2 heads, to try the script or the files"
+        "--small", action="store_true", help="for --export: 288 tokens and 2 heads, to try the script or the files"
     )
-    parser.add_argument("--kernels", nargs="+", default=KERNELS, metavar="NAME", help="of both, beside native")
+    parser.add_argument(
+        "--kernels", nargs="+", default=KERNELS, metavar="NAME", help="for --export and --run, besides native"
+    )
     parser.add_argument("--packages", nargs="+", default=PACKAGES, metavar="NAME=VERSION")
-    parser.add_argument("--blocks", type=int, nargs="*", default=[8, 16, 32, 57], help="depths of the rewrite's bench")
+    parser.add_argument(
+        "--blocks", type=int, nargs="*", default=[8, 16, 32, 57], help="numbers of blocks for the rewrite figures"
+    )
     parser.add_argument("--only-rewrite", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--json", type=Path)

@@ -1,12 +1,15 @@
-"""Hand-written attention, swapped against unswapped, on the CPU: seconds and peak memory.
+"""Hand-written attention (matmul and softmax), swapped and unswapped, on the CPU: seconds and peak memory.
 
     python bench/handwritten.py [--rounds 5] [--backend _native_flash] [--json FILE]
 
-The transformer block of SD 1.5's UNet at 64 x 64 latents (4,096 tokens, 8 heads of 40, a prompt of 77), whose attention is
-diffusers' `AttnProcessor`: baddbmm, softmax, bmm. Both are compiled by Inductor, float32, batch 1; one with
-`with_backend(...)`. They run in turn in one process; ratio: the median over rounds of unswapped / swapped. Peak: the growth of
-the process's largest resident size during a step, each in a process of its own. scores: what a tensor of all scores takes.
-error: |output - exact| / |exact|, exact in float64, uncompiled.
+The model is the transformer block of SD 1.5's UNet at 64 x 64 latents (4,096 tokens, 8 heads of 40, a prompt of 77 tokens). Its
+attention is diffusers' `AttnProcessor`: baddbmm, softmax, bmm. Inductor compiles it twice, in float32 with batch 1: "swapped"
+with `with_backend(...)`, "unswapped" without. Both run in turn in one process.
+
+ratio    the median over rounds of unswapped / swapped
+peak     the growth of the process's largest resident size during a step, each variant in a process of its own
+scores   the size of a tensor of all scores
+error    |output - exact| / |exact|, where exact is computed in float64, uncompiled
 """
 
 from __future__ import annotations
@@ -52,31 +55,32 @@ def compiled(backend: str | None) -> tuple[Callable[[], torch.Tensor], attnrewri
         output: torch.Tensor = module(**given, return_dict=False)[0]
         return output
 
-    # Dynamo keeps compiled code by code object: each variant has its own.
+    # Dynamo keeps compiled code by code object, so each variant gets a code object of its own.
     step.__code__ = step.__code__.replace(co_name=f"step_{backend}")
     run = torch.compile(step, backend=chosen or "inductor", fullgraph=True)
     return lambda: run(**inputs), chosen
 
 
 def resident() -> float:
-    """The largest resident size so far, MiB. (Of Linux; getrusage's ru_maxrss begins with that of the parent process.)"""
+    """The process's largest resident size so far, in MiB (Linux only; getrusage's ru_maxrss starts at the parent's value)."""
     (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 1024
 
 
 def peak(backend: str | None) -> float:
-    """MiB by which a step raises the process's largest resident size, in this process."""
+    """Returns the MiB by which a step raises the largest resident size of this process."""
     run, _ = compiled(backend)
     module, inputs = block()
     small = {**inputs, "hidden_states": inputs["hidden_states"][..., :8, :8]}
-    module(**small)  # what libraries allocate at their first call
+    module(**small)  # libraries allocate memory at their first call
     before = resident()
     run()
     return resident() - before
 
 
 def in_a_process(backend: str | None) -> float:
-    """`peak` of a second process, where Inductor's cache is warm and compiling allocates little."""
+    """Runs `peak` in two processes, one after the other. Returns the second value: Inductor's cache is warm then, so that
+    compiling allocates little."""
     for _ in range(2):
         command = [sys.executable, __file__, "--peak", backend or "unswapped"]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
@@ -87,7 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backend", default="_native_flash")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE too")
     parser.add_argument("--peak", metavar="VARIANT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     with torch.no_grad():

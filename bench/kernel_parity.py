@@ -1,10 +1,10 @@
-"""What each kernel of this machine computes, and how far it is from float64, through torch.compile.
+"""Measures the error of every kernel of this machine, called through torch.compile, to float64.
 
     python bench/kernel_parity.py [--kernels flash sage] [--json bench/results/kernel_parity_h200.json]
 
-For every kernel and case: the relative error |out - ref| / |ref| (2-norms; the reference is float64 eager of the unchanged
-function), or the code of the refusal, or the error of a library that was built without this dtype or width. Sizes all differ.
-flex is compiled by Inductor, which makes its kernel; the others are operators, called from the graph as it is.
+For each kernel and case it prints the relative error |out - ref| / |ref| (2-norms; the reference is the unchanged function,
+eager in float64), or the code of the refusal, or the error of a library built without this dtype or width. All sizes differ.
+Inductor compiles flex, because it generates flex's kernel. All other kernels are ops, which the uncompiled graph calls.
 """
 
 import argparse
@@ -22,7 +22,7 @@ BATCH, HEADS, Q_LEN, KV_LEN, DIM = 2, 6, 300, 270, 64
 
 
 def cases(dtype: torch.dtype, device: str) -> dict[str, tuple[dict, dict]]:
-    """name -> (sizes of query, key and value that differ from the usual ones, arguments of SDPA)"""
+    """Returns name -> (sizes that differ from the usual sizes, arguments of SDPA)."""
     boolean = torch.rand(BATCH, HEADS, Q_LEN, KV_LEN, device=device) > 0.4
     padding = torch.arange(KV_LEN, device=device) < torch.tensor([[200], [131]], device=device)
     empty = boolean.clone()
@@ -82,7 +82,7 @@ def measure(kernel: str, dtype: torch.dtype, device: str, sizes: dict, given: di
 
 
 def runs_here(name: str, machine: attnrewrite.Machine) -> bool:
-    """Whether it is installed; kernels of the hub are those of packages, from elsewhere."""
+    """Whether the kernel is installed. Kernels of the hub are left out: they are other builds of the packages' kernels."""
     refused, record = usable(name, machine)
     return refused is None and not isinstance(record.source, attnrewrite.Hub)
 

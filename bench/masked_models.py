@@ -1,10 +1,10 @@
-"""Steps of denoisers whose prompts are padded: torch.compile, the peer's dispatcher and torch.compile, attnrewrite. On a GPU.
+"""Measures steps of denoisers with padded prompts: torch.compile, diffusers' dispatcher, attnrewrite. Needs a GPU.
 
     python bench/masked_models.py [--models qwen-image ltx] [--rounds 20] [--json bench/results/masked_models_h200.json]
 
-`attnrewrite bench` with named kernels instead of chosen ones: models, clocks and errors are its own
-(attnrewrite/commands/bench/model_level.py). Each variant of ours has choices for the sites that a tensor masks, and for
-the others.
+Like `attnrewrite bench --models`, with the same models, timing and errors (attnrewrite/commands/bench/model_level.py), but with
+named kernels instead of chosen ones. Each attnrewrite variant has one list of kernels for sites with a mask tensor, and one for
+all other sites.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=PADDED, choices=PADDED)
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE too")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("bench/masked_models.py needs a CUDA GPU: published token counts take hours on a CPU")

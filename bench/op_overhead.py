@@ -1,16 +1,16 @@
-"""What a swapped attention costs above the library's own function, in a compiled model, on a GPU.
+"""Measures the overhead of a swapped attention in a compiled model over a call of the library's own function, on a GPU.
 
     python bench/op_overhead.py [--kernels flash sage] [--shapes Flux s1k] [--json bench/results/op_overhead_h200.json]
 
-Two programs run in turn, each round in another order: a chain of calls of the library's function (its output is the next
-query), and the same chain written with `F.scaled_dot_product_attention`, compiled by Inductor with the kernel swapped in.
-Tensors lie in memory as (batch, length, heads, dim), as diffusers makes them; bfloat16; nothing needs a gradient.
+Two programs run in turn, each round in another order: a chain of calls of the library's function (each output is the next
+query), and the same chain of `F.scaled_dot_product_attention`, compiled by Inductor with the kernel swapped in. Tensors are
+bfloat16 in the memory layout (batch, length, heads, dim), as in diffusers. Nothing needs a gradient.
 
-GPU ratio    time on the GPU, compiled / library: CUDA events around the chain, which is queued while the GPU is kept busy, so
-             that the host does not count; the median of rounds, and the quartiles of the ratio by rounds
-same         the same ratio of the library's chain with itself: what the machine's noise makes of 1
-host us      what a call costs the host, library and compiled: a chain of 60 calls, as many as a large model has, on tensors
-             of one query and 64 keys, by the wall clock; the compiled program's guards (once a chain) are included
+GPU ratio    GPU time, compiled / library: CUDA events around the chain, which is queued while the GPU is busy, so that host
+             time does not count; the median of rounds, and the quartiles of the ratio by rounds
+same         the same ratio of the library's chain to itself: its distance from 1 is the noise of the machine
+host us      host time of a call, library and compiled: a chain of 60 calls, as many as in a large model, on tensors with one
+             query and 64 keys, by the wall clock; the guards of the compiled program (once a chain) are included
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def tensors(shape):
 
 def gpu_ms(chain: Chain, given, count: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(20_000_000)  # 10 ms: the host is ahead when the chain begins
+    torch.cuda._sleep(20_000_000)  # 10 ms: the host queues the chain before the GPU starts it
     start.record()
     chain(*given)
     end.record()
@@ -187,7 +187,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("bench/op_overhead.py needs a CUDA GPU: the kernels that it compares run nowhere else")
+        raise SystemExit("bench/op_overhead.py needs a CUDA GPU: the kernels that it compares run on no other device")
     machine = attnrewrite.machine_of(torch.device("cuda", 0))
     print(machine)
     results: dict[str, dict[str, object]] = {}

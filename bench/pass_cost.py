@@ -1,18 +1,18 @@
-"""What the rewrite adds to a compilation: seconds of find + plan + swap + tidy on FLUX.1's graph, at several depths.
+"""Measures what the rewrite adds to compile time: seconds of find + plan + swap + tidy on FLUX.1's graph, by depth.
 
     python bench/pass_cost.py                 # 8, 16, 32 and 57 blocks; about five minutes, most of them Inductor's
     python bench/pass_cost.py --no-inner      # without Inductor: under a minute
     python bench/pass_cost.py --hand-written  # 25, 50 and 100 layers of diffusers' AttnProcessor with a mask instead
 
 The model is diffusers' FluxTransformer2DModel at the published widths: 24 heads of 128, 4096 image and 512 text tokens,
-bfloat16. 57 blocks (19 double, 38 single) are FLUX.1; fewer keep the proportion. Weights and inputs are fake CPU
-tensors, so that the 24 GB take no memory: Dynamo, the rewrite and Inductor read no values, hence all three work on the
-real model's own graph. Nothing is run.
+bfloat16. FLUX.1 has 57 blocks (19 double, 38 single); smaller depths keep the proportion. Weights and inputs are fake CPU
+tensors, so the 24 GB take no memory. Dynamo, the rewrite and Inductor read no values, so all three work on the graph of the
+real model. The model never runs.
 
-first, median   seconds of `rewrite_graph`: first on this graph (what a user pays), median over fresh copies of it
-per block       median / blocks, in ms: the same at every depth if the cost grows in proportion
-Dynamo          seconds from the call to the backend's turn, and after it (guards)
-inner           seconds of Inductor with empty caches on the same graph, as `with_backend("native")` hands it over
+first, median   seconds of `rewrite_graph`: the first call on this graph (as in use), and the median over fresh copies of it
+per block       median / blocks, in ms: constant over depths if the cost is linear
+Dynamo          seconds of Dynamo before and after the backend (tracing, guards)
+inner           seconds of Inductor with empty caches on the same graph, as `with_backend("native")` passes it on
 share           first / inner
 
 The goal, on two cores: under 1 s at 57 blocks, share under 5 %.
@@ -40,7 +40,7 @@ IMAGE_TOKENS, TEXT_TOKENS = 4096, 512
 
 
 def flux(blocks):
-    """FLUX.1 at its published widths; call it under a FakeTensorMode."""
+    """FLUX.1 at its published widths, and its inputs. Call it under a FakeTensorMode."""
     double = round(blocks / 3)
     torch.set_default_dtype(torch.bfloat16)  # fake parameters cannot be cast in place
     model = FluxTransformer2DModel(
@@ -60,7 +60,7 @@ def flux(blocks):
 
 
 class HandWritten(torch.nn.Module):
-    """Layers of diffusers' `AttnProcessor` (baddbmm, softmax, bmm) that each repeat an additive mask over their heads."""
+    """Layers of diffusers' `AttnProcessor` (baddbmm, softmax, bmm). Each layer repeats an additive mask over its heads."""
 
     def __init__(self, layers):
         super().__init__()
@@ -83,12 +83,12 @@ def hand_written(layers):
 
 
 def fresh(graph_module):
-    """A copy of the graph to rewrite. It shares the fake values, which a rewrite reads and does not change."""
+    """A copy of the graph to rewrite. It shares the fake values, which a rewrite only reads."""
     return GraphModule(graph_module, copy.deepcopy(graph_module.graph))
 
 
 def measure(blocks, backend, repeats, inner, build=flux):
-    """One row: traces the model with Dynamo and measures inside the backend's turn."""
+    """Returns one row of the table: traces the model with Dynamo and measures within the backend call."""
     row = {"blocks": blocks}
 
     def measure_graph(graph_module, example_inputs):
@@ -108,7 +108,7 @@ def measure(blocks, backend, repeats, inner, build=flux):
                 compiler(graph_module, example_inputs)
                 row["inner"] = time.perf_counter() - before - compiler.report.seconds
         row["turn"] = time.perf_counter() - started
-        return lambda *_: values  # so that nothing is run
+        return lambda *_: values  # the model never runs
 
     with FakeTensorMode(), torch.no_grad():
         model, inputs = build(blocks)
@@ -122,9 +122,11 @@ def measure(blocks, backend, repeats, inner, build=flux):
 def main():
     parser = argparse.ArgumentParser(description="Seconds of the rewrite on FLUX.1's graph, at several depths.")
     parser.add_argument("--blocks", type=int, nargs="+")
-    parser.add_argument("--hand-written", action="store_true", help="attention spelled out, instead of FLUX.1")
+    parser.add_argument(
+        "--hand-written", action="store_true", help="measure attention written as matmul and softmax instead of FLUX.1"
+    )
     parser.add_argument("--backend", default="_native_flash", help="the kernel that is swapped in")
-    parser.add_argument("--repeats", type=int, default=7, help="fresh copies of each graph that are rewritten")
+    parser.add_argument("--repeats", type=int, default=7, help="how many copies of each graph to rewrite")
     parser.add_argument("--no-inner", action="store_true", help="leave Inductor's compilation out")
     options = parser.parse_args()
 
@@ -143,7 +145,7 @@ def main():
         f"{cores} cores, torch {torch.__version__}, diffusers {diffusers.__version__}, Python {sys.version.split()[0]}"
     )
     print(f"swapped in: {options.backend}; inner: Inductor on the same graph, its caches empty")
-    # Imports and Inductor's start happen once a process; a model of two blocks bears them.
+    # A model of two blocks first: it pays for imports and Inductor's start, once a process.
     measure(2, options.backend, 1, not options.no_inner, build)
     print("blocks  nodes  sites  swapped  first s  median s  per block ms  Dynamo s  inner s  share %", flush=True)
     for blocks in depths:

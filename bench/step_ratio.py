@@ -1,24 +1,25 @@
-"""What the rewrite costs when the compiled model runs: `with_backend("native")` against plain torch.compile.
+"""Measures what the rewrite costs when the compiled model runs: `with_backend("native")` against plain torch.compile.
 
-    python bench/step_ratio.py                                  # on the GPU where there is one, else on the CPU
-    python bench/step_ratio.py --device cpu --json FILE         # and the results as JSON
-    python bench/step_ratio.py --device cpu --threads 1         # where other programs keep the cores busy
+    python bench/step_ratio.py                                  # on the GPU if there is one, else on the CPU
+    python bench/step_ratio.py --device cpu --json FILE         # writes the results as JSON too
+    python bench/step_ratio.py --device cpu --threads 1         # on a machine whose cores are busy
 
 A FluxTransformer2DModel of diffusers, with random weights, is compiled by Inductor: twice by plain torch.compile
 (plain, plain again), once with `with_backend("native")` and once with `with_backend("_native_flash")`. On the CPU the
 model is small, in float32; on a GPU it has FLUX.1's widths and tokens and a fifth of its blocks, in bfloat16.
 Their steps are timed in turn in one process, each round in another order:
 
-/ plain         the median, divided by that of plain
-by rounds       median and quartiles of (step / step of plain in the same round): other load on the machine counts less
-ratio, noise    both for native, where the goal is 1, and for plain again: how far two equal programs lie apart here
+/ plain         the median step / the median step of plain
+by rounds       median and quartiles of (step / step of plain in the same round): less sensitive to other load on the machine
+ratio, noise    both figures for native (the goal is 1) and for plain again (the distance between two equal programs)
 
-Then what runs for an attention, without a clock:
+Then the code that runs for an attention is counted, without timing:
 
-attention ops   calls of attention operators in Inductor's code, for each attention of the model
-same code       whether the code is the one that plain torch.compile has, comments aside
-attnrewrite     how often the word occurs in that code, and calls into the package during one step (sys.setprofile)
-Python calls    calls of Python functions during one step; C calls: of builtins, among them every operator
+attention ops   calls of attention ops in Inductor's code, for each attention of the model
+same code       whether Inductor's code equals the code of plain torch.compile, without comments
+attnrewrite     occurrences of the word in that code, and calls into the package during one step (sys.setprofile)
+Python calls    calls of Python functions during one step
+C calls         calls of builtins during one step, among them every op
 """
 
 import argparse
@@ -41,7 +42,7 @@ PLAIN, AGAIN, NATIVE, FLASH = "plain", "plain again", "native", "_native_flash"
 
 
 def flux(device):
-    """The model, its inputs, and a description for the header."""
+    """Returns the model, its inputs, and a description for the header."""
     if device.type == "cuda":  # FLUX.1's widths and tokens
         heads, width, double, single, axes = 24, 128, 4, 8, (16, 56, 56)
         channels, joint, pooled, image, text, dtype = 64, 4096, 768, 4096, 512, torch.bfloat16
@@ -69,17 +70,17 @@ def flux(device):
 
 
 def compiled(model, inputs, number, backend):
-    """The compiled step, warm, and the Python that Inductor wrote for it, without comments."""
+    """Returns the warm compiled step, and the Python code that Inductor wrote for it, without comments."""
 
     def step():
         return model(**inputs, return_dict=False)[0]
 
-    # Dynamo keeps compiled code by code object: each step has its own, or every call would tell the backends apart.
+    # Dynamo keeps compiled code by code object. Each step has its own, or each call would search the code of all backends.
     step.__code__ = step.__code__.replace(co_name=f"step_{number}")
     codes = []
     with (
         mock.patch.object(GraphLowering, "save_output_code", codes.append),
-        torch._inductor.config.patch(fx_graph_cache=False),  # what comes from a cache is not written
+        torch._inductor.config.patch(fx_graph_cache=False),  # code from a cache is not passed to save_output_code
         torch._functorch.config.patch(enable_autograd_cache=False),
     ):
         run = torch.compile(step, backend=backend, fullgraph=True)
@@ -98,7 +99,7 @@ def seconds(run, device):
 
 
 def python_calls(run):
-    """Calls of Python functions, of builtins, and of functions that stand in attnrewrite, during one step."""
+    """Counts the calls of Python functions, of builtins, and of attnrewrite's functions during one step."""
     counts = {"python": 0, "c": 0, "attnrewrite": 0}
 
     def count(frame, event, argument):
@@ -129,11 +130,13 @@ def main():
         description="Ratio of a compiled step with with_backend('native') to plain torch.compile."
     )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--rounds", type=int, default=60, help="timed steps of each")
+    parser.add_argument("--rounds", type=int, default=60, help="timed steps of each variant")
     parser.add_argument(
-        "--threads", type=int, help="CPU threads of PyTorch; on a busy machine they wait for each other"
+        "--threads",
+        type=int,
+        help="CPU threads of PyTorch; use few on a busy machine, where threads wait for each other",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the results there too")
+    parser.add_argument("--json", metavar="FILE", help="write the results to FILE too")
     options = parser.parse_args()
     device = torch.device(options.device)
     if options.threads:
@@ -168,7 +171,7 @@ def main():
         for _ in range(options.rounds):
             for name in order:
                 times[name].append(seconds(made[name][0], device))
-            order = order[1:] + order[:1]  # none always follows the same one, nor always comes first
+            order = order[1:] + order[:1]  # no step always comes first
         calls = {name: python_calls(run) for name, (run, _) in made.items()}
 
     sites = len(backends[NATIVE].report.sites)

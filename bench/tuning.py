@@ -1,11 +1,11 @@
-"""How long `attnrewrite.tune` takes for a denoiser at its published depth: HunyuanVideo's 20 + 40 blocks, 32,896 tokens.
+"""Measures the time of `attnrewrite.tune` for a denoiser at its published depth: HunyuanVideo, 20 + 40 blocks, 32,896 tokens.
 
     python bench/tuning.py --json bench/results/tuning_h100.json      # a GPU with 40 GiB
-    python bench/tuning.py --small                                    # on a CPU: as many blocks, tiny
+    python bench/tuning.py --small                                    # on a CPU: as many blocks, but tiny
 
-step      seconds of one uncompiled step: what `tune` cannot do without, since it runs the model
-tune      seconds of `attnrewrite.tune`; of them what is spent on sites: compiling, timing and comparing kernels
-sites     how many the plan has, and how many of them were measured: equal ones are measured once
+step      seconds of one uncompiled step, which `tune` needs at least, since it runs the model
+tune      seconds of `attnrewrite.tune`, and the part spent on sites: compiling, timing and comparing kernels
+sites     the number of sites in the plan, and of sites that were measured: equal sites are measured once
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def seconds(function, device):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="tiny sizes, on a CPU")
-    parser.add_argument("--candidates", metavar="A,B", help="kernels to try (all but those of the hub)")
+    parser.add_argument("--candidates", metavar="A,B", help="kernels to try (default: all except the kernels hub's)")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # diffusers' own
@@ -62,7 +62,7 @@ def main():
 
     tuning.measure_site = measured
     with torch.no_grad():
-        made.step()  # loads what the first step loads
+        made.step()  # warm-up
         step, _ = seconds(made.step, device)
         candidates = options.candidates and options.candidates.split(",")
         took, plan = seconds(

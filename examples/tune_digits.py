@@ -1,9 +1,9 @@
-"""Finds the fastest kernel for each attention of the small DiT of the digits, and samples ten of them with it.
+"""Finds the fastest kernel for each attention of the small digits DiT, and samples ten digits with these kernels.
 
     python examples/tune_digits.py [--out out/tuned_digits.png] [--plan out/plan.json] [--steps 30]
 
-Prints the plan with all timings and errors, the report of the tuned model, the time a step of torch.compile and of the tuned
-model, and the largest difference of a pixel; writes the plan and one PNG with a row for each.
+Prints the plan with all timings and errors, the report of the tuned model, the time of a step with torch.compile and with the
+plan, and the largest pixel difference. Writes the plan, and one PNG with a row of digits for each of the two models.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main() -> None:
     variants = {"torch.compile": torch.compile(model), "tuned": torch.compile(model, backend=tuned)}
     rows = {name: digits.sample(variant, labels, noise, options.steps).cpu() for name, variant in variants.items()}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(5):  # in turn, so that whatever else the machine does slows both
+    for _ in range(5):  # in turn, so that other load on the machine slows both
         for name, variant in variants.items():
             started = time.perf_counter()
             digits.sample(variant, labels, noise, options.steps).cpu()

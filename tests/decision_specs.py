@@ -20,11 +20,11 @@ def gpu(*capability, cudnn="9.19.0", torch="2.13.0", **others):
 
 @dataclass(frozen=True)
 class Change:
-    """What is different from the baseline: fields of the call, another machine, the limit of numerics (None: the record's)."""
+    """A change of the baseline call."""
 
-    call: dict = field(default_factory=dict)
-    machine: Machine | None = None
-    numerics: Numerics | None = None
+    call: dict = field(default_factory=dict)  # fields of the call with other values
+    machine: Machine | None = None  # None: the record's
+    numerics: Numerics | None = None  # the limit of numerics; None: the record's
 
 
 def masked(kind, dtype=None, needs_grad=False, **call):
@@ -161,13 +161,12 @@ def mask_dtypes(*refused):
 
 @dataclass(frozen=True)
 class Spec:
-    """The record's own machine; what it refuses; how many questions an accepted call asks where every size is a symbol
-    of its own; and which sizes must be no data."""
+    """What a record is expected to refuse and to ask."""
 
-    machine: Machine
-    refused: dict
-    questions: int
-    not_unbacked: tuple = ()
+    machine: Machine  # a machine that the record runs on
+    refused: dict  # name of a change -> (code, words of the detail)
+    questions: int  # how many an accepted call asks about sizes, if every size is a symbol of its own
+    not_unbacked: tuple = ()  # sizes that must not depend on data
 
 
 LENGTHS = ("batch", "q_len", "kv_len")
@@ -349,7 +348,7 @@ def capability(change):
 
 
 def outside(first, last):
-    """The changes whose GPU is none from `first` to `last`."""
+    """The changes to a GPU with a compute capability outside of `first` to `last`."""
     text = f"{first[0]}.{first[1]} to {last[0]}.{last[1]}"
     return {
         name: (Code.CAPABILITY, text, f"this is {capability(change)[0]}.{capability(change)[1]}")
@@ -359,7 +358,7 @@ def outside(first, last):
 
 
 def changes(**wanted):
-    """The names of changes whose call differs in these fields: every one of them must hold."""
+    """The names of the changes of all these fields whose new values pass the given tests. wanted: field -> test."""
     return [
         name
         for name, change in CHANGES.items()
@@ -379,7 +378,7 @@ def half_precision(
     square=False, padding=False, masks=False, gqa=True, value_dim=False, quantised=False, capturable=True, more=None,
     asks=(), gaps=None,
 ):  # fmt: skip
-    """A kernel for CUDA without dropout. `causal`: the other alignment than the call's is refused by this name."""
+    """The spec of a CUDA kernel without dropout. causal: the kernel's alignment; calls with the other one are refused."""
     refused = {}
     for dim in changes(head_dim=lambda dim: widest is not None and dim > widest):
         refused[dim] = (Code.HEAD_DIM, f"head_dim up to {widest}", f"this is {CHANGES[dim].call['head_dim']}")
@@ -448,14 +447,14 @@ OTHER_SAGE = dict.fromkeys(
 
 
 def sage_1(**words):
-    """Every machine among the changes has SageAttention 2.x."""
+    """The spec of a SageAttention 1.x kernel. Every machine among the changes has SageAttention 2.x."""
     spec = half_precision(gpu(9, 0, sageattention="1.0.6"), first=None, last=None, **SAGE, more=BLOCKS, **words)
     spec.refused.update(OTHER_SAGE)
     return Spec(spec.machine, spec.refused, spec.questions + 1, spec.not_unbacked)
 
 
 def elsewhere(device, machine, **words):
-    """The same for a kernel of another device: no GPU of the changes is one."""
+    """The spec of a kernel for another device than CUDA: it refuses every GPU of the changes."""
     spec = half_precision(machine, first=None, last=None, **words)
     for name, change in CHANGES.items():
         if change.machine is not None:

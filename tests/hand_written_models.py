@@ -40,7 +40,7 @@ def model(build):
 
 
 class First(nn.Module):
-    """The first of what a model of transformers returns, with its inputs by position."""
+    """Wraps a model of transformers: takes its inputs by position and returns its first output."""
 
     def __init__(self, inner, *names, **fixed):
         super().__init__()
@@ -233,7 +233,7 @@ def timm_attention():
 
 
 class GroupedAttention(nn.Module):
-    """Fewer key heads, which repeat_interleave gives to the groups; a split square root; weights to the right of v."""
+    """Grouped queries by repeat_interleave of key and value; half of the scale on query and key; output as v @ weights.T."""
 
     def __init__(self, dim=24, heads=6, kv_heads=2):
         super().__init__()

@@ -7,13 +7,17 @@ import threading
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-COMMITS = {version: f"{version + 1:040x}" for version in range(4)}  # of the versions that every repository has
+COMMITS = {version: f"{version + 1:040x}" for version in range(4)}  # of each version, the same for every repository
 BRANCHES = {f"v{version}": commit for version, commit in COMMITS.items()}
 
 
 class LocalHub:
-    """Serves the repositories below `folder` (publisher/name/build/...) as versions 0 to 3 of themselves. `trusted`:
-    publishers that it vouches for; `broken`: files whose download breaks off in the middle; `asked`: every request."""
+    """Serves each repository below `folder` (publisher/name/build/...), with the same files for its versions 0 to 3.
+
+    trusted: publishers that the hub vouches for
+    broken: files whose download breaks off in the middle
+    asked: every request
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,4 @@
-"""What every parity test does: the compiled function against float64 eager of the unchanged one."""
+"""Helpers of all parity tests: they compare the compiled function with the unchanged one, eager in float64."""
 
 import pytest
 import torch
@@ -77,5 +77,5 @@ def recorded(calls):
 
 
 def _leaf(value):
-    """Without what it was computed from: opcheck reads the gradients of what it is given."""
+    """The tensor as a leaf of autograd: opcheck reads the gradients of its inputs."""
     return value.detach().requires_grad_(value.requires_grad) if isinstance(value, torch.Tensor) else value

@@ -102,11 +102,11 @@ def test_a_package_runs_and_checks(packaged, capfd):
         assert relative(step(*given), model(*given)) < 1e-5
     images, *rest = inputs(3)
     for given, said in (
-        ((images.double(), *rest), "(_native_flash): input 'images' is float64, needed is float32"),
-        (inputs(0), "needed is images.shape[0] >= 1, found 0"),
-        (inputs(65), "input 'images' has size 65 in dimension 0, needed is at most 64"),
-        ((images[..., :7], *rest), "input 'images' has size 7 in dimension 3, needed is 8"),
-        ((images[:, 0], *rest), "input 'images' has 3 dimensions, needed are 4"),
+        ((images.double(), *rest), "(_native_flash): input 'images' is float64, the program needs float32"),
+        (inputs(0), "images.shape[0] >= 1 must hold, but the left side is 0"),
+        (inputs(65), "input 'images' has size 65 in dimension 0, the program needs at most 64"),
+        ((images[..., :7], *rest), "input 'images' has size 7 in dimension 3, the program needs 8"),
+        ((images[:, 0], *rest), "input 'images' has 3 dimensions, the program needs 4"),
     ):
         assert said in stopped(capfd, step, *given)
     assert attnrewrite.explain_file(folder / "package.pt2").swapped == 1
@@ -127,17 +127,15 @@ def test_bad_packages(packaged, tmp_path):
     _, folder, _ = packaged
     whole = (folder / "package.pt2").read_bytes()
     (tmp_path / "cut.pt2").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(attnrewrite.ProgramFileError, match=r"cut\.pt2: .*or a part of one"):
+    with pytest.raises(attnrewrite.ProgramFileError, match=r"cut\.pt2: .*or an incomplete archive"):
         attnrewrite.load_package(tmp_path / "cut.pt2")
     with pytest.raises(
-        attnrewrite.ProgramFileError, match=r"expected is an exported program.*found is an AOTInductor package"
+        attnrewrite.ProgramFileError, match=r"expected an exported program.*found an AOTInductor package"
     ):
         attnrewrite.load(folder / "package.pt2")
     with zipfile.ZipFile(tmp_path / "other.pt2", "w") as archive:
         archive.writestr("x/models/model.json", "{}")
-    with pytest.raises(
-        attnrewrite.ProgramFileError, match="expected is an AOTInductor package, found is another archive"
-    ):
+    with pytest.raises(attnrewrite.ProgramFileError, match="expected an AOTInductor package, found another archive"):
         attnrewrite.load_package(tmp_path / "other.pt2")
 
 
@@ -198,7 +196,7 @@ def test_one_package_for_all_blocks(tmp_path):
 
     with pytest.raises(ValueError, match="Step declares no repeated blocks"):
         attnrewrite.aot_compile_blocks(Step(), tmp_path, backend="native")
-    with pytest.raises(attnrewrite.ProgramFileError, match=r"expected is a package Block\.pt2, found is none"):
+    with pytest.raises(attnrewrite.ProgramFileError, match=r"the package Block\.pt2 is missing"):
         attnrewrite.load_blocks(other, tmp_path / "elsewhere")
 
 
@@ -219,7 +217,7 @@ def test_cpp_runs_the_package(packaged, tmp_path):
     assert made.returncode == 0, made.stdout[-3000:] + made.stderr[-3000:]
     assert "largest difference to the eager model: " in made.stdout
     assert (
-        "called with float64: attention site 'Step' (_native_flash): input 'images' is Double, needed is float32"
+        "called with float64: attention site 'Step' (_native_flash): input 'images' is Double, the program needs float32"
         in made.stdout
     )
 

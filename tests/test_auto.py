@@ -132,7 +132,7 @@ SMALL = Row(None, UNMASKED, (1, 256), (16, 63), 0, ("_native_math",), "a test")
 
 
 def lengths_through(backend, lengths):
-    """What takes each length, of one function with a symbolic one; and how many graphs that was."""
+    """Returns the kernel chosen for each length of one function with a symbolic length, and the number of graphs."""
     run = torch.compile(lambda *given: attend(*given), backend=backend, fullgraph=True, dynamic=True)
     taken = []
     for length in lengths:

@@ -342,12 +342,12 @@ def refused(capsys, *arguments):
     ("arguments", "said"),
     [
         ([], "nothing to measure: give --models, --kernels or both"),
-        (["--small", "--models", "flax"], "--models names 'flax', which is none of them; did you mean 'flux'?"),
-        (["--small", "--kernels", "flesh"], "--kernels names 'flesh', which is none of them; did you mean 'flash'?"),
-        (["--small", "--kernels", "--shapes", "Flux"], "--shapes names 'Flux', which is none of them"),
-        (["--small", "--models", "--variants", "tuned;fast"], "--variants names 'fast', which is none of them"),
+        (["--small", "--models", "flax"], "--models names 'flax', which is unknown; did you mean 'flux'?"),
+        (["--small", "--kernels", "flesh"], "--kernels names 'flesh', which is unknown; did you mean 'flash'?"),
+        (["--small", "--kernels", "--shapes", "Flux"], "--shapes names 'Flux', which is unknown"),
+        (["--small", "--models", "--variants", "tuned;fast"], "--variants names 'fast', which is unknown"),
         (["--small", "--models", ","], "--models is ',': it names nothing"),
-        (["--small", "--models", "--rounds", "0"], "--rounds is 0: at least 1"),
+        (["--small", "--models", "--rounds", "0"], "--rounds is 0: it must be at least 1"),
         (["--small", "--models", "--append"], "--append needs --out FILE"),
         (["--small", "--models", "--out", "/gone/b.json"], "/gone is no folder"),
         (["--small", "--models", "--plot", "b.bmp"], "'b.bmp' ends in '.bmp': a picture is one of .png, .svg, .pdf"),
@@ -382,13 +382,13 @@ def test_results_of_two_machines_do_not_mix(tmp_path, capsys):
     other = {**results.header(torch.device("cpu"), small=True), "device": "NVIDIA H200", "models": {}}
     out.write_text(json.dumps(other))
     said = refused(capsys, "--small", "--models", "--out", out, "--append")
-    assert "its device is 'NVIDIA H200', of this run 'CPU'" in said
+    assert "its device is 'NVIDIA H200', the device of this run is 'CPU'" in said
     assert json.loads(out.read_text()) == other
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
-    [("{", "is no result"), ("[]", "is no result"), ('{"version": 9}', "its version is 9, known is 1"),
+    [("{", "is no result"), ("[]", "is no result"), ('{"version": 9}', "its version is 9, this attnrewrite reads version 1"),
      ('{"version": 1, "device": "CPU"}', "is no result")],
 )  # fmt: skip
 def test_files_that_are_no_result(tmp_path, text, said):

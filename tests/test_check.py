@@ -23,7 +23,7 @@ MATH = attnrewrite.records_of("_native_math")[0]
 
 
 def kernel(change, name="changed", **limits):
-    """A record that computes right, and then something else."""
+    """A record whose kernel computes attention and then applies `change` to the output."""
 
     def op(query, key, value, prepared, *, call):
         return change(F.scaled_dot_product_attention(query, key, value, scale=call.scale))

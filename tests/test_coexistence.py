@@ -206,7 +206,8 @@ print(json.dumps(found))
 
 
 def test_processes_that_share_a_cache(tmp_path):
-    """Between them nothing changes, or a helper of one record and this package's version: its factor tells what ran."""
+    """Nothing changes between two processes, or a record's helper and this package's version do. The output has the helper's
+    factor, which tells whose code ran."""
     (tmp_path / "script.py").write_text(textwrap.dedent(PROCESS))
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 

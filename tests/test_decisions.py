@@ -58,7 +58,7 @@ def key(record):
 
 
 def limit(record, change=None):
-    """The numerics that a decision is asked under: as far as the record goes, if the change does not say."""
+    """The limit of numerics for a decision: that of the change, if it has one, else the class of the record."""
     return change.numerics if change and change.numerics is not None else max(Numerics.REORDERED, record.numerics)
 
 
@@ -87,7 +87,7 @@ def test_one_change_gives_one_code(record):
 
 
 def wrong_about(record, change):
-    """The decision on a changed call if it is not the one of the table, with its two values; None if it is."""
+    """None if the decision on a changed call is the one in the table, with both values in its detail; else the decision."""
     decision = decision_of(record, CHANGES[change])
     expected = SPECS[key(record)].refused.get(change, ACCEPTED)
     if expected == ACCEPTED:
@@ -119,7 +119,7 @@ def test_packages(record):
 
 
 def test_what_pip_does_not_have_says_how_to_get_it():
-    """On PyPI there is no flash-attn-3, no cudnn, and of sageattention 1.x alone."""
+    """PyPI has no flash-attn-3, no cudnn, and only 1.x of sageattention."""
     for record in RECORDS:
         for package, specifier in record.requires.items():
             known = package in {"flash-attn-3", "cudnn"} or (package == "sageattention" and "<2" not in specifier)
@@ -137,7 +137,7 @@ TOY = Backend(
 
 
 def test_causal_alignments():
-    """Either alignment does for the other where there are as many keys as queries, and only there."""
+    """A kernel of one alignment takes calls of the other where q_len == kv_len, and only there."""
     for has, other in ((UPPER, LOWER), (LOWER, UPPER)):
         record = replace(TOY, masks=frozenset({MaskKind.NONE, has}))
         for asked, kv_len, code in (
@@ -258,7 +258,7 @@ def test_known_sizes_leave_no_guard(record):
 @each_record
 @pytest.mark.parametrize("size", [*LENGTHS, *DIMS, *HEADS])
 def test_unbacked_sizes(record, size):
-    """What data decides is never guessed: refused where the record would have to ask, with the question."""
+    """A size that depends on data is never guessed. A record that has to ask about it refuses, and names the question."""
     spec = SPECS[key(record)]
     env = ShapeEnv()
     unknown = env.create_unbacked_symint()
@@ -305,7 +305,7 @@ def test_unbacked_heads_with_a_bound(record):
 
 @pytest.mark.parametrize("name", ["flex on cpu"])
 def test_mask_tensors_and_symbolic_lengths(name):
-    """Static by nature: whether a length is a symbol is asked without a guard."""
+    """Whether a length is a symbol is known without a guard."""
     (record,) = (record for record in RECORDS if key(record) == name)
     for mask in (Mask(BOOLEAN, "bool", (1, 1, 64, 64)), Mask(ADDITIVE, "bfloat16", (64, 64))):
         call, env = symbolic(replace(CALL, mask=mask))
@@ -411,7 +411,7 @@ def test_rules_of_a_plan():
 
 
 def test_rules_by_mask():
-    """A mask that is dropped, or causal, is none that a kernel has to read."""
+    """The rule "masked" means a mask tensor that the kernel reads: not a dropped mask, not a causal one."""
     kinds = (MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.KEY_PADDING, MaskKind.ADDITIVE)
     calls = [replace(CALL, mask=Mask(kind, "bfloat16", (2, 1, 1, 64))) for kind in kinds]
     for rule, expected in (("masked", [None, None, "masked", "masked"]), ("unmasked", ["unmasked"] * 2 + [None] * 2)):
@@ -460,7 +460,7 @@ def test_the_report_of_a_compilation_through_json():
 
 
 def test_a_graph_compiled_again_replaces_itself():
-    """The graphs of one try at a compilation all stay; those of the try before go."""
+    """The graphs of the last attempt at a compilation all stay; those of earlier attempts are removed."""
     report = Report()
     for attempt, seconds in ((0, 1.0), (1, 2.0), (1, 4.0)):
         report.add(GraphReport("0/0", a_plan(CALL), CPU, seconds, 0), attempt)

@@ -164,7 +164,7 @@ def test_attention_in_a_graph_below(around):
     assert [str(each.graph) for each in program.graph_module.modules()] == given
     for x in (tensors[0], torch.rand(3, 12, 24)):
         assert relative(made.module()(x), model(x)) < 1e-6
-    assert "needed is x.shape[1] >= 1" in violated(made, torch.rand(2, 0, 24))
+    assert "x.shape[1] >= 1 must hold" in violated(made, torch.rand(2, 0, 24))
     assert "float64" in violated(made, tensors[0].double())
 
 
@@ -293,10 +293,12 @@ def test_dtype_and_device():
     made = attnrewrite.rewrite(program, "_native_flash")
     said = violated(made, tensors[0].double())
     assert said.startswith(
-        "attention site 'Attend' (_native_flash) and 1 more: input 'x' is float64, needed is float32."
+        "attention site 'Attend' (_native_flash) and 1 more: input 'x' is float64, the program needs float32."
     )
     elsewhere = attnrewrite.rewrite(program, "_native_efficient", machine=H200)
-    assert "input 'x' is on cpu, needed is cuda. Move it, and the program" in violated(elsewhere, *tensors)
+    assert "input 'x' is on cpu, the program needs cuda. Move the input, and the program" in violated(
+        elsewhere, *tensors
+    )
 
 
 def test_rows_that_are_read_as_they_lie():
@@ -311,7 +313,7 @@ def test_rows_that_are_read_as_they_lie():
     for place, name in enumerate("qkv"):
         turned = list(tensors)
         turned[place] = tensors[place].transpose(2, 3).contiguous().transpose(2, 3)
-        assert f"input '{name}' has a stride of 5 in its last dimension, needed is 1" in violated(made, *turned)
+        assert f"input '{name}' has a stride of 5 in its last dimension, the program needs 1" in violated(made, *turned)
     program, model, (x,) = exported()
     turned = x.transpose(1, 2).contiguous().transpose(1, 2)
     assert relative(attnrewrite.rewrite(program, "_native_flash").module()(turned), model(x)) < 1e-6
@@ -326,10 +328,12 @@ def test_one_check_a_condition_and_not_one_a_site():
     assert sorted(said) == ["x.shape[0] >= 1", "x.shape[1] % 4 == 0", "x.shape[1] >= 1"]
     assert "(limited) and 2 more" in assertions(made)[1].kwargs["sites"]
     assert relative(made.module()(wide := torch.randn(5, 12, 24)), model(wide)) < 1e-6
-    assert "needed is x.shape[1] % 4 == 0, found 2, where == 0 must hold" in violated(made, torch.randn(2, 10, 24))
-    assert "needed is x.shape[1] >= 1, found 0" in violated(made, torch.randn(2, 0, 24))
+    assert "x.shape[1] % 4 == 0 must hold, but the left side is 2 and the right side is 0" in violated(
+        made, torch.randn(2, 10, 24)
+    )
+    assert "x.shape[1] >= 1 must hold, but the left side is 0" in violated(made, torch.randn(2, 0, 24))
     # Dim("b", min=1) is in the range constraints, which hold no program to a least size of 2 or less.
-    assert "needed is x.shape[0] >= 1, found 0" in violated(made, torch.randn(0, 8, 24))
+    assert "x.shape[0] >= 1 must hold, but the left side is 0" in violated(made, torch.randn(0, 8, 24))
 
 
 def test_what_is_assumed_while_tracing_is_asked_when_it_runs():
@@ -337,7 +341,7 @@ def test_what_is_assumed_while_tracing_is_asked_when_it_runs():
     sizes = ({0: Dim.DYNAMIC, 1: Dim.DYNAMIC},)
     program, model, _ = exported(None, torch.randn(3, 8, 24), dynamic=sizes)
     made = attnrewrite.rewrite(program, "_native_flash")
-    assert "needed is x.shape[1] >= 1, found 0" in violated(made, torch.randn(3, 0, 24))
+    assert "x.shape[1] >= 1 must hold, but the left side is 0" in violated(made, torch.randn(3, 0, 24))
     assert relative(made.module()(one := torch.randn(1, 1, 24)), model(one)) < 1e-6
     program, _, _ = exported(Attend().half(), torch.randn(3, 8, 24).half(), dynamic=sizes)
     made = attnrewrite.rewrite(program, "_native_cudnn", machine=H200)
@@ -369,10 +373,10 @@ def test_sizes_that_the_program_is_made_for():
     assert node.kwargs["most"] == [2, 96, 24, 2, 96]
     asked = dict(node.kwargs)
     for given, said in (
-        ((tensors[0][:, :3], tensors[1]), "input 'x' has size 3 in dimension 1, needed is at least 4"),
-        ((torch.randn(2, 97, 24), tensors[1]), "input 'x' has size 97 in dimension 1, needed is at most 96"),
-        ((tensors[0], tensors[1][:1]), "input 'tokens' has size 1 in dimension 0, needed is 2"),
-        ((tensors[0], tensors[1][0]), "input 'tokens' has 1 dimensions, needed are 2"),
+        ((tensors[0][:, :3], tensors[1]), "input 'x' has size 3 in dimension 1, the program needs at least 4"),
+        ((torch.randn(2, 97, 24), tensors[1]), "input 'x' has size 97 in dimension 1, the program needs at most 96"),
+        ((tensors[0], tensors[1][:1]), "input 'tokens' has size 1 in dimension 0, the program needs 2"),
+        ((tensors[0], tensors[1][0]), "input 'tokens' has 1 dimensions, the program needs 2"),
     ):
         with pytest.raises(attnrewrite.AttentionAssertionError, match=re.escape(said)):
             CHECK_INPUTS(list(given), **asked)
@@ -434,7 +438,7 @@ def test_ranges_make_checks_superfluous():
 def test_a_size_limit_and_a_head_dim():
     program, _, _ = exported(None, torch.randn(2, 8, 24), dynamic=({1: Dim("s")},))
     made = attnrewrite.rewrite(program, limited(up_to_128))
-    assert "needed is x.shape[1] <= 128, found 129, where <= 128 must hold" in violated(made, torch.randn(2, 129, 24))
+    assert "x.shape[1] <= 128 must hold, but the left side is 129" in violated(made, torch.randn(2, 129, 24))
 
     class Wide(torch.nn.Module):
         def forward(self, q, k, v):
@@ -445,8 +449,12 @@ def test_a_size_limit_and_a_head_dim():
     made = attnrewrite.rewrite(program, limited(head_dim=HeadDim(max=64, multiple=8)))
     fine = [torch.randn(2, 3, 5, 32) for _ in range(3)]
     assert relative(made.module()(*fine), model(*fine)) < 1e-6
-    assert "q.shape[3] <= 64, found 72" in violated(made, *(torch.randn(2, 3, 5, 72) for _ in range(3)))
-    assert "q.shape[3] % 8 == 0, found 4" in violated(made, *(torch.randn(2, 3, 5, 20) for _ in range(3)))
+    assert "q.shape[3] <= 64 must hold, but the left side is 72" in violated(
+        made, *(torch.randn(2, 3, 5, 72) for _ in range(3))
+    )
+    assert "q.shape[3] % 8 == 0 must hold, but the left side is 4" in violated(
+        made, *(torch.randn(2, 3, 5, 20) for _ in range(3))
+    )
 
 
 def test_the_orientation_of_causal():
@@ -470,7 +478,7 @@ def test_what_was_asked_to_refuse_is_not_checked():
 
 
 def test_the_smaller_code_does_not_bind_a_program():
-    """A bias in rows of 16: with guards for a multiple of 16, in a program for every length."""
+    """The bias has rows of 16. Under torch.compile a guard on multiples of 16 saves code; a program takes every length."""
     mask = torch.ones(7, 7, dtype=torch.bool)
     length = Dim("s")
     program, _, _ = exported(
@@ -487,7 +495,7 @@ def test_checks_survive_compilation(compiler):
     made = attnrewrite.rewrite(program, limited(multiple_of_4))
     step = torch.compile(made.module(), backend=compiler, dynamic=True)
     assert step(torch.randn(3, 12, 24)).shape == (3, 12, 24)
-    for wrong, said in ((torch.randn(3, 10, 24), "found 2"), (torch.randn(3, 12, 24).double(), "float64")):
+    for wrong, said in ((torch.randn(3, 10, 24), "left side is 2"), (torch.randn(3, 12, 24).double(), "float64")):
         with pytest.raises(attnrewrite.AttentionAssertionError, match=said):
             step(wrong)
 
@@ -610,8 +618,8 @@ def test_files_that_are_none(saved, tmp_path):
     with zipfile.ZipFile(tmp_path / "other.pt2", "w") as archive:
         archive.writestr("x/y", "z")
     for name, said in (
-        ("cut", "or a part of one"),
-        ("other", "found is another archive"),
+        ("cut", "or an incomplete archive"),
+        ("other", "found another archive"),
         ("gone", "there is no such file"),
     ):
         for read in (
@@ -619,7 +627,7 @@ def test_files_that_are_none(saved, tmp_path):
             attnrewrite.explain_file,
             lambda file: attnrewrite.retarget(file, file, "native"),
         ):
-            with pytest.raises(attnrewrite.ProgramFileError, match=rf"{name}\.pt2: .*expected is.*|.*{said}") as caught:
+            with pytest.raises(attnrewrite.ProgramFileError, match=rf"{name}\.pt2: .*expected .*|.*{said}") as caught:
                 read(tmp_path / f"{name}.pt2")
             assert said in str(caught.value)
 
@@ -636,11 +644,11 @@ def test_a_newer_format_and_a_plan_that_is_none(saved, tmp_path):
     path, *_ = saved
     newer = rewritten(path, tmp_path / "newer.pt2", lambda data: {**data, "format": 7, "attnrewrite": "9.0"})
     with pytest.raises(
-        attnrewrite.ProgramFileError, match=r"newer\.pt2: it was written by attnrewrite 9\.0 in format 7; expected"
+        attnrewrite.ProgramFileError, match=r"newer\.pt2: it was written by attnrewrite 9\.0 in format 7; attnrewrite"
     ):
         attnrewrite.load(newer)
     other = rewritten(path, tmp_path / "other.pt2", lambda data: {"format": 1})
-    with pytest.raises(attnrewrite.ProgramFileError, match=r"expected is the plan of attnrewrite as JSON"):
+    with pytest.raises(attnrewrite.ProgramFileError, match=r"expected the plan of attnrewrite as JSON"):
         attnrewrite.load(other)
 
 
@@ -668,13 +676,13 @@ def test_another_machine(tmp_path, monkeypatch):
         assert "the kernel flash_4 of attention site 'Attend'" in said
         return said
 
-    assert "was chosen for cuda, found is no such device" in refused(None)
-    assert "was chosen for cuda, sm_90, found is cuda, sm_80 (A100)" in refused(
+    assert "was chosen for cuda, this machine has no such device" in refused(None)
+    assert "was chosen for cuda, sm_90, this machine is cuda, sm_80 (A100)" in refused(
         replace(H200, capability=(8, 0), name="A100")
     )
-    assert "needs flash-attn-4 4.0.0b36; found is no flash-attn-4" in refused(H200)
+    assert "needs flash-attn-4 4.0.0b36; flash-attn-4 is not installed" in refused(H200)
     older = refused(H200, **{"flash-attn-4": "4.0.0b9"})
-    assert "needs flash-attn-4 4.0.0b36; found is 4.0.0b9, which is older" in older
+    assert "needs flash-attn-4 4.0.0b36; 4.0.0b9 is installed, which is older" in older
     assert "attnrewrite.retarget(" in older
 
 
@@ -703,7 +711,7 @@ def test_made_on_a_cpu_for_this_gpu(tmp_path, kernel):
             output = step(*(tensor.cuda() for tensor in tensors)).cpu()
         assert relative(output, model(*(tensor.double() for tensor in tensors))) < 1.2e-2
     if kernel != "native":
-        assert "is on cpu, needed is cuda" in violated(made, *tensors)
+        assert "is on cpu, the program needs cuda" in violated(made, *tensors)
 
 
 def test_a_file_is_written_whole_or_not_at_all(saved, tmp_path, monkeypatch):
@@ -793,7 +801,7 @@ def test_real_models_in_a_process_without_their_source(tmp_path):
 
 
 def _only_dims(value):
-    """What is no dict of dimensions is static."""
+    """Shapes that are not given as a dict of dimensions are static."""
     if isinstance(value, dict) and value and all(isinstance(key, int) for key in value):
         return value
     if isinstance(value, dict):

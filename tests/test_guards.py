@@ -198,7 +198,7 @@ STATIC = {
 
 @pytest.mark.parametrize("fact", STATIC)
 def test_idle_questions_cost_nothing(fact):
-    """What is refused anyway never compiles again for a size, on whichever side of the limits."""
+    """A call that is refused anyway is never compiled again for a size, on either side of any limit."""
     fields, code = STATIC[fact]
     graphs = plain_graphs()
     calls = Compiled(replace(TOY, checks=(short, steps_of_16), head_dim=HeadDim(max=32), **fields))
@@ -301,7 +301,7 @@ def test_padded_head_dims_under_a_limit(given):
 
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_a_padded_head_dim_that_is_symbolic(inner):
-    """What is cut off the output is named by a node of the graph: the length in a slice is one too."""
+    """The padding is cut off the output by a slice, whose symbolic length must be a node of the graph."""
     record = replace(TOY, op=scaled_by_the_call, head_dim=HeadDim(multiple=8, pad=True))
     backend = attnrewrite.with_backend(record, inner=inner)
     run = torch.compile(attend, backend=backend, fullgraph=True, dynamic=True)
@@ -312,7 +312,7 @@ def test_a_padded_head_dim_that_is_symbolic(inner):
 
 
 def test_numbers_in_a_graph_are_nodes_or_known():
-    """Of the bias of a GPU kernel with symbolic lengths: no argument is a symbol that stands outside the graph."""
+    """With symbolic lengths, no argument in the graph (as of a GPU kernel's bias) is a symbol without a node."""
     left = []
 
     def inner(graph_module, example_inputs):
@@ -336,7 +336,7 @@ def parts_of(leaf):
 
 
 def scaled_by_the_call(query, key, value, prepared, *, call):
-    """The scale that it is given, where there is one: that of the head dim before it was padded."""
+    """`toy` with the scale of the call, where the call has one: the scale of the head dim before padding."""
     if call.scale is None:
         return toy(query, key, value, prepared, call=call)
     return torch.softmax(query @ key.transpose(-2, -1) * call.scale, -1) @ value

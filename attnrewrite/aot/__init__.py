@@ -1,2 +1,2 @@
 """Ahead of time: exported programs with swapped kernels, their files, and AOTInductor packages. Imports `entrances`, `reports`
-and what is below them."""
+and the rooms below them."""

@@ -1,12 +1,12 @@
-"""The .pt2 archive of torch.export: a zip file whose weights are entries of their own, so that a graph can be read and replaced
-without them.
+"""The .pt2 archive of torch.export, as torch 2.9 to 2.13 write it: a zip file with one entry for each weight. The graph can
+therefore be read and replaced without the weights.
 
     <name>/models/model.json                         the graph
-    <name>/data/weights/model_weights_config.json    for each weight its dtype, sizes, strides, and its entry
-    <name>/data/weights/weight_0 ...                 the bytes
-    <name>/extra/...                                 files that are not PyTorch's
+    <name>/data/weights/model_weights_config.json    dtype, sizes, strides and entry of each weight
+    <name>/data/weights/weight_0 ...                 the bytes of one weight
+    <name>/extra/...                                 extra files, which PyTorch does not interpret
 
-As written by torch 2.9 to 2.13. Reading and writing graphs is left to `torch.export.load` and `save`.
+Only `torch.export.load` and `torch.export.save` read and write the graph itself.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ EXTRA = "extra/"
 
 
 class ProgramFileError(RuntimeError):
-    """A file that is no such program, or not one for this machine. The message has the file, what is expected and what was
-    found."""
+    """A file that is no exported program (or package), or that this machine cannot run. The message names the file, the
+    expected content and the content that was found."""
 
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Archive]:
-    """Raises `ProgramFileError` if there is no such file, or it is no whole zip archive."""
+    """Opens an archive. Raises `ProgramFileError` if the file does not exist or is not a complete zip archive."""
     try:
         source = zipfile.ZipFile(path)
     except FileNotFoundError:
-        raise ProgramFileError(f"{path}: there is no such file; expected is a .pt2 of torch.export.save") from None
+        raise ProgramFileError(f"{path}: there is no such file; expected a .pt2 of torch.export.save") from None
     except (zipfile.BadZipFile, OSError) as error:
         raise ProgramFileError(
-            f"{path}: expected is the .pt2 archive of an exported program, found is something else, or a part of one "
+            f"{path}: expected the .pt2 archive of an exported program, found another file or an incomplete archive "
             f"({error}). Copy or save it again"
         ) from error
     with source:
@@ -56,7 +56,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Archive]:
 
 
 class Archive:
-    """An archive that is open for reading. Names are without the folder that all entries are in."""
+    """An archive that is open for reading. Names of entries omit the top folder, which all entries share."""
 
     def __init__(self, path: Path, source: zipfile.ZipFile) -> None:
         self.path = path
@@ -71,14 +71,14 @@ class Archive:
         if MODEL not in self.entries:
             kind = "an AOTInductor package" if any(".so" in name for name in self.entries) else "another archive"
             raise ProgramFileError(
-                f"{self.path}: expected is an exported program (an entry {MODEL}), found is {kind}. "
-                "torch.export.save and attnrewrite.save write one"
+                f"{self.path}: expected an exported program (an entry {MODEL}), found {kind}. "
+                "torch.export.save and attnrewrite.save write exported programs"
             )
 
     def graph(self) -> ExportedProgram:
-        """The program, with weights of the right shapes that take no memory: one element each, with strides of 0."""
+        """Returns the program with placeholder weights of the right shapes. Each stores one element and has strides of 0."""
         self.program()
-        if CONFIG not in self.entries:  # an older torch: all weights in one pickle
+        if CONFIG not in self.entries:  # an older torch stores all weights in one pickle
             return loaded(self.path)
         config = json.loads(self.read(CONFIG) or b"{}")
         small: dict[str, bytes] = {}
@@ -88,7 +88,7 @@ class Archive:
                 meta["strides"] = [{"as_int": 0} for _ in meta["strides"]]
                 meta["storage_offset"] = {"as_int": 0}
                 entry = self.entries[WEIGHTS + weight["path_name"]]
-                small[WEIGHTS + weight["path_name"]] = bytes(min(entry.file_size, 16))  # as long as the widest dtype
+                small[WEIGHTS + weight["path_name"]] = bytes(min(entry.file_size, 16))  # the widest dtype has 16
         small[CONFIG] = json.dumps(config).encode()
         made = io.BytesIO()
         self.copy(made, small, keep=lambda name: not name.startswith(EXTRA))
@@ -96,7 +96,11 @@ class Archive:
         return loaded(made, self.path)
 
     def copy(self, target: Any, changed: Mapping[str, bytes], keep: Callable[[str], bool] = lambda name: True) -> None:
-        """Writes the archive with some entries changed or added; all others go over in pieces, never as a whole."""
+        """Writes a copy of the archive to `target`.
+
+        changed: entries to replace or to add.
+        keep: whether to copy another entry. Entries are copied in chunks, so that no entry is in memory as a whole.
+        """
         folder = next(iter(self.source.namelist())).partition("/")[0]
         with zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as written:
             for name, info in self.entries.items():
@@ -111,26 +115,26 @@ class Archive:
 
 
 def loaded(file: Any, path: Any = None) -> ExportedProgram:
-    """`torch.export.load`, whose errors name the file."""
+    """Calls `torch.export.load`. Raises `ProgramFileError`, which names the file, for every error of it."""
     try:
         return torch.export.load(file)
     except Exception as error:
         first = (str(error).strip() or repr(error)).splitlines()[0]
         raise ProgramFileError(
-            f"{path or file}: torch {torch.__version__} does not load this program ({type(error).__name__}: {first}). Expected "
-            "is a whole file, of this torch or an older one, with every op that it calls registered"
+            f"{path or file}: torch {torch.__version__} does not load this program ({type(error).__name__}: {first}). The file "
+            "must be complete and written by this torch or an older one, and every op that it calls must be registered"
         ) from error
 
 
 def graph_text(program: ExportedProgram) -> bytes:
-    """The graph of a program as it stands in its file."""
+    """Returns the graph of a program as JSON, as `torch.export.save` writes it."""
     with zipfile.ZipFile(_saved(program)) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(MODEL))
         return archive.read(name)
 
 
 def with_graph(program: ExportedProgram, text: bytes) -> ExportedProgram:
-    """The program with another graph, which reads the same weights."""
+    """Returns the program with another graph (`text`: JSON as of `graph_text`) and the same weights."""
     changed = io.BytesIO()
     with zipfile.ZipFile(_saved(program)) as source:
         Archive(Path(), source).copy(changed, {MODEL: text})
@@ -142,13 +146,13 @@ def with_graph(program: ExportedProgram, text: bytes) -> ExportedProgram:
 def _saved(program: ExportedProgram) -> io.BytesIO:
     made = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="No complete tensor found in the group")  # their strides are 0
+        warnings.filterwarnings("ignore", message="No complete tensor found in the group")  # strides of 0
         torch.export.save(light(program), made)
     return made
 
 
 def light(program: ExportedProgram) -> ExportedProgram:
-    """The same program, with weights that take no memory."""
+    """Returns the same program with placeholder weights, which take no memory."""
 
     def small(tensor: torch.Tensor) -> torch.Tensor:
         made = torch.zeros((), dtype=tensor.dtype, device="cpu").expand(tensor.shape)
@@ -158,7 +162,7 @@ def light(program: ExportedProgram) -> ExportedProgram:
 
 
 def _with_state(program: ExportedProgram, state: dict[str, Any]) -> ExportedProgram:
-    record = program.graph_module.meta.pop(RECORD, None)  # nothing that torch.export could save
+    record = program.graph_module.meta.pop(RECORD, None)  # torch.export cannot save it
     try:
         return updated(program, program.graph_module, program.graph_signature, state)
     finally:

@@ -1,4 +1,4 @@
-"""Checks as nodes: what was decided when a program was rewritten, asked again at every call (check_ops.py)."""
+"""Inserts nodes that check, at every call of a rewritten program, what its kernels were chosen for (ops: check_ops.py)."""
 
 from __future__ import annotations
 
@@ -31,10 +31,13 @@ def insert_assertions(
     trainable: Collection[str],
     ranges: Mapping[Any, Any],
 ) -> tuple[str, ...]:
-    """Writes the checks behind the inputs of the graph, and returns what each says.
+    """Inserts the checks after the inputs of the graph, and returns one sentence for each check.
 
-    device: the type of device that kernels were chosen for, in PyTorch's word; None: the one that each input is on.
-    trainable: the inputs that are parameters which may need a gradient.
+    signature: the program's graph signature.
+    conditions: relations between sizes that must hold.
+    swapped: the swapped attention sites.
+    device: the device type that the kernels were chosen for, as PyTorch names it. None: the device type of each input.
+    trainable: names of the inputs that are parameters with `requires_grad`.
     ranges: the program's range constraints.
     """
     inputs = _user_inputs(module, signature)
@@ -48,7 +51,7 @@ def insert_assertions(
             emitter.tensor(node)
     said = []
     watched = [node for node in inputs if isinstance(value_of(node), Tensor)] if swapped else []
-    below = any(found.node.graph is not module.graph for found in swapped)  # in a graph that this one calls
+    below = any(found.node.graph is not module.graph for found in swapped)  # a swap in a subgraph
     places = _places_of_swaps(module)
     if swapped and not below:
         read = _read_by(places)
@@ -98,10 +101,10 @@ def _check_inputs(
 
 
 def _limits(size: Any, ranges: Mapping[Any, Any]) -> tuple[int, int]:
-    """The least and the most that a size may be, -1 for no limit."""
+    """Returns the smallest and the largest size allowed; a largest size of -1 is no limit."""
     if isinstance(size, int):
         return size, size
-    found = ranges.get(size.node.expr)  # a size that is computed from others is theirs to check
+    found = ranges.get(size.node.expr)  # no limit for a size computed from other sizes: these are checked
     if found is None:
         return 0, -1
     return int(least_of(found, 0)), int(found.upper) if found.upper < sys.maxsize else -1
@@ -113,13 +116,13 @@ def _check_gradient(emitter: Emitter, tensors: list[Node], sites: str) -> str:
 
 
 def _has_gradient(found: Swapped) -> bool:
-    """Whether what was put in has its gradient although none was asked for: operators with a formula that needs nothing more
-    than their inputs and outputs. The others were told not to keep what their backward needs."""
+    """Whether the swapped kernel supports backward although the call was planned without a gradient. True for ops whose
+    backward formula needs only their inputs and outputs. The other ops were told not to save tensors for their backward."""
     return found.kernel is not None and (found.kernel.op is None or found.kernel.always_differentiable)
 
 
 def _places_of_swaps(module: GraphModule) -> list[Node]:
-    """What came of the swaps, as it stands after all passes: emitted nodes that others read."""
+    """The nodes that give the results of the swaps, after all passes: emitted nodes that a node of the model reads."""
     return [
         node for node in module.graph.nodes
         if is_ours(node) and any(not is_ours(user) for user in node.users)
@@ -127,8 +130,8 @@ def _places_of_swaps(module: GraphModule) -> list[Node]:
 
 
 def _read_as_they_lie(places: Sequence[Node]) -> set[Node]:
-    """Inputs that come to a kernel through views and what is computed element by element, which keep the order in memory: where
-    the example's rows are dense, the kernel was told so."""
+    """The inputs that reach a kernel only through views and element-wise ops, which keep the order in memory. Where the rows of
+    the example are dense, the kernel was chosen for dense rows."""
     behind = _read_by(places, lambda node: is_ours(node) or _keeps_strides(node))
     return {node for node in behind if node.op == "placeholder"}
 
@@ -142,7 +145,7 @@ def _keeps_strides(node: Node) -> bool:
 
 
 def _parameters(module: GraphModule, places: Sequence[Node] | None, trainable: Collection[str]) -> list[Node]:
-    """A parameter that may need a gradient behind each of these attentions; the nearest will do. None: anywhere."""
+    """For each of `places` the nearest trainable parameter that it is computed from. None: all trainable parameters."""
     nearest: dict[Node, None] = {}
     if places is None:
         return [node for node in module.graph.find_nodes(op="placeholder") if node.name in trainable]
@@ -166,7 +169,7 @@ def _check_size(emitter: Emitter, inputs: list[Node], condition: Condition) -> s
     sites = _sites(condition.needed_by)
     signs = {sympy.Eq: "==", sympy.Ne: "!=", sympy.Lt: "<", sympy.Le: "<=", sympy.Gt: ">", sympy.Ge: ">="}
     sign = signs.get(type(relation))
-    if sign is None:  # "or" and the like: as a number that must be 1
+    if sign is None:  # "or" and the like become a number that must be 1
         left, right, sign = sympy.Piecewise((1, relation), (0, True)), sympy.Integer(1), "=="
     else:
         left, right = relation.lhs, relation.rhs
@@ -188,7 +191,7 @@ def _number(emitter: Emitter, expr: Any, shape_env: Any) -> Any:
 
 
 def _sizes(inputs: list[Node]) -> list[tuple[Node, int, Any, Any]]:
-    """Every symbolic size of an input: its node, the dimension, its expression, its value."""
+    """Every symbolic size of the inputs: (node, dimension, expression, SymInt)."""
     found: list[tuple[Node, int, Any, Any]] = []
     for node in inputs:
         value = value_of(node)
@@ -202,7 +205,7 @@ def _sizes(inputs: list[Node]) -> list[tuple[Node, int, Any, Any]]:
 
 
 def _places(relation: Any, sizes: Any) -> dict[Any, str]:
-    """For each symbol where it can be read: hidden_states.shape[1]."""
+    """For each symbol of the relation an input size that holds it, as in "hidden_states.shape[1]"."""
     places: dict[Any, str] = {}
     for node, dim, expr, _ in sizes:
         if expr in relation.free_symbols:
@@ -228,13 +231,13 @@ def _user_inputs(module: GraphModule, signature: Any) -> list[Node]:
 
 
 def _counts(node: Node) -> bool:
-    """Integers (positions, time steps, token ids) may come in any width."""
+    """Whether the dtype of an input is checked. Integers (positions, time steps, token ids) may have any width."""
     value = value_of(node)
     return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
 
 
 def _read_by(nodes: Sequence[Node], through: Callable[[Node], bool] = lambda node: True) -> set[Node]:
-    """The nodes, and all that they are computed from, as far back as `through` holds."""
+    """`nodes` and all nodes that they are computed from. The search goes beyond a node only where `through(node)` is True."""
     seen: set[Node] = set()
     waiting = list(nodes)
     while waiting:
@@ -250,7 +253,7 @@ def _named(found: Swapped) -> tuple[str, str]:
 
 
 def _sites(needed_by: Sequence[tuple[str, str]]) -> str:
-    """attention site 'blocks.0.attn1' (_native_flash) and 3 more"""
+    """Names the sites for a message: "attention site 'blocks.0.attn1' (_native_flash) and 3 more"."""
     named = [each for each in needed_by if each[0]]
     if not named:
         return "the rewritten attention"

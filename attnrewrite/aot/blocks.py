@@ -1,7 +1,7 @@
-"""Regional packages: one AOTInductor package for a block that a model repeats, which every repetition runs with its own
-weights.
+"""Regional compilation: one AOTInductor package for each class of repeated block, which every block of the class runs with its
+own weights.
 
-Compiling takes the time of one block, and the package holds no weights. What stands around the blocks runs as it was.
+Compilation takes the time of one block, and the package holds no weights. The modules around the blocks run unchanged.
 """
 
 from __future__ import annotations
@@ -37,12 +37,20 @@ def aot_compile_blocks(
     options: Mapping[str, Any] | None = None,
     **settings: Unpack[Settings],
 ) -> dict[str, CompiledPackage]:
-    """Runs `model(*args, **kwargs)` once for the inputs of its repeated blocks, exports the first of each class, swaps its
-    kernels, and writes `folder/<class>.pt2`. `load_blocks` puts them to use.
+    """Compiles one AOTInductor package with swapped kernels for each class of repeated block of a model.
 
-    The blocks are modules of the classes that `model._repeated_blocks` names, as diffusers' models do.
-    dynamic: for a class its `dynamic_shapes`, as `torch.export.export` takes them; static without.
-    settings: as for `export`. Raises `ValueError` if the model repeats no block, and what `export` and `aot_compile` raise.
+        attnrewrite.aot_compile_blocks(pipe.transformer, "blocks", (), inputs, backend="_native_cudnn")
+        attnrewrite.load_blocks(pipe.transformer, "blocks")
+
+    model: its repeated blocks are the modules of the classes in `model._repeated_blocks`, as in diffusers' models.
+    folder: receives `<class>.pt2` for each class; made if there is none.
+    args, kwargs: `model(*args, **kwargs)` runs once, to find the inputs of the first block of each class.
+    backend, rules, machine, settings: as in `export`.
+    dynamic: class name -> the block's `dynamic_shapes`, as in `torch.export.export`. Shapes of other classes are static.
+    options: Inductor's, as in `aot_compile`.
+
+    Returns class name -> package. Raises `ValueError` if the model has no repeated blocks or does not call the first block of a
+    class, and what `export` and `aot_compile` raise.
     """
     first: dict[str, torch.nn.Module] = {}
     for block in repeated_blocks(model):
@@ -66,17 +74,22 @@ def aot_compile_blocks(
 
 
 def load_blocks(model: torch.nn.Module, folder: str | os.PathLike[str], device_index: int = -1) -> int:
-    """Lets every repeated block of `model` run the package of its class, with its own weights, which are not copied.
+    """Makes every repeated block of `model` run the package of its class, with the block's own weights.
 
-    Returns how many do. `del block.forward` undoes it. Gradients do not flow through.
+        attnrewrite.load_blocks(pipe.transformer, "blocks")
 
-    Raises `ProgramFileError` as `load_package` does, and if the folder lacks a package.
+    model: as in `aot_compile_blocks`. The packages read its weights in place, without a copy.
+    folder: where `aot_compile_blocks` wrote the packages.
+    device_index: the index of the GPU; -1: the current GPU.
+
+    Returns the number of blocks. `del block.forward` restores a block. Gradients do not flow through a package. Raises
+    `ProgramFileError` where `load_package` does, and if the folder lacks a package.
     """
     blocks = repeated_blocks(model)
     for name in {type(block).__name__ for block in blocks}:
         if not (Path(folder) / f"{name}.pt2").exists():
             raise ProgramFileError(
-                f"{folder}: expected is a package {name}.pt2, found is none. aot_compile_blocks writes it"
+                f"{folder}: the package {name}.pt2 is missing. attnrewrite.aot_compile_blocks writes it"
             )
     made = [
         load_package(Path(folder) / f"{type(block).__name__}.pt2", weights=_tensors(block), device_index=device_index)
@@ -108,5 +121,5 @@ def _inputs(model: Any, blocks: dict[str, torch.nn.Module], args: Any, kwargs: A
 
 
 def _tensors(block: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and all buffers, also those that a state_dict leaves out."""
+    """All parameters and buffers, including the buffers that a state_dict leaves out."""
     return {**dict(block.named_parameters(remove_duplicate=False)), **dict(block.named_buffers(remove_duplicate=False))}

@@ -1,8 +1,9 @@
-"""The ops that check the inputs of a rewritten program at every call. program_checks.h has them for C++.
+"""The ops that check the inputs of a rewritten program at every call. program_checks.h implements the same ops for C++.
 
-They return nothing and have a side effect, so that torch.export, its decompositions, torch.compile and AOTInductor keep them;
-AOTInductor drops `aten._assert_tensor_metadata`, the text of `aten._assert_scalar`, and what `ExportedProgram.module()` checks
-of sizes (2.13). Registered when attnrewrite is imported: `torch.export.load` then finds them.
+The ops return nothing and are marked as having a side effect, so torch.export, its decompositions, torch.compile and
+AOTInductor keep them. PyTorch's own checks do not survive: AOTInductor drops `aten._assert_tensor_metadata`, the text of
+`aten._assert_scalar`, and the size checks of `ExportedProgram.module()` (2.13). Importing attnrewrite registers the ops;
+`torch.export.load` then finds them.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ HOLDS = {
 
 
 class AttentionAssertionError(RuntimeError):
-    """A program was called with what its kernels were not chosen for. The message has the site, what was found and what is
-    needed."""
+    """A program was called with inputs that its kernels were not chosen for. The message names the attention site, the value
+    that was found and the value that is needed."""
 
 
 def is_assertion(node: Node) -> bool:
@@ -46,48 +47,52 @@ def _inputs_are(
     most: Sequence[int],
     sites: str,
 ) -> None:
-    """For each input: its dtype and device type ("": any), whether its rows are dense, its rank; and for each dimension of each
-    the least and the most that it may be (-1: no limit)."""
+    """Checks dtype, device type, rank, the last stride and the sizes of the inputs.
+
+    names, dtypes, kinds, rows, ranks: one value for each input: its name, dtype, device type ("": any, for dtype and device),
+        1 if its last dimension must have stride 1, and its rank.
+    least, most: one value for each dimension of each input: the smallest and the largest size (most -1: no limit).
+    """
     lows, highs = iter(least), iter(most)
     for tensor, name, dtype, kind, row, rank in zip(inputs, names, dtypes, kinds, rows, ranks, strict=True):
         if dtype and tensor.dtype is not getattr(torch, dtype):
             found = str(tensor.dtype).removeprefix("torch.")
-            raise AttentionAssertionError(f"{sites}: input {name!r} is {found}, needed is {dtype}. {REMEDY}")
+            raise AttentionAssertionError(f"{sites}: input {name!r} is {found}, the program needs {dtype}. {REMEDY}")
         if kind and tensor.device.type != kind:
             raise AttentionAssertionError(
-                f"{sites}: input {name!r} is on {tensor.device.type}, needed is {kind}. Move it, and the program "
-                "(attnrewrite.load(path, device=...)), or rewrite the program for this device"
+                f"{sites}: input {name!r} is on {tensor.device.type}, the program needs {kind}. Move the input, and the "
+                "program (attnrewrite.load(path, device=...)), or rewrite the program for this device"
             )
         if tensor.dim() != rank:
             raise AttentionAssertionError(
-                f"{sites}: input {name!r} has {tensor.dim()} dimensions, needed are {rank}. {REMEDY}"
+                f"{sites}: input {name!r} has {tensor.dim()} dimensions, the program needs {rank}. {REMEDY}"
             )
         if row and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
             raise AttentionAssertionError(
-                f"{sites}: input {name!r} has a stride of {tensor.stride(-1)} in its last dimension, needed is 1. Pass "
+                f"{sites}: input {name!r} has a stride of {tensor.stride(-1)} in its last dimension, the program needs 1. Pass "
                 f"{name}.contiguous()"
             )
-        limits = zip(tensor.shape, lows, highs, strict=False)  # takes those of this tensor, and leaves the next ones'
+        limits = zip(tensor.shape, lows, highs, strict=False)  # consumes the limits of this tensor only
         for dim, (size, low, high) in enumerate(limits):
             if size < low or (size > high >= 0):
                 needed = f"{low}" if low == high else f"at least {low}" if size < low else f"at most {high}"
                 raise AttentionAssertionError(
-                    f"{sites}: input {name!r} has size {size} in dimension {dim}, needed is {needed}. {REMEDY}"
+                    f"{sites}: input {name!r} has size {size} in dimension {dim}, the program needs {needed}. {REMEDY}"
                 )
 
 
 def _size_is(anchor: Tensor, found: int, needed: int, *, relation: str, says: str, sites: str) -> None:
     if not HOLDS[relation](found, needed):
         raise AttentionAssertionError(
-            f"{sites}: needed is {says}, found {found}, where {relation} {needed} must hold. {REMEDY}"
+            f"{sites}: {says} must hold, but the left side is {found} and the right side is {needed}. {REMEDY}"
         )
 
 
 def _no_gradient(tensors: Sequence[Tensor], *, sites: str) -> None:
-    """The graph of an exported program does not say whether a gradient is needed: kernels are chosen for an inference."""
+    """The graph of an exported program does not say whether a gradient is needed, so kernels are chosen for inference."""
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         raise AttentionAssertionError(
-            f"{sites}: a gradient is asked for, the kernel was chosen for an inference. Call the program under torch.no_grad()"
+            f"{sites}: a gradient is asked for, but the kernel was chosen for inference. Call the program under torch.no_grad()"
         )
 
 

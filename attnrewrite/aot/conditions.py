@@ -1,5 +1,5 @@
-"""What must hold whenever a rewritten program runs: of what was asked about its sizes (graphs/questions.py), that which the
-swapped sites need. assertions.py makes nodes of it."""
+"""The conditions on sizes that must hold whenever a rewritten program runs. They are the answers about symbolic sizes
+(graphs/questions.py) that the swapped sites rely on. assertions.py inserts a check for each of them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..passes.found import Swapped
 
 @dataclass(frozen=True)
 class Condition:
-    """A relation between sizes that must hold, and the (site, kernel) pairs that need it."""
+    """A relation between sizes that must hold."""
 
-    relation: Any  # sympy
-    needed_by: tuple[tuple[str, str], ...]
+    relation: Any  # of sympy
+    needed_by: tuple[tuple[str, str], ...]  # (site, kernel) pairs
 
 
 def conditions(questions: Questions, swapped: Sequence[Swapped], ranges: Mapping[Any, Any]) -> tuple[Condition, ...]:
@@ -37,8 +37,8 @@ def conditions(questions: Questions, swapped: Sequence[Swapped], ranges: Mapping
 
 
 def _some(found: Swapped, ranges: Mapping[Any, Any]) -> Iterator[Question]:
-    """A kernel that does not take length 0. PyTorch takes symbolic sizes for at least 2, so that asking gives no condition,
-    but lets the program run with 0 and 1."""
+    """Conditions `size >= 1` for a kernel that does not take length 0. PyTorch assumes that symbolic sizes are at least 2, so
+    the kernel's question about 0 gave no condition; but PyTorch lets the program run with sizes 0 and 1."""
     import sympy
 
     kernel = found.kernel
@@ -46,6 +46,6 @@ def _some(found: Swapped, ranges: Mapping[Any, Any]) -> Iterator[Question]:
         return
     for size in (found.call.batch, found.call.q_len, found.call.kv_len):
         if isinstance(size, torch.SymInt) and (size.node.expr.free_symbols & set(ranges)):
-            relation = sympy.Ge(size.node.expr, 1, evaluate=False)  # sympy takes a size for positive
+            relation = sympy.Ge(size.node.expr, 1, evaluate=False)  # sympy assumes sizes are positive
             if answer_within(relation, ranges, least=0) is None:
                 yield Question(relation, found.call.site, kernel.name)

@@ -1,4 +1,4 @@
-"""Programs as files: `save`, `load`, `retarget`, `explain_file`."""
+"""Exported programs in .pt2 files: `save`, `load`, `retarget`, `explain_file`."""
 
 from __future__ import annotations
 
@@ -28,10 +28,15 @@ Path_ = str | os.PathLike[str]
 
 
 def save(program: ExportedProgram, path: Path_) -> None:
-    """`torch.export.save`, with the plan, the versions, and the graph as it was before any swap as extra files.
+    """Writes an exported program to a .pt2 file, as `torch.export.save` does.
 
-    The file is written whole or not at all. `torch.export.load` reads it too, after `import attnrewrite`. Raises `TypeError`
-    if `program` is no `ExportedProgram`.
+        attnrewrite.save(program, "model.pt2")
+
+    program: an `ExportedProgram`. For a rewritten program the file also holds, as extra files, its plan with the versions of
+        attnrewrite and torch, and its graph before any swap.
+    path: the file to write. It is written whole or not at all.
+
+    `torch.export.load` reads the file too, after `import attnrewrite`. Raises `TypeError` if `program` is no `ExportedProgram`.
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"program is {type(program).__name__}: give a torch.export.ExportedProgram")
@@ -43,19 +48,21 @@ def save(program: ExportedProgram, path: Path_) -> None:
 
 
 def load(path: Path_, device: str | torch.device | None = None, *, trust_remote_code: bool = False) -> ExportedProgram:
-    """The program of a file, ready for this machine.
+    """Loads an exported program from a .pt2 file, after checking that this machine has the kernels in it.
 
         step = attnrewrite.load("model.pt2", device="cuda").module()
 
-    device: where to move weights, constants and the tensors that the graph makes; None: where they were.
-    trust_remote_code: as in `with_backend`, for a kernel of the hub.
+    path: a file of `attnrewrite.save` or `torch.export.save`. The model's source is not needed.
+    device: the device to move weights, constants and the tensors made by the graph to. None: the devices in the file.
+    trust_remote_code: as in `with_backend`, for a kernel of the kernels hub.
 
-    It needs no source of the model. The libraries behind the chosen kernels are loaded, and no others. What differs from the
-    machine that it was made on, and may, is said in a warning. Nothing is unpickled but what `torch.export.load` itself does.
+    Returns the `ExportedProgram`. Only the libraries behind the chosen kernels are imported, and only what `torch.export.load`
+    unpickles is unpickled. Another version of torch or attnrewrite, or another GPU of the same compute capability, gives a
+    warning.
 
-    Raises `ProgramFileError`, which names the file, what is expected and what was found: no such file, a truncated one, one of
-    a newer format; a kernel's library that is missing or of another version; another device or compute capability than the
-    kernels were chosen for.
+    Raises `ProgramFileError`, which names the file, the expected and the found content: the file is missing, truncated or of a
+    newer format; a kernel's library is missing or of another version; the kernels were chosen for another device or compute
+    capability.
     """
     with opened(path) as archive:
         archive.program()
@@ -82,16 +89,18 @@ def retarget(
     machine: Machine | None = None,
     **settings: Unpack[Settings],
 ) -> Report:
-    """Writes `source`, a saved program of ours or of anybody, with other kernels to `target`, which may be the same file.
+    """Swaps the attention kernels of a saved program, from file to file, without the model's source.
 
         attnrewrite.retarget("model.pt2", "hopper.pt2", "flash_4", "native", machine=attnrewrite.Machine("cuda", (9, 0), {...}))
 
-    choices and the rest: as in `rewrite`. It starts from the graph as it was before any swap. So "native" alone is the way
-    back: its `numerics` is then "exact", and the result is that of the original, bit for bit. `machine` None: the one that the
-    program was made for, or, of a stranger's file, the one that its tensors are on.
+    source: a .pt2 of `attnrewrite.save` or `torch.export.save`.
+    target: the file to write; it may be `source`.
+    choices, rules, settings: as in `rewrite`. They apply to the graph before any swap. "native" alone, without rules, therefore
+        restores the original: `numerics` is then "exact", and results equal the original's bit for bit.
+    machine: as in `rewrite`. None: the machine that the program was rewritten for, or else the machine of its tensors.
 
-    Weights go from file to file in pieces and are never in memory. Returns the report. Raises `ProgramFileError` and what
-    `rewrite` raises; `target` is then as it was.
+    Weights are copied in chunks and are never in memory as a whole. Returns the report. Raises `ProgramFileError` and what
+    `rewrite` raises; `target` is then unchanged.
     """
     if choices == ("native",) and not rules:
         settings.setdefault("numerics", "exact")
@@ -109,8 +118,17 @@ def retarget(
 
 
 def explain_file(path: Path_, *choices: Choice, machine: Machine | None = None) -> Report:
-    """The report of a saved program; with `choices`, or for a program that was not rewritten, what they would do to it (all by
-    "native" if there are none). Loads no weights and no kernel. Raises `ProgramFileError`."""
+    """Returns the report of a saved program, without loading its weights or a kernel.
+
+        print(attnrewrite.explain_file("model.pt2"))
+
+    path: a .pt2 of `attnrewrite.save` or `torch.export.save`, or a package of `aot_compile` (without `choices`).
+    choices: plan the program for these kernels instead of returning the plan in the file. Without choices, a program that was
+        not rewritten is planned for "native".
+    machine: the machine to plan for. None: as in `retarget`.
+
+    Raises `ProgramFileError`, and `ValueError` as `with_backend`.
+    """
     with opened(path) as archive:
         manifest = _manifest(archive)
         if manifest is not None and not choices:
@@ -122,7 +140,7 @@ def explain_file(path: Path_, *choices: Choice, machine: Machine | None = None) 
 
 
 def planned(program: ExportedProgram, choices: Iterable[Choice], machine: Machine | None) -> Report:
-    """What a rewrite would report, without loading a library."""
+    """Returns the report that a rewrite would give, without loading a library."""
     policy = make_policy(choices)
     module = copy_of(program.graph_module)
     with noted(module, program.range_constraints):
@@ -139,7 +157,7 @@ def moved(program: ExportedProgram, device: str | torch.device | None) -> Export
 
     place = torch.device(device)
     if place.type == "cuda" and place.index is None:
-        # Nodes that name a device stand for that one alone: AOTInductor finds "cuda" unequal to a tensor's "cuda:0".
+        # AOTInductor compares devices literally: a node's "cuda" is not equal to a tensor's "cuda:0".
         place = torch.device("cuda", torch.cuda.current_device())
     return move_to_device_pass(program, str(place))
 
@@ -150,7 +168,7 @@ def _manifest(archive: Archive) -> Manifest | None:
 
 
 def _graph(archive: Archive) -> ExportedProgram:
-    """Before any swap, with weights that take no memory."""
+    """The program before any swap, with placeholder weights, which take no memory."""
     program = archive.graph()
     original = archive.read(ORIGINAL)
     return program if original is None else with_graph(program, original)
@@ -164,7 +182,7 @@ def _extras(record: Record | None, original: ExportedProgram | None) -> dict[str
 
 
 class _without_record:
-    """A record is no metadata that torch.export could save."""
+    """Removes the record from the program's metadata for a while: torch.export cannot save it."""
 
     def __init__(self, program: ExportedProgram) -> None:
         self.meta: dict[str, Any] = program.graph_module.meta

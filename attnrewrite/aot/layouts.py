@@ -1,6 +1,5 @@
-"""How the inputs of a package lie in memory. AOTInductor's code has the strides of the example in it and does not look at
-those of a call (2.13): another view of the same sizes would be read wrongly, in silence. So inputs that lie otherwise are
-copied.
+"""The memory layouts of a package's inputs. AOTInductor compiles the strides of the example inputs into its code and does not
+check the strides of a call (2.13): it silently reads an input with other strides wrongly. Such inputs are therefore copied.
 """
 
 from __future__ import annotations
@@ -20,8 +19,8 @@ Layout = dict[str, list[int]]
 
 
 def layouts_of(program: ExportedProgram) -> str:
-    """JSON: for each tensor among the inputs {"order": dimensions, the outermost first} where it has no gaps, otherwise
-    {"strides": ...}. Raises `ValueError` for an input with gaps and symbolic sizes."""
+    """Returns the layouts of all tensor inputs as JSON: {"order": dimensions, outermost first} for a tensor without gaps in
+    memory, else {"strides": ...}. Raises `ValueError` for an input with gaps and symbolic sizes."""
     users = [spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT]
     nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
     tensors = [(name, value_of(nodes[name])) for name in users if name in nodes]
@@ -38,7 +37,7 @@ def _layout(name: str, tensor: torch.Tensor) -> Layout:
     if not all(isinstance(stride, int) for stride in tensor.stride()):
         raise ValueError(
             f"input {name!r} has strides {tuple(map(str, tensor.stride()))}, which leave gaps between its elements, and "
-            "symbolic sizes: export with an example that has none, as .contiguous() gives"
+            "symbolic sizes: export with an example input without gaps, as .contiguous() returns it"
         )
     return {"strides": strides}
 
@@ -48,7 +47,7 @@ def _hint(size: Any) -> int:
 
 
 def dense_strides(shape: Any, order: list[int]) -> list[Any]:
-    """The strides of a tensor without gaps whose dimensions lie in this order."""
+    """Returns the strides of a tensor without gaps. order: its dimensions, outermost first."""
     strides: list[Any] = [1] * len(order)
     step: Any = 1
     for dim in reversed(order):
@@ -58,7 +57,7 @@ def dense_strides(shape: Any, order: list[int]) -> list[Any]:
 
 
 def laid_out(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
-    """The tensor, or a copy that lies as the example did. One of another rank is the checks' to refuse."""
+    """Returns the tensor, or a copy in the layout of the example. Returns a tensor of another rank: the checks refuse it."""
     (of_example,) = layout.values()
     if tensor.dim() != len(of_example):
         return tensor
@@ -70,7 +69,7 @@ def laid_out(tensor: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 
 class Layouts:
-    """Brings the arguments of a call into the layouts of a package."""
+    """Copies the arguments of a call to the layouts of a package where they differ."""
 
     def __init__(self, text: str | bytes, model: Any) -> None:
         self._layouts: list[Layout] = json.loads(text)

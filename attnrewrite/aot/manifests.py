@@ -1,4 +1,4 @@
-"""`Manifest`: what a saved program or package says of itself, and what that asks of the machine that loads it."""
+"""`Manifest`: the plan and the versions in a saved program or package, and the check whether this machine can run it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,13 @@ ORIGINAL = "extra/attnrewrite_original_graph.json"
 
 @dataclass(frozen=True)
 class Manifest:
-    """report: the plan, with the machine that it is for. checks: what the nodes that check say. sources: the library behind
-    each chosen kernel, with its version or commit. python: sites whose kernel only a Python process has."""
+    """The description of a program that is saved with it."""
 
-    attnrewrite: str
-    torch: str
-    report: Report
-    checks: tuple[str, ...] = ()
-    python: tuple[str, ...] = ()
+    attnrewrite: str  # the version that wrote the file
+    torch: str  # the version that wrote the file
+    report: Report  # the plan, with the machine that it is for
+    checks: tuple[str, ...] = ()  # a sentence for each check in the graph
+    python: tuple[str, ...] = ()  # "site (kernel)" for each kernel that needs a Python process
 
     @property
     def machine(self) -> Machine | None:
@@ -40,6 +39,7 @@ class Manifest:
 
     @property
     def sources(self) -> tuple[str, ...]:
+        """The library behind each chosen kernel, with its version or commit."""
         return tuple(dict.fromkeys(site.source for site in self.report.sites if site.source))
 
     def to_dict(self) -> dict[str, Any]:
@@ -53,19 +53,19 @@ class Manifest:
 
     @staticmethod
     def from_json(text: str | bytes, path: Any) -> Manifest:
-        """Raises `ProgramFileError` for a format that is newer than this attnrewrite, or a text that is none."""
+        """Raises `ProgramFileError` for a format newer than this attnrewrite reads, and for a text that is no manifest."""
         try:
             data = json.loads(text)
             if data["format"] > FORMAT:
                 raise ProgramFileError(
-                    f"{path}: it was written by attnrewrite {data['attnrewrite']} in format {data['format']}; expected is "
-                    f"format {FORMAT}, which attnrewrite {__version__} reads. Update attnrewrite"
+                    f"{path}: it was written by attnrewrite {data['attnrewrite']} in format {data['format']}; "
+                    f"attnrewrite {__version__} reads format {FORMAT}. Update attnrewrite"
                 )
             report = Report.from_dict(data["report"])
             return Manifest(data["attnrewrite"], data["torch"], report, tuple(data["checks"]), tuple(data["python"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ProgramFileError(
-                f"{path}: expected is the plan of attnrewrite as JSON, found is something else ({error}). Save it again"
+                f"{path}: expected the plan of attnrewrite as JSON, found other text ({error}). Save the program again"
             ) from error
 
 
@@ -74,24 +74,26 @@ def manifest_of(report: Report, checks: tuple[str, ...], python: tuple[str, ...]
 
 
 def check_machine(manifest: Manifest, path: Any, trust: bool = False) -> tuple[str, ...]:
-    """What differs here, and may: the versions of torch and attnrewrite, the name of the GPU. Loads the library behind each
-    chosen kernel, and nothing else.
+    """Checks that this machine has the chosen kernels, and loads the library behind each of them, and nothing else.
 
-    Raises `ProgramFileError` where a kernel was chosen for another device or compute capability, or its library is missing,
-    of another version, or does not load.
+    Returns a sentence for each difference that does not matter: versions of torch and attnrewrite, the name of the GPU. Raises
+    `ProgramFileError` where a kernel was chosen for another device or compute capability, or its library is missing, of
+    another version, or does not load.
     """
     planned = manifest.machine
     sites = [site for site in manifest.report.sites if _is_bound(site)]
     if not sites or planned is None:
         return _differences(manifest, None)
     here = _machine_like(planned)
-    remedy = f"Load it there, or attnrewrite.retarget({str(path)!r}, ...) for this machine"
+    remedy = f"Load the file on such a machine, or rewrite it for this one: attnrewrite.retarget({str(path)!r}, ...)"
     named = f"the kernel {sites[0].chosen} of attention site {sites[0].name!r}"
     if here is None:
-        raise ProgramFileError(f"{path}: {named} was chosen for {planned.device}, found is no such device. {remedy}")
+        raise ProgramFileError(
+            f"{path}: {named} was chosen for {planned.device}, this machine has no such device. {remedy}"
+        )
     if (here.device, here.capability) != (planned.device, planned.capability):
         raise ProgramFileError(
-            f"{path}: {named} was chosen for {_short(planned)}, found is {_short(here)} ({here.name}). {remedy}"
+            f"{path}: {named} was chosen for {_short(planned)}, this machine is {_short(here)} ({here.name}). {remedy}"
         )
     for site in {site.source: site for site in sites if site.source}.values():
         _check_library(site, path, remedy, trust)
@@ -105,10 +107,10 @@ def _check_library(site: Site, path: Any, remedy: str, trust: bool) -> None:
     if isinstance(source, Package):
         found = installed(source.distribution)
         if found is None:
-            raise ProgramFileError(f"{needed}; found is no {source.distribution}. Install it. {remedy}")
+            raise ProgramFileError(f"{needed}; {source.distribution} is not installed. Install it. {remedy}")
         if text != f"{source.distribution} {found}":
             older = _older(found, text.rpartition(" ")[2])
-            raise ProgramFileError(f"{needed}; found is {found}{older}. Install that version. {remedy}")
+            raise ProgramFileError(f"{needed}; {found} is installed{older}. Install the needed version. {remedy}")
     try:
         library(text, trust)
     except SourceError as error:
@@ -131,12 +133,12 @@ def _older(found: str, needed: str) -> str:
 
 
 def _is_bound(site: Site) -> bool:
-    """Whether a site holds a kernel that not every machine has."""
+    """Whether a site has a kernel that some machines lack: any but `native`."""
     return site.chosen is not None and site.chosen != "native"
 
 
 def _records(site: Site) -> tuple[Backend, ...]:
-    """None for a record that somebody passed, or of a plug-in that is not here."""
+    """The records of the site's kernel; empty for a record that a user passed and for a plug-in that is not installed."""
     try:
         return records_of(str(site.chosen))
     except ValueError:
@@ -148,7 +150,7 @@ def _machine_like(planned: Machine) -> Machine | None:
     if kind == "cuda" and not torch.cuda.is_available():
         return None
     if kind not in ("cpu", "cuda"):
-        return planned  # what else there is says itself what it cannot run
+        return planned  # not checked: other devices report themselves what they cannot run
     return machine_of(torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind))
 
 

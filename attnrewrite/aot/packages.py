@@ -1,4 +1,4 @@
-"""AOTInductor packages: a program with swapped kernels, compiled, for Python and for C++."""
+"""AOTInductor packages: compiled programs with swapped kernels, for Python and C++ processes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .layouts import Layouts, layouts_of
 from .manifests import MANIFEST, Manifest, check_machine, manifest_of
 from .programs import record_of
 
-# What a C++ process includes for the nodes that check: the op's C++ half.
+# The header with the C++ implementation of the checks. A C++ program that loads a package includes it.
 CHECKS_HEADER = Path(__file__).with_name("program_checks.h")
 
 
@@ -32,17 +32,16 @@ LAYOUTS = "extra/attnrewrite_inputs.json"
 
 
 class NeedsPythonError(RuntimeError):
-    """A kernel that only a Python process has, in a package for C++. The message has the sites and the kernels."""
+    """A package for C++ was asked for, but a chosen kernel is a Python function. The message names sites and kernels."""
 
 
 @dataclass(frozen=True)
 class CompiledPackage:
-    """path: the file. python: "site (kernel)" for each kernel that only a Python process has; empty: C++ may load it.
-    report: the plan, None for a program that was not rewritten."""
+    """A package that `aot_compile` has written."""
 
-    path: str
-    python: tuple[str, ...]
-    report: Report | None
+    path: str  # of the file
+    python: tuple[str, ...]  # "site (kernel)" for each kernel that needs a Python process; empty: C++ can load it
+    report: Report | None  # the plan; None for a program that was not rewritten
 
     def __str__(self) -> str:
         needs = f"needs Python for {', '.join(self.python)}" if self.python else "runs from Python and C++"
@@ -57,19 +56,21 @@ def aot_compile(
     weights: bool = True,
     options: Mapping[str, Any] | None = None,
 ) -> CompiledPackage:
-    """Compiles a program with AOTInductor, for the device that its tensors are on, and writes the package to `path`.
+    """Compiles an exported program with AOTInductor, for the device of its tensors, and writes the package to a file.
 
         attnrewrite.aot_compile(attnrewrite.export(model, args, backend="_native_flash"), "model.pt2")
         step = attnrewrite.load_package("model.pt2")
 
-    cpp: the package is for a C++ process. Raises `NeedsPythonError` now, not at load, if a chosen kernel is a Python function.
-        A C++ program includes attnrewrite/aot/program_checks.h, where the nodes that check are implemented.
-    weights: False leaves them outside, for `load_package(path, weights=...)`: several models, or blocks of one, then share a
-        package.
-    options: Inductor's (`torch._inductor.list_options()`).
+    program: an `ExportedProgram`, rewritten or not.
+    path: the file to write. It is written whole or not at all.
+    cpp: True: the package is for a C++ process. A chosen kernel that is a Python function then raises `NeedsPythonError` now
+        instead of failing at load. The C++ program includes attnrewrite/aot/program_checks.h, which implements the checks.
+    weights: False leaves the weights out of the package, for `load_package(path, weights=...)`. Several models, or blocks of
+        one model, can then share a package.
+    options: options of Inductor (`torch._inductor.list_options()`).
 
-    The file is written whole or not at all. Raises `TypeError` if `program` is no `ExportedProgram`, `ValueError` for an input
-    with gaps in memory and symbolic sizes, and what Inductor raises.
+    Returns a `CompiledPackage`. Raises `TypeError` if `program` is no `ExportedProgram`, `ValueError` for an input with gaps in
+    memory and symbolic sizes, and what Inductor raises.
     """
     if not isinstance(program, ExportedProgram):
         raise TypeError(
@@ -96,8 +97,10 @@ def aot_compile(
 
 
 class LoadedPackage:
-    """A package that can be called as the model was. Inputs that lie otherwise in memory than the example's are copied.
-    `report`: its plan, None for a stranger's package."""
+    """A loaded package, called with the arguments of the model. Inputs whose strides differ from the example's are copied.
+
+    report: the plan; None if the package holds none.
+    """
 
     def __init__(
         self, model: Any, report: Report | None, weights: Mapping[str, Any] | None, layouts: Layouts | None
@@ -105,7 +108,7 @@ class LoadedPackage:
         self.model = model
         self.layouts = layouts
         self.report = report
-        self.weights = weights  # the package holds their addresses only
+        self.weights = weights  # kept alive: the package holds only their addresses
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.layouts is not None:
@@ -122,18 +125,23 @@ def load_package(
 ) -> LoadedPackage:
     """Loads a package of `aot_compile` into this process.
 
-    weights: the state_dict for a package that has none of its own. They are read where they are, not copied, and must be
-        on the package's device.
-    device_index: which GPU, -1 the current one.
-    trust_remote_code: as in `with_backend`, for a kernel of the hub.
+        step = attnrewrite.load_package("model.pt2")
+        output = step(*args, **kwargs)
 
-    Raises `ProgramFileError` where `load` would: a truncated file, another GPU than compiled for, a kernel's library missing
-    or of another version; and where `weights` lacks a tensor.
+    path: the file of the package.
+    weights: the state_dict for a package that was compiled with `weights=False`. The package reads these tensors in place,
+        without a copy; they must be on its device.
+    device_index: the index of the GPU; -1: the current GPU.
+    trust_remote_code: as in `with_backend`, for a kernel of the kernels hub.
+
+    Returns a `LoadedPackage`. Raises `ProgramFileError` for a missing or truncated file, another device or compute
+    capability than the kernels were chosen for, a kernel's library that is missing or of another version, and `weights` that
+    lack a tensor.
     """
     with opened(path) as archive:
         if not any(name.endswith(".so") for name in archive.entries):
             raise ProgramFileError(
-                f"{path}: expected is an AOTInductor package, found is another archive. attnrewrite.aot_compile writes one; "
+                f"{path}: expected an AOTInductor package, found another archive. attnrewrite.aot_compile writes packages; "
                 "attnrewrite.load reads exported programs"
             )
         text, layouts = archive.read(MANIFEST), archive.read(LAYOUTS)
@@ -153,7 +161,7 @@ def load_package(
 
 
 def python_sites(module: GraphModule) -> tuple[str, ...]:
-    """What of a graph is computed by Python functions: "site (kernel)", or the op's name."""
+    """Names the ops of a graph that are Python functions: "site (kernel)", or the name of an op that is not attnrewrite's."""
     found = []
     for each in module.modules():
         if isinstance(each, GraphModule):

@@ -1,5 +1,5 @@
-// The ops that check a rewritten program's inputs, for a C++ process: include this in one source file of a program that loads
-// an AOTInductor package of attnrewrite. In Python `import attnrewrite` registers the same (attnrewrite/aot/assertions.py).
+// The ops that check the inputs of a rewritten program, for C++. Include this header in exactly one source file of a C++ program
+// that loads an AOTInductor package of attnrewrite. In Python, `import attnrewrite` registers the same ops (check_ops.py).
 #pragma once
 
 #include <ATen/ATen.h>
@@ -23,24 +23,24 @@ inline const std::map<std::string, at::ScalarType>& dtypes() {
 inline void check_inputs(at::TensorList inputs, std::vector<std::string> names, std::vector<std::string> wanted,
                          std::vector<std::string> kinds, at::IntArrayRef rows, at::IntArrayRef ranks, at::IntArrayRef least,
                          at::IntArrayRef most, std::string sites) {
-  size_t position = 0;  // the dimension, counted through all inputs
+  size_t position = 0;  // of a dimension in `least` and `most`, which list the dimensions of all inputs
   for (size_t i = 0; i < inputs.size(); ++i) {
     const auto found = dtypes().find(wanted[i]);
     TORCH_CHECK(found == dtypes().end() || inputs[i].scalar_type() == found->second, sites, ": input '", names[i], "' is ",
-                inputs[i].scalar_type(), ", needed is ", wanted[i], ".");
+                inputs[i].scalar_type(), ", the program needs ", wanted[i], ".");
     const auto device = c10::DeviceTypeName(inputs[i].device().type(), /*lower_case=*/true);
-    TORCH_CHECK(kinds[i].empty() || kinds[i] == device, sites, ": input '", names[i], "' is on ", device, ", needed is ",
-                kinds[i], ".");
+    TORCH_CHECK(kinds[i].empty() || kinds[i] == device, sites, ": input '", names[i], "' is on ", device,
+                ", the program needs ", kinds[i], ".");
     TORCH_CHECK(inputs[i].dim() == ranks[i], sites, ": input '", names[i], "' has ", inputs[i].dim(),
-                " dimensions, needed are ", ranks[i], ".");
+                " dimensions, the program needs ", ranks[i], ".");
     TORCH_CHECK(!rows[i] || inputs[i].stride(-1) == 1 || inputs[i].size(-1) < 2, sites, ": input '", names[i],
-                "' has a stride of ", inputs[i].stride(-1), " in its last dimension, needed is 1.");
+                "' has a stride of ", inputs[i].stride(-1), " in its last dimension, the program needs 1.");
     for (int64_t dim = 0; dim < ranks[i]; ++dim, ++position) {
       const auto size = inputs[i].size(dim);
       TORCH_CHECK(size >= least[position], sites, ": input '", names[i], "' has size ", size, " in dimension ", dim,
-                  ", needed is at least ", least[position], ".");
+                  ", the program needs at least ", least[position], ".");
       TORCH_CHECK(most[position] < 0 || size <= most[position], sites, ": input '", names[i], "' has size ", size,
-                  " in dimension ", dim, ", needed is at most ", most[position], ".");
+                  " in dimension ", dim, ", the program needs at most ", most[position], ".");
     }
   }
 }
@@ -53,13 +53,13 @@ inline void check_size(const at::Tensor&, int64_t found, int64_t needed, std::st
       : relation == "<="              ? found <= needed
       : relation == ">"               ? found > needed
                                       : found >= needed;
-  TORCH_CHECK(holds, sites, ": needed is ", says, ", found ", found, ", where ", relation, " ", needed, " must hold.");
+  TORCH_CHECK(holds, sites, ": ", says, " must hold, but the left side is ", found, " and the right side is ", needed, ".");
 }
 
 inline void check_gradient(at::TensorList tensors, std::string sites) {
   for (const auto& tensor : tensors) {
     TORCH_CHECK(!(at::GradMode::is_enabled() && tensor.requires_grad()), sites,
-                ": a gradient is asked for, the kernel was chosen for an inference.");
+                ": a gradient is asked for, but the kernel was chosen for inference.");
   }
 }
 

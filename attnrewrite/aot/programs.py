@@ -1,4 +1,4 @@
-"""`rewrite` and `export`: exported programs, and plain graph modules, with swapped kernels."""
+"""`rewrite` and `export`: exported programs and plain graph modules with swapped kernels."""
 
 from __future__ import annotations
 
@@ -27,19 +27,18 @@ from .conditions import conditions
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-RECORD = "attnrewrite"  # in the metadata of the graph module of a rewritten program
+RECORD = "attnrewrite"  # key of the `Record` in the metadata of a rewritten graph module
 
 
 @dataclass(frozen=True)
 class Record:
-    """What a rewritten program knows of itself: the report, what its checks say, and the program that it was made of (which
-    has the same weights), so that another choice starts from there. `fingerprint`: the graph that the rewrite gave. Where
-    somebody has changed it since (a decomposition, a pass), it starts from what that gave."""
+    """How a program was rewritten. Another rewrite starts from `original`, unless the graph has changed since (by a
+    decomposition or a pass): then it starts from the changed graph."""
 
     report: Report
-    checks: tuple[str, ...]
-    original: Callable[[], Any]
-    fingerprint: int
+    checks: tuple[str, ...]  # a sentence for each check in the graph
+    original: Callable[[], Any]  # returns the program before the rewrite, which has the same weights
+    fingerprint: int  # of the rewritten graph; another value now means that the graph has changed
 
 
 def rewrite(
@@ -49,21 +48,23 @@ def rewrite(
     machine: Machine | None = None,
     **settings: Unpack[Settings],
 ) -> Any:
-    """The program with each attention given to the first of `choices` that may take it; the given one is not changed.
+    """Returns a copy of an exported program in which each attention runs the first of `choices` that may take it.
 
         program = attnrewrite.rewrite(torch.export.export(model, args), "flash_4", "native")
 
-    program: an `ExportedProgram`, as exported or decomposed, or an `fx.GraphModule` whose nodes have fake values. Parameters
-        and buffers are shared with the given one. One that was rewritten before, and not changed since, is taken as it was
-        before that.
+    program: an `ExportedProgram`, before or after decomposition, or an `fx.GraphModule` whose nodes have fake values. It is not
+        changed; the copy shares its parameters and buffers. If the program was rewritten before, and its graph has not changed
+        since, the rewrite starts from its graph before any swap.
     choices, rules, strict, numerics, cast, trust_remote_code: as in `with_backend`.
-    machine: None: the one that the tensors are on. A described one (`Machine("cuda", capability=(9, 0), packages={...})`)
-        prepares the program for hardware that is elsewhere: `attnrewrite.load(path, device="cuda")` there.
+    machine: the machine to choose kernels for. None: the machine of the program's tensors. A description, as in
+        `Machine("cuda", capability=(9, 0), packages={...})`, prepares the program for another machine, where
+        `attnrewrite.load(path, device="cuda")` loads it.
 
-    What was asked about symbolic sizes, and the dtype and device of the inputs, is checked at every call of the result; a
-    call for which the kernels were not chosen raises `AttentionAssertionError`. `report_of` has the plan.
+    Returns the type of `program`. `report_of` returns the plan. A rewritten `ExportedProgram` checks at every call its input
+    dtypes and devices and the conditions on symbolic sizes that its kernels need, and raises `AttentionAssertionError`.
 
-    Raises `TypeError` if `program` is neither, `ValueError` as `with_backend`, `AttentionRefusedError` if strict.
+    Raises `TypeError` for another type of `program`, `ValueError` as `with_backend`, and, under `strict`,
+    `AttentionRefusedError` for an attention that no choice may take.
     """
     policy = program_policy(choices, rules, settings)
     if isinstance(program, ExportedProgram):
@@ -92,32 +93,46 @@ def export(
     machine: Machine | None = None,
     **settings: Unpack[Settings],
 ) -> ExportedProgram:
-    """`torch.export.export`, then `rewrite`. Gradients are not part of the program: it is traced under `torch.no_grad()`.
+    """Exports a model with `torch.export.export` and swaps its attention kernels with `rewrite`.
 
-    backend: a name or a record, or several in order of preference. settings: those of `rewrite` (rules, strict, numerics,
-    cast, trust_remote_code). Raises what `torch.export.export` and `rewrite` raise.
+        program = attnrewrite.export(model, args, backend=["flash_4", "native"])
+        attnrewrite.save(program, "model.pt2")
+
+    model: traced under `torch.no_grad()`, so the program computes no gradients.
+    args, kwargs: example inputs.
+    backend: a name or a record, or several in order of preference.
+    dynamic_shapes: as in `torch.export.export`.
+    rules, machine, strict, numerics, cast, trust_remote_code: as in `rewrite`.
+
+    Returns the rewritten `ExportedProgram`. Raises what `torch.export.export` and `rewrite` raise.
     """
-    policy = program_policy(several(backend), rules, settings)  # a wrong name is told before minutes of tracing
+    policy = program_policy(several(backend), rules, settings)  # first: a wrong name raises before minutes of tracing
     with torch.no_grad():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     return rewrite_program(program, policy, machine)
 
 
 def program_policy(choices: Iterable[Choice], rules: Rules | None, settings: Settings) -> Policy:
-    """As `make_policy`. Raises `TypeError` for `checks` too: the ops that check values stand in no program."""
+    """As `make_policy`. Raises `TypeError` for `checks` too: no exported program holds the ops that check values."""
     if "checks" in settings:
         raise TypeError(
-            "checks looks at values under torch.compile: use with_backend(..., checks=True), or attnrewrite.check"
+            "checks is not available for exported programs: use with_backend(..., checks=True) with torch.compile, or "
+            "attnrewrite.check"
         )
     return make_policy(choices, rules, **settings)
 
 
 def report_of(program: ExportedProgram | GraphModule) -> Report:
-    """The report of a rewritten program. Raises `ValueError` for one that was not rewritten."""
+    """Returns the report of a rewritten program: the plan, with a reason for each attention that kept its kernel.
+
+        print(attnrewrite.report_of(program))
+
+    program: what `rewrite`, `export` or `load` returned. Raises `ValueError` for a program that was not rewritten.
+    """
     record = record_of(program)
     if record is None:
         raise ValueError(
-            "this program has no report: it comes neither from attnrewrite.rewrite nor from attnrewrite.load"
+            "this program has no report: attnrewrite.rewrite, attnrewrite.export and attnrewrite.load return programs with one"
         )
     return record.report
 
@@ -129,14 +144,14 @@ def record_of(program: ExportedProgram | GraphModule) -> Record | None:
 
 
 def original_of(program: ExportedProgram) -> ExportedProgram:
-    """The program before any rewriting of ours, where that is known."""
+    """The program before any rewrite; the given program if that is not known."""
     record = record_of(program)
     known = record is not None and record.fingerprint == fingerprint(program.graph_module)
     return record.original() if record is not None and known else program
 
 
 def fingerprint(module: GraphModule) -> int:
-    """Of every node: its name, what it calls, what it reads."""
+    """A hash of the name, the target and the inputs of every node."""
     return hash(
         tuple(
             (node.name, str(node.target), tuple(each.name for each in node.all_input_nodes))
@@ -168,12 +183,12 @@ def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | N
 
 
 def _libraries(machine: Machine | None) -> Libraries:
-    """A program for a described machine runs there: here its libraries may be missing."""
+    """A program for a described machine does not run here, so its libraries may be missing here and are only named."""
     return Libraries.LOAD if machine is None else Libraries.NAME
 
 
 def copy_of(module: GraphModule) -> GraphModule:
-    """A copy whose graphs may be changed, without the record."""
+    """Returns a copy whose graphs can be changed, without the record."""
     record = module.meta.pop(RECORD, None)
     try:
         return copied(module)
@@ -183,7 +198,7 @@ def copy_of(module: GraphModule) -> GraphModule:
 
 
 def _name_literals(module: GraphModule, program: ExportedProgram) -> None:
-    """A number that the model writes as a tensor is an input of the graph: a constant all the same."""
+    """Notes the values of scalar tensors in the model's code: torch.export makes inputs of them, but they are constants."""
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     for node in module.graph.find_nodes(op="placeholder"):
         spec = specs.get(node.name)
@@ -208,7 +223,7 @@ def _outputs(module: GraphModule) -> list[Any]:
 
 
 def _renamed(signature: ExportGraphSignature, before: list[Any], after: list[Any]) -> ExportGraphSignature:
-    """The signature names outputs by their nodes: a swapped one may be among them."""
+    """Returns the graph signature with the new names of outputs: a swap may have replaced the node of an output."""
     renamed = copy.deepcopy(signature)
     for spec, old, new in zip(renamed.output_specs, before, after, strict=True):
         if old is not new and getattr(spec.arg, "name", None) == getattr(old, "name", ""):

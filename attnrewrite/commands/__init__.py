@@ -1,1 +1,1 @@
-"""What `attnrewrite COMMAND` runs. Imports everything else."""
+"""The commands of `attnrewrite COMMAND`. Imports every other room."""

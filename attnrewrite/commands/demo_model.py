@@ -1,4 +1,4 @@
-"""A small model that attends in all the ways that attnrewrite tells apart: what `python -m attnrewrite explain` explains."""
+"""A small model with every kind of attention that attnrewrite distinguishes. `attnrewrite explain` without a file plans it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TEXT, IMAGE, WIDTH, HEADS = 12, 40, 64, 4
 
 
 class Attention(nn.Module):
-    """SDPA on projected tokens (batch, tokens, width)."""
+    """SDPA on projections of tokens (batch, tokens, width)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Attention(nn.Module):
 
 
 class SpelledOut(Attention):
-    """The same in tensor operations."""
+    """The same attention, written as matmul and softmax."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
@@ -40,8 +40,14 @@ class SpelledOut(Attention):
 
 
 class Demo(nn.Module):
-    """A text encoder's layer and a denoiser's. forward: text (batch, 12, 64), image (batch, 40, 64), valid (batch, 12) bool:
-    which tokens of the prompt are any, bias (4, 40, 40): a position bias."""
+    """A layer of a text encoder and a layer of a denoiser.
+
+    forward takes
+    text: (batch, 12, 64)
+    image: (batch, 40, 64)
+    valid: (batch, 12) bool, True for the tokens of the prompt that are not padding
+    bias: (4, 40, 40), a position bias
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,7 +1,6 @@
-"""What `attnrewrite run` changes in its process: torch.compile, diffusers' pipelines, and a count of attention calls.
+"""The patches that `attnrewrite run` applies in its process: to torch.compile, diffusers' pipelines and SDPA (to count calls).
 
-The library itself patches nothing. The launcher owns its process, and a script that nobody edits can be reached no
-other way.
+The rest of attnrewrite does not patch them. `attnrewrite run` owns its process, and only patches reach an unedited script.
 """
 
 from __future__ import annotations
@@ -34,20 +33,20 @@ PIPELINES = "diffusers.pipelines.pipeline_utils"
 
 @dataclass
 class Interception:
-    """One launched process: what was compiled, what its compilations report, and the attention that no graph had.
+    """The state of one process of `attnrewrite run`.
 
-    `compile`: "existing" (the script's own calls of torch.compile), "denoiser" or "all" (besides, the denoisers or all
-    models of diffusers' pipelines, which get `inner`).
+    compile: "existing": only the models that the script compiles; "denoiser", "all": also the denoisers, or all models, of
+        diffusers' pipelines.
     """
 
-    policy: Policy
+    policy: Policy  # choices, rules and settings of the command line
     compile: str = "existing"
-    inner: str = "inductor"
-    report: Report = field(init=False)
-    calls: int = 0  # of torch.compile, by the script
-    parts: list[str] = field(default_factory=list)  # of pipelines, compiled at their first call
-    left: list[str] = field(default_factory=list)  # of pipelines, that the script compiles itself
-    outside: Counter[tuple[str, int, str]] = field(default_factory=Counter)  # by file, line and function
+    inner: str = "inductor"  # the compiler for models of pipelines that the script does not compile
+    report: Report = field(init=False)  # of all compilations
+    calls: int = 0  # torch.compile calls of the script
+    parts: list[str] = field(default_factory=list)  # models of pipelines, compiled here at their first call
+    left: list[str] = field(default_factory=list)  # models of pipelines that the script compiles itself
+    outside: Counter[tuple[str, int, str]] = field(default_factory=Counter)  # SDPA calls in no graph, by place
 
     def __post_init__(self) -> None:
         self.report = Report(str(self.policy))
@@ -76,25 +75,25 @@ class Interception:
             if model is None:  # torch.compile(dynamic=True) as a decorator
                 return functools.partial(compile, **kwargs)
             if isinstance(model, Module) and isinstance(implementation_of(model), FirstCall):
-                drop_implementation(model)  # the script compiles it itself
+                drop_implementation(model)  # the script compiles this model itself
             self.calls += 1
             return original(model, **{**kwargs, "backend": self.compiler(backend)})
 
         return compile
 
     def _takes(self, backend: Any) -> bool:
-        """Not what is ours already; an unknown name is left to PyTorch, whose error the script expects."""
+        """Whether to wrap a backend: not attnrewrite's own, and no unknown name, for which PyTorch raises its own error."""
         if isinstance(backend, str):
             return backend != NAME and backend in known_compilers()
         return callable(backend) and not isinstance(backend, AttentionCompiler)
 
-    # -- attention outside of graphs
+    # -- attention outside of compiled graphs
 
     def _counted(self, original: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(original)
         def scaled_dot_product_attention(*args: Any, **kwargs: Any) -> Any:
-            # While Dynamo traces, this is the constant False, and the call below all that is left. A fake tensor is
-            # one of ours, in a graph that is being rewritten.
+            # While Dynamo traces, this condition is the constant False, so that only the call below is traced. A fake
+            # tensor means that attnrewrite itself is rewriting a graph.
             if not torch.compiler.is_compiling() and not any(is_fake(value) for value in args[:1]):
                 frame = sys._getframe(1)
                 self.outside[frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name] += 1
@@ -171,13 +170,13 @@ class Interception:
 
 
 class FirstCall:
-    """Stands where a module's compiled call would, until it is called first."""
+    """Compiles a module at its first call. Until then it stands in for the module's compiled call."""
 
     def __init__(self, run: Interception, path: str, module: Module) -> None:
         self.run, self.path, self.module = run, path, module
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():  # the script compiles what calls it
+        if torch.compiler.is_compiling():  # the script compiles a module that calls this one
             return plain_call(self.module)(*args, **kwargs)
         drop_implementation(self.module)
         if any(implementation_of(part) is not None for part in self.module.modules()):
@@ -189,7 +188,7 @@ class FirstCall:
 
 
 def after_import(name: str, then: Callable[[ModuleType], None]) -> None:
-    """Calls `then(module)` once a module has been imported; now, if it has been."""
+    """Calls `then(module)` after the module is imported, or at once if it is imported already."""
     if name in sys.modules:
         then(sys.modules[name])
         return

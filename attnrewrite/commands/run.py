@@ -1,4 +1,4 @@
-"""`attnrewrite run script.py`: a script that knows nothing of attnrewrite, with its compiled attention on other kernels."""
+"""`attnrewrite run script.py`: runs an unedited script with other attention kernels in the models that it compiles."""
 
 from __future__ import annotations
 
@@ -20,54 +20,58 @@ from ..entrances.compilers import with_backend
 from ..kernels.records import Numerics
 from .interception import Interception
 
-BACKEND = "ATTNREWRITE_BACKEND"  # environment: the choices of `attnrewrite run`, where --backend does not give them
+BACKEND = "ATTNREWRITE_BACKEND"  # environment variable: the choices where --backend is not given
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="attnrewrite run",
-        description="Runs a Python script; attention in what it compiles gets other kernels. At its end a report on stderr "
-        "says what was swapped, what was not and why, and how many attention calls ran outside of any compiled graph. "
-        "Exit code, arguments, stdin and tracebacks are the script's own.",
+        description="Runs a Python script with other attention kernels in the models that it compiles. A report on stderr at "
+        "the end lists the attention that was swapped, the attention that was not and why, and the number of attention calls "
+        "outside of compiled graphs. Exit code, arguments, stdin and tracebacks are the script's own.",
     )
     made.add_argument(
-        "--backend", help=f"kernels in order of preference: a,b; or auto, or tune (or the environment's {BACKEND})"
+        "--backend", help=f"kernels in order of preference: a,b; or auto, or tune (default: the variable {BACKEND})"
     )
     made.add_argument(
         "--rule",
         action="append",
         default=[],
         metavar="PATTERN=A,B",
-        help="other kernels for some sites; may be repeated",
+        help="other kernels for the attention sites that match PATTERN; may be repeated",
     )
     made.add_argument(
         "--compile",
         choices=("existing", "denoiser", "all"),
         default="existing",
-        help="existing: what the script compiles with torch.compile; denoiser: besides, the denoisers of diffusers' "
-        "pipelines, at their first call; all: every model of theirs",
+        help="existing: the models that the script compiles with torch.compile (default); denoiser: also the denoisers of "
+        "diffusers' pipelines, compiled at their first call; all: also all other models of these pipelines",
     )
-    made.add_argument("--inner", default="inductor", help="the compiler for these models (inductor)")
-    made.add_argument("--report", metavar="FILE", help="write the report there too, as JSON")
-    made.add_argument("--strict", action="store_true", help="an attention that no kernel may take is an error")
+    made.add_argument("--inner", default="inductor", help="the compiler for models of pipelines (default: inductor)")
+    made.add_argument("--report", metavar="FILE", help="write the report to FILE too, as JSON")
+    made.add_argument(
+        "--strict", action="store_true", help="raise an error for an attention that none of the kernels may take"
+    )
     made.add_argument("--numerics", choices=[each.name.lower() for each in Numerics], default="reordered")
     made.add_argument("--cast", choices=CASTS)
-    made.add_argument("--checks", action="store_true", default=None, help="check values around every swapped attention")
+    made.add_argument(
+        "--checks", action="store_true", default=None, help="check values before and after every swapped attention"
+    )
     made.add_argument("--trust-remote-code", action="store_true")
     made.add_argument("-m", action="store_true", dest="module", help="script is the name of a module, as for python -m")
     made.add_argument("script")
-    made.add_argument("arguments", nargs=argparse.REMAINDER, help="the script's own")
+    made.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
     return made
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
-    """Runs the script and leaves the process as it would."""
+    """Runs the script, then ends the process with the script's exit code."""
     options = parser()
     given = options.parse_args(arguments)
     name, choices = ("--backend", given.backend) if given.backend else (BACKEND, os.environ.get(BACKEND, ""))
     if not choices.strip():
         options.error(
-            f"no attention backend is named: give --backend, or set {BACKEND} (`attnrewrite info` lists them)"
+            f"no attention backend is named: give --backend, or set {BACKEND} (`attnrewrite info` lists the names)"
         )
     try:
         rules = dict(rule.split("=", 1) for rule in given.rule)
@@ -80,7 +84,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
             inner=given.inner,
             **{name: getattr(given, name) for name in SETTINGS},
         )  # fmt: skip
-    except ValueError as error:  # of other arguments it says which
+    except ValueError as error:  # errors about other arguments name them
         options.error(f"{name}: {error}" if "attention backend is called" in str(error)[:30] else str(error))
     report = _report_file(given.report, options)
     if not given.module and not os.path.isfile(given.script):
@@ -88,7 +92,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
 
     interception = Interception(backend.policy, given.compile, given.inner)
     interception.install()
-    # Registered first, so that it comes last: after the script's threads and its own functions at exit.
+    # Registered first, so that it runs last: after the script's threads and the script's own atexit functions.
     atexit.register(_finish, interception, report, given.script)
     _run(given.script, given.module, given.arguments)
 
@@ -98,7 +102,7 @@ def _names(text: str) -> list[str]:
 
 
 def _report_file(path: str | None, options: argparse.ArgumentParser) -> Path | None:
-    """Where the report goes, known to be writable before the script runs. Of a distributed job each rank has its own."""
+    """The file for the report. It is opened once before the script runs, to find errors early. Each rank has its own file."""
     if path is None:
         return None
     file = Path(path).absolute()
@@ -119,7 +123,7 @@ def _finish(interception: Interception, report: Path | None, script: str) -> Non
 
 
 def _run(script: str, module: bool, arguments: Sequence[str]) -> NoReturn:
-    """As `python script.py` or `python -m module`: its `__main__`, its arguments, its traceback, its exit code."""
+    """Runs the script as `python script.py` or `python -m module` does: same `__main__`, arguments, traceback and exit code."""
     sys.argv = [script, *arguments]
     try:
         if module:
@@ -129,7 +133,7 @@ def _run(script: str, module: bool, arguments: Sequence[str]) -> NoReturn:
         else:
             if not sys.flags.safe_path:
                 sys.path[0] = os.path.dirname(os.path.realpath(script))
-            path = os.path.abspath(script)  # as Python's own since 3.9; sys.argv has it as it was written
+            path = os.path.abspath(script)  # absolute in __main__.__file__ since Python 3.9, unlike in sys.argv
             main = ModuleType("__main__")
             vars(main).update(__file__=path, __builtins__=builtins, __cached__=None)
             sys.modules["__main__"] = main
@@ -141,7 +145,7 @@ def _run(script: str, module: bool, arguments: Sequence[str]) -> NoReturn:
     except BaseException as error:
         error.__traceback__ = _of_the_script(error.__traceback__)
         sys.excepthook(type(error), error, error.__traceback__)
-        if isinstance(error, KeyboardInterrupt):  # a shell looks whether the signal ended the process
+        if isinstance(error, KeyboardInterrupt):  # a shell expects the process to end by the signal
             _flush()
             atexit._run_exitfuncs()
             signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -151,7 +155,7 @@ def _run(script: str, module: bool, arguments: Sequence[str]) -> NoReturn:
 
 
 def _of_the_script(traceback: TracebackType | None) -> TracebackType | None:
-    """Without the frames by which it was started."""
+    """The traceback without the frames of attnrewrite and runpy that started the script."""
     ours = (__file__, runpy.__file__, "<frozen runpy>")
     while traceback is not None and traceback.tb_frame.f_code.co_filename in ours:
         traceback = traceback.tb_next

@@ -1,4 +1,4 @@
-"""What stands in the records, for people: the support matrix, and what of it can run here."""
+"""The texts of `attnrewrite table` (the support matrix of all kernels) and `attnrewrite info` (the kernels usable here)."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from ..planning.usable import usable
 
 HEADER = """# Attention backends
 
-Generated from the records by `python -m attnrewrite table`; do not edit. A call that a kernel does not take is refused with
-one of the codes of `attnrewrite.Code`, and the next choice is asked.
+Generated from the records by `python -m attnrewrite table`; do not edit. A kernel refuses a call that it does not take with one
+of the codes of `attnrewrite.Code`, and the next choice is tried.
 
-*causal* is SDPA's `is_causal`, aligned upper-left; *causal lower-right* is FlashAttention's: kernels that have only this
-one take `is_causal` where q_len == kv_len. *key padding* is a mask that is the same for every head and query: a boolean tensor
-of such a shape, or a boolean or additive one that the graph makes so; a kernel with it takes padding of queries and keys too.
-What is known of a mask takes no kernel away: one that takes boolean or additive masks gets the model's own tensor.
-*tested*: the machine that the parity tests of `tests/backends/` passed on;
-"stand-in": a function of the library's signature that computes the reference, so that only the mapping of arguments is
-tested; "interpreter": the kernel, run on a CPU (docs/xla-and-npu.md); "as a package": not the hub's build, but the package that
-it is made from, served from a local folder. *error*: the relative error that these tests allow in
-half precision.
+* *causal*: SDPA's `is_causal`, aligned to the upper left.
+* *causal lower-right*: FlashAttention's alignment. Kernels with this alignment only take `is_causal` where q_len == kv_len.
+* *key padding*: a mask that is the same for every head and query: a boolean tensor of such a shape, or a boolean or additive
+  mask that the graph computes that way. A kernel that takes key padding also takes padding of queries and keys.
+* *boolean*, *additive*: any such tensor, also one that is known to be of another kind: the kernel gets the model's own tensor.
+* *error*: the relative error that the parity tests of `tests/backends/` allow in half precision.
+* *tested*: the machine on which these tests passed. "stand-in": a function with the library's signature that computes the
+  reference, so that only the mapping of arguments is tested. "interpreter": the kernel itself, run on a CPU
+  (docs/xla-and-npu.md). "as a package": the package that the hub's build is made from, served from a local folder, instead of
+  the hub's build.
 
 | backend | device | dtypes | head_dim | masks | GQA | value_dim | dropout | backward | numerics | error | needs | tested |
 |---|---|---|---|---|---|---|---|---|---|---|---|---|
@@ -32,7 +33,7 @@ half precision.
 
 
 def matrix() -> str:
-    """The table as Markdown, a row for each record."""
+    """Returns the support matrix as Markdown, one row for each record."""
     rows = [_row(record) for name in names() for record in records_of(name)]
     return HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
@@ -81,8 +82,8 @@ def _head_dim(record: Backend) -> str:
 
 
 def info(version: str) -> str:
-    """The machine, and a line for each kernel: usable on its device, or the reason why not. Imports the packages of kernels
-    that could run here; downloads nothing."""
+    """Returns a line about this machine, and a line for each kernel: usable here, or the reason why not. Imports the
+    packages of kernels that could run here; downloads nothing."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     machine = machine_of(device)
     lines = [f"attnrewrite {version} on {machine}"]

@@ -1,5 +1,5 @@
-"""One AOTInductor package for each class of repeated block of a FLUX transformer, shared by all its blocks and by models of
-other weights.
+"""Compiles one AOTInductor package for each class of repeated block of a FLUX transformer. All blocks of the class share it,
+also in models with other weights.
 
     python examples/aot/blocks.py [--out out/aot/blocks] [--backend _native_flash,native]
 

@@ -2,7 +2,8 @@
 
     python examples/aot/export_digits.py [--out out/aot] [--backend _native_flash,native] [--package]
 
-Writes digits.pt2, the program; what run_digits.py compares with; and, with --package, an AOTInductor package for C++.
+Writes digits.pt2 (the program), expected.pt (the images that run_digits.py compares with) and, with --package, an AOTInductor
+package for C++.
 """
 
 import argparse

@@ -2,14 +2,14 @@
 
     python examples/aot/run_digits.py [--out out/aot]
 
-Prints the plan that is in the file, and how far the images are from those of the eager model.
+Prints the plan in the file, and the largest difference of the images to those of the eager model.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-sys.modules["diffusers"] = None  # an import of it would raise
+sys.modules["diffusers"] = None  # imports of it raise
 sys.modules["transformers"] = None
 
 import torch  # noqa: E402

@@ -1,11 +1,16 @@
-"""DDIM for a model that predicts velocity: torch alone, for processes that have no diffusers."""
+"""A DDIM sampler for a model that predicts velocity. It needs torch only, for processes without diffusers."""
 
 import torch
 
 
 def sample(step, labels, noise, signal, steps=20):
-    """step(images, timestep, labels) -> velocity; labels (N,) int64; noise (N, 1, 8, 8); signal (1000,): the share of signal
-    at each time (`alphas_cumprod`). Returns images (N, 1, 8, 8) in -1..1."""
+    """Returns images (N, 1, 8, 8) in -1..1.
+
+    step: (images, timestep, labels) -> velocity
+    labels: (N,) int64
+    noise: (N, 1, 8, 8)
+    signal: (1000,), the share of signal at each timestep (`alphas_cumprod` of the scheduler)
+    """
     images = noise
     times = torch.arange(steps - 1, -1, -1) * (len(signal) // steps)
     for index, time in enumerate(times):

@@ -2,7 +2,7 @@
 
     python examples/digits/demo.py [--out out/digits.png] [--steps 30]
 
-Writes one PNG, a row each, and prints the report, the largest pixel difference and the seconds a step.
+Writes one PNG with a row for each kernel, and prints the reports, the largest pixel differences and the time of a step.
 """
 
 import argparse
@@ -22,7 +22,7 @@ ZOOM = 8
 
 
 def timed(denoiser, labels, noise, steps):
-    """The images, and the median seconds a step of three samplings after one that compiles."""
+    """Returns the images, and the seconds of a step: the median of three samplings, after a first one that compiles."""
     images = digits.sample(denoiser, labels, noise, steps)
     seconds = []
     for _ in range(3):
@@ -33,7 +33,7 @@ def timed(denoiser, labels, noise, steps):
 
 
 def picture(rows: dict[str, torch.Tensor]) -> Image.Image:
-    """One row of ten digits for each name, the name above it."""
+    """One row of ten digits for each name, with the name above the row."""
     text, side = 16, 8 * ZOOM
     sheet = Image.new("L", (10 * side, len(rows) * (side + text)), 0)
     draw = ImageDraw.Draw(sheet)

@@ -1,7 +1,7 @@
 """The small class-conditional DiT of the demo: its data, its noise schedule and its sampler.
 
 Images are scikit-learn's handwritten digits (`load_digits`: 1797 images of 8 x 8, values 0..16), scaled to -1..1.
-The model is diffusers' own `DiTTransformer2DModel`; nothing in this folder knows of attnrewrite except demo.py.
+The model is diffusers' own `DiTTransformer2DModel`. Only demo.py in this folder uses attnrewrite.
 """
 
 from pathlib import Path
@@ -16,7 +16,7 @@ HELD_OUT = 297
 
 
 def data() -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (1797, 1, 8, 8) float32 in -1..1 and labels (1797,) int64; the last `HELD_OUT` are not trained on."""
+    """Images (1797, 1, 8, 8) float32 in -1..1 and labels (1797,) int64; the last `HELD_OUT` are not used for training."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
     return images, torch.tensor(digits.target)
@@ -43,15 +43,15 @@ def scheduler() -> DDIMScheduler:
 
 
 def load() -> DiTTransformer2DModel:
-    """The trained model, float32, in evaluation mode. The file holds float16 to stay small."""
+    """The trained model in float32, in eval mode. The file holds float16 to stay small."""
     return DiTTransformer2DModel.from_pretrained(WEIGHTS, torch_dtype=torch.float32).eval()
 
 
 @torch.no_grad()
 def sample(denoiser, labels: torch.Tensor, noise: torch.Tensor, steps: int = 30) -> torch.Tensor:
-    """DDIM. labels (N,) int64, noise (N, 1, 8, 8) float32; returns images (N, 1, 8, 8) in -1..1.
+    """Samples with DDIM and returns images (N, 1, 8, 8) in -1..1. labels: (N,) int64. noise: (N, 1, 8, 8) float32.
 
-    Without classifier-free guidance, which saturates the pixels of images this small.
+    There is no classifier-free guidance: it saturates the pixels of images this small.
     """
     schedule = scheduler()
     schedule.set_timesteps(steps)

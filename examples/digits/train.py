@@ -1,7 +1,7 @@
-"""Trains the demo's digits on the CPU (about 25 minutes on two cores) and writes weights/ and figures.txt.
+"""Trains the demo's model on the CPU (about 25 minutes on two cores) and writes weights/ and figures.txt.
 
 python examples/digits/train.py            # trains, then scores
-python examples/digits/train.py --score    # scores the weights that are there: the last line of figures.txt
+python examples/digits/train.py --score    # scores the existing weights: the last line of figures.txt
 """
 
 import copy
@@ -26,7 +26,7 @@ def loss_of(model, schedule, images, labels, generator=None):
 
 
 def score(count: int = 500) -> str:
-    """How many generated digits a classifier of the real ones reads as the digit that was asked for."""
+    """The share of generated digits that a classifier of real digits reads as the requested digit."""
     images, labels = digits.data()
     classifier = SVC().fit(images.flatten(1).numpy(), labels.numpy())
     wanted = torch.arange(count) % digits.CLASSES

@@ -1,4 +1,4 @@
-"""Samples latents with a small latent-diffusion pipeline of random weights: a script as anybody writes it."""
+"""Samples with a small latent-diffusion pipeline of random weights. The script does not use attnrewrite."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""What Inductor makes of a swapped attention inside a model: no copy of query, key, value or output. On stand-ins."""
+"""Inductor's code for a swapped attention inside a model copies no query, key, value or output. Runs on stand-ins."""
 
 import re
 
@@ -60,7 +60,7 @@ PLAIN = [record for record in RECORDS if record.name not in LEFT_TO_THEMSELVES]
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("record", PLAIN, ids=name_of)
 def test_no_copies(record, fused, stand_ins):
-    """Strided views of (batch, length, heads, dim) go straight in, out of three projections or one."""
+    """Strided views of (batch, length, heads, dim) reach the kernel without a copy, from three projections or from one."""
     code = code_for(compiler(stand_ins(record), "inductor"), fused)
     assert ("torch.ops.attnrewrite." in code) or ("torch.ops.npu." in code)
     assert written_by_kernels(code) == []

@@ -166,7 +166,7 @@ def test_no_python_of_ours_runs_in_a_compiled_step():
         assert "attnrewrite" not in code
 
 
-# -- toy kernels: what a record promises its op is given, and a wrong one is seen
+# -- toy kernels: an op gets what its record promises, and a wrong op is noticed
 
 
 def toy(query, key, value, prepared, *, call):
@@ -286,7 +286,7 @@ def test_flex_takes_no_boolean_mask_on_the_cpu_of_an_older_torch():
 
 
 def test_what_reads_the_output_of_flex():
-    """Inductor's CPU template fails where it shall compute that too (2.13): rows that a mask hides, then heads side by side."""
+    """Inductor's CPU template fails if it has to fuse the ops after flex (2.13): rows set to zero, then heads concatenated."""
 
     def step(query, key, value, mask):
         keep = mask[:, None, :, None] & mask[:, None, None, :]

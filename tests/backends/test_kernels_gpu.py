@@ -156,7 +156,7 @@ def test_gradients(kernel, inner):
     ],
 )
 def test_the_same_kernel_as_sdpa_chooses(kernel, choice):
-    """To the bit what eager SDPA gives under sdpa_kernel, a boolean mask included."""
+    """The result equals eager SDPA under sdpa_kernel bit for bit, also with a boolean mask."""
     tensors = gpu()
     masks = [[]] if kernel == "_native_flash" else [[], [boolean(2, 1, 77, 141)]]
     for mask in masks:
@@ -175,7 +175,7 @@ def test_the_same_kernel_as_sdpa_chooses(kernel, choice):
     ],
 )
 def test_dropout(kernel, choice):
-    """From one seed the very weights are dropped that eager SDPA drops under sdpa_kernel, forward and backward."""
+    """With the same seed, the same weights are dropped as by eager SDPA under sdpa_kernel, forward and backward."""
 
     def grads(function):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors]

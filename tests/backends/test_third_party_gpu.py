@@ -28,7 +28,7 @@ NAMES = tuple(
         if "cuda" in record.devices and (record.source is not None or record.name == "_native_varlen")
     )
 )
-# The module that a hub repository is made of here: the package that the hub's build is made from.
+# Hub repositories are made here of the package that the hub's build is made from.
 BUILDS = {
     "kernels-community/flash-attn2": "flash_attn",
     "kernels-community/flash-attn3": "fa3_fwd_interface",

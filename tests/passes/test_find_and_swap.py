@@ -90,7 +90,7 @@ def test_last_dimension_with_a_stride(kernel):
 
 
 def test_grouped_heads_of_rank_3_stay():
-    """The first of three sizes is the heads then, and SDPA repeats it: such a call is left as it is."""
+    """In a call of rank 3 the first dimension is the heads, which SDPA repeats: such a call is not swapped."""
     query, key, value = torch.randn(8, 7, 16), torch.randn(2, 11, 16), torch.randn(2, 11, 16)
     run, backend = compiled(lambda *given: sdpa(*given, enable_gqa=True), "_native_math")
     assert torch.equal(run(query, key, value), sdpa(query, key, value, enable_gqa=True))
@@ -200,7 +200,7 @@ def test_autocast_region(kernel, inner):
 
 
 def test_a_mask_under_autocast_is_cast_with_tensors_that_need_no_cast():
-    """The dtypes of the call do not show that autocast is on; the regions of the graph do, also of graphs below."""
+    """The dtypes of the call do not show that autocast is on; the autocast regions of the graph and of its subgraphs do."""
     mask = torch.randn(2, 1, 7, 11)
 
     def inside(q, k, v, m):
@@ -262,7 +262,7 @@ def nested_contexts(q):
 
 @pytest.mark.parametrize("function", [within_math, nested_contexts])
 def test_kernel_contexts_go_in_pairs(function):
-    """The choice that a swapped op no longer reads is no longer set, nor set back."""
+    """The choice of `sdpa_kernel` is neither set nor restored in the graph where no op reads it any more."""
     query = qkv()[0]
     assert "_sdpa_kernel" not in graph_of(function, query)
     torch.compiler.reset()
@@ -308,7 +308,7 @@ def test_multi_head_attention_is_opened(kernel, training):
 
 
 def test_multi_head_attention_says_that_it_trains():
-    """What stands inside must be seen to need a gradient: flex has none on a CPU."""
+    """The attention inside must be planned as one that needs a gradient: flex has none on a CPU."""
     module = torch.nn.MultiheadAttention(32, 4, batch_first=True)
     run, backend = compiled(lambda x: module(x, x, x, need_weights=False)[0], "flex")
     run(torch.randn(2, 7, 32))
@@ -492,7 +492,7 @@ def test_view_behind_a_kernel_of_another_layout():
     ids=["clone", "reshape", "flatten", "einsum", "cat"],
 )
 def test_what_passes_strides_on(tail):
-    """Something behind the attention keeps the order of memory for a reader behind it."""
+    """An op after the attention keeps the memory order for a later reader."""
 
     def step(q, k, v):
         return tail(sdpa(q, k, v))
@@ -506,7 +506,7 @@ def test_what_passes_strides_on(tail):
 
 
 def test_a_copy_that_would_be_a_view():
-    """The CPU kernel's (B, S, H, D) memory makes of this reshape a view, math's (B, H, S, D) a copy: a write shows which."""
+    """With the CPU kernel's (B, S, H, D) memory this reshape is a view, with math's (B, H, S, D) a copy: a write shows it."""
 
     def step(q, k, v, weight):
         output = sdpa(q, k, v)
@@ -519,7 +519,7 @@ def test_a_copy_that_would_be_a_view():
 
 
 def test_no_copy_where_nobody_would_notice():
-    """What models do behind attention gives a dense tensor, whether it copies math's (B, H, S, D) memory or not."""
+    """The usual ops after attention give a dense tensor, whether they copy math's (B, H, S, D) memory or not."""
     assert "contiguous" not in graph_of(attend, *qkv(), backend="_native_math")
 
 

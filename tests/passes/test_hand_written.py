@@ -669,7 +669,7 @@ def test_sites_that_feed_one_another():
 
 @pytest.mark.parametrize("where", ["query", "scaled query", "mask"])
 def test_what_is_written_into_meanwhile(where):
-    """The kernel reads its tensors where the output stood: one that was written into in between cannot be read there."""
+    """A swapped kernel reads its inputs at the place of the output. It cannot read an input that was written to before that."""
 
     def step(q, k, v, m):
         q, m = q.clone(), m.clone()
@@ -791,7 +791,7 @@ def test_a_kernel_that_pytorch_has_chosen(kernel, mask):
 @pytest.mark.parametrize("kernel", ["_native_math", "native"])
 @pytest.mark.parametrize("form", ["plain", "boolean", "bias", "causal", "grouped"])
 def test_sdpa_that_was_decomposed(form, kernel):
-    """Core ATen has no SDPA: what it becomes there gives rows without any key zeros."""
+    """Core ATen has no SDPA. Its decomposition gives zeros for rows without any key."""
 
     class Attend(nn.Module):
         def forward(self, q, k, v, m):
@@ -834,7 +834,7 @@ def test_a_kernel_whose_log_sum_exp_is_used_stays():
 
 
 def test_a_graph_is_rewritten_once():
-    """The kernel that the rewrite itself has put in is none that it finds."""
+    """A rewrite does not find the kernels that a rewrite has inserted."""
     graphs = []
     run, _ = compiled(lambda q, k, v: (q @ k.mT / 4).softmax(-1) @ v, "_native_flash", inner=seen(graphs))
     run(*qkv())

@@ -1,4 +1,4 @@
-"""What the masks of spelled-out attention mean is understood too: folded heads, several terms, fills, scales after the mask."""
+"""The masks of spelled-out attention are understood too: folded heads, several terms, fills, scales after the mask."""
 
 import pytest
 import torch

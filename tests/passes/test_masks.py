@@ -1,4 +1,4 @@
-"""What a mask means is proven from the graph alone, and what is swapped in computes what the mask says."""
+"""The meaning of a mask is proven from the graph alone, and the swapped kernel computes with exactly that mask."""
 
 import copy
 
@@ -356,7 +356,7 @@ def test_nan_is_no_mask():
 
 
 def test_autocast_makes_infinity_of_the_lowest_number():
-    """float32's lowest number is none of bfloat16: SDPA casts it to -inf, and a row without key is zeros."""
+    """float32's lowest number is out of bfloat16's range: SDPA casts it to -inf, and a row without a key gives zeros."""
     q, k, v = tensors("_native_math")
 
     def step(q, k, v, m):
@@ -629,7 +629,7 @@ ZOO = {
     # its refiner's mask lets every query see the first key: dense
     "hunyuan_video": ["boolean (3, 2, 9, 9)", *["key padding (3, 33)"] * 3],
     "qwen_image": ["key padding (2, 152)"] * 3,
-    # (1 - mask) * -10000 of a mask of whole numbers, which may be any
+    # (1 - mask) * -10000 of an integer mask, which may hold any numbers
     "pixart": ["additive (2, 3, 1, 11)"] * 2,
     "ltx_video": ["additive (2, 3, 1, 10)"] * 2,
     "allegro": ["key padding (2, 36)", "additive (2, 2, 1, 10)"] * 2,

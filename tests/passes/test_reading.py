@@ -1,4 +1,4 @@
-"""What is read out of a graph is what its tensors hold, element by element: for chains of functions put together at random."""
+"""The expressions read from a graph equal the elements of its tensors. Tested on random chains of functions."""
 
 import itertools
 import random
@@ -182,7 +182,7 @@ def evaluated(value, places, held):
 
 
 class Holding(Interpreter):
-    """Keeps what each node holds when it is read for the last time."""
+    """Runs a graph and keeps the value of each node, as it is at the end of the run."""
 
     def __init__(self, module):
         super().__init__(module)
@@ -194,7 +194,7 @@ class Holding(Interpreter):
 
 
 def check(function, *inputs):
-    """Compares each element of what a function returns with what is read out of its graph; the expression."""
+    """Compares each element of a function's output with the expression read from its graph. Returns the expression."""
     graphs = []
 
     def backend(module, example_inputs):
@@ -213,7 +213,7 @@ def check(function, *inputs):
     value = Reader(graphs[0]).element(node, indices, output)
     for places in itertools.product(*map(range, expected.shape)):
         named = {dim - len(places): place for dim, place in enumerate(places)}
-        for anything in (False, True):  # what would stand outside of a tensor must not matter
+        for anything in (False, True):  # the value outside of a tensor must not matter
             found = evaluated(value, named, {**holding.held, None: anything})
             assert found == expected[places].item(), (places, value)
     return value
@@ -226,7 +226,7 @@ def test_programs(seed):
 
 
 def test_views_are_read_through():
-    """So that the programs above test more than leaves: nothing of these is left but the input."""
+    """The expression of these views reads the input directly, so the programs above do test the reading of views."""
 
     def function(x):
         x = torch.cat([x, torch.ones_like(x)], dim=1).transpose(0, 2)[1:, :, None].repeat(1, 2, 3, 1)

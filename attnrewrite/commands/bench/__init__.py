@@ -1,1 +1,1 @@
-"""`attnrewrite bench`: kernels by shape, and steps of denoisers by variant, measured side by side in one process."""
+"""`attnrewrite bench`: measures kernels by shape and denoiser steps by variant, side by side in one process."""

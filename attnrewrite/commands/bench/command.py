@@ -1,4 +1,4 @@
-"""`attnrewrite bench`: measures kernels and models, prints a table, writes JSON and a picture."""
+"""`attnrewrite bench`: measures kernels and models, prints tables, writes JSON and a picture."""
 
 from __future__ import annotations
 
@@ -22,56 +22,65 @@ from .denoisers import MODELS, Place, imported
 from .rounds import matmul_rate, words
 
 ALL = "all"
-# diffusers' names that are fastest for one model or another; quantised ones do not compile there.
+# The names of diffusers' dispatcher that are fastest for some model. Its quantised kernels do not compile.
 PEERS = {"cuda": "_flash_3,_flash_varlen_3", "cpu": "_native_flash"}
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="attnrewrite bench",
-        description="Kernels by shape (--kernels) and steps of denoisers by variant (--models), in turn in one process. Models "
-        "are diffusers' own classes at published widths and token counts, with fewer layers and random weights.",
+        description="Measures kernels by shape (--kernels) and denoiser steps by variant (--models), in turn in one process. "
+        "Models are diffusers' own classes at published widths and token counts, with fewer layers and random weights.",
         epilog="attnrewrite bench --models flux,hunyuan --out b.json --plot b.png",
     )
-    made.add_argument("--models", nargs="?", const=ALL, metavar="A,B", help=f"of {', '.join(MODELS)}; alone: all")
+    made.add_argument(
+        "--models", nargs="?", const=ALL, metavar="A,B", help=f"models: {', '.join(MODELS)}; without names: all"
+    )
     made.add_argument(
         "--kernels",
         nargs="?",
         const=ALL,
         metavar="A,B",
-        help="names of kernels; alone: all that run here, but the hub's",
+        help="names of kernels; without names: all that run here, except the kernels hub's",
     )
     made.add_argument(
         "--shapes",
         metavar="A;B",
-        help=f"for --kernels: named (published models), lines (lengths), or of: {'; '.join(op_level.SHAPES)}",
-    )
-    made.add_argument("--variants", metavar="A;B", help="for --models: only these, by their names in the table")
-    made.add_argument("--peers", metavar="A,B", help="names for diffusers' dispatcher (CUDA: " + PEERS["cuda"] + ")")
-    made.add_argument(
-        "--candidates", metavar="A,B", help="kernels that attnrewrite.tune tries in models (all but those of the hub)"
+        help=f"for --kernels: named (published models), lines (by length), or some of: {'; '.join(op_level.SHAPES)}",
     )
     made.add_argument(
-        "--rounds", type=int, default=10, help="timed rounds of models (10); kernels: as attnrewrite.tune"
+        "--variants", metavar="A;B", help="for --models: only these variants, by their names in the table"
     )
-    made.add_argument("--inner", default="inductor", help="the compiler of all compiled variants (inductor)")
-    made.add_argument("--device", choices=("cuda", "cpu"), help="default: the GPU where there is one")
-    made.add_argument("--small", action="store_true", help="tiny sizes, on a CPU too: to see that all of it runs")
-    made.add_argument("--out", type=Path, metavar="FILE", help="write the result there, as JSON")
+    made.add_argument("--peers", metavar="A,B", help="kernels for diffusers' dispatcher (CUDA: " + PEERS["cuda"] + ")")
     made.add_argument(
-        "--append", action="store_true", help="add to the result that FILE holds, of the same machine and versions"
-    )
-    made.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw the result there: .png, .svg or .pdf (extra 'plot')"
+        "--candidates",
+        metavar="A,B",
+        help="kernels that attnrewrite.tune tries in models (default: all except the kernels hub's)",
     )
     made.add_argument(
-        "--from", dest="source", type=Path, metavar="FILE", help="show or draw an earlier result, measure nothing"
+        "--rounds",
+        type=int,
+        default=10,
+        help="timed rounds for models (default: 10); kernels use the rounds of attnrewrite.tune",
+    )
+    made.add_argument("--inner", default="inductor", help="the compiler of all compiled variants (default: inductor)")
+    made.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is a GPU")
+    made.add_argument("--small", action="store_true", help="tiny sizes, also on a CPU, to test that everything runs")
+    made.add_argument("--out", type=Path, metavar="FILE", help="write the result to FILE, as JSON")
+    made.add_argument(
+        "--append", action="store_true", help="add to the result in the FILE of --out, of the same machine and versions"
+    )
+    made.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw the result to FILE: .png, .svg or .pdf (needs the extra 'plot')"
+    )
+    made.add_argument(
+        "--from", dest="source", type=Path, metavar="FILE", help="show or draw the result in FILE instead of measuring"
     )
     return made
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Everything that can be wrong with the arguments is found before anything is measured."""
+    """Runs the command. Wrong arguments are reported before anything is measured."""
     options = parser()
     given = options.parse_args(arguments)
     try:
@@ -101,21 +110,21 @@ def _show_earlier(given: argparse.Namespace) -> None:
 def _checked(
     given: argparse.Namespace,
 ) -> tuple[torch.device, list[str], list[str], dict[str, op_level.Shape], list[model_level.Variant], dict[str, Any]]:
-    """The device, the models, the kernels, the shapes, the variants, and the result so far."""
+    """Checks the arguments. Returns the device, models, kernels, shapes, variants, and the result so far (of --append)."""
     if not given.models and not given.kernels:
-        raise ValueError("nothing to measure: give --models, --kernels or both (alone: all of them)")
+        raise ValueError("nothing to measure: give --models, --kernels or both (without names: all of them)")
     if given.rounds < 1:
-        raise ValueError(f"--rounds is {given.rounds}: at least 1")
+        raise ValueError(f"--rounds is {given.rounds}: it must be at least 1")
     if given.append and given.out is None:
-        raise ValueError("--append needs --out FILE: what to add to")
+        raise ValueError("--append needs --out FILE, the result to add to")
     kind = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, and PyTorch sees no CUDA GPU here")
+        raise ValueError("--device is cuda, but PyTorch sees no CUDA GPU here")
     if kind == "cpu" and not given.small:
         raise ValueError("published sizes need a CUDA GPU; --small runs everything at tiny sizes on a CPU")
     device = torch.device(kind)
     models = _picked("--models", given.models, MODELS)
-    usual = [each.name for each in usual_candidates()]  # without the hub's, which would be downloaded
+    usual = [each.name for each in usual_candidates()]  # without kernels of the hub, which would be downloaded
     kernels = usual if given.kernels == ALL else _picked("--kernels", given.kernels, all_kernels())
     known = op_level.SMALL if given.small else op_level.SHAPES
     groups = {"named": False, "lines": True}
@@ -146,7 +155,7 @@ def _checked(
 
 
 def _picked(option: str, given: str | None, known: Iterable[str], separator: str = ",") -> list[str]:
-    """Names that the option lists, "all" for every known one. Raises `ValueError` for an unknown name."""
+    """Returns the names that the option lists; "all" means every known name. Raises `ValueError` for an unknown name."""
     every = list(known)
     if not given:
         return []
@@ -157,7 +166,7 @@ def _picked(option: str, given: str | None, known: Iterable[str], separator: str
         if name not in every:
             near = difflib.get_close_matches(name, every, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(every)}"
-            raise ValueError(f"{option} names {name!r}, which is none of them; {hint}")
+            raise ValueError(f"{option} names {name!r}, which is unknown; {hint}")
     if not found:
         raise ValueError(f"{option} is {given!r}: it names nothing")
     return list(dict.fromkeys(found))
@@ -173,7 +182,7 @@ def _measure(
     result: dict[str, Any],
     command: str,
 ) -> None:
-    """Measures one shape or model after the other. What is done is written at once: an interruption loses only the rest."""
+    """Measures one shape or model after the other. Each record is written at once, so an interruption loses only the rest."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
 
     def keep(**found: Any) -> None:
@@ -195,10 +204,10 @@ def _measure(
             try:
                 made = MODELS[name](Place(device, dtype, given.small))
                 found = model_level.measure(made, variants, given.rounds, _say, rate)
-            except torch.OutOfMemoryError as error:  # the next may be smaller
+            except torch.OutOfMemoryError as error:  # continue: the next model may be smaller
                 found = {"about": name, "variants": {}, "failed": {"all": words(error)}}
                 _say(f"{name}: {words(error)}")
-            made = None  # its memory is the next model's
+            made = None  # frees its memory for the next model
             keep(models={name: found})
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -218,7 +227,7 @@ def _kernels(
     shapes: Mapping[str, op_level.Shape],
     keep: Callable[..., None],
 ) -> None:
-    """All shapes, between two measurements of the matmul rate: the first finds a cold card, the last a hot one."""
+    """Measures all shapes. The matmul rate is measured before and after: on a cold and on a hot GPU."""
     here, missing = op_level.kernels(kernels, device)
     for name, why in missing.items():
         _say(f"{name}: {why}")

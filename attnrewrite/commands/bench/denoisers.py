@@ -1,7 +1,7 @@
 """Denoisers of diffusers at their published widths and token counts, with fewer layers and random weights.
 
-Nothing is downloaded. Widths are those of the published configurations (most are the defaults of the model classes in diffusers
-0.42), token counts those of the pipelines' default sizes. Each has a small version with the same code paths for the CPU.
+Nothing is downloaded. Widths come from the published configurations (most are the defaults of the model classes in diffusers
+0.42), token counts from the default sizes of the pipelines. Each has a small version for the CPU with the same code paths.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Number = TypeVar("Number")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a model is built. `small`: at the sizes of a test instead of the published ones."""
+    """Where and at which size a model is built."""
 
     device: torch.device
     dtype: torch.dtype
-    small: bool = False
+    small: bool = False  # True: the sizes of a test instead of the published sizes
 
     def pick(self, published: Number, small: Number) -> Number:
         return small if self.small else published
@@ -36,11 +36,11 @@ class Place:
         return torch.tensor(values, device=self.device, dtype=self.dtype)
 
     def mask_of(self, lengths: tuple[int, ...], longest: int) -> torch.Tensor:
-        """(batch, longest), True where a prompt has a token."""
+        """A boolean mask (batch, longest), True for the tokens of each prompt, False for its padding."""
         return torch.arange(longest, device=self.device) < torch.tensor(lengths, device=self.device)[:, None]
 
     def built(self, kind: str, **configuration: Any) -> torch.nn.Module:
-        """A model of the diffusers class of that name, in eval mode."""
+        """A model in eval mode. kind: the name of its class in diffusers."""
         diffusers: Any = imported()
         torch.manual_seed(0)
         before = torch.get_default_dtype()
@@ -55,20 +55,19 @@ class Place:
 
 @dataclass
 class Denoiser:
-    """`blocks`: classes of the modules that are compiled each by itself, as `compile_repeated_blocks` does; empty: the whole
-    model is one graph."""
+    """A model and its inputs."""
 
     model: torch.nn.Module
-    inputs: dict[str, Any]
-    blocks: tuple[str, ...]
-    about: str
+    inputs: dict[str, Any]  # the keyword arguments of a step
+    blocks: tuple[str, ...]  # classes compiled one by one (as `compile_repeated_blocks`); (): one graph
+    about: str  # name and sizes, for tables
 
     def step(self) -> torch.Tensor:
         output: torch.Tensor = self.model(**self.inputs, return_dict=False)[0]
         return output
 
     def compile(self, backend: Any) -> Callable[[], torch.Tensor]:
-        """A step of the model compiled through a backend. Steps of several backends can be run in turn."""
+        """Returns a function that runs one step compiled with `backend`. Steps of several backends can run in turn."""
         regions = [module for module in self.model.modules() if type(module).__name__ in self.blocks] or [self.model]
         codes: dict[type, CodeType] = {}
         calls = [torch.compile(_own(module, codes), backend=backend, dynamic=False) for module in regions]
@@ -86,8 +85,8 @@ class Denoiser:
 
 
 def _own(module: torch.nn.Module, codes: dict[type, CodeType]) -> MethodType:
-    """`module.forward` with a code object that all modules of its class in `codes` share. Dynamo keeps what it compiled with
-    the code object, and each call looks through all of that: variants that shared one would slow each other down."""
+    """Returns `module.forward` with a code object of its own, shared by all modules of its class through `codes`. Dynamo keeps
+    compiled code with the code object, and each call searches it: variants with a common one would slow each other down."""
     forward: Any = type(module).forward
     code = codes.setdefault(type(module), forward.__code__.replace())
     function = FunctionType(code, forward.__globals__, forward.__name__, forward.__defaults__, forward.__closure__)
@@ -96,18 +95,18 @@ def _own(module: torch.nn.Module, codes: dict[type, CodeType]) -> MethodType:
 
 
 def imported() -> Any:
-    """diffusers. Raises `ImportError` with what to install."""
+    """Imports diffusers. Raises `ImportError`, which says how to install it."""
     try:
         import diffusers
     except ImportError as error:
         raise ImportError(
-            f"the models of attnrewrite bench are those of diffusers: pip install diffusers ({error})"
+            f"attnrewrite bench --models builds models of diffusers: pip install diffusers ({error})"
         ) from error
     return diffusers
 
 
 def flux(at: Place) -> Denoiser:
-    """1024 x 1024, guidance distilled: one prompt of 512 tokens."""
+    """1024 x 1024 pixels. Guidance is distilled, so one prompt of 512 tokens."""
     heads, dim = at.pick(24, 2), at.pick(128, 16)
     layers, single = at.pick(3, 1), at.pick(6, 1)
     channels, joint, pooled = at.pick(64, 8), at.pick(4096, 24), at.pick(768, 12)
@@ -136,7 +135,7 @@ def flux(at: Place) -> Denoiser:
 
 
 def sd35(at: Place) -> Denoiser:
-    """1024 x 1024, guided: two prompts of 77 + 256 tokens. Its attention calls SDPA itself."""
+    """1024 x 1024 pixels with guidance: two prompts of 77 + 256 tokens. Its attention calls SDPA without the dispatcher."""
     heads, dim, layers = at.pick(38, 3), at.pick(64, 8), at.pick(6, 2)
     side, text, joint, pooled = at.pick(128, 8), at.pick(333, 7), at.pick(4096, 20), at.pick(2048, 12)
     model = at.built(
@@ -156,7 +155,8 @@ def sd35(at: Place) -> Denoiser:
 
 
 def sdxl(at: Place) -> Denoiser:
-    """1024 x 1024, guided: two prompts of 77 tokens. The innermost blocks have fewer layers; ResNets stay uncompiled."""
+    """1024 x 1024 pixels with guidance: two prompts of 77 tokens. The innermost blocks have fewer layers than published; only
+    the transformer blocks are compiled, the ResNets are not."""
     channels, heads = at.pick((320, 640, 1280), (32, 64)), at.pick((5, 10, 20), (2, 4))
     layers = at.pick((1, 2, 3), (1, 1))
     side, text, joint = at.pick(128, 8), at.pick(77, 7), at.pick(2048, 20)
@@ -180,7 +180,7 @@ def sdxl(at: Place) -> Denoiser:
 
 
 def _wan(at: Place, name: str, heads: int, inner: int, layers: int, of: int) -> Denoiser:
-    """81 frames of 480 x 832: 32,760 tokens, and a prompt of 512."""
+    """81 frames of 480 x 832 pixels: 32,760 tokens, and a prompt of 512 tokens."""
     heads, dim, inner = at.pick(heads, 3), at.pick(128, 12), at.pick(inner, 40)
     layers = at.pick(layers, 2)
     frames, rows, columns = at.pick((21, 60, 104), (2, 6, 4))
@@ -208,7 +208,7 @@ def wan_14b(at: Place) -> Denoiser:
 
 
 def hunyuan(at: Place) -> Denoiser:
-    """17 latent frames of 640 x 768: 32,640 tokens, and 256 of a prompt with 100."""
+    """17 latent frames of 640 x 768 pixels: 32,640 tokens, and a prompt of 100 tokens padded to 256."""
     heads, dim = at.pick(24, 2), at.pick(128, 24)
     layers, single = at.pick(2, 1), at.pick(4, 1)
     frames, rows, columns = at.pick((17, 80, 96), (3, 8, 6))
@@ -233,7 +233,7 @@ def hunyuan(at: Place) -> Denoiser:
 
 
 def qwen_image(at: Place) -> Denoiser:
-    """1328 x 1328, guided: two prompts of 256 and 40 tokens; text | padding | image."""
+    """1328 x 1328 pixels with guidance: two prompts of 256 and 40 tokens. Sequences are text, padding, image."""
     heads, dim, layers = at.pick(24, 3), at.pick(128, 16), at.pick(6, 2)
     side, text, joint = at.pick(83, 5), at.pick(256, 9), at.pick(3584, 20)
     model = at.built(
@@ -252,7 +252,7 @@ def qwen_image(at: Place) -> Denoiser:
 
 
 def ltx(at: Place) -> Denoiser:
-    """121 frames of 512 x 768: 6,144 tokens; the prompt's mask is made additive in front of the blocks."""
+    """121 frames of 512 x 768 pixels: 6,144 tokens. The model makes the prompt's mask additive before its blocks."""
     heads, dim, layers = at.pick(32, 3), at.pick(64, 16), at.pick(7, 2)
     frames, rows, columns = at.pick((16, 16, 24), (2, 4, 3))
     text, joint = at.pick(128, 9), at.pick(4096, 20)
@@ -278,7 +278,7 @@ def ltx(at: Place) -> Denoiser:
 
 
 def lumina2(at: Place) -> Denoiser:
-    """1024 x 1024, guided: prompts of 256 and 60 tokens; text and image in one sequence, its end padded."""
+    """1024 x 1024 pixels with guidance: prompts of 256 and 60 tokens. Text and image are one sequence, padded at its end."""
     heads, keys, dim, layers = at.pick(24, 4), at.pick(8, 2), at.pick(96, 24), at.pick(6, 1)
     side, text, joint = at.pick(128, 8), at.pick(256, 9), at.pick(2304, 20)
     model = at.built(

@@ -1,12 +1,12 @@
-"""Steps of denoisers by variant: eager, torch.compile, diffusers' dispatcher and torch.compile, attnrewrite.
+"""Measures denoiser steps by variant: eager, torch.compile, diffusers' dispatcher under torch.compile, attnrewrite.
 
-All variants of a model run in turn in one process, each round in another order, and all compile the same regions. The choice of
-diffusers' dispatcher is process-wide: it is set before each step, to "native" for every variant but its own.
+All variants of a model run in turn in one process, each round in another order, and all compile the same regions. The kernel of
+diffusers' dispatcher is global to the process. It is set before each step, to "native" unless the variant tests the dispatcher.
 
 ms      the median step, by CUDA events (on a CPU by the wall clock)
 ratio   the median over rounds of (torch.compile / variant) in the same round
-error   |output - exact| / |exact|, where exact is the unchanged model in float32, uncompiled: the error of torch.compile is
-        that of the model's dtype
+error   |output - exact| / |exact|, where exact is the output of the unchanged, uncompiled model in float32. The error of
+        torch.compile is therefore the error of the model's dtype
 """
 
 from __future__ import annotations
@@ -32,28 +32,30 @@ from .denoisers import Denoiser
 from .op_level import products
 from .rounds import by_rounds, in_turn, words
 
-AGAIN = "torch.compile, again"  # the same once more, compiled for itself: how far its ratio is from 1 is the noise
+AGAIN = "torch.compile, again"  # compiled a second time: |ratio - 1| is the noise
 EAGER, PLAIN, AUTO, TUNED, QUANTISED = "eager", "torch.compile", "auto", "tuned", "tuned, quantised"
 RunStep = Callable[[], torch.Tensor]
-PEER = "diffusers, "  # in front of the name that its dispatcher is set to
+PEER = "diffusers, "  # prefix of the variants of diffusers' dispatcher
 
 
 @dataclass(frozen=True)
 class Variant:
-    """`backend(denoiser)`: what torch.compile gets, None where nothing is compiled. `peer`: the name that the model's
-    `set_attention_backend` is called with before each step."""
+    """One way to run a model."""
 
-    name: str
-    backend: Callable[[Denoiser], Any]
-    peer: str = "native"
+    name: str  # in tables
+    backend: Callable[[Denoiser], Any]  # returns the backend for torch.compile; None: the model is not compiled
+    peer: str = "native"  # the kernel of diffusers' dispatcher: `model.set_attention_backend(peer)` before each step
 
 
 def usual(
     peers: Iterable[str], inner: str = "inductor", candidates: Sequence[str] | None = None
 ) -> tuple[Variant, ...]:
-    """The variants of `attnrewrite bench`. `peers`: names for diffusers' dispatcher; the fastest is what counts. `candidates`:
-    of `attnrewrite.tune`, which measures a model once for both variants: without `numerics="quantised"` a plan's quantised
-    choices are refused, and its next one takes the site."""
+    """The variants of `attnrewrite bench`.
+
+    peers: kernels of diffusers' dispatcher, one variant each; the fastest represents diffusers.
+    candidates: kernels for `attnrewrite.tune`. It measures a model once for both tuned variants: where numerics are not
+        "quantised", the quantised choices of its plan are refused and the plan's next choice takes the site.
+    """
     plans: dict[int, Plan] = {}
 
     def tuned(denoiser: Denoiser, numerics: str) -> AttentionCompiler:
@@ -81,7 +83,7 @@ def usual(
 
 
 def exact(denoiser: Denoiser) -> torch.Tensor:
-    """The output of the unchanged model in float32."""
+    """The output of the unchanged, uncompiled model in float32."""
 
     def wide(value: Any) -> Any:
         return value.float() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
@@ -98,11 +100,16 @@ def measure(
     say: Callable[[str], object] = print,
     ceiling: float | None = None,
 ) -> dict[str, Any]:
-    """The record of one model: {"about", "variants": {name: {"ms", "ratio", "error", ...}}, "failed": {name: error}, ...}.
-    "again": the ratio of torch.compile to itself, which is the noise.
+    """Measures all variants of one model and returns its record.
 
-    A variant that cannot run is a result: its error stands under "failed". `say` gets the table when all is done.
-    ceiling: TFLOP/s of a matmul; with it, and a variant that was tuned, the record has "limit" (`limit_of`).
+    say: gets the lines of the table at the end.
+    ceiling: TFLOP/s of a matmul, for "limit".
+
+    The record has, among others,
+    "variants": name -> {"ms", "ratio", "error", ...}
+    "failed": name -> error, for variants that cannot run
+    "again": the ratio of torch.compile to itself, which is the noise
+    "limit": `limit_of`, where `ceiling` is given and a variant was tuned
     """
     torch.compiler.reset()
     device = next(denoiser.model.parameters()).device
@@ -112,7 +119,7 @@ def measure(
     failed: dict[str, str] = {}
     steps: dict[str, tuple[RunStep, str]] = {}
     plan: Plan | None = None
-    # Where a variant raises while it is traced, parts of blocks are compiled, and those are shared by all variants.
+    # Where a variant raises while traced, Dynamo compiles parts of blocks, which share their code among all variants.
     with torch.no_grad(), recompilations(256):
         reference = exact(denoiser)
         for variant in variants:
@@ -130,13 +137,13 @@ def measure(
             finally:
                 _choose(denoiser, "native")
         if failed:
-            # Where code raises while it is traced, Dynamo leaves that frame uncompiled from then on, for every backend: what
-            # was compiled before and after is compiled again, as if nothing had failed.
+            # Where code raises while traced, Dynamo never compiles that frame again, for any backend. After a reset all other
+            # variants are compiled again, as if nothing had failed.
             torch.compiler.reset()
             for name, (step, peer) in steps.items():
                 _, rows[name]["graphs"] = _warm(denoiser, step, peer)
         timed = {name: _timed(denoiser, device, *each) for name, each in steps.items()}
-        in_turn(timed, 1)  # variants that share code may be compiled anew when they take turns
+        in_turn(timed, 1)  # not counted: variants with common code may compile again in turn
         before = compiled_graphs()
         times = in_turn(timed, rounds)
         late = compiled_graphs() - before
@@ -165,7 +172,7 @@ def measure(
 
 
 def show(record: dict[str, Any], say: Callable[[str], object]) -> None:
-    """The table of a record, a line at a time."""
+    """Passes the table of a record to `say`, line by line."""
     for name, row in record["variants"].items():
         ratio = f"  ratio {row['ratio']:5.3f}" if "ratio" in row else ""
         say(f"{name:24} {row['ms']:8.2f} ms{ratio}  error {row['error']:.1e}  {_kernels(row)}".rstrip())
@@ -174,16 +181,19 @@ def show(record: dict[str, Any], say: Callable[[str], object]) -> None:
     for name, text in record["failed"].items():
         say(f"{name:24} {text}")
     if late := record.get("compiled_while_timed"):
-        say(f"! {late} graphs were compiled while steps were timed: these times say nothing")
+        say(f"! {late} graphs were compiled while steps were timed: the times are not valid")
     if "plan" in record and (worst := worst_choice(Plan.from_dict(record["plan"]))):
-        say(f"{'tuned':24} at its worst site {worst:.3f} of the time of the fastest kernel there")
+        say(f"{'tuned':24} at its worst site {worst:.3f} times the time of the fastest kernel")
     if "limit" in record:
         say(f"{'limit':24} {'':11}  ratio {record['limit']:5.3f}, attention at the rate of a matmul")
 
 
 def limit_of(plan: Plan, plain: float, ceiling: float) -> float:
-    """The ratio to a step of torch.compile (`plain`, in ms) if each attention that is slower than a matmul of as many
-    operations took that matmul's time (`ceiling`, in TFLOP/s); of masked keys all are counted."""
+    """The ratio if each attention that is slower than a matmul with as many operations took that matmul's time.
+
+    plain: milliseconds of a step with torch.compile.
+    ceiling: TFLOP/s of a matmul. Operations on masked keys count.
+    """
     saved = 0.0
     for site in plan.sites:
         bound = products(site.call) / ceiling / 1e9
@@ -193,8 +203,8 @@ def limit_of(plan: Plan, plain: float, ceiling: float) -> float:
 
 
 def worst_choice(plan: Plan) -> float | None:
-    """The time of a site's choice to that of the fastest kernel that it might have had, where that is largest. A call takes at
-    least what its launch takes."""
+    """The largest ratio, over all sites, of the time of the chosen kernel to the time of the fastest kernel that was not
+    dropped. The time of a call is at least the time of its launch."""
     found = []
     for site in plan.sites:
         able = {each.name: each.least for each in site.measured if each.milliseconds and each.dropped is None}
@@ -209,7 +219,7 @@ def _plan_of(backend: Any) -> Plan | None:
 
 
 def _warm(denoiser: Denoiser, step: RunStep, peer: str) -> tuple[torch.Tensor, int]:
-    """The output, and how many graphs were compiled for it."""
+    """Runs three steps. Returns the output and the number of graphs compiled."""
     _choose(denoiser, peer)
     before = compiled_graphs()
     for _ in range(3):
@@ -235,12 +245,12 @@ def _row(variant: Variant, backend: Any, output: torch.Tensor, reference: torch.
 
 
 def _choose(denoiser: Denoiser, name: str) -> None:
-    """Sets diffusers' dispatcher, outside of what is timed."""
+    """Sets the kernel of diffusers' dispatcher. Not part of the timed step."""
     if hasattr(denoiser.model, "set_attention_backend"):
         with contextlib.ExitStack() as quiet:
             from diffusers.utils import logging  # type: ignore[import-untyped, unused-ignore]
 
-            level = logging.get_verbosity()  # it warns at every call that this is an experimental feature
+            level = logging.get_verbosity()  # it warns at every call that the feature is experimental
             logging.set_verbosity_error()
             quiet.callback(logging.set_verbosity, level)
             model: Any = denoiser.model
@@ -248,7 +258,7 @@ def _choose(denoiser: Denoiser, name: str) -> None:
 
 
 def best_peer(variants: dict[str, dict[str, Any]]) -> str | None:
-    """Of the variants of one model, the fastest of diffusers' dispatcher."""
+    """The name of the fastest variant of diffusers' dispatcher."""
     peers = [name for name, row in variants.items() if "peer" in row]
     return min(peers, key=lambda name: float(variants[name]["ms"]), default=None)
 

@@ -1,14 +1,15 @@
-"""Kernels by shape: one attention each, every kernel that takes it, in turn, under the matmul rate of the same run.
+"""Measures kernels by shape: one attention for each shape, with every kernel that takes it, in turn, beside the matmul rate.
 
-As `attnrewrite.tune` measures (measuring.py): a kernel stands in a compiled graph as it would in a model, with the packing of a
-mask and the padding of a head dim. Tensors lie in memory as (batch, length, heads, dim), as diffusers makes them; random
-numbers; of a key padding one key in 16 is hidden; nothing needs a gradient.
+Measured as by `attnrewrite.tune` (measuring/measure_site.py): a kernel runs in a compiled graph as it would in a model, with
+the packing of its mask and the padding of its head dim. Tensors have random values and the memory layout (batch, length, heads,
+dim), as in diffusers. Key padding hides one key in 16. Nothing needs a gradient.
 
-ms      on a GPU its time alone, the median of rounds in turn; of one that is far behind the fastest, a single sample
-tflops  2 * batch * heads * q_len * kv_len * (head_dim + value_dim) / time: hidden keys count, quantisation and packing are
-        part of the time
-host    milliseconds that the host takes to launch it from compiled code, on a GPU
-error   relative error to float64 on the same tensors, at most 256 queries of each head
+ms      the time of the kernel (on a GPU: its GPU time alone), the median of rounds in turn; a single sample for a kernel that
+        is far slower than the fastest
+tflops  2 * batch * heads * q_len * kv_len * (head_dim + value_dim) / time. Hidden keys count; quantisation and packing are part
+        of the time
+host    on a GPU, milliseconds for the host to launch the kernel from compiled code
+error   the relative error to float64 on the same tensors, of at most 256 queries of each head
 """
 
 from __future__ import annotations
@@ -36,17 +37,16 @@ from ...planning.usable import usable
 
 @dataclass(frozen=True)
 class Shape:
-    """padded: with a boolean key mask. kv_heads: 0 for as many as heads. line: the panel of the plot in which it is a point
-    of a line."""
+    """The sizes of one attention."""
 
     batch: int
     heads: int
     q_len: int
     kv_len: int
-    dim: int
-    padded: bool = False
-    kv_heads: int = 0
-    line: str = ""
+    dim: int  # of query, key and value
+    padded: bool = False  # with a boolean mask (batch, 1, 1, kv_len)
+    kv_heads: int = 0  # 0: as many as heads
+    line: str = ""  # the panel of the plot in which this shape is a point of a line; "": a named shape
 
     def call(self, name: str, device: str, dtype: str) -> AttentionCall:
         mask = Mask(MaskKind.KEY_PADDING, "bool", (self.batch, 1, 1, self.kv_len)) if self.padded else Mask()
@@ -57,7 +57,7 @@ class Shape:
         )  # fmt: skip
 
 
-# What published denoisers ask for, and lengths at both sides of the limits of "auto" (attnrewrite/preferences.py).
+# Shapes of published denoisers, and lengths at both sides of the limits of "auto" (attnrewrite/planning/preferences.py).
 NAMED = {
     "FLUX.1": Shape(1, 24, 4608, 4608, 128),
     "FLUX.1, batch 2": Shape(2, 24, 4608, 4608, 128),
@@ -97,7 +97,7 @@ SMALL = {
 
 
 def kernels(names: Iterable[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
-    """Those that run on this machine, and why the others do not."""
+    """Returns the kernels that run on this machine, and kernel -> reason for the others."""
     machine = machine_of(device)
     here, missing = [], {}
     for name in names:
@@ -113,10 +113,14 @@ def measure(
     name: str, shape: Shape, names: Sequence[str], device: torch.device, dtype: torch.dtype, inner: Inner = "inductor",
     say: Callable[[str], object] = print,
 ) -> dict[str, Any]:  # fmt: skip
-    """The record of one shape: its call; for each kernel {"ms", "tflops", "error", ...} or {"failed": why}; and what `auto` and
-    `tune` choose there, by the limit of numerics.
+    """Measures the kernels `names` at one shape and returns its record.
 
-    Kernels that compute as SDPA does take turns; then the quantised ones, with `native` and the best of the others.
+    The record has
+    "call": the attention call
+    "kernels": kernel -> {"ms", "tflops", "error", ...}, or {"failed": reason}
+    "choices": the kernels that `auto` and `tune` choose, with and without quantised kernels
+
+    First the kernels that are not quantised take turns, then the quantised ones with `native` and the best of the others.
     """
     torch.compiler.reset()
     machine = machine_of(device)
@@ -145,8 +149,8 @@ def measure(
 
 
 def to_best(record: dict[str, Any], choice: str) -> float | None:
-    """The time of what was chosen to that of the fastest kernel that could have been; None where it was not timed. A call
-    takes at least what the host takes to launch it."""
+    """The time of the chosen kernel divided by the time of the fastest kernel that the choice allows; None if the chosen kernel
+    was not timed. The time of a call is at least the host's time to launch it."""
     rows = record["kernels"]
     able = [name for name in rows if choice.endswith("quantised") or not quantised(name)]
     times = {name: max(rows[name]["ms"], rows[name].get("host") or 0.0) for name in able if "ms" in rows[name]}
@@ -155,7 +159,7 @@ def to_best(record: dict[str, Any], choice: str) -> float | None:
 
 
 def quantised(name: str) -> bool:
-    """By its record; a plug-in's kernel of another machine, which is not known here, counts as exact."""
+    """Whether a kernel is quantised. A kernel without a record here, as of a plug-in on another machine, counts as exact."""
     try:
         return records_of(name)[0].numerics is Numerics.QUANTISED
     except ValueError:
@@ -187,13 +191,13 @@ def _row(found: Measurement, call: AttentionCall) -> dict[str, Any]:
 
 
 def products(call: AttentionCall) -> int:
-    """Multiplications and additions of a call whose sizes are numbers; hidden keys count."""
+    """The multiplications and additions of a call, whose sizes must be numbers. Hidden keys count."""
     pairs = int(call.batch) * int(call.heads) * int(call.q_len) * int(call.kv_len)
     return 2 * pairs * (int(call.head_dim) + int(call.value_dim))
 
 
 def show(record: dict[str, Any], say: Callable[[str], object]) -> None:
-    """The table of a record, a line at a time."""
+    """Passes the table of a record to `say`, line by line."""
     call = AttentionCall.from_dict(record["call"])
     sizes = " ".join(f"{size:,}" for size in (call.batch, call.heads, call.q_len, call.kv_len, call.head_dim))
     say(f"\n{call.site}: ({sizes}), mask {call.mask}, {call.dtype}")
@@ -206,5 +210,7 @@ def show(record: dict[str, Any], say: Callable[[str], object]) -> None:
     native = record["kernels"].get("native", {}).get("ms")
     for choice, kernel in record["choices"].items():
         ratio, ms = to_best(record, choice), record["kernels"].get(kernel, {}).get("ms")
-        said = f"  {choice}: {kernel}" + ("" if ratio is None else f", {ratio:.3f} of the fastest's time")
+        said = f"  {choice}: {kernel}" + (
+            "" if ratio is None else f", {ratio:.3f} times the time of the fastest kernel"
+        )
         say(said + (", slower than native" if native and ms and ms > 1.02 * native else ""))

@@ -1,4 +1,4 @@
-"""The picture of a result: kernels by sequence length under the matmul rate, kernels at named shapes, models by variant."""
+"""Draws a result: kernels by sequence length below the matmul rate, kernels at named shapes, models by variant."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .model_level import AUTO, EAGER, PLAIN, QUANTISED, TUNED, best_peer
 from .model_level import PEER as PREFIX
 from .op_level import quantised
 
-# The bars of a model, in order, and their colours. The peer's is that of its fastest name.
+# The bars of a model, in order, with their colours. The bar of diffusers' dispatcher is its fastest kernel.
 PEER = "diffusers, best name"
 BARS = {EAGER: "#999999", PLAIN: "#000000", PEER: "#E69F00", AUTO: "#56B4E9", TUNED: "#0072B2", QUANTISED: "#009E73"}
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Draws what the result has: a row for each of lines, named shapes and models. Raises what `plotting` raises."""
+    """Draws one row each for lines, named shapes and models, if the result has them. Raises as reports/pictures.py does."""
     kernels, models = result.get("kernels", {}), result.get("models", {})
     lines = {name: shape for name, shape in kernels.items() if shape.get("line")}
     named = {name: shape for name, shape in kernels.items() if not shape.get("line")}
@@ -40,13 +40,13 @@ def _title(result: dict[str, Any]) -> str:
 
 
 def _ceiling(result: dict[str, Any]) -> float | None:
-    """The median matmul rate, at the largest size, of all runs in the file: what the card holds for long."""
+    """The median, over all runs in the file, of the matmul rate at the largest size: the rate that the GPU can sustain."""
     found = sorted(list(rates.values())[-1] for rates in result.get("ceiling", []))
     return found[len(found) // 2] if found else None
 
 
 def _lines(part: Any, shapes: dict[str, Any], ceiling: float | None) -> None:
-    """TFLOP/s by sequence length, one panel for each group of shapes."""
+    """Draws TFLOP/s by sequence length, one panel for each group of shapes."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for shape in shapes.values():
         groups.setdefault(shape["line"], []).append(shape)
@@ -83,7 +83,7 @@ def _lines(part: Any, shapes: dict[str, Any], ceiling: float | None) -> None:
 
 
 def _named(part: Any, shapes: dict[str, Any], ceiling: float | None) -> None:
-    """TFLOP/s at each named shape: a column of points, one for each kernel."""
+    """Draws TFLOP/s at each named shape: a column of points, one for each kernel."""
     styles = _styles(name for shape in shapes.values() for name in shape["kernels"])
     axis = part.subplots()
     for kernel, (colour, marker) in styles.items():
@@ -111,7 +111,7 @@ def _named(part: Any, shapes: dict[str, Any], ceiling: float | None) -> None:
 
 
 def _models(part: Any, models: dict[str, Any], ceiling: float | None) -> None:
-    """How many times as fast as torch.compile a step is, by model and variant; on each bar its milliseconds."""
+    """Draws the speed of a step relative to torch.compile, by model and variant, with the milliseconds on each bar."""
     axis = part.subplots()
     width = 0.8 / len(BARS)
     for place, (bar, colour) in enumerate(BARS.items()):
@@ -151,12 +151,12 @@ def _ceiling_line(axis: Any, ceiling: float | None) -> None:
 
 
 def _label(kernel: str) -> str:
-    """matplotlib leaves labels that begin with an underscore out of its legends."""
+    """A space comes first: matplotlib leaves labels that begin with an underscore out of legends."""
     return f" {kernel}"
 
 
 def _styles(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a marker for each kernel; no two have both in common."""
+    """A colour and a marker for each kernel. No two kernels share both."""
     return {
         name: (COLOURS[place % len(COLOURS)], MARKERS[(place + 2 * (place // len(COLOURS))) % len(MARKERS)])
         for place, name in enumerate(dict.fromkeys(names))

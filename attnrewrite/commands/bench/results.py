@@ -1,4 +1,4 @@
-"""The file of a benchmark: JSON with the machine, the versions and what was measured. Written whole or not at all."""
+"""The result file of a benchmark: JSON with the machine, the versions and the measurements. Written whole or not at all."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ...kernels.machines import installed
 from ...planning.this_machine import machine_of
 
 VERSION = 1
-# What two runs must have in common to stand in one file.
+# Two runs can share a file only if they agree in these.
 SAME = ("version", "device", "packages", "small")
 
 
 def header(device: torch.device, small: bool = False) -> dict[str, Any]:
-    """Where and with what a run was made."""
+    """Describes the machine and the versions of a run."""
     machine = machine_of(device)
     packages = dict(machine.packages)
     if version := installed("diffusers"):
@@ -36,11 +36,11 @@ def header(device: torch.device, small: bool = False) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """Raises `ValueError` for a file that is no result of `attnrewrite bench`, `OSError` for one that cannot be read."""
+    """Reads a result. Raises `ValueError` if the file is no result of `attnrewrite bench`, `OSError` if it is unreadable."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         if found["version"] != VERSION:
-            raise ValueError(f"its version is {found['version']!r}, known is {VERSION}")
+            raise ValueError(f"its version is {found['version']!r}, this attnrewrite reads version {VERSION}")
         if not isinstance(found["device"], str) or not {"models", "kernels"} & found.keys():
             raise KeyError("models")
     except (ValueError, KeyError, TypeError) as error:
@@ -50,13 +50,13 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def joined(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    """The earlier result with what was measured now, which replaces what it has of the same model or shape.
+    """Merges two results. New records replace earlier ones of the same model or shape.
 
-    Raises `ValueError` where machine or versions differ: figures of two machines do not stand beside each other.
+    Raises `ValueError` where the machine or the versions differ: figures of two machines must not share a table.
     """
     for key in SAME:
         if earlier.get(key) != now.get(key):
-            raise ValueError(f"its {key} is {earlier.get(key)!r}, of this run {now.get(key)!r}")
+            raise ValueError(f"its {key} is {earlier.get(key)!r}, the {key} of this run is {now.get(key)!r}")
     result = {**earlier, **now}
     for key in ("models", "kernels"):
         if key in earlier:
@@ -67,6 +67,6 @@ def joined(earlier: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(path: Path, result: dict[str, Any]) -> None:
-    """JSON has no NaN and no infinity: they are written as text."""
+    """Writes a result. NaN and infinity become text, because JSON has neither."""
     finite = json.loads(json.dumps(result), parse_constant=str)
     write_whole(path, json.dumps(finite, indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""Rounds in turn, and the machine's matmul rate: what both levels of the benchmark measure with."""
+"""Interleaved rounds and the machine's matmul rate, for both levels of the benchmark (kernels and models)."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 
 from ...measuring.timing import Stopwatch
 
-# One size of a square matmul each: the rate of a card at its power limit falls with the length of the call.
+# Sizes of square matmuls. Several, because the rate of a GPU at its power limit falls with the length of the call.
 CEILING = {"cuda": (4096, 8192, 16384), "cpu": (1024,)}
 
 
 def in_turn(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """What each gives in every round. Each round runs all of them, in another order."""
+    """Runs all functions once in each round, each round in another order. Returns their values by name, one for each round."""
     order, generator = list(timed), random.Random(0)
     found: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(rounds):
@@ -26,12 +26,12 @@ def in_turn(timed: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, 
 
 
 def by_rounds(base: list[float], other: list[float]) -> float:
-    """The median over rounds of base / other: load that changes between rounds falls out."""
+    """The median over rounds of base / other. Load that changes only between rounds cancels out."""
     return statistics.median(one / two for one, two in zip(base, other, strict=True))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """TFLOP/s of a square matmul by its size, the median of some calls: no attention of that dtype can be faster."""
+    """TFLOP/s of a square matmul, by size, as the median of several calls. No attention of that dtype can be faster."""
     rates, watch = {}, Stopwatch(device)
     for size in CEILING.get(device.type, CEILING["cpu"]):
         left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -41,9 +41,9 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def words(error: BaseException) -> str:
-    """An error in a line, without Dynamo's frame around it: a cell of a table."""
+    """An error as one line of a table, without Dynamo's wrapping error."""
     error = getattr(error, "inner_exception", None) or error
     if type(error).__module__.startswith("torch._dynamo") and error.__cause__ is not None:
-        error = error.__cause__  # what a model's own code raised while it was traced
+        error = error.__cause__  # the error that the model's own code raised while traced
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"

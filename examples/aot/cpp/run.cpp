@@ -2,7 +2,7 @@
 //
 //     run <folder>
 //
-// The folder has package.pt2, images.bin (what goes in) and velocity.bin (what the eager model gave), raw float32.
+// The folder has package.pt2, and as raw float32 images.bin (the input) and velocity.bin (the output of the eager model).
 #include <ATen/ATen.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 
@@ -21,7 +21,7 @@ int main(int argc, char** argv) {
   };
   torch::inductor::AOTIModelPackageLoader model(folder + "/package.pt2");
 
-  // Seven of the ten, though the model was exported with ten: the batch is symbolic.
+  // The model was exported with ten images, but the batch size is symbolic: seven work too.
   const auto images = floats("images.bin").narrow(0, 0, 7).contiguous();
   const auto times = at::full({7}, 500, at::kLong), labels = at::arange(7, at::kLong);
   const auto velocity = model.run({images, times, labels}).at(0);
