@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import attnrewrite
+from attnrewrite.entrances.contexts import active
 
 
 def attend(query, key, value):
@@ -43,7 +44,7 @@ def main():
     compilations = []
 
     def inner(graph_module, example_inputs):
-        compilations.append(str(contexts.active()))
+        compilations.append(str(active()))
         return plain_backend(graph_module, example_inputs)
 
     plain = torch.compile(lambda *given: attend(*given), backend=plain_backend)
