@@ -20,6 +20,7 @@ from ..graphs.sizes import Size, described, holds, is_one
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.decisions import Code, Refused
 from ..kernels.machines import Machine, satisfies
+from ..kernels.ops import LIBRARY, NAMESPACE, TAGS
 from ..kernels.records import Backend, HeadDim
 
 BLOCK = 128  # PyTorch's default block size: the kernels' tiles must divide it
@@ -50,25 +51,32 @@ def flex(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call:
         options["BACKEND"] = "AUTO"
     scale = float(int(call.head_dim)) ** -0.5 if call.scale is None else call.scale
     if call.device == "cpu":
-        # Inductor's CPU template (2.13) fails on queries and keys that are views of another kernel's output, as that of
-        # a linear layer. A product makes new tensors; the factors 2 and 1/2 are exact and leave the scores unchanged.
-        query, key = query * 2.0, key * 0.5
+        query, key, value = STORED(query), STORED(key), STORED(value)
     output: Tensor = torch.ops.higher_order.flex_attention(
         query, key, value, prepared.score_mod, (*prepared.blocks, prepared.mask_mod), scale, options,
         prepared.score_tensors, prepared.mask_tensors,
     )[0]  # fmt: skip
-    if call.device == "cpu" and not _of_data(output):
-        # The template also fails where Inductor fuses a reader of its output into it; Inductor does not fuse behind
-        # as_strided.
-        output = output.as_strided(output.shape, output.stride())
-    return output
+    return STORED(output) if call.device == "cpu" else output
 
 
-def _of_data(tensor: Tensor) -> bool:
-    """Whether a size of the tensor depends on data."""
-    from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+def _stored() -> Any:
+    """An op that copies a tensor into new dense memory.
 
-    return any(isinstance(size, torch.SymInt) and free_unbacked_symbols(size) for size in tensor.shape)
+    Inductor's CPU template (2.9 to 2.15) reads its operands and its captured tensors as whole buffers: for a part of a buffer
+    it loses the offset, for a tensor that Inductor has not stored yet the strides, both in silence or with an error in C++. A
+    reader that Inductor fuses into the template raises NotImplementedError. Inductor does not look into this op: what goes in
+    is stored, what comes out is a buffer of its own, and nothing is fused across it. An `as_strided` is not enough: Inductor
+    reads through it.
+    """
+    LIBRARY.define("stored(Tensor tensor) -> Tensor", tags=TAGS)
+    LIBRARY.impl(
+        "stored", lambda tensor: tensor.clone(memory_format=torch.contiguous_format), "CompositeExplicitAutograd"
+    )
+    torch.library.register_fake(f"{NAMESPACE}::stored", lambda tensor: tensor.new_empty(tensor.shape), lib=LIBRARY)
+    return torch.ops.attnrewrite.stored.default
+
+
+STORED = _stored()
 
 
 def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
@@ -170,12 +178,7 @@ def _squeezed(mask: Tensor, call: AttentionCall) -> tuple[Tensor, tuple[int, ...
     for dim in reversed(range(4)):
         if dim not in dims:
             mask = mask.squeeze(dim)
-    if call.device == "cpu":
-        # Inductor's CPU template (2.13) reads only captured tensors that are stored in memory, and fails where Inductor
-        # would compute one inside the template. as_strided makes Inductor store the mask first.
-        mask = mask.contiguous()
-        mask = mask.as_strided(mask.shape, mask.stride())
-    return mask, dims
+    return STORED(mask) if call.device == "cpu" else mask, dims
 
 
 def _graph(names: Sequence[str], body: Any) -> GraphModule:
