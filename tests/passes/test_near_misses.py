@@ -85,7 +85,7 @@ def test_what_is_missing(name):
     (near,) = report.near_misses
     assert near.site == "blocks.0"
     assert re.search(reason, near.reason), near.reason
-    assert f"not taken for an attention: softmax at blocks.0: {near.reason}" in " ".join(str(report).split())
+    assert f"not recognised as attention: softmax at blocks.0: {near.reason}" in " ".join(str(report).split())
 
 
 def gate(query, key, value):
