@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,32 +74,52 @@ def manifest_of(report: Report, checks: tuple[str, ...], python: tuple[str, ...]
     return Manifest(__version__, torch.__version__.split("+")[0], report, checks, python)
 
 
-def check_machine(manifest: Manifest, path: Any, trust: bool = False) -> tuple[str, ...]:
+def _machine_like(planned: Machine) -> Machine | None:
+    kind = planned.torch_device
+    if kind == "cuda" and not torch.cuda.is_available():
+        return None
+    if kind not in ("cpu", "cuda"):
+        return planned  # what else there is says itself what it cannot run
+    return machine_of(torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind))
+
+
+Installed = Callable[[str], str | None]
+
+
+def check_machine(
+    manifest: Manifest,
+    path: Any,
+    trust: bool = False,
+    here: Callable[[Machine], Machine | None] = _machine_like,
+    installed: Installed = installed,
+) -> tuple[str, ...]:
     """What differs here, and may: the versions of torch and attnrewrite, the name of the GPU. Loads the library behind each
     chosen kernel, and nothing else.
 
     Raises `ProgramFileError` where a kernel was chosen for another device or compute capability, or its library is missing,
     of another version, or does not load.
+
+    here: the machine here of the same kind as another, None where there is none. installed: the version of a distribution.
     """
     planned = manifest.machine
     sites = [site for site in manifest.report.sites if _is_bound(site)]
     if not sites or planned is None:
         return _differences(manifest, None)
-    here = _machine_like(planned)
+    found = here(planned)
     remedy = f"Load it there, or attnrewrite.retarget({str(path)!r}, ...) for this machine"
     named = f"the kernel {sites[0].chosen} of attention site {sites[0].name!r}"
-    if here is None:
+    if found is None:
         raise ProgramFileError(f"{path}: {named} was chosen for {planned.device}, found is no such device. {remedy}")
-    if (here.device, here.capability) != (planned.device, planned.capability):
+    if (found.device, found.capability) != (planned.device, planned.capability):
         raise ProgramFileError(
-            f"{path}: {named} was chosen for {_short(planned)}, found is {_short(here)} ({here.name}). {remedy}"
+            f"{path}: {named} was chosen for {_short(planned)}, found is {_short(found)} ({found.name}). {remedy}"
         )
     for site in {site.source: site for site in sites if site.source}.values():
-        _check_library(site, path, remedy, trust)
-    return _differences(manifest, here)
+        _check_library(site, path, remedy, trust, installed)
+    return _differences(manifest, found)
 
 
-def _check_library(site: Site, path: Any, remedy: str, trust: bool) -> None:
+def _check_library(site: Site, path: Any, remedy: str, trust: bool, installed: Installed) -> None:
     text = str(site.source)
     source = next((record.source for record in _records(site) if _is_from(record.source, text)), None)
     needed = f"{path}: the kernel {site.chosen} of attention site {site.name!r} needs {text}"
@@ -141,15 +162,6 @@ def _records(site: Site) -> tuple[Backend, ...]:
         return records_of(str(site.chosen))
     except ValueError:
         return ()
-
-
-def _machine_like(planned: Machine) -> Machine | None:
-    kind = planned.torch_device
-    if kind == "cuda" and not torch.cuda.is_available():
-        return None
-    if kind not in ("cpu", "cuda"):
-        return planned  # what else there is says itself what it cannot run
-    return machine_of(torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind))
 
 
 def _short(machine: Machine) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ..graphs.inner_compilers import records_cuda_graphs
+from ..planning.policies import Policy
 from ..reports.report import Report
 from . import contexts
 from .compilers import AttentionCompiler
@@ -15,10 +17,13 @@ from .identity import identity_of
 
 
 class AttentionPass(CustomGraphPass):
-    """A pre-grad pass of Inductor that swaps attention. Equal configuration is an equal object."""
+    """A pre-grad pass of Inductor that swaps attention. Equal configuration is an equal object.
 
-    def __init__(self, compiler: AttentionCompiler) -> None:
+    identity: the text of a policy for PyTorch's key, None where there is none."""
+
+    def __init__(self, compiler: AttentionCompiler, identity: Callable[[Policy], str | None] = identity_of) -> None:
         self.compiler = compiler
+        self.identity = identity
 
     @property
     def report(self) -> Report:
@@ -37,7 +42,7 @@ class AttentionPass(CustomGraphPass):
         also where the pass itself is not called, so the choice of the active context is guarded here as well."""
         contexts.guard_choice()
         contexts.mark_used()
-        return identity_of(self.compiler.policy_now())
+        return self.identity(self.compiler.policy_now())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AttentionPass) and self.compiler == other.compiler

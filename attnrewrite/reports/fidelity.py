@@ -108,13 +108,15 @@ class Fidelity:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
 
-    def repro(self, site: str | SiteFidelity, path: str | os.PathLike[str] | None = None) -> str:
+    def repro(
+        self, site: str | SiteFidelity, path: str | os.PathLike[str] | None = None, inner: str = "inductor"
+    ) -> str:
         """As `Report.repro`, with the shapes and strides that the site's tensors had in this run."""
         known = {each.name: each for each in self.sites}
         if isinstance(site, str) and site not in known:
             raise ValueError(f"site is {site!r}: it is one of {', '.join(map(repr, known))}")
         chosen = known[site] if isinstance(site, str) else site
-        text = script(chosen.site, __version__, chosen.layouts)
+        text = script(chosen.site, __version__, chosen.layouts, inner)
         if path is not None:
             writable(file := Path(path))
             write_whole(file, text)

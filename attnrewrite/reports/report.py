@@ -100,15 +100,16 @@ class Report:
     def sites(self) -> list[Site]:
         return [site for graph in self.graphs for site in graph.plan.sites]
 
-    def repro(self, site: str | Site, path: str | os.PathLike[str] | None = None) -> str:
+    def repro(self, site: str | Site, path: str | os.PathLike[str] | None = None, inner: str = "inductor") -> str:
         """A stand-alone Python script that builds the call of one site anew (sizes, dtype, memory layout, mask, scale, seed;
         random tensors), runs the kernel that was chosen for it under torch.compile, and prints its error to float64.
 
         site: a name of `sites`, or a site. Of several with one name the last counts. path: also write it there.
+        inner: the compiler that gets the graph there, by its name in `with_backend`.
         Sizes that are symbols in the graph stand at its top, to be filled in. Raises `ValueError` for an unknown name, and for
-        a kernel of your own that has no name to ask for; `OSError` for a place that cannot be written to.
+        a kernel or an `inner` of your own that has no name to ask for; `OSError` for a place that cannot be written to.
         """
-        text = script(self._named(site) if isinstance(site, str) else site, __version__)
+        text = script(self._named(site) if isinstance(site, str) else site, __version__, inner=inner)
         if path is not None:
             writable(file := Path(path))
             write_whole(file, text)

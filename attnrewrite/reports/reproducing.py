@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..graphs.inner_compilers import known_inner
 from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.decisions import Step
 from ..kernels.records import Numerics
@@ -77,12 +78,16 @@ print(f"worst row: batch {{head // HEADS}}, head {{head % HEADS}}, query {{int(r
 '''
 
 
-def script(site: Site, version: str, known: Sequence[Layout] = ()) -> str:
+def script(site: Site, version: str, known: Sequence[Layout] = (), inner: str = "inductor") -> str:
     """The script. `known`: shape and strides of query, key and value where they are known; otherwise they are made from the
-    call, in SDPA's form of rank 4.
+    call, in SDPA's form of rank 4. `inner`: the name of the compiler that the script hands the graph to.
 
-    Raises `ValueError` for a kernel that has no name, a record of the user's own: a script could not import it.
+    Raises `ValueError` for a kernel that has no name, a record of the user's own: a script could not import it; and for a
+    compiler that has none.
     """
+    if not isinstance(inner, str):
+        raise ValueError(f"inner is {inner!r}, which a script cannot name: give a name, as 'eager'")
+    known_inner(inner)
     call = site.call.described()
     kernel = site.chosen or "native"
     try:
@@ -96,6 +101,7 @@ def script(site: Site, version: str, known: Sequence[Layout] = ()) -> str:
     options = ', numerics="quantised"' if record.numerics is Numerics.QUANTISED else ""
     cast = next((step for step in site.steps if step.name == "cast"), None)
     options += f", cast={str(cast.after)!r}" if cast is not None else ""
+    options += f", inner={inner!r}" if inner != "inductor" else ""
     masked = _MaskCode(call)
     scale = repr(call.scale) if call.scale is not None else "HEAD_DIM**-0.5"
     return TEMPLATE.format(
