@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
-import attnrewrite
 from attnrewrite.commands.bench.denoisers import MODELS, Place
-from attnrewrite.entrances import tuning
+from attnrewrite.entrances.tuning import read_search, search_model
+from attnrewrite.measuring.measure_site import measure_site
 from attnrewrite.planning.this_machine import machine_of
 
 BLOCKS = {"num_layers": 20, "num_single_layers": 40}
@@ -53,21 +53,19 @@ def main():
     warnings.filterwarnings("ignore", category=FutureWarning)  # diffusers' own
     made, device = denoiser(options.small)
     of_sites = []
-    measure = tuning.measure_site
 
     def measured(*args):
-        took, site = seconds(lambda: measure(*args), device)
+        took, site = seconds(lambda: measure_site(*args), device)
         of_sites.append(took)
         return site
 
-    tuning.measure_site = measured
     with torch.no_grad():
         made.step()  # warm-up
         step, _ = seconds(made.step, device)
         candidates = options.candidates and options.candidates.split(",")
-        took, plan = seconds(
-            lambda: attnrewrite.tune(made.model, **made.inputs, return_dict=False, candidates=candidates), device
-        )
+        search = read_search(made.model, candidates)
+        given = {**made.inputs, "return_dict": False}
+        took, plan = seconds(lambda: search_model(made.model, (), given, search, measured), device)
     result = {
         "machine": machine_of(device).to_dict(), "model": "HunyuanVideo", **BLOCKS, "step_s": step, "tune_s": took,
         "sites": len(plan.sites), "measured": len(of_sites), "measured_s": of_sites,

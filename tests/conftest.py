@@ -1,5 +1,9 @@
+import sys
+
 import pytest
 import torch
+
+from attnrewrite.planning import registry
 
 
 def pytest_collection_modifyitems(items):
@@ -17,6 +21,24 @@ def fresh_compiler():
     torch.manual_seed(0)
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture
+def plug_in(monkeypatch, tmp_path):
+    """Installs a package of one module by hand: a plug-in, which the registry then finds."""
+
+    def install(name, code, target="RECORDS"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(code)
+        about = tmp_path / f"{name}-1.0.dist-info"
+        about.mkdir()
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (about / "entry_points.txt").write_text(f"[attnrewrite.backends]\n{name} = {name}:{target}\n")
+
+    monkeypatch.syspath_prepend(tmp_path)
+    registry.records.cache_clear()
+    yield install
+    registry.records.cache_clear()
 
 
 pytest_plugins = ["stand_ins"]

@@ -11,9 +11,11 @@ from parity import TOLERANCE, attend, doubled, qkv, relative
 
 import attnrewrite
 from attnrewrite import AttentionCall, AttentionCompiler, Machine, Mask, MaskKind, Numerics, make_policy
-from attnrewrite.planning import preferences, selectors
+from attnrewrite.planning import preferences
 from attnrewrite.planning.matching import foreign
+from attnrewrite.planning.policies import Policy
 from attnrewrite.planning.preferences import ROWS, UNMASKED, Row
+from attnrewrite.planning.selectors import Auto
 
 ROOT = Path(__file__).parent.parent
 TORCH = {"torch": "2.11.0", "cuda": "13.0", "cudnn": "9.19.0"}
@@ -121,7 +123,7 @@ def test_beside_other_choices_and_in_rules():
     assert names == ["_native_cudnn", "_flash_3", "flash_4", "native"]
     names = [each.name for each in policy.candidates(call(role="cross"), H200)]
     assert names == ["_flash_3", "flash_4", "native"]
-    assert make_policy(["auto"]) == make_policy(["auto"])
+    assert make_policy(["auto"]) == make_policy(["auto"]) == Policy((Auto(rows=ROWS),))
     with pytest.raises(ValueError, match=r"no attention backend is called 'atuo'.* Or 'auto'"):
         make_policy(["atuo"])
     with pytest.raises(ValueError, match="names 'auto' twice"):
@@ -142,9 +144,8 @@ def lengths_through(backend, lengths):
     return taken, len(backend.report.graphs)
 
 
-def test_sizes_that_are_asked_are_guards(monkeypatch):
-    monkeypatch.setattr(selectors, "ROWS", (SMALL,))
-    backend = attnrewrite.with_backend("auto", inner="eager")
+def test_sizes_that_are_asked_are_guards():
+    backend = AttentionCompiler(Policy((Auto(rows=(SMALL,)),)), "eager")
     taken, graphs = lengths_through(backend, [8, 20, 100, 21, 9])
     assert taken[:3] == ["native", "_native_math", "native"]
     assert graphs == 3  # below, in and above the row: 21 and 9 find theirs

@@ -13,7 +13,7 @@ from parity import relative
 import attnrewrite
 from attnrewrite.__main__ import main
 from attnrewrite.commands.bench import command, model_level, op_level, plots, results
-from attnrewrite.commands.bench.denoisers import MODELS, Place
+from attnrewrite.commands.bench.denoisers import MODELS, Denoiser, Place
 from attnrewrite.commands.bench.model_level import Variant
 from attnrewrite.commands.bench.rounds import by_rounds, in_turn
 from attnrewrite.planning.measurements import Measurement
@@ -27,9 +27,17 @@ def bench(*arguments):
     main(["bench", *map(str, arguments)])
 
 
+# Two variants of one model, on the graph as it is: a second or two.
+QUICK = ("--small", "--inner", "eager", "--rounds", 2, "--variants", "torch.compile;auto")
+
+
 def quick(*arguments):
-    """Two variants of one model, on the graph as it is: a second or two."""
-    bench("--small", "--inner", "eager", "--rounds", 2, "--variants", "torch.compile;auto", *arguments)
+    bench(*QUICK, *arguments)
+
+
+def quick_with(builders, *arguments):
+    """Some models are others."""
+    command.main([*map(str, (*QUICK, *arguments))], {**MODELS, **builders})
 
 
 # -- models
@@ -131,19 +139,19 @@ def test_the_peers_choice_is_put_back(measured):
     assert chosen <= {AttentionBackendName.NATIVE, None}
 
 
-def test_the_peers_choice_is_set_before_each_step(monkeypatch):
+def test_the_peers_choice_is_set_before_each_step():
     """It is process-wide: a step that found another variant's choice would measure that one."""
-    denoiser = MODELS["flux"](CPU)
     found = []
 
-    def step(name):
-        def run():
-            found.append((name, _AttentionBackendRegistry.get_active_backend()[0].value))
-            return torch.zeros(1, 25, 8)
+    class Noting(Denoiser):
+        def compile(self, name):
+            def run():
+                found.append((name, _AttentionBackendRegistry.get_active_backend()[0].value))
+                return torch.zeros(1, 25, 8)
 
-        return run
+            return run
 
-    monkeypatch.setattr(denoiser, "compile", step)
+    denoiser = Noting(**vars(MODELS["flux"](CPU)))
     variants = [Variant("plain", lambda _: "plain"), Variant("peer", lambda _: "peer", peer="_native_flash")]
     model_level.measure(denoiser, variants, 4, lambda line: None)
     assert len(found) == 2 * (3 + 1 + 4)  # warm-up, a round that is not timed, rounds
@@ -295,29 +303,28 @@ def test_the_worst_choice_of_a_plan():
     assert model_level.worst_choice(Plan((Site(call, (), "native"),))) is None  # nothing was timed
 
 
-def test_an_interruption_keeps_what_was_measured(tmp_path, monkeypatch, capsys):
-    measure, calls = model_level.measure, []
+class Interrupted(torch.nn.Linear):
+    def forward(self, input, return_dict):
+        raise KeyboardInterrupt
 
-    def interrupted(*arguments):
-        if calls:
-            raise KeyboardInterrupt
-        calls.append(arguments)
-        return measure(*arguments)
 
-    monkeypatch.setattr(model_level, "measure", interrupted)
+def test_an_interruption_keeps_what_was_measured(tmp_path, capsys):
+    def interrupted(place):
+        return Denoiser(Interrupted(3, 3), {"input": place.randn(3)}, (), "a model at which somebody presses Ctrl-C")
+
     with pytest.raises(SystemExit) as ended:
-        quick("--models", "flux,sdxl", "--out", tmp_path / "b.json")
+        quick_with({"sdxl": interrupted}, "--models", "flux,sdxl", "--out", tmp_path / "b.json")
     assert ended.value.code == 130
     assert json.loads((tmp_path / "b.json").read_text())["models"].keys() == {"flux"}
     assert "what was measured is in" in capsys.readouterr().err
 
 
-def test_a_model_that_does_not_fit_leaves_room_for_the_next(tmp_path, monkeypatch, capsys):
+def test_a_model_that_does_not_fit_leaves_room_for_the_next(tmp_path):
     def too_large(place):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setitem(MODELS, "wan-14b", too_large)
-    quick("--models", "wan-14b,flux", "--out", tmp_path / "b.json", "--plot", tmp_path / "b.png")
+    files = ("--out", tmp_path / "b.json", "--plot", tmp_path / "b.png")
+    quick_with({"wan-14b": too_large}, "--models", "wan-14b,flux", *files)
     found = json.loads((tmp_path / "b.json").read_text())["models"]
     assert found["wan-14b"]["failed"]["all"].startswith("OutOfMemoryError: CUDA out of memory")
     assert found["flux"]["variants"].keys() == {"torch.compile", "auto"}

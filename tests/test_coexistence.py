@@ -96,14 +96,11 @@ def test_identity_changes_with_what_matters(monkeypatch):
     changed["another op"] = identity_with(op=op_of_a_setting)
     monkeypatch.setattr(sys.modules[__name__], "SCALE", 3.0)
     changed["plain global"] = identity_with(op=op_of_a_setting)
-    monkeypatch.setattr(identity, "__version__", "9.9")
-    changed["version"] = identity_with()
-    monkeypatch.undo()
-    cpu = attnrewrite.machine_of(torch.device("cpu"))
-    monkeypatch.setattr(
-        identity, "machine_of", lambda device: replace(cpu, packages={**cpu.packages, "flash-attn": "9"})
-    )
-    changed["kernel's version"] = identity_with()
+    policy, here = attnrewrite.make_policy([attnrewrite.records_of(MATH)[0]]), identity.machines_here()
+    assert identity.identity_of(policy, version=attnrewrite.__version__, machines=here) == base
+    changed["version"] = identity.identity_of(policy, version="9.9")
+    others = [replace(machine, packages={**machine.packages, "flash-attn": "9"}) for machine in here]
+    changed["kernel's version"] = identity.identity_of(policy, machines=others)
     assert None not in changed.values()
     assert len({base, *changed.values()}) == len(changed) + 1, changed
 
@@ -126,18 +123,20 @@ def test_identity_changes_with_every_file_of_the_package(tmp_path, file):
     assert before != digest()
 
 
-def test_a_commit_of_the_hub_is_a_part_of_the_identity(monkeypatch):
+def test_a_commit_of_the_hub_is_a_part_of_the_identity():
     record = replace(
         attnrewrite.records_of(MATH)[0],
         source=attnrewrite.Hub("org/kernel", 1),
         requires={},
         devices=frozenset({"cpu"}),
     )
-    found = set()
-    for commit in ("a", "b"):
-        monkeypatch.setattr(identity, "load", lambda source, trust, commit=commit: f"org/kernel@{commit}")
-        found.add(identity.identity_of(attnrewrite.make_policy([record])))
-    assert len(found) == 2
+    policy = attnrewrite.make_policy([record])
+    a, same, b = (
+        identity.identity_of(policy, load=lambda source, trust, commit=commit: f"{source.repository}@{commit}")
+        for commit in ("a", "a", "b")
+    )
+    assert None not in (a, b)
+    assert a == same != b
 
 
 def test_no_identity_for_what_cannot_be_described():
@@ -159,9 +158,12 @@ def scaled(query, key, value, prepared, *, call):
 """
 
 PROCESS = """
-import sys, json, torch, attnrewrite, attnrewrite.entrances.identity, mine
+import sys, json, torch, attnrewrite, mine
 from dataclasses import replace
+from functools import partial
 from torch._dynamo.utils import counters
+from attnrewrite.entrances.graph_pass import AttentionPass
+from attnrewrite.entrances.identity import identity_of
 
 base = attnrewrite.records_of("_native_math")[0]
 ours = replace(base, name="ours", op=mine.scaled)
@@ -171,11 +173,13 @@ x = torch.ones(1, 2, 7, 8)
 def attend(query):
     return torch.nn.functional.scaled_dot_product_attention(query, query, query) + 0.0
 
-def case(choice, how, context=None):
+def case(choice, how, context=None, version=None):
     torch._dynamo.reset()
     counters.clear()
     if how == "pass":
         swap = attnrewrite.inductor_pass(choice)
+        if version:
+            swap = AttentionPass(swap.compiler, partial(identity_of, version=version))
         run = torch.compile(attend, options={"pre_grad_custom_pass": swap})
     else:
         swap = attnrewrite.with_backend(choice)
@@ -196,8 +200,7 @@ found = {}
 found["pass ours"] = case(ours, "pass")
 found["pass context"] = case(ours, "pass", theirs)
 found["backend ours"] = case(ours, "backend")
-attnrewrite.entrances.identity.__version__ = version
-found["pass version"] = case(ours, "pass")
+found["pass version"] = case(ours, "pass", version=version)
 if save:
     with open(save, "wb") as artifacts:
         artifacts.write(torch.compiler.save_cache_artifacts()[0])

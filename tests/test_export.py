@@ -659,18 +659,19 @@ def test_other_versions_are_said(saved, tmp_path):
         attnrewrite.load(other)
 
 
-def test_another_machine(tmp_path, monkeypatch):
+def test_another_machine(tmp_path):
     program, _, _ = exported(Attend().bfloat16(), torch.randn(2, 7, 24, dtype=torch.bfloat16))
     made = attnrewrite.rewrite(program, "flash_4", machine=H200)
     (site,) = attnrewrite.report_of(made).sites
     assert (site.chosen, site.source) == ("flash_4", "flash-attn-4 4.0.0b36")
     attnrewrite.save(made, path := tmp_path / "h200.pt2")
 
+    with archives.opened(path) as archive:
+        manifest = manifests.Manifest.from_json(archive.read(manifests.MANIFEST), path)
+
     def refused(machine, **packages):
-        monkeypatch.setattr(manifests, "_machine_like", lambda planned: machine)
-        monkeypatch.setattr(manifests, "installed", packages.get)
         with pytest.raises(attnrewrite.ProgramFileError) as caught:
-            attnrewrite.load(path)
+            manifests.check_machine(manifest, path, here=lambda planned: machine, installed=packages.get)
         said = str(caught.value)
         assert "h200.pt2: " in said
         assert "the kernel flash_4 of attention site 'Attend'" in said
@@ -684,6 +685,16 @@ def test_another_machine(tmp_path, monkeypatch):
     older = refused(H200, **{"flash-attn-4": "4.0.0b9"})
     assert "needs flash-attn-4 4.0.0b36; 4.0.0b9 is installed, which is older" in older
     assert "attnrewrite.retarget(" in older
+
+    def of_no_gpu(data):
+        for graph in data["report"]["graphs"]:
+            graph["machine"]["capability"] = [0, 1]
+        return data
+
+    nowhere = rewritten(path, tmp_path / "nowhere.pt2", of_no_gpu)  # whatever this machine is
+    words = r"nowhere\.pt2: the kernel flash_4 of attention site 'Attend' was chosen for cuda.*, found is "
+    with pytest.raises(attnrewrite.ProgramFileError, match=words):
+        attnrewrite.load(nowhere)
 
 
 @pytest.mark.gpu

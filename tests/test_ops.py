@@ -134,21 +134,25 @@ def test_a_kernel_that_raises_in_a_compiled_model(stand_ins, monkeypatch):
             torch.compile(attend, backend=compiler(record, inner), fullgraph=True)(*qkv(dim=64, dtype=torch.bfloat16))
 
 
-def test_versions_do_not_share_compiled_code(stand_ins, monkeypatch):
+def test_versions_do_not_share_compiled_code(stand_ins, monkeypatch, tmp_path):
     """The library's version is a constant of the graph: PyTorch's caches on disk, which know an op by its name, see it."""
     (record,) = attnrewrite.records_of("flash")
     scale = random.random()  # a graph that no earlier run has left in the cache
     hits = []
-    for version in ("2.8.3", "2.8.3", "2.8.4"):
+    for number, version in enumerate(("2.8.3", "2.8.3", "2.8.4")):
+        about = tmp_path / str(number) / f"flash_attn-{version}.dist-info"
+        about.mkdir(parents=True)
+        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: flash-attn\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(about.parent)  # before the stand-in's own
         torch.compiler.reset()
         counters.clear()
         sources._TEXTS.clear()
-        monkeypatch.setattr(sources, "installed", lambda distribution, version=version: version)
         with torch.no_grad():
             run = torch.compile(
                 lambda *given: attend(*given, scale=scale), backend=compiler(record, "inductor"), fullgraph=True
             )
             run(*qkv(dim=64, dtype=torch.bfloat16))
+        assert f"flash-attn {version}" in sources._LIBRARIES
         hits.append(counters["aot_autograd"]["autograd_cache_hit"])
     assert hits == [0, 1, 0]
 

@@ -11,7 +11,6 @@ from parity import attend, check, doubled, qkv, relative
 import attnrewrite
 from attnrewrite import dense_kernel
 from attnrewrite.kernels import sources
-from attnrewrite.planning import registry
 
 PYPROJECT = """
 [build-system]
@@ -116,24 +115,6 @@ def test_an_installed_package_brings_a_kernel(installed):
 
 
 # -- entry points that are wrong
-
-
-@pytest.fixture
-def plug_in(monkeypatch, tmp_path):
-    """Installs a package of one module by hand; returns what the registry holds then."""
-
-    def install(name, code, target="RECORDS"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-        (tmp_path / f"{name}.py").write_text(code)
-        about = tmp_path / f"{name}-1.0.dist-info"
-        about.mkdir()
-        (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (about / "entry_points.txt").write_text(f"[attnrewrite.backends]\n{name} = {name}:{target}\n")
-
-    monkeypatch.syspath_prepend(tmp_path)
-    registry.records.cache_clear()
-    yield install
-    registry.records.cache_clear()
 
 
 RECORD = (

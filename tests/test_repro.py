@@ -1,6 +1,5 @@
 """`report.repro(site)`: a script that makes the same call again, of every kind, and prints its error."""
 
-import functools
 import re
 import subprocess
 import sys
@@ -35,9 +34,13 @@ def call_of(mask=NO_MASK, **sizes):
     return AttentionCall("blocks.0.attn", **{**given, "dtype": "float32", "layout": "bshd", "mask": mask, **sizes})
 
 
-def run(text, monkeypatch, capsys):
-    """Runs a script here, on the graph as it is. Returns its report and what it prints."""
-    monkeypatch.setattr(attnrewrite, "with_backend", functools.partial(with_backend, inner="eager"))
+def written(call, chosen=FLASH):
+    """The script of one call, on the graph as it is."""
+    return report_of(call, chosen).repro("blocks.0.attn", inner="eager")
+
+
+def run(text, capsys):
+    """Runs a script here. Returns its report and what it prints."""
     names = {"__name__": "__main__"}
     exec(compile(text, "repro.py", "exec"), names)
     return names["backend"].report, capsys.readouterr().out
@@ -75,9 +78,9 @@ CALLS = {
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_the_script_makes_the_same_call(name, monkeypatch, capsys):
+def test_the_script_makes_the_same_call(name, capsys):
     call = CALLS[name]
-    report, said = run(report_of(call).repro("blocks.0.attn"), monkeypatch, capsys)
+    report, said = run(written(call), capsys)
     (site,) = report.sites
     # What cannot be the same: whose site it is, and a role that needs a model.
     same = replace(site.call, site=call.site, role=call.role)
@@ -88,21 +91,28 @@ def test_the_script_makes_the_same_call(name, monkeypatch, capsys):
     assert re.search(r"^0 NaN, 0 inf of \d+ values$", said, re.M)
 
 
-def test_the_error_is_that_of_the_kernel(monkeypatch, capsys):
+ONES = """
+from attnrewrite import Backend
+
+
+def op(query, key, value, mask, *, call):
+    return query * 0 + 1
+
+
+RECORDS = [Backend("ones", "tests", op, frozenset({"cpu"}), frozenset({"float32"}))]
+"""
+
+
+def test_the_error_is_that_of_the_kernel(plug_in, capsys):
     """A script that compared the kernel with itself would always be content."""
-    broken = replace(
-        attnrewrite.records_of("_native_math")[0],
-        op=lambda query, *rest, call: query * 0 + 1,
-        masks=frozenset(MaskKind),
-    )
-    monkeypatch.setattr("attnrewrite.entrances.choices.records_of", lambda name: (broken,))
-    text = report_of(call_of(), "_native_math").repro("blocks.0.attn")
-    _, said = run(text, monkeypatch, capsys)
+    plug_in("broken_kernel", ONES)
+    report, said = run(written(call_of(), "ones"), capsys)
+    assert report.sites[0].chosen == "ones"
     assert float(re.search(r"relative error (\S+) to", said)[1]) > 0.5
 
 
-def test_long_sequences_are_compared_in_parts(monkeypatch, capsys):
-    _, said = run(report_of(call_of(q_len=600)).repro("blocks.0.attn"), monkeypatch, capsys)
+def test_long_sequences_are_compared_in_parts(capsys):
+    _, said = run(written(call_of(q_len=600)), capsys)
     assert "on 256 of 600 rows" in said
 
 
@@ -117,22 +127,22 @@ def test_it_runs_alone(tmp_path):
     assert float(re.search(r"relative error (\S+) to", done.stdout)[1]) < 1e-6
 
 
-def test_gradients_and_determinism(monkeypatch, capsys):
-    text = report_of(call_of(needs_grad=True, deterministic=True)).repro("blocks.0.attn")
+def test_gradients_and_determinism(capsys):
+    text = written(call_of(needs_grad=True, deterministic=True))
     try:
-        report, _ = run(text, monkeypatch, capsys)
+        report, _ = run(text, capsys)
     finally:
         torch.use_deterministic_algorithms(False)
     assert (report.sites[0].call.needs_grad, report.sites[0].call.deterministic) == (True, True)
 
 
-def test_symbolic_sizes_are_to_be_filled_in(monkeypatch, capsys):
+def test_symbolic_sizes_are_to_be_filled_in(capsys):
     call = call_of(mask(MaskKind.KEY_PADDING, "s0", 1, 1, "s1 + 4"), batch="s0", q_len="s1", kv_len="s1 + 4")
-    text = report_of(call).repro("blocks.0.attn")
+    text = written(call)
     for name in ("s0", "s1"):
         assert f"{name} = 128  # a symbol in the graph: put a size here" in text
     assert "dynamic=True" in text
-    report, _ = run(text.replace("s0 = 128", "s0 = 2").replace("s1 = 128", "s1 = 13"), monkeypatch, capsys)
+    report, _ = run(text.replace("s0 = 128", "s0 = 2").replace("s1 = 128", "s1 = 13"), capsys)
     assert report.sites[0].chosen == FLASH
 
 
@@ -160,6 +170,16 @@ def test_a_cast_is_in_the_script():
     assert "cast='bfloat16'" in Report().repro(site)
 
 
+def test_the_compiler_is_in_the_script():
+    given = report_of(call_of())
+    assert f"with_backend({FLASH!r}, inner='eager')" in given.repro("blocks.0.attn", inner="eager")
+    assert "inner=" not in given.repro("blocks.0.attn")
+    with pytest.raises(ValueError, match=r"inner is 'eagr', .* did you mean .*'eager'"):
+        given.repro("blocks.0.attn", inner="eagr")
+    with pytest.raises(ValueError, match="which a script cannot name: give a name, as 'eager'"):
+        given.repro("blocks.0.attn", inner=lambda graph_module, example_inputs: graph_module)
+
+
 def test_unknown_sites():
     with pytest.raises(ValueError, match=r"site is 'blocks.0.atn', .* did you mean 'blocks.0.attn'\?"):
         report_of(call_of()).repro("blocks.0.atn")
@@ -183,16 +203,16 @@ def test_from_a_saved_report():
     assert Report.from_json(given.to_json()).repro("blocks.0.attn") == given.repro("blocks.0.attn")
 
 
-def test_a_fidelity_knows_the_strides(monkeypatch, capsys):
+def test_a_fidelity_knows_the_strides(capsys):
     query, key, value = qkv()
     key = torch.randn(2, 4, 11, 40)[..., :16]  # rows that are not dense
     with torch.no_grad():
         found = check(
             F.scaled_dot_product_attention, query, key, value, backend=with_backend("_native_math", inner="eager")
         )
-    text = found.repro(found.sites[0].name)
+    text = found.repro(found.sites[0].name, inner="eager")
     assert f"tensor({tuple(key.shape)}, {tuple(key.stride())})" in text
-    report, said = run(text, monkeypatch, capsys)
+    report, said = run(text, capsys)
     assert report.sites[0].call.kv_len == 11
     assert float(re.search(r"relative error (\S+) to", said)[1]) < 1e-6
     with pytest.raises(ValueError, match="site is 'gone': it is one of"):
@@ -200,8 +220,8 @@ def test_a_fidelity_knows_the_strides(monkeypatch, capsys):
 
 
 @pytest.mark.gpu
-def test_a_script_for_a_gpu(monkeypatch, capsys):
+def test_a_script_for_a_gpu(capsys):
     call = call_of(mask(MaskKind.KEY_PADDING, 2, 1, 1, K), device="cuda", dtype="bfloat16", head_dim=64, value_dim=64)
-    report, said = run(report_of(call, "_native_varlen").repro("blocks.0.attn"), monkeypatch, capsys)
+    report, said = run(written(call, "_native_varlen"), capsys)
     assert report.sites[0].chosen == "_native_varlen"
     assert float(re.search(r"relative error (\S+) to", said)[1]) < 1e-2

@@ -1,5 +1,6 @@
 """`attnrewrite.tune`, plans and `with_backend("tune")`: what is measured, what is dropped and why, what a plan does later."""
 
+import functools
 import json
 import os
 import re
@@ -30,14 +31,17 @@ from attnrewrite import (
 from attnrewrite.commands.demo_model import Demo, inputs
 from attnrewrite.entrances.choices import candidates_of
 from attnrewrite.entrances.identity import identity_of
+from attnrewrite.entrances.tuning import read_search, search_model
 from attnrewrite.kernels.machines import satisfies
-from attnrewrite.measuring import cache, first_use
-from attnrewrite.measuring import measure_site as measuring
+from attnrewrite.measuring import cache
 from attnrewrite.measuring.capturing import capture
 from attnrewrite.measuring.choosing import choose, undecided
 from attnrewrite.measuring.example_tensors import example
-from attnrewrite.measuring.measure_site import Search, measure_site
+from attnrewrite.measuring.first_use import Tune
+from attnrewrite.measuring.measure_site import Search, enough_memory, free_memory, measure_site
 from attnrewrite.measuring.reference import reference
+from attnrewrite.measuring.timing import Stopwatch
+from attnrewrite.planning.policies import Policy
 
 CPU = attnrewrite.machine_of(torch.device("cpu"))
 KERNELS = ("native", "_native_flash", "_native_math", "flex")
@@ -45,11 +49,12 @@ KERNELS = ("native", "_native_flash", "_native_math", "flex")
 FLASH = attnrewrite.records_of("_native_flash")[1]
 
 
+QUICK = {"rounds": (3, 3), "more": 1}
+
+
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, tmp_path):
-    """Few rounds, and a cache that nobody else has."""
-    monkeypatch.setattr(measuring, "ROUNDS", (3, 3))
-    monkeypatch.setattr(measuring, "MORE", 1)
+def own_cache(monkeypatch, tmp_path):
+    """One that nobody else has."""
     monkeypatch.setenv("ATTNREWRITE_CACHE", str(tmp_path / "cache"))
     cache._KNOWN.clear()
     cache._WARNED.clear()
@@ -109,9 +114,19 @@ torch.library.register_autograd(
 )
 
 
-def tuned(function, *tensors, candidates=("native", "_native_flash"), grad=False, **options):
+def tuned(
+    function,
+    *tensors,
+    candidates=("native", "_native_flash"),
+    grad=False,
+    progress=False,
+    measure=measure_site,
+    **options,
+):
+    """`attnrewrite.tune` in few rounds."""
+    search = replace(read_search(function, candidates, inner="eager", **options), **QUICK)
     with torch.set_grad_enabled(grad):
-        return attnrewrite.tune(function, *tensors, candidates=candidates, inner="eager", progress=False, **options)
+        return search_model(function, tensors, {}, search, measure, progress)
 
 
 def by_name(site):
@@ -126,10 +141,7 @@ def demo():
     """The small model that attends in six ways, and its plan."""
     torch.manual_seed(0)
     model, given = Demo().eval(), inputs()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(measuring, "ROUNDS", (3, 3))
-        patch.setattr(measuring, "MORE", 1)
-        return model, given, tuned(model, *given, candidates=KERNELS)
+    return model, given, tuned(model, *given, candidates=KERNELS)
 
 
 def test_every_kernel_is_timed_and_compared_at_every_site(demo):
@@ -189,15 +201,14 @@ class Block(torch.nn.Module):
         return tokens + attended.transpose(1, 2).flatten(2)
 
 
-def test_equal_sites_are_measured_once(monkeypatch):
+def test_equal_sites_are_measured_once():
     counted = []
 
     def count(captured, *rest):
         counted.append(captured.call.site)
         return measure_site(captured, *rest)
 
-    monkeypatch.setattr("attnrewrite.entrances.tuning.measure_site", count)
-    plan = tuned(Layers(4).eval(), torch.randn(2, 9, 48))
+    plan = tuned(Layers(4).eval(), torch.randn(2, 9, 48), measure=count)
     assert counted == ["blocks.0"]
     assert [site.name for site in plan.sites] == [f"blocks.{number}" for number in range(4)]
     assert len({site.measured for site in plan.sites}) == 1
@@ -279,7 +290,9 @@ def test_made_up_tensors_of_every_mask(kind, dtype, shape):
     call = AttentionCall(
         "", 2, 4, 2, 9, 9, 16, 16, "float32", mask=Mask(kind, dtype, shape, window=window), layout="bshd"
     )
-    site = measure_site(example(call, torch.device("cpu")), CPU, Search(candidates_of(KERNELS, ""), inner="eager"))
+    site = measure_site(
+        example(call, torch.device("cpu")), CPU, Search(candidates_of(KERNELS, ""), inner="eager", **QUICK)
+    )
     assert {"native", "_native_math"} <= set(by_name(site))
     for each in site.measured:
         assert each.dropped is None or each.dropped.endswith("measured once"), each
@@ -338,10 +351,24 @@ def test_a_slow_one_is_measured_once_and_not_chosen():
     assert site.chosen == "native"
 
 
-def test_more_memory_than_there_is_is_not_tried(monkeypatch):
-    monkeypatch.setattr("attnrewrite.measuring.measure_site.free_memory", lambda device: 1000)
-    (site,) = tuned(attend, *qkv(), candidates=["_native_math"]).sites
+def test_more_memory_than_there_is_is_not_tried():
+    measure = functools.partial(measure_site, free=lambda device: 1000)
+    (site,) = tuned(attend, *qkv(), candidates=["_native_math"], measure=measure).sites
     assert by_name(site)["_native_math"].dropped.startswith("MemoryError: needs about")
+    assert by_name(site)["native"].dropped is None
+
+
+def test_memory_for_all_scores():
+    call, cpu = AttentionCall("", 2, 3, 3, 100, 200, 8, 8, "float32"), torch.device("cpu")
+    wanted = 3 * 4 * 2 * 3 * 100 * 200  # bytes
+    for free in (None, 2 * wanted):
+        enough_memory(MATH, call, cpu, lambda device, free=free: free)
+    with pytest.raises(MemoryError, match="needs about"):
+        enough_memory(MATH, call, cpu, lambda device: wanted)
+    enough_memory(replace(MATH, all_scores=False), call, cpu, lambda device: 0)
+    if free_memory(cpu) is not None:
+        with pytest.raises(MemoryError, match=r"needs about \d+\.\d GiB for its scores, \d+\.\d GiB are free"):
+            enough_memory(MATH, replace(call, q_len=10**6, kv_len=10**6), cpu)
 
 
 def test_errors_have_a_limit():
@@ -448,20 +475,26 @@ def test_what_is_within_the_noise_is_equal():
 
 
 @pytest.mark.parametrize(("jitter", "rounds"), [(0.0, 7), (0.02, 21)])
-def test_more_rounds_where_noise_hides_which_is_worth_it(monkeypatch, jitter, rounds):
+def test_more_rounds_where_noise_hides_which_is_worth_it(jitter, rounds):
     """The second kernel is faster by 3 %: where rounds differ by 2 %, seven of them cannot tell that."""
-    monkeypatch.setattr(measuring, "ROUNDS", (7, 7))
-    monkeypatch.setattr(measuring, "MORE", 3)
     noise = torch.Generator().manual_seed(0)
 
-    def sample(self, runner, calls):
-        strays = 1 + jitter * torch.randn((), generator=noise).item()
-        return strays * (1.0 if runner.name == "native" else 0.97)
+    class Noisy(Stopwatch):
+        """Runs nothing. It sees `native` first, to learn how long a call takes."""
 
-    monkeypatch.setattr(measuring._Measuring, "_sample", sample)
+        def __init__(self, device):
+            super().__init__(device)
+            self.seen = []
+
+        def sample(self, call, calls):
+            new = call not in self.seen
+            self.seen += [call] * new
+            strays = 1.0 if new else 1 + jitter * torch.randn((), generator=noise).item()
+            return strays * (1.0 if call is self.seen[0] else 0.97)
+
     call = AttentionCall("site", 2, 3, 3, 7, 9, 8, 8, "float32", "cpu")
-    search = Search(candidates_of(["native", "_native_flash"], "candidates"))
-    site = measure_site(example(call, torch.device("cpu")), CPU, search)
+    search = Search(candidates_of(["native", "_native_flash"], "candidates"), rounds=(7, 7), more=3)
+    site = measure_site(example(call, torch.device("cpu")), CPU, search, clock=Noisy)
     assert [each.rounds for each in site.measured] == [rounds, rounds]
 
 
@@ -487,9 +520,7 @@ VALID = torch.arange(9) < torch.tensor([[9], [5]])  # of two prompts, one is sho
 @pytest.fixture(scope="module")
 def plan():
     """Of self-attention on 9 tokens, all of them valid or not: two sites each, all of which chose `_native_math` for both."""
-    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
-        patch.setattr(measuring, "ROUNDS", (3, 3))
-        patch.setattr(measuring, "MORE", 1)
+    with torch.no_grad():
         given = torch.randn(2, 9, 48)
         found = [tuned(Layers(2).eval(), given, *rest, candidates=["_native_math"]).sites for rest in ((), (VALID,))]
         made = tuned(Layers(2).eval(), given, candidates=["_native_math"])
@@ -647,18 +678,37 @@ def test_plans_are_compared_and_known_to_caches(plan):
 # -- tuning inside the first compilation
 
 
+class Few:
+    """`with_backend("tune", inner="eager")` with two kernels and few rounds; `measured`: the calls that it has measured."""
+
+    def __init__(self):
+        self.measured = []
+        self.tune = Tune(candidates=lambda: candidates_of(["native", "_native_math"], ""), measure=self.measure)
+
+    def measure(self, captured, machine, search):
+        self.measured.append(captured.call)
+        return measure_site(captured, machine, replace(search, **QUICK))
+
+    def backend(self, machine=None, **settings):
+        return AttentionCompiler(Policy((self.tune,), **settings), "eager", machine)
+
+
 @pytest.fixture
-def few(monkeypatch):
-    """`with_backend("tune")` with two kernels, and a count of what it measures."""
-    measured = []
+def few():
+    return Few()
 
-    def count(captured, machine, search, *rest):
-        measured.append(captured.call)
-        return measure_site(captured, machine, replace(search, inner="eager"), *rest)
 
-    monkeypatch.setattr(first_use, "measure_site", count)
-    monkeypatch.setattr(first_use, "usual_candidates", lambda: candidates_of(["native", "_native_math"], ""))
-    return measured
+def test_tune_by_its_name(tmp_path):
+    """The same, with every kernel of this machine."""
+    assert make_policy(["tune"]) == Policy((Tune(),))
+    backend = attnrewrite.with_backend("tune", inner="eager")
+    assert chosen_by(backend, Layers(1).eval(), torch.randn(2, 9, 48)) != [None]
+    key = json.loads(only_file(tmp_path).read_text())["key"]
+    assert set(key) == {"version", "attnrewrite", "machine", "inner", "numerics", "candidates", "call"}
+    assert {"native", "_native_math", "flex"} <= set(key["candidates"])
+    assert (key["inner"], key["numerics"], key["machine"]) == ("eager", "reordered", CPU.to_dict())
+    assert attnrewrite.explain(attend, *qkv(), backend="tune").sites[0].chosen == "native"
+    assert only_file(tmp_path).exists()  # explaining has measured nothing
 
 
 def forget():
@@ -667,19 +717,17 @@ def forget():
 
 
 def test_the_first_compilation_measures_and_the_next_process_does_not(few, tmp_path):
-    backend = attnrewrite.with_backend("tune", inner="eager")
+    backend = few.backend()
     names = chosen_by(backend, Layers(3).eval(), torch.randn(2, 9, 48))
-    assert len(few) == 1  # three equal sites
+    assert len(few.measured) == 1  # three equal sites
     assert len(list((tmp_path / "cache").glob("*.json"))) == 1
     assert "tune: " in str(backend.report)
     forget()
-    again = attnrewrite.with_backend("tune", inner="eager")
+    again = few.backend()
     assert chosen_by(again, Layers(3).eval(), torch.randn(2, 9, 48)) == names
-    assert len(few) == 1
-    chosen_by(
-        attnrewrite.with_backend("tune", inner="eager", numerics="exact"), Layers(1).eval(), torch.randn(2, 9, 48)
-    )
-    assert len(few) == 2  # other search are another question
+    assert len(few.measured) == 1
+    chosen_by(few.backend(numerics=Numerics.EXACT), Layers(1).eval(), torch.randn(2, 9, 48))
+    assert len(few.measured) == 2  # other search are another question
 
 
 def only_file(folder):
@@ -689,15 +737,15 @@ def only_file(folder):
 
 @pytest.mark.parametrize("damage", ["corrupt", "foreign", "empty"])
 def test_a_bad_entry_is_ignored_with_a_warning(damage, few, tmp_path):
-    chosen_by(attnrewrite.with_backend("tune", inner="eager"), Layers(1).eval(), torch.randn(2, 9, 48))
+    chosen_by(few.backend(), Layers(1).eval(), torch.randn(2, 9, 48))
     path = only_file(tmp_path)
     good = json.loads(path.read_text())
     other = {**good, "key": {**good["key"], "attnrewrite": "0.0.1"}}
     path.write_text({"corrupt": path.read_text()[:200], "foreign": json.dumps(other), "empty": ""}[damage])
     forget()
     with pytest.warns(UserWarning, match="is ignored .* the call is measured again"):
-        chosen_by(attnrewrite.with_backend("tune", inner="eager"), Layers(1).eval(), torch.randn(2, 9, 48))
-    assert len(few) == 2
+        chosen_by(few.backend(), Layers(1).eval(), torch.randn(2, 9, 48))
+    assert len(few.measured) == 2
     assert json.loads(path.read_text())["key"] == good["key"]  # written anew
 
 
@@ -705,14 +753,14 @@ def test_a_folder_that_cannot_be_written(few, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ATTNREWRITE_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="cannot be") as caught:
-        chosen_by(attnrewrite.with_backend("tune", inner="eager"), Layers(2).eval(), torch.randn(2, 9, 48))
+        chosen_by(few.backend(), Layers(2).eval(), torch.randn(2, 9, 48))
     assert any("Set ATTNREWRITE_CACHE" in str(each.message) for each in caught)
-    assert len(few) == 1  # this process remembers
+    assert len(few.measured) == 1  # this process remembers
 
 
 def test_many_writers_do_no_harm(few, tmp_path):
     call = AttentionCall("", 2, 4, 4, 9, 9, 16, 16, "float32")
-    search = Search(candidates_of(["native", "_native_math"], ""), inner="eager")
+    search = Search(candidates_of(["native", "_native_math"], ""), inner="eager", **QUICK)
     site = measure_site(example(call, torch.device("cpu")), CPU, search)
     failed = []
 
@@ -733,28 +781,28 @@ def test_many_writers_do_no_harm(few, tmp_path):
 
 
 def test_explaining_measures_nothing(few):
-    report = attnrewrite.explain(attend, *qkv(), backend="tune")
+    report = attnrewrite.explain(attend, *qkv(), backend=few.backend())
     assert report.sites[0].chosen == "native"
-    assert few == []
+    assert few.measured == []
     with torch.no_grad():
-        described = AttentionCompiler(make_policy(["tune"]), "eager", Machine("cpu", None, CPU.packages, "elsewhere"))
+        described = few.backend(Machine("cpu", None, CPU.packages, "elsewhere"))
         assert chosen_by(described, Layers(1).eval(), torch.randn(2, 9, 48)) == ["native"]
-    assert few == []
+    assert few.measured == []
 
 
 def test_training_is_not_measured_inside_a_compilation(few):
-    backend = attnrewrite.with_backend("tune", inner="eager")
+    backend = few.backend()
     torch.compile(attend, backend=backend)(*[each.requires_grad_() for each in qkv()]).sum().backward()
-    assert few == []
+    assert few.measured == []
     assert backend.report.sites[0].chosen == "native"
 
 
 def test_symbolic_sizes_are_measured_at_a_power_of_two(few):
-    backend = attnrewrite.with_backend("tune", inner="eager")
+    backend = few.backend()
     compiled = torch.compile(attend, backend=backend, dynamic=True)
     for length in (9, 15, 12, 20):
         compiled(*qkv(q_len=length, kv_len=length))
-    assert [(call.q_len, call.kv_len) for call in few] == [(8, 8), (16, 16)]
+    assert [(call.q_len, call.kv_len) for call in few.measured] == [(8, 8), (16, 16)]
     assert len(backend.report.graphs) == 2
 
 
@@ -784,9 +832,11 @@ def test_out_of_memory_on_a_gpu_is_dropped():
 
 
 def test_a_progress_line(capsys):
-    attnrewrite.tune(attend, *qkv(), candidates=["native"], inner="eager", progress=True)
+    tuned(attend, *qkv(), candidates=["native"], progress=True)
     written = capsys.readouterr().err
     assert "attnrewrite.tune: site 1" in written
     assert "round 3/3" in written
     tuned(attend, *qkv(), candidates=["native"])
     assert capsys.readouterr().err == ""
+    attnrewrite.tune(attend, *qkv(), candidates=["native"], inner="eager", progress=True)
+    assert "attnrewrite.tune: site 1" in capsys.readouterr().err

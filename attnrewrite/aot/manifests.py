@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -73,8 +74,29 @@ def manifest_of(report: Report, checks: tuple[str, ...], python: tuple[str, ...]
     return Manifest(__version__, torch.__version__.split("+")[0], report, checks, python)
 
 
-def check_machine(manifest: Manifest, path: Any, trust: bool = False) -> tuple[str, ...]:
+def _machine_like(planned: Machine) -> Machine | None:
+    kind = planned.torch_device
+    if kind == "cuda" and not torch.cuda.is_available():
+        return None
+    if kind not in ("cpu", "cuda"):
+        return planned  # not checked: other devices report themselves what they cannot run
+    return machine_of(torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind))
+
+
+Installed = Callable[[str], str | None]
+
+
+def check_machine(
+    manifest: Manifest,
+    path: Any,
+    trust: bool = False,
+    here: Callable[[Machine], Machine | None] = _machine_like,
+    installed: Installed = installed,
+) -> tuple[str, ...]:
     """Checks that this machine has the chosen kernels, and loads the library behind each of them, and nothing else.
+
+    here: returns this machine for a device like that of the given machine, None without such a device.
+    installed: returns the version of a distribution, None if it is not installed.
 
     Returns a sentence for each difference that does not matter: versions of torch and attnrewrite, the name of the GPU. Raises
     `ProgramFileError` where a kernel was chosen for another device or compute capability, or its library is missing, of
@@ -84,23 +106,23 @@ def check_machine(manifest: Manifest, path: Any, trust: bool = False) -> tuple[s
     sites = [site for site in manifest.report.sites if _is_bound(site)]
     if not sites or planned is None:
         return _differences(manifest, None)
-    here = _machine_like(planned)
+    found = here(planned)
     remedy = f"Load the file on such a machine, or rewrite it for this one: attnrewrite.retarget({str(path)!r}, ...)"
     named = f"the kernel {sites[0].chosen} of attention site {sites[0].name!r}"
-    if here is None:
+    if found is None:
         raise ProgramFileError(
             f"{path}: {named} was chosen for {planned.device}, this machine has no such device. {remedy}"
         )
-    if (here.device, here.capability) != (planned.device, planned.capability):
+    if (found.device, found.capability) != (planned.device, planned.capability):
         raise ProgramFileError(
-            f"{path}: {named} was chosen for {_short(planned)}, this machine is {_short(here)} ({here.name}). {remedy}"
+            f"{path}: {named} was chosen for {_short(planned)}, this machine is {_short(found)} ({found.name}). {remedy}"
         )
     for site in {site.source: site for site in sites if site.source}.values():
-        _check_library(site, path, remedy, trust)
-    return _differences(manifest, here)
+        _check_library(site, path, remedy, trust, installed)
+    return _differences(manifest, found)
 
 
-def _check_library(site: Site, path: Any, remedy: str, trust: bool) -> None:
+def _check_library(site: Site, path: Any, remedy: str, trust: bool, installed: Installed) -> None:
     text = str(site.source)
     source = next((record.source for record in _records(site) if _is_from(record.source, text)), None)
     needed = f"{path}: the kernel {site.chosen} of attention site {site.name!r} needs {text}"
@@ -143,15 +165,6 @@ def _records(site: Site) -> tuple[Backend, ...]:
         return records_of(str(site.chosen))
     except ValueError:
         return ()
-
-
-def _machine_like(planned: Machine) -> Machine | None:
-    kind = planned.torch_device
-    if kind == "cuda" and not torch.cuda.is_available():
-        return None
-    if kind not in ("cpu", "cuda"):
-        return planned  # not checked: other devices report themselves what they cannot run
-    return machine_of(torch.device(kind, torch.cuda.current_device()) if kind == "cuda" else torch.device(kind))
 
 
 def _short(machine: Machine) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from ..graphs.inner_compilers import records_cuda_graphs
+from ..planning.policies import Policy
 from ..reports.report import Report
 from . import contexts
 from .compilers import AttentionCompiler
@@ -15,10 +17,14 @@ from .identity import identity_of
 
 
 class AttentionPass(CustomGraphPass):
-    """A pre-grad pass of Inductor that swaps attention. Two passes are equal if they are configured equally."""
+    """A pre-grad pass of Inductor that swaps attention. Two passes are equal if they are configured equally.
 
-    def __init__(self, compiler: AttentionCompiler) -> None:
+    identity: returns the text of a policy for PyTorch's cache key, None if there is none.
+    """
+
+    def __init__(self, compiler: AttentionCompiler, identity: Callable[[Policy], str | None] = identity_of) -> None:
         self.compiler = compiler
+        self.identity = identity
 
     @property
     def report(self) -> Report:
@@ -38,7 +44,7 @@ class AttentionPass(CustomGraphPass):
         compilation, also where it does not call the pass, so the active choice is guarded here too."""
         contexts.guard_choice()
         contexts.mark_used()
-        return identity_of(self.compiler.policy_now())
+        return self.identity(self.compiler.policy_now())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AttentionPass) and self.compiler == other.compiler

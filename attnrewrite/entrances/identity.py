@@ -8,7 +8,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
@@ -18,7 +18,7 @@ import torch
 
 from ..graphs.operators import is_operator, is_packet
 from ..kernels.machines import Machine
-from ..kernels.sources import SourceError, load
+from ..kernels.sources import Source, SourceError, load
 from ..planning.policies import Candidate, Policy
 from ..planning.this_machine import machine_of
 from ..version import __version__
@@ -30,28 +30,36 @@ class UnknownValueError(Exception):
     """A record holds a value without a text that another process could compare."""
 
 
-def identity_of(policy: Policy) -> str | None:
+Load = Callable[[Source, bool], str]
+
+
+def identity_of(
+    policy: Policy, version: str = __version__, machines: Sequence[Machine] | None = None, load: Load = load
+) -> str | None:
     """Returns a digest of the policy with its records, the machines here with every version, the libraries of the choices, and
     this package itself. None if a record holds a value that cannot be described, or a choice depends on more ("tune").
 
     Loads the libraries of choices that this machine can run: the commit of a library from the hub is known only then.
+
+    version: of this package. machines: None for those here. load: loads a library and returns which it is (`sources.load`).
     """
+    machines = machines_here() if machines is None else machines
     try:
-        parts = [__version__, package_digest(), described(policy), [machine.to_dict() for machine in _machines()]]
-        parts.append(_libraries(policy))
+        parts = [version, package_digest(), described(policy), [machine.to_dict() for machine in machines]]
+        parts.append(_libraries(policy, machines, load))
     except UnknownValueError:
         return None
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _machines() -> list[Machine]:
+def machines_here() -> list[Machine]:
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
     return [machine_of(torch.device(device)) for device in devices]
 
 
-def _libraries(policy: Policy) -> list[str]:
+def _libraries(policy: Policy, machines: Sequence[Machine], load: Load) -> list[str]:
     found = []
-    for machine in _machines():
+    for machine in machines:
         candidates: list[Candidate] = []
         for each in (*policy.choices, *(each for _, chosen in policy.rules for each in chosen)):
             named = (each,) if isinstance(each, Candidate) else each.libraries(machine)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -68,7 +68,19 @@ def tune(
 
     Raises `TypeError` and `ValueError` for other arguments, `RuntimeError` for a GPU that hangs, and the model's own errors.
     """
-    search = _search(model, candidates, numerics, max_error, min_gain, inner, time_limit)
+    search = read_search(model, candidates, numerics, max_error, min_gain, inner, time_limit)
+    return search_model(model, args, kwargs, search, progress=progress)
+
+
+def search_model(
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    search: Search,
+    measure: Callable[..., Site] = measure_site,
+    progress: bool | None = None,
+) -> Plan:
+    """`tune` with its arguments read. measure: what measures one site."""
     started = time.perf_counter()
     line = _Line(sys.stderr.isatty() if progress is None else progress)
     known: dict[AttentionCall, Site] = {}
@@ -82,7 +94,7 @@ def tune(
         if like(call) not in known:
             machines.append(machine_of(captured.query.device))
             at = f"site {len(known) + 1}, {call.site} ({call.batch}, {call.heads}, {call.q_len}, {call.head_dim}): "
-            known[like(call)] = measure_site(captured, machines[-1], search, lambda text: line.say(at + text))
+            known[like(call)] = measure(captured, machines[-1], search, lambda text: line.say(at + text))
         name = call.site
         while name in sites:  # the same name in another graph, or with other sizes
             name += "'"
@@ -104,9 +116,16 @@ def like(call: AttentionCall) -> AttentionCall:
     return replace(call, site="", role="", scale=None)
 
 
-def _search(
-    model: Any, candidates: Any, numerics: Any, max_error: Any, min_gain: Any, inner: Any, time_limit: Any
+def read_search(
+    model: Any,
+    candidates: Any = None,
+    numerics: Any = "reordered",
+    max_error: Any = None,
+    min_gain: Any = 0.02,
+    inner: Any = "inductor",
+    time_limit: Any = 60.0,
 ) -> Search:
+    """The arguments of `tune` as a `Search`. Raises `TypeError` and `ValueError` as `tune`."""
     if isinstance(getattr(model, "components", None), dict):
         raise TypeError(
             f"model is a pipeline ({type(model).__name__}): give its denoiser, as pipe.transformer, with the inputs of one step"

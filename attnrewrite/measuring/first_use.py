@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,7 @@ from ..kernels.machines import Machine
 from ..kernels.records import Numerics
 from ..planning.policies import Candidate
 from ..planning.selectors import AUTO, candidate, measured_candidates, usual_candidates
+from ..planning.sites import Site
 from ..planning.this_machine import machine_of
 from . import cache
 from .example_tensors import example, numbers
@@ -29,6 +31,8 @@ class Tune:
 
     name: str = "tune"
     inner: Inner = "inductor"  # the compiler of the graphs in which kernels are measured
+    candidates: Callable[[], tuple[Candidate, ...]] = usual_candidates
+    measure: Callable[..., Site] = measure_site
 
     def select(self, call: AttentionCall, machine: Machine, limit: Numerics, measure: bool) -> tuple[Candidate, ...]:
         auto = functools.partial(AUTO.select, call, machine, limit)
@@ -38,11 +42,11 @@ class Tune:
             asked = numbers(call)
         except UnbackedSizeError:
             return auto()
-        search = Search(usual_candidates(), limit, inner=self.inner)
+        search = Search(self.candidates(), limit, inner=self.inner)
         site = cache.load(asked, machine, search)
         if site is None and measure and not call.needs_grad and _is_here(machine):
             logger.info("measuring kernels for %s", call.described())
-            site = measure_site(example(asked, torch.device(machine.torch_device)), machine, search)
+            site = self.measure(example(asked, torch.device(machine.torch_device)), machine, search)
             cache.save(site, machine, search)
         return auto() if site is None else (*measured_candidates(site, "tune"), *auto())
 

@@ -30,9 +30,7 @@ from .site_graphs import plan_site, site_graph
 from .timing import Stopwatch, deviation
 from .workers import OverdueError, Worker
 
-ROUNDS = (7, 25)  # least and most rounds of a site
 SECONDS = 2.0  # time for the rounds of a site
-MORE = 3  # factor on the number of rounds where noise hides which kernel is worth choosing
 FAR_BEHIND = 3.0  # slower than this multiple of the fastest: timed once
 SHORT = 0.1  # seconds: a shorter call is sampled again before it may count as far behind
 WRONG = 10.0  # above this multiple of native's error: more than rounding
@@ -40,7 +38,7 @@ WRONG = 10.0  # above this multiple of native's error: more than rounding
 
 @dataclass(frozen=True)
 class Search:
-    """The arguments of `attnrewrite.tune`, which documents them."""
+    """The arguments of `attnrewrite.tune`, which documents them, and the numbers of rounds."""
 
     candidates: tuple[Candidate, ...]
     numerics: Numerics = Numerics.REORDERED
@@ -48,6 +46,8 @@ class Search:
     min_gain: float = 0.02
     inner: Inner = "inductor"
     time_limit: float = 60.0
+    rounds: tuple[int, int] = (7, 25)  # least and most rounds of a site
+    more: int = 3  # factor on the number of rounds where noise hides which kernel is worth choosing
 
 
 @dataclass
@@ -73,20 +73,45 @@ class Runner:
 
 
 Say = Callable[[str], None]
+Clock = Callable[[torch.device], Stopwatch]
+Free = Callable[[torch.device], int | None]
 
 
-def measure_site(captured: Captured, machine: Machine, search: Search, say: Say = lambda text: None) -> Site:
+def free_memory(device: torch.device) -> int | None:
+    """Bytes; None if the system does not report them."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + cached
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def measure_site(
+    captured: Captured,
+    machine: Machine,
+    search: Search,
+    say: Say = lambda text: None,
+    clock: Clock = Stopwatch,
+    free: Free = free_memory,
+) -> Site:
     """Returns the site with every decision, every measurement and the choice. Raises only `KeyboardInterrupt` (Ctrl-C), and
-    `RuntimeError` for a GPU that no longer answers."""
+    `RuntimeError` for a GPU that no longer answers.
+
+    clock: times kernels on a device. free: returns the free memory of a device."""
     devices = [captured.query.device] if captured.query.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # dropout and kernels draw random numbers
-        return _Measuring(captured, machine, search, say).site()
+        return _Measuring(captured, machine, search, say, clock(captured.query.device), free).site()
 
 
 class _Measuring:
-    def __init__(self, captured: Captured, machine: Machine, search: Search, say: Say) -> None:
+    def __init__(
+        self, captured: Captured, machine: Machine, search: Search, say: Say, watch: Stopwatch, free: Free
+    ) -> None:
         self.captured, self.machine, self.search, self.say = captured, machine, search, say
-        self.watch = Stopwatch(captured.query.device)
+        self.watch, self.free = watch, free
         self.worker = Worker(captured.query.device)
         self.done: dict[str, Measurement] = {}
         self.reference: Reference | None = None
@@ -166,7 +191,7 @@ class _Measuring:
         started = time.perf_counter()
         call = self.captured.call
         assert site.backend is not None
-        enough_memory(site.backend, call, self.watch.device)
+        enough_memory(site.backend, call, self.watch.device, self.free)
         graph = site_graph(self.captured, site, candidate, self.machine)
         with torch.set_grad_enabled(call.needs_grad):
             compiled = compile_with(self.search.inner, graph.module, list(graph.inputs))
@@ -226,9 +251,10 @@ class _Measuring:
                 )  # fmt: skip
         calls = {each.name: self.watch.calls(each.seconds) for each in near}
         a_round = sum(each.seconds * calls[each.name] for each in near)
-        rounds = max(ROUNDS[0], min(ROUNDS[1], int(SECONDS / max(a_round, 1e-9))))
+        least, most = self.search.rounds
+        rounds = max(least, min(most, int(SECONDS / max(a_round, 1e-9))))
         shuffle = random.Random(0).shuffle
-        for number in range(-1, MORE * rounds):  # round -1 warms up
+        for number in range(-1, self.search.more * rounds):  # round -1 warms up
             if number >= rounds and not undecided([each.samples for each in near], self.search.min_gain):
                 break
             self.say(f"round {number + 1}/{max(rounds, number + 1)}")
@@ -286,22 +312,11 @@ def said(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}".rstrip(": ")
 
 
-def enough_memory(record: Backend, call: AttentionCall, device: torch.device) -> None:
+def enough_memory(record: Backend, call: AttentionCall, device: torch.device, free: Free = free_memory) -> None:
     """Raises `MemoryError` if a kernel keeps all scores and these do not fit: on a CPU the system would end the process."""
     if not record.all_scores:
         return
     wanted = 3 * 4 * int(call.batch) * int(call.heads) * int(call.q_len) * int(call.kv_len)
-    free = free_memory(device)
-    if free is not None and wanted > 0.8 * free:
-        raise MemoryError(f"needs about {wanted / 2**30:.1f} GiB for its scores, {free / 2**30:.1f} GiB are free")
-
-
-def free_memory(device: torch.device) -> int | None:
-    if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(torch.cuda.mem_get_info(device)[0]) + cached
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    left = free(device)
+    if left is not None and wanted > 0.8 * left:
+        raise MemoryError(f"needs about {wanted / 2**30:.1f} GiB for its scores, {left / 2**30:.1f} GiB are free")

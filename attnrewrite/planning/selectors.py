@@ -14,7 +14,7 @@ from ..kernels.sources import Hub
 from .matching import find, foreign
 from .plans import Plan
 from .policies import Candidate
-from .preferences import ROWS
+from .preferences import ROWS, Row
 from .registry import names, records_of
 from .sites import Site
 
@@ -34,13 +34,14 @@ class Auto:
     """`with_backend("auto")`: the kernels of the first row in the table (preferences.py) that fits the call, then `native`."""
 
     name: str = "auto"
+    rows: tuple[Row, ...] = ROWS
 
     def select(
         self, call: AttentionCall, machine: Machine, limit: Numerics, measure: bool = False, stale: str | None = None
     ) -> tuple[Candidate, ...]:
         found: list[Candidate] = []
         try:
-            for row in ROWS if call.obstacle is None else ():
+            for row in self.rows if call.obstacle is None else ():
                 preferred = [candidate(name, f"auto: {row.evidence}", stale) for name in row.names]
                 # Each question about sizes may cost a recompilation: ask only if a kernel of the row can run here.
                 able = any(machine.has(each.on(machine).requires) for each in preferred)
@@ -63,7 +64,7 @@ class Auto:
         return self
 
     def libraries(self, machine: Machine) -> tuple[Candidate, ...]:
-        return tuple(candidate(name) for name in dict.fromkeys(name for row in ROWS for name in row.names))
+        return tuple(candidate(name) for name in dict.fromkeys(name for row in self.rows for name in row.names))
 
 
 @dataclass(frozen=True)

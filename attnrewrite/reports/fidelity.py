@@ -121,12 +121,15 @@ class Fidelity:
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
 
-    def repro(self, site: str | SiteFidelity, path: str | os.PathLike[str] | None = None) -> str:
+    def repro(
+        self, site: str | SiteFidelity, path: str | os.PathLike[str] | None = None, inner: str = "inductor"
+    ) -> str:
         """Returns a stand-alone script for one site, as `Report.repro`, with the shapes and strides of the site's tensors in
         this run.
 
         site: a name or an entry of `sites`.
         path: a file to which the script is written, too.
+        inner: as in `Report.repro`.
 
         Raises the errors of `Report.repro`.
         """
@@ -134,7 +137,7 @@ class Fidelity:
         if isinstance(site, str) and site not in known:
             raise ValueError(f"site is {site!r}: it is one of {', '.join(map(repr, known))}")
         chosen = known[site] if isinstance(site, str) else site
-        text = script(chosen.site, __version__, chosen.layouts)
+        text = script(chosen.site, __version__, chosen.layouts, inner)
         if path is not None:
             writable(file := Path(path))
             write_whole(file, text)

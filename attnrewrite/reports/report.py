@@ -107,7 +107,7 @@ class Report:
     def sites(self) -> list[Site]:
         return [site for graph in self.graphs for site in graph.plan.sites]
 
-    def repro(self, site: str | Site, path: str | os.PathLike[str] | None = None) -> str:
+    def repro(self, site: str | Site, path: str | os.PathLike[str] | None = None, inner: str = "inductor") -> str:
         """Returns a stand-alone Python script for one site. The script makes random tensors for the site's call (sizes, dtype,
         memory layout, mask, scale, seed), runs the chosen kernel under torch.compile, and prints its error against float64.
 
@@ -115,11 +115,12 @@ class Report:
 
         site: a name or an entry of `sites`. If several sites have the name, the last one counts.
         path: a file to which the script is written, too.
+        inner: the compiler of the script's graph, by its name in `with_backend`.
 
-        Symbolic sizes stand at the top of the script, to be filled in. Raises `ValueError` for an unknown name and for a
-        record of your own without a registered name, `OSError` for a path that cannot be written.
+        Symbolic sizes stand at the top of the script, to be filled in. Raises `ValueError` for an unknown name, for a record
+        of your own without a registered name and for an `inner` without a name, `OSError` for a path that cannot be written.
         """
-        text = script(self._named(site) if isinstance(site, str) else site, __version__)
+        text = script(self._named(site) if isinstance(site, str) else site, __version__, inner=inner)
         if path is not None:
             writable(file := Path(path))
             write_whole(file, text)

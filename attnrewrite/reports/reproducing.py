@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ..graphs.inner_compilers import known_inner
 from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.decisions import Step
 from ..kernels.records import Numerics
@@ -77,12 +78,19 @@ print(f"worst row: batch {{head // HEADS}}, head {{head % HEADS}}, query {{int(r
 '''
 
 
-def script(site: Site, version: str, known: Sequence[Layout] = ()) -> str:
-    """Returns the script. known: shape and strides of query, key and value. If empty, the script makes tensors of rank 4, in
-    SDPA's form, from the call.
+def script(site: Site, version: str, known: Sequence[Layout] = (), inner: str = "inductor") -> str:
+    """Returns the script.
 
-    Raises `ValueError` for a user's own record without a registered name: the script could not import it.
+    known: shape and strides of query, key and value. If empty, the script makes tensors of rank 4, in SDPA's form, from the
+        call.
+    inner: the name of the compiler of the script's graph.
+
+    Raises `ValueError` for a user's own record without a registered name, which the script could not import, and for a
+    compiler without a name.
     """
+    if not isinstance(inner, str):
+        raise ValueError(f"inner is {inner!r}, which a script cannot name: give a name, as 'eager'")
+    known_inner(inner)
     call = site.call.described()
     kernel = site.chosen or "native"
     try:
@@ -96,6 +104,7 @@ def script(site: Site, version: str, known: Sequence[Layout] = ()) -> str:
     options = ', numerics="quantised"' if record.numerics is Numerics.QUANTISED else ""
     cast = next((step for step in site.steps if step.name == "cast"), None)
     options += f", cast={str(cast.after)!r}" if cast is not None else ""
+    options += f", inner={inner!r}" if inner != "inductor" else ""
     masked = _MaskCode(call)
     scale = repr(call.scale) if call.scale is not None else "HEAD_DIM**-0.5"
     return TEMPLATE.format(

@@ -18,12 +18,14 @@ from ...planning.registry import names as all_kernels
 from ...planning.selectors import usual_candidates
 from ...reports import pictures as plotting
 from . import model_level, op_level, plots, results
-from .denoisers import MODELS, Place, imported
+from .denoisers import MODELS, Denoiser, Place, imported
 from .rounds import matmul_rate, words
 
 ALL = "all"
 # The names of diffusers' dispatcher that are fastest for some model. Its quantised kernels do not compile.
 PEERS = {"cuda": "_flash_3,_flash_varlen_3", "cpu": "_native_flash"}
+
+Builders = Mapping[str, Callable[[Place], Denoiser]]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -79,18 +81,18 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the command. Wrong arguments are reported before anything is measured."""
+def main(arguments: Sequence[str], builders: Builders = MODELS) -> None:
+    """Runs the command. Wrong arguments are reported before anything is measured. builders: the models by name."""
     options = parser()
     given = options.parse_args(arguments)
     try:
         if given.source is not None:
             _show_earlier(given)
             return
-        run = _checked(given)
+        run = _checked(given, builders)
     except (ValueError, OSError, ImportError) as error:
         options.error(str(error))
-    _measure(given, *run, command=shlex.join(["attnrewrite", "bench", *arguments]))
+    _measure(given, *run, builders=builders, command=shlex.join(["attnrewrite", "bench", *arguments]))
 
 
 def _show_earlier(given: argparse.Namespace) -> None:
@@ -108,7 +110,7 @@ def _show_earlier(given: argparse.Namespace) -> None:
 
 
 def _checked(
-    given: argparse.Namespace,
+    given: argparse.Namespace, builders: Builders = MODELS
 ) -> tuple[torch.device, list[str], list[str], dict[str, op_level.Shape], list[model_level.Variant], dict[str, Any]]:
     """Checks the arguments. Returns the device, models, kernels, shapes, variants, and the result so far (of --append)."""
     if not given.models and not given.kernels:
@@ -123,7 +125,7 @@ def _checked(
     if kind == "cpu" and not given.small:
         raise ValueError("published sizes need a CUDA GPU; --small runs everything at tiny sizes on a CPU")
     device = torch.device(kind)
-    models = _picked("--models", given.models, MODELS)
+    models = _picked("--models", given.models, builders)
     usual = [each.name for each in usual_candidates()]  # without kernels of the hub, which would be downloaded
     kernels = usual if given.kernels == ALL else _picked("--kernels", given.kernels, all_kernels())
     known = op_level.SMALL if given.small else op_level.SHAPES
@@ -180,6 +182,7 @@ def _measure(
     shapes: Mapping[str, op_level.Shape],
     variants: list[model_level.Variant],
     result: dict[str, Any],
+    builders: Builders,
     command: str,
 ) -> None:
     """Measures one shape or model after the other. Each record is written at once, so an interruption loses only the rest."""
@@ -202,7 +205,7 @@ def _measure(
             rate = list(result["ceiling"][-1].values())[-1]
         for name in models:
             try:
-                made = MODELS[name](Place(device, dtype, given.small))
+                made = builders[name](Place(device, dtype, given.small))
                 found = model_level.measure(made, variants, given.rounds, _say, rate)
             except torch.OutOfMemoryError as error:  # continue: the next model may be smaller
                 found = {"about": name, "variants": {}, "failed": {"all": words(error)}}
