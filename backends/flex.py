@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
-from torch.nn.attention.flex_attention import BlockMask, noop_mask
 
 from ..graphs.sizes import Size, described, holds, is_one
 from ..kernels.calls import AttentionCall, MaskKind
@@ -155,6 +154,8 @@ def _dense(tensor: Tensor) -> Tensor:
 
 def _tuple(call: AttentionCall, lists: Sequence[Tensor | None], block: int) -> tuple[Any, ...]:
     """The block mask as a tuple in the order of this version of PyTorch, without the mask_mod at its end."""
+    from torch.nn.attention.flex_attention import BlockMask, noop_mask  # here: it imports sympy (2.15)
+
     names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices",
              "q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")  # fmt: skip
     lengths: Any = (1, 1) if block == WHOLE else (call.q_len, call.kv_len)

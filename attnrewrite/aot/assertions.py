@@ -186,7 +186,8 @@ def _number(emitter: Emitter, expr: Any, shape_env: Any) -> Any:
     if expr.is_number:
         return int(expr)
     values = hints_of(shape_env)
-    hint = int(expr.xreplace({symbol: values[symbol] for symbol in expr.free_symbols}))
+    known = all(symbol in values for symbol in expr.free_symbols)  # not the sizes that `ShapesSpec` declares (2.15)
+    hint = int(expr.xreplace({symbol: values[symbol] for symbol in expr.free_symbols})) if known else None
     return emitter.number(shape_env.create_symintnode(expr, hint=hint))
 
 

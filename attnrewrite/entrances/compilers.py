@@ -17,6 +17,7 @@ from ..graphs.inner_compilers import (
     known_inner,
     known_options,
     records_cuda_graphs,
+    register_objects,
     reset_compiler,
 )
 from ..graphs.tracing import compilation
@@ -42,9 +43,7 @@ class AttentionCompiler:
     Two of these objects are equal if they are configured equally: Dynamo then reuses compiled code between them.
     """
 
-    # torch.compile recognises a registered backend by this name. Only for a registered backend does it release the tracing
-    # state; while that is alive, `model.to(...)` can fail after compiling (torch/_dynamo/convert_frame.py, 2.13).
-    __name__ = NAME
+    __name__ = NAME  # before 2.15, Dynamo knows a registered backend by this name; see `register_objects`
 
     def __init__(
         self,
@@ -70,6 +69,7 @@ class AttentionCompiler:
 
     def __call__(self, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         """Rewrites the graph in place and compiles it. kwargs: torch.compile's mode and options, for the inner compiler."""
+        register_objects(AttentionCompiler)
         if self.rewrite(graph_module, in_cuda_graph=records_cuda_graphs(self.inner, **kwargs)):
             contexts.guard_choice()
         self.check_rules()

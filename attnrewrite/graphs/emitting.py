@@ -26,6 +26,8 @@ from .notes import mark_ours
 from .operators import is_higher_order, is_operator
 from .trees import leaves
 
+Places = dict[Any, tuple[Node, int | None]]  # expression of sympy -> a tensor's node and dimension, or a number's node
+
 
 class Emitter(TorchFunctionMode):
     """Emits nodes into one graph. `tensor(node)` gives the fake tensor of a node, `node(tensor)` the node of a fake tensor."""
@@ -145,52 +147,75 @@ class Emitter(TorchFunctionMode):
 
     def number(self, size: torch.SymInt | torch.SymFloat) -> Node | int | float:
         """A node that computes a symbolic number from the sizes of known tensors; the number itself where it is fixed."""
-        from torch.utils._sympy.interp import sympy_interp
-        from torch.utils._sympy.reference import PythonReferenceAnalysis
-
         known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size.node.maybe_as_float()
         if known is not None:
             number: int | float = known
             return number
+        return self._sized(size.node.expr)
+
+    def _sized(self, expression: Any) -> Node:
+        """A node for an expression of sympy: a size as it is at hand, or arithmetic on symbols."""
+        at_hand = self._at_hand()
+        if expression in at_hand:
+            return self._read(*at_hand[expression])
+        return self._computed(expression, {symbol: self._symbol(symbol, at_hand) for symbol in expression.free_symbols})
+
+    def _computed(self, expression: Any, symbols: dict[Any, Node]) -> Node:
+        from torch.utils._sympy.interp import sympy_interp
+        from torch.utils._sympy.reference import PythonReferenceAnalysis
+
         tracer = _Arithmetic(self.graph)
-        symbols = {symbol: torch.fx.Proxy(self._symbol(symbol), tracer) for symbol in size.node.expr.free_symbols}
-        node: Node = sympy_interp(PythonReferenceAnalysis, symbols, size.node.expr).node
+        proxies = {symbol: torch.fx.Proxy(node, tracer) for symbol, node in symbols.items()}
+        node: Node = sympy_interp(PythonReferenceAnalysis, proxies, expression).node
         for step in tracer.made:
             args: Any = map_aggregate(step.args, value_of)
             self._describe(step, step.target(*args))  # type: ignore[operator]
         return node
 
-    def _symbol(self, symbol: Any) -> Node:
+    def _symbol(self, symbol: Any, at_hand: Places) -> Node:
         name = str(symbol)
         if name not in self._symbols:
-            self._symbols[name] = self._found(symbol)
+            place = at_hand.get(symbol)
+            self._symbols[name] = self._solved(symbol, at_hand) if place is None else self._read(*place)
         return self._symbols[name]
 
-    def _found(self, symbol: Any) -> Node:
-        """A node for a symbol: an input or the size of a tensor. An exported program with derived sizes may hold only a
-        multiple, 2*s for s: then this size, divided."""
+    def _solved(self, symbol: Any, at_hand: Places) -> Node:
+        """A symbol of which only an affine size is at hand, `factor * symbol + rest`: an exported program with derived sizes
+        may hold only 2*s + 1 for s, and a joint sequence only the sum of two lengths."""
+        import sympy  # type: ignore[import-untyped]
+        from torch.utils._sympy.functions import FloorDiv
+
+        for size, place in at_hand.items():
+            expanded = sympy.expand(size)
+            factor = expanded.coeff(symbol)
+            rest = expanded - factor * symbol
+            if factor.is_Integer and factor != 0 and rest.free_symbols <= at_hand.keys():
+                whole = sympy.Symbol("whole", integer=True)
+                symbols = {other: self._symbol(other, at_hand) for other in rest.free_symbols}
+                return self._computed(FloorDiv(whole - rest, factor), {whole: self._read(*place), **symbols})
+        raise RuntimeError(f"attnrewrite: no size here holds the symbol {symbol}; please report this graph")
+
+    def _at_hand(self) -> Places:
+        """The symbolic sizes of the tensors and inputs that are known here, and the graph's own numbers, by expression."""
         inputs: list[Node] = list(self.graph.find_nodes(op="placeholder"))
-        sizes = [(self._nodes[id(tensor)], tensor) for tensor in self._kept]
-        sizes += [(node, value) for node in inputs if isinstance(value := value_of(node), torch.Tensor)]
-        symbolic: list[tuple[Node, int, Any]] = [
-            (node, dim, size)
-            for node, tensor in sizes
-            for dim, size in enumerate(tensor.shape)
-            if isinstance(size, torch.SymInt)
-        ]
-        for node, dim, size in symbolic:
-            if size.node.expr == symbol:
-                return self._call(torch.ops.aten.sym_size.int, (node, dim), size)
-        for node in inputs:
+        tensors = [(self._nodes[id(tensor)], tensor) for tensor in self._kept]
+        tensors += [(node, value) for node in inputs if isinstance(value := value_of(node), torch.Tensor)]
+        found: Places = {}
+        for node, tensor in tensors:
+            for dim, size in enumerate(tensor.shape):
+                if isinstance(size, torch.SymInt):
+                    found.setdefault(size.node.expr, (node, dim))
+        for node in self.graph.nodes:
             value = value_of(node)
-            if isinstance(value, torch.SymInt) and value.node.expr == symbol:
-                return node
-        for node, dim, size in symbolic:
-            times = size.node.expr / symbol
-            if times.is_Integer and times > 0:
-                whole = self._call(torch.ops.aten.sym_size.int, (node, dim), size)
-                return self._call(operator.floordiv, (whole, int(times)), size // int(times))
-        raise RuntimeError(f"attnrewrite: the symbol {symbol} is no size of a tensor at hand; please report this graph")
+            # A number that depends on data stands before every tensor that has it as a size; another may stand behind.
+            if isinstance(value, torch.SymInt) and (node.op == "placeholder" or not value.node.has_hint()):
+                found.setdefault(value.node.expr, (node, None))
+        return found
+
+    def _read(self, node: Node, dim: int | None) -> Node:
+        if dim is None:
+            return node
+        return self._call(torch.ops.aten.sym_size.int, (node, dim), value_of(node).shape[dim])
 
     def _call(self, function: Any, args: tuple[Any, ...], value: Any) -> Node:
         node = self.graph.call_function(function, args)

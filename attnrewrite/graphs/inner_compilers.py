@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -13,11 +14,39 @@ Inner = str | Callable[..., Any]
 
 # The name of the entry point (pyproject.toml), under which torch.compile finds this package.
 NAME = "attnrewrite"
+OBJECTS = "attnrewrite objects"  # the name of `_Objects`, which no user gives
 
 
 def known_compilers() -> list[str]:
     """The names that torch.compile accepts as `backend`."""
-    return torch._dynamo.list_backends(exclude_tags=())
+    return [name for name in torch._dynamo.list_backends(exclude_tags=()) if name != OBJECTS]
+
+
+class _Objects:
+    """Equals every backend object of one class."""
+
+    def __init__(self, kind: type) -> None:
+        self.kind = kind
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(f"{OBJECTS!r} is no backend: give {NAME!r}, or an object from attnrewrite.with_backend")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, self.kind)
+
+    __hash__ = object.__hash__
+
+
+@functools.cache
+def register_objects(kind: type) -> None:
+    """Makes Dynamo take every object of `kind` for a registered backend: only then does it release the tracing state after a
+    compilation, and while that is alive, `model.to(...)` can fail.
+
+    Dynamo 2.15 asks whether the backend is among the registered ones, by `in` (torch/_dynamo/backends/registry.py). So one
+    registered backend equals them all. It must not be the one that `backend="attnrewrite"` names: Dynamo would take that and
+    an object for equal, and share compiled code between them.
+    """
+    torch._dynamo.register_backend(_Objects(kind), name=OBJECTS, tags=("debug",))
 
 
 def reset_compiler(inner: Inner) -> None:

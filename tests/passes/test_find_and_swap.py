@@ -12,7 +12,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnrewrite
-from attnrewrite import Machine, MaskKind, make_policy, records_of
+from attnrewrite import Machine, MaskKind, make_policy, records_of, with_backend
+from attnrewrite.kernels.machines import satisfies
 from attnrewrite.pipeline import Target, rewrite_graph
 from attnrewrite.planning.planner import Libraries
 
@@ -389,7 +390,6 @@ def test_functorch_transforms(transform):
     function = TRANSFORMS[transform]
     query = qkv()[0]
     if transform == "jvp":
-        pytest.importorskip("torch")
         with sdpa_kernel(SDPBackend.MATH):
             run, backend = compiled(function, "_native_math")
             assert relative(run(query), function(query)) < 1e-5
@@ -420,9 +420,19 @@ def test_transform_around_a_subgraph():
 
 
 def test_mask_together_with_is_causal_stays():
-    """The CPU kernel of SDPA takes both, others raise: nothing else can be right."""
+    """Before 2.14, the CPU kernel of SDPA takes both, others raise: nothing else can be right. Since then SDPA raises."""
+
+    def both(*given):
+        return sdpa(*given, is_causal=True)
+
     query, key, value = qkv()
-    site = only_site(lambda *given: sdpa(*given, is_causal=True), query, key, value, torch.randn(7, 11))
+    bias = torch.randn(7, 11)
+    if satisfies(torch.__version__, ">=2.14"):
+        for run in (both, torch.compile(both, backend=with_backend("_native_math", inner="eager"))):
+            with pytest.raises(RuntimeError, match="attn_mask should not be set when is_causal=True"):
+                run(query, key, value, bias)
+        return
+    site = only_site(both, query, key, value, bias)
     assert site.chosen is None
     assert "both attn_mask and is_causal" in site.refusals[0][1].detail
 
