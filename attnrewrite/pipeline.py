@@ -74,8 +74,8 @@ def rewrite_graph(
     near_misses: list[NearMiss] = []
     understood: list[tuple[GraphModule, tuple[Understood, ...]]] = []
     for module, surroundings in list(graphs_below(root)):
-        for opener in OPENERS:
-            opener(module)
+        if sum(opener(module) for opener in OPENERS):
+            module.recompile()
         finds = find_calls(module, surroundings, names)
         near_misses += [
             NearMiss(_below(target.prefix, site_name(softmax), module_of(softmax)), each.reason)

@@ -183,6 +183,18 @@ def cudnn_length(call: AttentionCall, machine: Machine) -> Refused | None:
     )
 
 
+def causal_that_sdpa_computes(call: AttentionCall, machine: Machine) -> Refused | None:
+    """Attention in tensor operations becomes one SDPA call. SDPA's `is_causal` is upper-left, and some of its kernels give NaN
+    for it with a scale of 0 or less: SDPA then gets the model's own mask."""
+    if call.written_as != "operations" or not call.mask.is_causal:
+        return None
+    aligned = call.mask.kind is MaskKind.CAUSAL_UPPER_LEFT or always(call.q_len == call.kv_len)
+    if aligned and (call.scale is None or call.scale > 0):
+        return None
+    detail = "SDPA has no causal lower-right" if not aligned else f"SDPA may give NaN with a scale of {call.scale:g}"
+    return Refused(Code.CAUSAL, detail, "Choose a kernel that takes such a mask")
+
+
 ANY = frozenset({"float16", "bfloat16", "float32", "float64"})
 
 NATIVE = Backend(
@@ -201,6 +213,7 @@ NATIVE = Backend(
     backward=True,
     empty=True,
     any_context=True,
+    checks=(causal_that_sdpa_computes,),
     numerics=Numerics.EXACT,
     tested="CPU, sm_90",
 )

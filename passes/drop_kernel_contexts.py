@@ -8,7 +8,8 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from ..graphs.nodes import OPAQUE_TARGETS, SDPA_TARGETS, SETS_KERNELS, kernels_now
-from ..graphs.operators import is_higher_order
+from ..graphs.notes import is_ours
+from ..graphs.operators import is_higher_order, is_pytorchs
 
 
 def drop_kernel_contexts(graph_module: GraphModule) -> int:
@@ -57,6 +58,10 @@ def _pairs(nodes: list[Node]) -> list[tuple[Node, Node]]:
 
 
 def _reads_choice(node: Node) -> bool:
+    if is_ours(node):  # our kernels are chosen
+        return False
     if node.op in ("call_module", "get_attr"):  # a called graph may hold an attention; a tensor attribute does not
         return node.op == "call_module" or any(is_higher_order(user.target) for user in node.users)
-    return node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS
+    if node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS:
+        return True
+    return node.op == "call_function" and not is_pytorchs(node.target)  # it may ask for the choice

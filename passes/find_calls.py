@@ -71,7 +71,7 @@ def find_calls(graph_module: GraphModule, surroundings: Surroundings, names: dic
             continue
         if node in spelled_out:
             found.append(_read_spelled_out(spelled_out[node], inside, unique(node), origins))
-        elif node.target in SDPA_TARGETS:
+        elif node.target in SDPA_TARGETS and not is_ours(node):  # another swap has already chosen `native` there
             call, operands = _read(node, inside, unique(node), origins)
             found.append(Found(node, call, operands))
         elif node.target in FUSED_TARGETS and not is_ours(node):

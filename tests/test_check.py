@@ -362,9 +362,21 @@ def test_a_cast_has_the_limit_of_what_it_is_cast_to(stack):
 # -- what it leaves alone, and what it refuses
 
 
-def test_strict_and_checks_do_not_raise(stack):
+def test_strict_raises_at_the_end(stack):
+    """With every refused site, and inside a context too."""
     model, tokens = stack
-    assert checked(model, tokens, choices=("_native_cudnn",), strict=True).sites[0].kernel == "(unchanged)"
+    with pytest.raises(attnrewrite.AttentionRefusedError, match="DEVICE: _native_cudnn runs on cuda"):
+        checked(model, tokens, choices=("_native_cudnn",), strict=True)
+    with (
+        pytest.raises(attnrewrite.AttentionRefusedError, match="DEVICE"),
+        attnrewrite.attention_backend("_native_cudnn", strict=True),
+    ):
+        checked(model, tokens, choices=("native",))
+    assert checked(model, tokens, choices=("_native_cudnn",)).sites[0].kernel == "(unchanged)"
+
+
+def test_checks_do_not_raise(stack):
+    model, tokens = stack
     found = checked(model, tokens * math.nan, checks=True)
     assert found.sites[0].bad_inputs
 

@@ -54,6 +54,19 @@ def test_the_pass_of_inductor():
     assert [site.chosen for site in swap.report.sites] == ["native"]
 
 
+@pytest.mark.parametrize("spelled_out", [False, True])
+def test_the_pass_behind_a_backend_finds_what_is_swapped_already(spelled_out):
+    def function(q, k, v):
+        return (q @ k.mT * 0.25).softmax(-1) @ v if spelled_out else attend(q, k, v)
+
+    backend, swap = attnrewrite.with_backend("native"), attnrewrite.inductor_pass("native")
+    given = qkv()
+    with torch._inductor.utils.fresh_cache(), torch.no_grad():
+        run = torch.compile(function, backend=backend, options={"pre_grad_custom_pass": swap})
+        assert relative(run(*given), function(*map(doubled, given))) < 1e-5
+    assert [site.chosen for site in backend.report.sites] == ["native"]
+
+
 def test_the_pass_refuses_bad_input():
     with pytest.raises(ValueError, match="no attention backend is called 'flsh'"):
         attnrewrite.inductor_pass("flsh")

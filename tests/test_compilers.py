@@ -1,6 +1,7 @@
 """`with_backend` behaves as a backend of torch.compile in every way that people compile."""
 
 import logging
+import pickle
 import threading
 import warnings
 from dataclasses import replace
@@ -428,11 +429,22 @@ def test_what_nobody_takes_stays():
 def test_strict_tells_the_user_the_site_and_the_reason():
     model = Model()
     backend = with_backend("_native_cudnn", FLASH, rules={"cross": "_native_cudnn"}, strict=True, inner="eager")
-    with pytest.raises(RuntimeError, match="1 of 3 attention sites") as raised:
+    with pytest.raises(AttentionRefusedError, match="1 of 3 attention sites") as raised:
         torch.compile(model, backend=backend)(hidden(), hidden(11))
     assert "cross: _native_cudnn: DEVICE: _native_cudnn runs on cuda, the call is on cpu" in str(raised.value)
-    assert "AttentionRefusedError" in str(raised.value)
-    assert isinstance(raised.value.inner_exception, AttentionRefusedError)
+    copied = pickle.loads(pickle.dumps(raised.value))
+    assert (type(copied), str(copied)) == (AttentionRefusedError, str(raised.value))
+
+
+def test_the_registered_name_and_an_object_share_no_compiled_code():
+    """Dynamo takes the objects for a registered backend; it must not take them for equal to the one of the name."""
+    given = qkv()
+    torch.compile(attend, backend="attnrewrite")(*given)
+    backend = with_backend(MATH, inner="eager")
+    torch.compile(attend, backend=backend)(*given)
+    assert [site.chosen for site in backend.report.sites] == [MATH]
+    with pytest.raises(ValueError, match="is no backend of torch"):
+        with_backend(MATH, inner="attnrewrite objects")
 
 
 def test_strict_is_silent_where_all_are_taken():

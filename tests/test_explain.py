@@ -8,7 +8,7 @@ from model_zoo import MODELS
 from parity import attend, qkv, relative
 
 import attnrewrite
-from attnrewrite import Code, Machine, MaskKind, Report, explain, with_backend
+from attnrewrite import AttentionRefusedError, Code, Machine, MaskKind, Report, explain, with_backend
 
 HOPPER = Machine("cuda", capability=(9, 0), packages={"torch": "2.11.0", "cudnn": "9.19.0"})
 
@@ -172,12 +172,18 @@ def test_rules_are_explained():
     ]
 
 
-def test_strict_does_not_raise():
+def test_strict_names_every_refused_site():
     backend = with_backend("_native_cudnn", strict=True)
-    report = explain(Model(), hidden(), backend=backend)
-    assert report.swapped == 0
-    assert {site.refusals[0][1].code for site in report.sites} == {Code.DEVICE}
-    assert backend.policy.strict
+    sites = explain(Model(), hidden(), backend=with_backend("_native_cudnn")).sites
+    with pytest.raises(AttentionRefusedError, match=f"{len(sites)} of {len(sites)} attention sites") as raised:
+        explain(Model(), hidden(), backend=backend)
+    for site in sites:
+        assert f"  {site.name}: _native_cudnn: DEVICE" in str(raised.value)
+
+
+def test_strict_of_a_context_too():
+    with pytest.raises(AttentionRefusedError), attnrewrite.attention_backend("_native_cudnn", strict=True):
+        explain(Model(), hidden(), backend="native")
 
 
 @pytest.mark.filterwarnings("ignore:rules. .* matches none")  # before the second graph is there

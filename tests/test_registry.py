@@ -217,13 +217,65 @@ def test_a_record_passed_in_with_a_package_of_its_own(installed_library, wanted,
     assert sources.library("own-attention 1.4").__name__ == "own_attention"
 
 
+def transposed_forward(library, query, key, value, causal, scale):
+    """Returns memory in another order than (batch, length, heads, dim), as some libraries do."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    output = torch.einsum("bhqk,bkhd->bhqd", scores.softmax(-1), value).contiguous().transpose(1, 2)
+    return output, scores.logsumexp(-1).float()
+
+
+def transposed_backward(library, grad, output, logsumexp, query, key, value, causal, scale):
+    with torch.enable_grad():
+        given = [each.detach().requires_grad_() for each in (query, key, value)]
+        again = transposed_forward(library, *given, causal, scale)[0]
+        return torch.autograd.grad(again, given, grad)
+
+
+TRANSPOSED = dense_kernel("test_registry_transposed", transposed_forward, transposed_backward)
+
+
+def test_the_output_of_a_kernel_with_a_backward_is_made_dense(installed_library):
+    record = attnrewrite.Backend(
+        "transposed", "tests", TRANSPOSED, frozenset({"cpu"}), frozenset({"float32"}), source=installed_library,
+        requires={"own-attention": ">=1"}, layout="bshd", backward=True,
+    )  # fmt: skip
+    tensors = [each.requires_grad_() for each in qkv(kv_len=13)]
+    doubles = [doubled(each).requires_grad_() for each in tensors]
+    run = torch.compile(attend, backend=attnrewrite.with_backend(record))
+    output, exact = run(*tensors), attend(*doubles)
+    assert relative(output, exact) < 1e-5
+    for have, want in zip(
+        torch.autograd.grad(output.sum(), tensors), torch.autograd.grad(exact.sum(), doubles), strict=True
+    ):
+        assert (have - want).abs().max() < 1e-4
+
+
+def test_two_modules_of_one_distribution(installed_library, tmp_path):
+    (tmp_path / "own_attention_two.py").write_text("number = 2\n")
+    other = attnrewrite.Package("own-attention", "own_attention_two")
+    texts = sources.load(installed_library), sources.load(other)
+    assert texts == ("own-attention 1.4", "own-attention 1.4 (own_attention_two)")
+    for _ in range(2):
+        assert [sources.library(text).__name__ for text in texts] == ["own_attention", "own_attention_two"]
+        sources._LIBRARIES.clear()
+        sources._TEXTS.clear()
+
+
+def test_a_record_must_require_its_source():
+    with pytest.raises(ValueError, match="does not require it: add requires="):
+        attnrewrite.Backend(
+            "own", "tests", None, frozenset({"cpu"}), frozenset({"float32"}),
+            source=attnrewrite.Package("own-attention", "own_attention"),
+        )  # fmt: skip
+
+
 def test_an_op_of_a_plug_in_finds_its_package_before_anybody_asked_for_names(plug_in, installed_library):
     """As in a process that runs a saved program: no plug-in is imported yet."""
-    sources._PACKAGES.pop("own-attention", None)
+    sources._PACKAGES.discard(installed_library)
     code = (
         "from attnrewrite import Backend, Package\n"
         "RECORDS = Backend('mine', 'tests', None, frozenset({'cpu'}), frozenset({'float32'}),\n"
-        "                  source=Package('own-attention', 'own_attention'))\n"
+        "                  source=Package('own-attention', 'own_attention'), requires={'own-attention': '>=1'})\n"
     )
     plug_in("mine", code)
     assert sources.library("own-attention 1.4").__name__ == "own_attention"

@@ -254,6 +254,11 @@ BAD = {
     ),
     "twice": (["--backend", "flex,flex"], "choices names 'flex' twice"),
     "rule": (["--backend", "flex", "--rule", "self"], "--rule is 'self': write a pattern and its kernels"),
+    "wrong rule first": (["--backend", "flex", "--rule", "self", "--rule", "cross=native"], "--rule is 'self'"),
+    "rule twice": (
+        ["--backend", "flex", "--rule", "self=flex", "--rule", "self=native"],
+        "--rule names 'self' twice: self=flex and self=native",
+    ),
     "kernel of a rule": (
         ["--backend", "flex", "--rule", "self=flx"],
         "rules['self']: no attention backend is called 'flx'",

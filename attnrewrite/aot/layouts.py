@@ -77,6 +77,11 @@ class Layouts:
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         leaves, structure = flattened((args, in_order(kwargs, self._structure)))
+        given = sum(isinstance(leaf, torch.Tensor) for leaf in leaves)
+        if given != len(self._layouts):
+            raise TypeError(
+                f"the package takes {len(self._layouts)} tensors, the call has {given}: call it as it was compiled"
+            )
         layouts = iter(self._layouts)
         leaves = [laid_out(leaf, next(layouts)) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
         moved: tuple[tuple[Any, ...], dict[str, Any]] = unflattened(leaves, structure)

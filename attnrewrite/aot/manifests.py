@@ -11,7 +11,7 @@ import torch
 
 from ..kernels.machines import Machine, installed
 from ..kernels.records import Backend
-from ..kernels.sources import Hub, Package, SourceError, library
+from ..kernels.sources import Hub, Package, SourceError, library, version_in
 from ..planning.registry import records_of
 from ..planning.sites import Site
 from ..planning.this_machine import machine_of
@@ -130,8 +130,8 @@ def _check_library(site: Site, path: Any, remedy: str, trust: bool, installed: I
         found = installed(source.distribution)
         if found is None:
             raise ProgramFileError(f"{needed}; {source.distribution} is not installed. Install it. {remedy}")
-        if text != f"{source.distribution} {found}":
-            older = _older(found, text.rpartition(" ")[2])
+        if text != source.text(found):
+            older = _older(found, version_in(text))
             raise ProgramFileError(f"{needed}; {found} is installed{older}. Install the needed version. {remedy}")
     try:
         library(text, trust)
@@ -141,7 +141,7 @@ def _check_library(site: Site, path: Any, remedy: str, trust: bool, installed: I
 
 def _is_from(source: Any, text: str) -> bool:
     if isinstance(source, Package):
-        return text.rpartition(" ")[0] == source.distribution
+        return source.is_of(text)
     return isinstance(source, Hub) and text.partition("@")[0] == source.repository
 
 

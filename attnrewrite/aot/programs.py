@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.export import ExportedProgram
@@ -26,6 +26,8 @@ from .conditions import conditions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+Program = TypeVar("Program", ExportedProgram, GraphModule)
 
 RECORD = "attnrewrite"  # key of the `Record` in the metadata of a rewritten graph module
 
@@ -74,11 +76,13 @@ def rewrite(
             f"program is {type(program).__name__}: give a torch.export.ExportedProgram or an fx.GraphModule; "
             "attnrewrite.export(model, ...) exports and rewrites in one call"
         )
-    module = copy_of(program)
+    original = original_of(program)
+    module = copy_of(original)
     outcome = rewrite_graph(module, policy, Target(machine), _libraries(machine))
+    erase_notes(module.graph)
     report = Report(str(policy))
     report.add(GraphReport.of("graph", outcome))
-    module.meta[RECORD] = Record(report, (), lambda: program, fingerprint(module))
+    module.meta[RECORD] = Record(report, (), lambda: original, fingerprint(module))
     return module
 
 
@@ -143,10 +147,11 @@ def record_of(program: ExportedProgram | GraphModule) -> Record | None:
     return found
 
 
-def original_of(program: ExportedProgram) -> ExportedProgram:
+def original_of(program: Program) -> Program:
     """The program before any rewrite; the given program if that is not known."""
     record = record_of(program)
-    known = record is not None and record.fingerprint == fingerprint(program.graph_module)
+    module = program.graph_module if isinstance(program, ExportedProgram) else program
+    known = record is not None and record.fingerprint == fingerprint(module)
     return record.original() if record is not None and known else program
 
 

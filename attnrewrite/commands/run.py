@@ -73,10 +73,14 @@ def main(arguments: Sequence[str]) -> NoReturn:
         options.error(
             f"no attention backend is named: give --backend, or set {BACKEND} (`attnrewrite info` lists the names)"
         )
-    try:
-        rules = dict(rule.split("=", 1) for rule in given.rule)
-    except ValueError:
-        options.error(f"--rule is {given.rule[-1]!r}: write a pattern and its kernels, as 'cross=native'")
+    rules: dict[str, str] = {}
+    for rule in given.rule:
+        pattern, sign, chosen = rule.partition("=")
+        if not sign:
+            options.error(f"--rule is {rule!r}: write a pattern and its kernels, as 'cross=native'")
+        if pattern in rules:
+            options.error(f"--rule names {pattern!r} twice: {pattern}={rules[pattern]} and {rule}")
+        rules[pattern] = chosen
     try:
         backend = with_backend(
             *_names(choices),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from ..measuring.accuracy import accuracy
 from ..measuring.capturing import Captured, capture
 from ..measuring.reference import reference
 from ..measuring.site_graphs import site_graph
+from ..planning.planner import refuse
 from ..planning.policies import Candidate
 from ..planning.sites import Site
 from ..planning.this_machine import machine_of
@@ -49,7 +49,7 @@ def check(
     model: a module or a function. For an inference call `check` under `torch.no_grad()`, as you would call the model.
     args, kwargs: the inputs of the model.
     backend: the object from `with_backend`, or its choices: a name, a record, or several in order of preference. Its settings
-        apply, except `strict` and `checks`: the table shows a refused site, and no value raises an error.
+        apply, except `checks`: no value raises an error.
 
     Returns a `Fidelity`. The model runs three times from the same random state. Afterwards the random state and the model's
     attributes are as before.
@@ -61,12 +61,15 @@ def check(
     3. The model compiled with `backend`, whose output is compared with that of run 1.
 
     Raises `TypeError` for a model that cannot be called, `ValueError` for tensors without values (device "meta"), the errors
-    of `with_backend`, and those of the model and its kernels.
+    of `with_backend`, and those of the model and its kernels; under `strict`, at the end, an `AttentionRefusedError` that
+    names every refused site.
     """
     if not callable(model):
         raise TypeError(f"model is {model!r} ({type(model).__name__}): give a module or a function")
     compiler = compiler_of(backend)
-    policy = replace(compiler.policy_now(), strict=False, checks=False)
+    strict = compiler.policy_now().strict
+    lenient = AttentionCompiler(compiler.policy, compiler.inner, compiler.machine, prefix=compiler.prefix, lenient=True)
+    policy = lenient.policy_now()
     _with_values(model, args, kwargs)
 
     target = uncompiled(model)
@@ -81,19 +84,20 @@ def check(
     with _same_state(target):
         capture(model, args, kwargs, receive, policy, compiler.machine, aside=_needs_compiler)
 
-    swapped = AttentionCompiler(policy, compiler.inner, compiler.machine, prefix=compiler.prefix)
     with _same_state(target):
-        output = _tensors(traced(model, args, kwargs, swapped))
+        output = _tensors(traced(model, args, kwargs, lenient))
+    if strict:
+        refuse(lenient.report.sites)
     looked_at = {site.call.site for site in sites}
-    missing = tuple(dict.fromkeys(site.name for site in swapped.report.sites if site.name not in looked_at))
-    machines = [str(graph.machine) for graph in swapped.report.graphs if graph.machine]
+    missing = tuple(dict.fromkeys(site.name for site in lenient.report.sites if site.name not in looked_at))
+    machines = [str(graph.machine) for graph in lenient.report.graphs if graph.machine]
     return Fidelity(
         str(policy),
         tuple(sites),
         Outputs.of(expected, output),
         missing,
         machines[0] if machines else "",
-        tuple(swapped.report.near_misses),
+        tuple(lenient.report.near_misses),
     )
 
 

@@ -6,6 +6,7 @@ import difflib
 import logging
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule
@@ -20,10 +21,10 @@ from ..graphs.inner_compilers import (
     register_objects,
     reset_compiler,
 )
-from ..graphs.tracing import compilation
+from ..graphs.tracing import as_itself, compilation
 from ..kernels.machines import Machine
 from ..pipeline import Target, rewrite_graph
-from ..planning.planner import Libraries
+from ..planning.planner import AttentionRefusedError, Libraries
 from ..planning.plans import Plan
 from ..planning.policies import Policy, matches
 from ..planning.tables import folded
@@ -53,17 +54,20 @@ class AttentionCompiler:
         *,
         prefix: str = "",
         report: Report | None = None,
+        lenient: bool = False,
     ) -> None:
         """policy: choices, rules and settings.
         inner: the compiler that gets the rewritten graph.
         machine: the machine to plan for. None: the one that the tensors are on.
         prefix: the path of the compiled module in its model; names of sites begin with it.
         report: a report that several compilers of one model share. None: a new one.
+        lenient: strict and checks, of `policy` or of a context, raise nothing.
         """
         self.policy = policy
         self.inner = inner
         self.machine = machine
         self.prefix = prefix
+        self.lenient = lenient
         self.report = Report(str(policy)) if report is None else report
         self._warned: set[str] = set()
 
@@ -81,12 +85,15 @@ class AttentionCompiler:
         """Plans each attention, adds the graph to `report`, and swaps in the chosen kernels. Returns the number of attention
         sites. Inside an `attention_backend` the policy is that of the context, outside of any it is this object's own.
 
-        libraries: `Libraries.PLAN_ONLY` leaves the graph unchanged.
+        libraries: `Libraries.PLAN_ONLY` swaps nothing; the passes that come before the plan run.
         in_cuda_graph: the inner compiler records a CUDA graph of this graph.
         """
         override = contexts.active()
         target = Target(self.machine, self.prefix, in_cuda_graph)
-        outcome = rewrite_graph(graph_module, self.policy_now(), target, libraries)
+        try:
+            outcome = rewrite_graph(graph_module, self.policy_now(), target, libraries)
+        except AttentionRefusedError as error:
+            raise as_itself(error) from None
         if outcome.plan.sites:
             contexts.mark_used()
         name, attempt = compilation() or (f"graph {len(self.report.graphs)}", None)
@@ -100,6 +107,8 @@ class AttentionCompiler:
         """The policy that applies here: inside an `attention_backend` with its choices, outside of any this object's own."""
         override = contexts.active()
         policy = self.policy if override is None else override.over(self.policy)
+        if self.lenient:
+            policy = replace(policy, strict=False, checks=False)
         return policy.compiled_by(self.inner)
 
     def check_rules(self) -> None:
@@ -145,7 +154,7 @@ class AttentionCompiler:
         return hash(self._identity())
 
     def _identity(self) -> tuple[Any, ...]:
-        return (type(self), self.policy, self.inner, self.machine, self.prefix)
+        return (type(self), self.policy, self.inner, self.machine, self.prefix, self.lenient)
 
     def __repr__(self) -> str:
         return f"attnrewrite.with_backend({self.policy}, inner={self.inner!r})"

@@ -10,7 +10,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .nodes import value_of
-from .operators import is_higher_order, is_operator, is_packet
+from .operators import is_higher_order, is_operator, is_packet, is_pytorchs
 from .spellings import writes_in_place
 from .trees import leaves
 
@@ -34,8 +34,6 @@ RESHAPES = frozenset(
         "set_",
     }
 )
-# Functions of these modules show by their name, `inplace=` or `out=` that they write. Other functions may write anywhere.
-_KNOWN_MODULES = frozenset({"torch", "_operator", "operator", "math", "builtins"})
 
 
 def written_by(node: Node) -> tuple[Node, ...]:
@@ -116,7 +114,7 @@ def _written_by_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, A
     elif is_packet(target):
         for overload in target.overloads():
             yield from _written_by_schema(getattr(target, overload)._schema, args, kwargs)
-    elif is_higher_order(target) or not _is_known(target):
+    elif is_higher_order(target) or not is_pytorchs(target):  # it may write anywhere
         yield from (*args, *kwargs.values())
     else:
         name = getattr(target, "__name__", "")
@@ -138,13 +136,6 @@ def _written_by_schema(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 def _is_operator(target: Any) -> bool:
     """Whether a function is from the module `operator`: its and_, or_ and not_ write nothing, in spite of their names."""
     return getattr(target, "__module__", "") in ("_operator", "operator")
-
-
-def _is_known(target: Any) -> bool:
-    module = (
-        getattr(target, "__module__", None) or getattr(getattr(target, "__self__", None), "__name__", "") or "torch"
-    )
-    return str(module).partition(".")[0] in _KNOWN_MODULES
 
 
 def _says_inplace(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -6,6 +6,7 @@ attnrewrite knows the difference.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -37,8 +38,8 @@ OPAQUE_TARGETS = {
 }
 INHERITED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "from_node")
 
-# Under `attnrewrite run` every call of SDPA passes through a counting function of this file: its frame names no site.
-LAUNCHER = str(Path(__file__).parents[1] / "commands" / "interception.py")
+# Frames of this package name no site: under `attnrewrite run` a function of ours counts the calls of SDPA.
+OUR_FILES = str(Path(__file__).parents[1]) + os.sep
 
 # A transform of torch.func becomes two calls in a Dynamo graph, which enter and leave a nesting level.
 _ENTERS = {"_vmap_increment_nesting": "vmap", "_grad_increment_nesting": "grad", "_jvp_increment_nesting": "jvp"}
@@ -171,7 +172,7 @@ def site_name(node: Node) -> str:
         kind = stack[-1][1]
         return str(getattr(kind, "__name__", kind)).rsplit(".", 1)[-1]
     frames = re.findall(r'File "([^"]*)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
-    frames = [frame for frame in frames if frame[0] != LAUNCHER]
+    frames = [frame for frame in frames if not frame[0].startswith(OUR_FILES)]
     # After a graph break, Dynamo names the rest of f torch_dynamo_resume_in_f_at_LINE.
     return re.sub(r"^torch_dynamo_resume_in_(.+)_at_(\d+)$", r"\1:\2", frames[-1][2]) if frames else "attention"
 

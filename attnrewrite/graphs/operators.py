@@ -7,9 +7,21 @@ from typing import Any, TypeGuard
 
 import torch
 
+_KNOWN_MODULES = frozenset({"torch", "_operator", "operator", "math", "builtins"})
+
 
 def is_operator(target: Any) -> TypeGuard[torch._ops.OpOverload]:
     return isinstance(target, torch._ops.OpOverload)
+
+
+def is_pytorchs(target: Any) -> bool:
+    """Whether a function or an operator is PyTorch's or Python's own: what it reads and writes is known by its name."""
+    if is_operator(target) or is_packet(target):
+        return _name_of(target)[0] in ("aten", "prims")
+    module = (
+        getattr(target, "__module__", None) or getattr(getattr(target, "__self__", None), "__name__", "") or "torch"
+    )
+    return str(module).partition(".")[0] in _KNOWN_MODULES
 
 
 def is_packet(target: Any) -> TypeGuard[torch._ops.OpOverloadPacket]:
@@ -27,13 +39,16 @@ def schema_of(target: Any) -> Any:
 
 def name_in_aten(target: Any) -> str | None:
     """ "mul" for the operators and the packet of aten.mul; None for targets outside of aten."""
-    if is_operator(target):
-        space, name = target.namespace, target._opname
-    elif is_packet(target):
-        space, _, name = target._qualified_op_name.partition("::")
-    else:
-        return None
+    space, name = _name_of(target)
     return name if space == "aten" else None
+
+
+def _name_of(target: Any) -> tuple[str, str]:
+    """Namespace and name of an operator or a packet; empty texts for another target."""
+    if is_operator(target):
+        return target.namespace, target._opname
+    space, _, name = target._qualified_op_name.partition("::") if is_packet(target) else ("", "", "")
+    return space, name
 
 
 def defined_in_python(target: Any) -> bool:

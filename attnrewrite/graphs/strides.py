@@ -10,7 +10,7 @@ from torch.fx.node import map_arg
 
 from .mutations import storage_of
 from .nodes import value_of
-from .operators import is_higher_order
+from .operators import is_higher_order, is_pytorchs
 from .sizes import Size, always
 from .spellings import name_of
 
@@ -51,6 +51,8 @@ def strides_matter(node: Node, now: torch.Tensor, written: set[int]) -> bool:
             continue
         name = name_of(user)
         if name in _READS or user.op in ("call_module", "output") or is_higher_order(user.target):
+            return True
+        if user.op == "call_function" and not is_pytorchs(user.target):  # it may read the memory as it lies
             return True
         if name in _NORMALISES:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -25,6 +26,23 @@ def traced(
     compiled: Any = torch.compile(uncompiled(model), backend=backend, dynamic=False)
     with CompiledCode(), recompilations(10_000):
         return compiled(*args, **kwargs)
+
+
+@functools.cache
+def _as_itself(kind: Any) -> Any:
+    from torch._dynamo.exc import ShortenTraceback
+
+    def reduced(self: Exception) -> Any:
+        return kind, self.args
+
+    return type(kind.__name__, (kind, ShortenTraceback), {"__module__": kind.__module__, "__reduce__": reduced})
+
+
+def as_itself(error: Exception) -> Exception:
+    """The exception in a class below its own that Dynamo raises as it is; it wraps others in `BackendCompilerFailed`."""
+    kind: Any = type(error)
+    raised: Exception = _as_itself(kind)(*error.args, first_useful_frame=None)
+    return raised
 
 
 def recompilations(most: int) -> AbstractContextManager[Any]:

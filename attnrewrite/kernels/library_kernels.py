@@ -35,7 +35,8 @@ def dense_kernel(
     forward(library, query, key, value, causal, scale): tensors are (batch, length, heads, dim); the record's `masks` say how
         causal is aligned; scale is None for 1 / sqrt(head_dim). Returns the output (batch, q_len, heads, value_dim), or a tuple
         that begins with it; with a backward, (output, log-sum-exp in float32 (batch, heads, q_len)).
-    backward(library, grad, output, logsumexp, query, key, value, causal, scale): the gradients of query, key and value.
+    backward(library, grad, output, logsumexp, query, key, value, causal, scale): the gradients of query, key and value, which
+        are copied where they are not dense in the dimension order of their tensors.
     output(query, value): an empty tensor with the strides of the output of `forward`. By default the output is made dense.
     tags: as in `ops.register`.
     """
@@ -107,10 +108,10 @@ def _registered(
     return ops.register(
         name,
         f"{takes} -> (Tensor, Tensor)",
-        lambda library, *args: forward(library, *args)[:2],
+        lambda library, *args: _with_logsumexp(forward(library, *args), output),
         lambda query, key, value, *_: (output(query, value), ops.logsumexp_of(query, True)),
         flops=flops,
-        backward=backward,
+        backward=lambda library, *args: _like(backward(library, *args), args[3:6]),
         backward_flops=backward_flops,
         tags=tags,
     )
@@ -120,6 +121,19 @@ def _first(result: Any) -> Tensor:
     """The output alone: some versions of a library return the log-sum-exp too."""
     output: Tensor = result[0] if isinstance(result, tuple | list) else result
     return output
+
+
+def _with_logsumexp(result: Sequence[Tensor], output: Callable[[Tensor, Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    return _dense(result[0], output), result[1]
+
+
+def _like(gradients: Sequence[Tensor], tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Each gradient, dense in the dimension order of its tensor, as autograd is told."""
+    found = []
+    for gradient, tensor in zip(gradients, tensors, strict=True):
+        empty = torch.empty_like(tensor)
+        found.append(gradient if gradient.stride() == empty.stride() else empty.copy_(gradient))
+    return tuple(found)
 
 
 def _dense(tensor: Tensor, output: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from .calls import AttentionCall, MaskKind
 from .decisions import Refused, Step
 from .machines import PACKAGES, Machine
-from .sources import Source
+from .sources import Package, Source
 
 
 class Numerics(IntEnum):
@@ -96,6 +96,11 @@ class Backend:
 
     def __post_init__(self) -> None:
         PACKAGES.update(self.requires)
+        if isinstance(self.source, Package) and self.source.distribution not in self.requires:
+            raise ValueError(
+                f"the record {self.name!r} has its source in {self.source} and does not require it: "
+                f"add requires={{{self.source.distribution!r}: '>=1.0'}}, with the versions that it was tried with"
+            )
 
     def __str__(self) -> str:
         return self.name

@@ -34,27 +34,36 @@ class SourceError(RuntimeError):
         self.refused = refused
 
 
-_PACKAGES: dict[str, Package] = {}  # every `Package` by its distribution: the text of a library names no module
+_PACKAGES: set[Package] = set()  # every `Package` of this process: a text in a file imports no other module
 # Functions that import plug-ins, which make their packages; called only on demand (planning/registry.py).
 PLUG_INS: list[Callable[[], object]] = []
 
 
 @dataclass(frozen=True)
 class Package:
-    """A module of an installed distribution."""
+    """A module of an installed distribution. Its text is "flash-attn 2.8.3", with the module where that has another name, as
+    in "flash-attn-4 4.0.0b36 (flash_attn.cute)"."""
 
     distribution: str  # "flash-attn"
     module: str  # "flash_attn"
 
     def __post_init__(self) -> None:
-        _PACKAGES.setdefault(self.distribution, self)
+        _PACKAGES.add(self)
 
     def __str__(self) -> str:
         return self.distribution
 
     def on(self, packages: Mapping[str, str]) -> str:
         """The text that identifies the library on a machine with these packages."""
-        return f"{self.distribution} {packages[self.distribution]}"
+        return self.text(packages.get(self.distribution))
+
+    def text(self, version: str | None) -> str:
+        same = self.module.replace("_", "-") == self.distribution.replace("_", "-")
+        return f"{self.distribution} {version}" + ("" if same else f" ({self.module})")
+
+    def is_of(self, text: str) -> bool:
+        """Whether a text is that of this package in some version."""
+        return text == self.text(version_in(text))
 
     def fetch(self, trust: bool) -> tuple[str, ModuleType]:
         """The text that identifies the library, and its module. Raises `SourceError`, with the import's own message, if the
@@ -70,7 +79,7 @@ class Package:
                     "Install a build for this PyTorch, CUDA and Python, or choose another kernel",
                 )
             ) from error
-        return f"{self.distribution} {version}", module
+        return self.text(version), module
 
 
 @dataclass(frozen=True)
@@ -169,23 +178,26 @@ def library(text: str, trust: bool = False) -> ModuleType:
     return module
 
 
+def version_in(text: str) -> str:
+    """The version in the text of a package."""
+    return text.partition(" ")[2].partition(" ")[0]
+
+
 def _parsed(text: str) -> Source:
     if "@" in text:
         repository, revision = text.split("@", 1)
         return Hub(repository, 0, revision)
-    distribution = text.split(" ")[0]
-    if distribution not in _PACKAGES:
-        for load_plug_ins in PLUG_INS:
-            load_plug_ins()
-    if distribution not in _PACKAGES:
-        raise SourceError(
-            Refused(
-                Code.MISSING,
-                f"no registered kernel comes from {distribution}",
-                "Install the plug-in that this program needs, or import the module that makes its record",
-            )
+    for load_plug_ins in (lambda: None, *PLUG_INS):
+        load_plug_ins()
+        if found := next((package for package in _PACKAGES if package.is_of(text)), None):
+            return found
+    raise SourceError(
+        Refused(
+            Code.MISSING,
+            f"no registered kernel comes from {text}",
+            "Install the plug-in that this program needs, or import the module that makes its record",
         )
-    return _PACKAGES[distribution]
+    )
 
 
 def _commit(module: ModuleType) -> str:

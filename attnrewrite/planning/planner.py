@@ -45,14 +45,19 @@ def make_plan(
         _site(call, policy, machine, libraries, loaded) for call, machine in zip(calls, machines, strict=True)
     )
     if policy.strict:
-        refused = [site for site in sites if site.chosen is None]
-        if refused:
-            lines = [f"  {site.name}: {name}: {decision}" for site in refused for name, decision in site.refusals]
-            raise AttentionRefusedError(
-                f"strict=True, and {len(refused)} of {len(sites)} attention sites have no kernel that may take them:\n"
-                + "\n".join(lines)
-            )
+        refuse(sites)
     return Plan(sites)
+
+
+def refuse(sites: Sequence[Site]) -> None:
+    """Raises `AttentionRefusedError` if some of the sites have no kernel that may take them."""
+    refused = [site for site in sites if site.chosen is None]
+    if refused:
+        lines = [f"  {site.name}: {name}: {decision}" for site in refused for name, decision in site.refusals]
+        raise AttentionRefusedError(
+            f"strict=True, and {len(refused)} of {len(sites)} attention sites have no kernel that may take them:\n"
+            + "\n".join(lines)
+        )
 
 
 def _site(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..kernels.calls import AttentionCall
+from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.decisions import Refused
 from ..kernels.machines import Machine
 from ..kernels.records import Backend, Numerics
@@ -28,6 +28,14 @@ def usable(name: str, machine: Machine) -> tuple[Refused | None, Backend]:
 
 
 def probe_call(record: Backend, device: str) -> AttentionCall:
-    """A plain call that only the machine can rule out: a dtype that the record takes, no mask, head_dim 64."""
-    dtype = next(each for each in ("bfloat16", "float16", "float32", "float64") if each in record.dtypes)
-    return AttentionCall("", 1, 1, 1, 128, 128, 64, 64, dtype, device)
+    """A plain call that only the machine can rule out: the record takes its dtype, head_dim and mask."""
+    usual = ("bfloat16", "float16", "float32", "float64")
+    dtype = next((each for each in usual if each in record.dtypes), min(record.dtypes))
+    rule = record.head_dim
+    size = max(min(64, rule.max or 64), rule.minimum)
+    size -= size % rule.multiple if size > rule.multiple else 0
+    kind = next(kind for kind in MaskKind if kind in record.masks)
+    mask = Mask(kind)
+    if mask.is_tensor:
+        mask = Mask(kind, dtype if kind is MaskKind.ADDITIVE else "bool", (1, 1, 1, 128))
+    return AttentionCall("", 1, 1, 1, 128, 128, size, size, dtype, device, mask)

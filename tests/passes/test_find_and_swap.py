@@ -528,6 +528,50 @@ def test_a_copy_that_would_be_a_view():
     assert relative(run(*tensors), step(*tensors)) < 1e-5
 
 
+@torch.library.custom_op("attnrewrite_tests::reads_dense_memory", mutates_args=())
+def reads_dense_memory(x: torch.Tensor) -> torch.Tensor:
+    """As a kernel in C that is given dense memory and looks at no strides."""
+    return torch.as_strided(x, (x.numel(),), (1,)).clone().view(x.shape)
+
+
+@reads_dense_memory.register_fake
+def _(x):
+    return x.new_empty(x.shape)
+
+
+@pytest.mark.parametrize("kernel", ["_native_math", "_native_flash", "flex"])
+def test_an_op_that_nobody_knows_gets_the_strides_that_it_had(kernel):
+    def step(q, k, v, weight):
+        q, k, v = (each.transpose(1, 2) for each in (q, k, v))
+        return F.linear(reads_dense_memory(sdpa(q, k, v).transpose(1, 2)).flatten(2), weight)
+
+    tensors = (*(each.transpose(1, 2).contiguous() for each in qkv()), torch.randn(5, 64))
+    run, _ = compiled(step, kernel)
+    with torch.no_grad():
+        assert relative(run(*tensors), step(*tensors)) < 1e-5
+
+
+@torch.library.custom_op("attnrewrite_tests::flash_is_on", mutates_args=())
+def flash_is_on(x: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(x, float(torch.backends.cuda.flash_sdp_enabled()))
+
+
+@flash_is_on.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+def test_kernel_context_stays_for_an_op_that_may_ask_for_it():
+    def step(q):
+        with sdpa_kernel(SDPBackend.MATH):
+            return sdpa(q, q, q) + flash_is_on(q)
+
+    query = qkv()[0]
+    run, backend = compiled(step, "_native_flash")
+    assert relative(run(query), step(query)) < 1e-5
+    assert backend.report.swapped == 1
+
+
 def test_no_copy_where_nobody_would_notice():
     """The usual ops after attention give a dense tensor, whether they copy math's (B, H, S, D) memory or not."""
     assert "contiguous" not in graph_of(attend, *qkv(), backend="_native_math")

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from parity import compiled, doubled, relative, skip_if_fenced
 from stand_ins import RECORDS, compiler
 
+import attnrewrite
+
 BATCH, HEADS, Q_LEN, KV_LEN, DIM = 3, 4, 7, 11, 16
 
 
@@ -74,6 +76,40 @@ def test_what_it_is_taken_for(case, kernel):
     assert (site.chosen, str(site.call.mask), site.call.mask.no_key) == (kernel, mask, no_key)
     # A bias of -10000 rounds the scores that it is added to, in float32 to 1e-3.
     assert relative(output, function(*map(doubled, tensors), keep)) < (2e-3 if no_key == "all keys" else 1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(5, 9), (9, 5), (7, 7)])
+@pytest.mark.parametrize("kernel", ["native", "auto", "_native_math", "_native_flash"])
+def test_causal_lower_right(kernel, lengths):
+    """SDPA has no such word: `native` passes the model's mask on where the lengths differ."""
+    q_len, kv_len = lengths
+
+    def function(q, k, v):
+        keep = torch.ones(q_len, kv_len, dtype=torch.bool).tril(kv_len - q_len)
+        keep = keep | ~keep.any(-1, keepdim=True)
+        return (q @ k.mT * 0.25).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+    tensors = [torch.randn(BATCH, HEADS, length, DIM) for length in (q_len, kv_len, kv_len)]
+    run, _ = compiled(function, kernel)
+    with torch.no_grad():
+        assert relative(run(*tensors), function(*map(doubled, tensors))) < 1e-5
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("scale", [0.3, 0.0, -0.3])
+@pytest.mark.parametrize("kernel", ["native", "_native_math", "_native_flash"])
+def test_causal_with_any_scale(kernel, scale, training):
+    """SDPA's CPU kernel gives NaN for `is_causal` with a scale of 0 or less, eager does not."""
+
+    def function(q, k, v):
+        hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+        return (q @ k.mT * scale).masked_fill(hidden, float("-inf")).softmax(-1) @ v
+
+    tensors = [torch.randn(BATCH, HEADS, length, DIM, requires_grad=training) for length in (Q_LEN, KV_LEN, KV_LEN)]
+    run, backend = compiled(function, attnrewrite.with_backend(*dict.fromkeys((kernel, "native")), inner="eager"))
+    with torch.set_grad_enabled(training):
+        assert relative(run(*tensors), function(*map(doubled, tensors))) < 1e-5
+    assert backend.report.sites[0].chosen is not None
 
 
 @pytest.mark.parametrize("kernel", ["_native_math", "flex"])

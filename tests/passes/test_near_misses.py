@@ -66,13 +66,13 @@ MISSES = {
     "rounded": (Attention(lambda scores: torch.div(scores, 2, rounding_mode="floor")), "its scores are rounded"),
     "fill of the graph": (
         Attention(lambda scores: scores.masked_fill(TRIANGLE, scores.max())),
-        "its scores are filled with what is no number of the graph",
+        "the value that fills its scores is not known to be a number",
     ),
     "two tensors": (
         Attention(lambda scores: torch.where(TRIANGLE, scores, scores.mT)),
-        r"its scores are chosen between two tensors \(where\)",
+        r"its scores are selected from two tensors \(where\)",
     ),
-    "heads are mixed": (Attention(whole=talking_heads), r"its weights are read by einsum|no dimension|several dimensions"),
+    "heads are mixed": (Attention(whole=talking_heads), "its values are not summed over a dimension that only its keys have"),
     "weights are computed on": (Attention(whole=returned_mask), "its weights are read by cumsum"),
 }  # fmt: skip
 
