@@ -1,5 +1,6 @@
 """`with_backend` behaves as a backend of torch.compile in every way that people compile."""
 
+import copy
 import logging
 import pickle
 import threading
@@ -322,6 +323,36 @@ def test_equality_is_that_of_the_configuration(name):
     for other in CONFIGURATIONS.keys() - {name}:
         assert backend != CONFIGURATIONS[other]()
     assert backend != "attnrewrite"
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda each: pickle.loads(pickle.dumps(each))}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_backend_and_a_compiled_model_are_copied(how):
+    """Records hold functions that no pickle takes, and a report a lock."""
+    pinned = "_flash_3_hub@main"
+    backend = with_backend("sage", pinned, "flex", "native", rules={"cross": ["auto", FLASH_CPU]}, inner="eager")
+    compiled = torch.compile(Model().eval(), backend=backend)
+    x, memory = hidden(), hidden(5)
+    with torch.no_grad():
+        expected = compiled(x, memory)
+        copied, model = COPIES[how](backend), COPIES[how](compiled)
+        torch.testing.assert_close(model(x, memory), expected)
+    assert copied == backend
+    assert hash(copied) == hash(backend)
+    assert copied.report == backend.report
+    with torch.no_grad():
+        torch.compile(lambda q: attend(q, q, q), backend=copied)(qkv(1, 2, 11, 8)[0])
+    assert (len(copied.report.sites), len(backend.report.sites)) == (4, 3)  # each has a report of its own
+    assert chosen(copied)[:3] == chosen(backend)
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_a_record_of_ones_own_is_copied(how):
+    record = replace(FLASH_CPU, name="mine")
+    backend = with_backend(record, "tune")
+    assert COPIES[how](backend) == backend
 
 
 def test_a_backend_is_shown_with_its_choices():

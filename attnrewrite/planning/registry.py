@@ -9,11 +9,13 @@ A plug-in is a package with an entry point of the group `attnrewrite.backends` t
 
 from __future__ import annotations
 
+import copyreg
 import difflib
 import functools
 import warnings
 from dataclasses import replace
 from importlib import metadata
+from typing import Any
 
 from ..backends import RECORDS
 from ..kernels.records import Backend
@@ -77,3 +79,23 @@ def _pinned(record: Backend, name: str, revision: str) -> Backend:
     if not revision:
         raise ValueError(f"{name!r} pins no revision: write a branch, tag or commit behind the '@', or leave it out")
     return replace(record, source=replace(record.source, revision=revision))
+
+
+def _by_name(record: Backend) -> Any:
+    """Pickles and copies a registered record by its name, since its functions may be closures. Any other record is pickled
+    by its fields."""
+    same = [each for each in records() if each.name == record.name]
+    for place, known in enumerate(same):
+        if record == known:
+            return _registered, (record.name, place)
+        revision = record.source.revision if isinstance(record.source, Hub) else None
+        if revision and isinstance(known.source, Hub) and record == _pinned(known, record.name, revision):
+            return _registered, (f"{record.name}@{revision}", place)
+    return object.__reduce_ex__(record, 2)
+
+
+def _registered(name: str, place: int) -> Backend:
+    return records_of(name)[place]
+
+
+copyreg.pickle(Backend, _by_name)

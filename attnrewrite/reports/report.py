@@ -94,6 +94,14 @@ class Report:
         self._lock = threading.Lock()
         self._attempts: dict[str, Any] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has a lock of its own, and knows nothing of Dynamo's attempts, which belong to this process."""
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_attempts")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()
+
     def add(self, graph: GraphReport, attempt: Any = None) -> None:
         """Adds a graph. attempt: identifies one try at a compilation. If Dynamo starts a frame again, the graphs of the earlier
         try are removed; the buckets into which DistributedDataParallel splits a frame belong to one try, and all stay."""
