@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from .nodes import value_of
 from .operators import is_higher_order, is_operator, is_packet, is_pytorchs
-from .spellings import writes_in_place
+from .spellings import name_of, same_shape, writes_in_place
 from .trees import leaves
 
 _WRITES = frozenset(
@@ -40,6 +40,18 @@ def written_by(node: Node) -> tuple[Node, ...]:
     """The arguments that a node may write into: `fill_`, `x[i] = y`, `x += y`, `out=`, `inplace=True`,
     `torch._foreach_mul_`, an op whose schema says so. An unknown function counts as writing into all of its arguments."""
     return tuple(leaf for argument in _written_by(node) for leaf in _nodes(argument))
+
+
+def changed_in_place(node: Node) -> Node | None:
+    """The first argument of a node, where PyTorch's own function changes its elements in their places, and returns it:
+    `x.fill_(0)`, `x *= y`. None for any other node: an unknown function may write into its argument and return another view
+    of it."""
+    source = node.args[0] if node.args else None
+    if not isinstance(source, Node) or name_of(node) in RESHAPES | {"", "setitem"} or written_by(node) != (source,):
+        return None
+    before, after = value_of(source), value_of(node)
+    both = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
+    return source if both and storage_of(before) == storage_of(after) and same_shape(before, after) else None
 
 
 def written_storages(graph_module: GraphModule) -> set[int]:

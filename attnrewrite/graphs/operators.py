@@ -15,13 +15,14 @@ def is_operator(target: Any) -> TypeGuard[torch._ops.OpOverload]:
 
 
 def is_pytorchs(target: Any) -> bool:
-    """Whether a function or an operator is PyTorch's or Python's own: what it reads and writes is known by its name."""
+    """Whether a function or an operator is PyTorch's or Python's own: what it reads and writes is known by its name. Dynamo's
+    own functions are not: they call a function of the user, as that of `nonstrict_trace`."""
     if is_operator(target) or is_packet(target):
         return _name_of(target)[0] in ("aten", "prims")
     module = (
         getattr(target, "__module__", None) or getattr(getattr(target, "__self__", None), "__name__", "") or "torch"
     )
-    return str(module).partition(".")[0] in _KNOWN_MODULES
+    return str(module).partition(".")[0] in _KNOWN_MODULES and not str(module).startswith("torch._dynamo")
 
 
 def is_packet(target: Any) -> TypeGuard[torch._ops.OpOverloadPacket]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..graphs.mutations import RESHAPES, storage_of, written_by
+from ..graphs.mutations import RESHAPES, changed_in_place, storage_of, written_by
 from ..graphs.nodes import value_of
 from ..graphs.sizes import always, is_one
 from ..graphs.spellings import base_name, name_of
@@ -101,9 +101,8 @@ class Reader:
     def _derived(self, node: Node, indices: tuple[Index, ...], at: float, writes: list[Any]) -> Value | None:
         """The element by the rule for the node's function, then by the writes into its tensor since."""
         name, storage = name_of(node), storage_of(value_of(node))
-        first = node.args[0] if node.args else None
-        if writes and written_by(node) == (first,) and isinstance(first, Node) and name != "setitem":
-            return self.read(first, indices, at)  # x.fill_() returns x
+        if writes and (changed := changed_in_place(node)) is not None:
+            return self.read(changed, indices, at)  # x.fill_() returns x
         view = any(storage_of(value_of(each)) == storage for each in node.all_input_nodes)
         if (rule := MOVES.get(name)) is not None:
             found = rule(self, node, indices, at if view else self._positions[node])
@@ -121,12 +120,14 @@ class Reader:
         self, node: Node, indices: tuple[Index, ...], old: Value, when: float, write: Node, target: Node
     ) -> Value | None:
         while target is not node:  # x.fill_().tril_(): each write returns x
-            first = target.args[0] if target.args else None
-            if not isinstance(first, Node) or written_by(target) != (first,):
+            changed = changed_in_place(target)
+            if changed is None:
                 return None
-            target = first
+            target = changed
         if name_of(write) == "setitem":
             return assigned(self, write, indices, old, when)
+        if changed_in_place(write) is None:  # out=, or an unknown function
+            return None
         return self._elementwise(write, base_name(write), indices, when, old)
 
     def _elementwise(

@@ -326,6 +326,71 @@ def test_near_misses(kernel, case):
     right(kernel, build, said, q_len, chosen=kernel != "flash_varlen")
 
 
+def turned(m):
+    return m.transpose(-2, -1)
+
+
+def put(m):
+    m.logical_not_()
+    return m.new_ones(m.shape)
+
+
+# Functions that are one node of a graph, as einops before 0.8.2 puts its own there: the graph shows nothing of them.
+same_, turned_, put_, flipped_, row_, joined_ = map(
+    torch.compiler.allow_in_graph,
+    (
+        lambda m: m,
+        lambda m: turned(m),
+        put,
+        lambda m: m.flip(-1),
+        lambda m: m[:, None, None],
+        lambda m, n: turned(m) | n,
+    ),
+)
+untraced = torch._dynamo.nonstrict_trace(turned)
+
+
+def triangle():
+    return torch.ones(11, 11, dtype=torch.bool).tril()
+
+
+def put_into(m):
+    x = m.clone()
+    put_(x)
+    return x
+
+
+def with_out(m):
+    x = torch.zeros_like(m)
+    torch.logical_or(m, behind(m), out=x)
+    return x
+
+
+# Each: (m, q) -> mask, and its kind.
+OPAQUE = {
+    "view of another rank": (lambda m, q: row_(m), "key padding (3, 11)"),
+    "of a mask of rows": (lambda m, q: same_(m[:, None, None]), "key padding (3, 11)"),
+    "a row that becomes a column": (lambda m, q: turned_(m.any(0, keepdim=True)), "boolean (11, 1)"),
+    "causal, turned": (lambda m, q: turned_(triangle()), "boolean (11, 11)"),
+    "causal, not traced": (lambda m, q: untraced(triangle()), "boolean (11, 11)"),
+    "causal, flipped": (lambda m, q: flipped_(triangle()), "boolean (11, 11)"),
+    "causal, as it is": (lambda m, q: same_(triangle()), "boolean (11, 11)"),
+    "causal, negated": (lambda m, q: put_into(triangle()), "boolean (11, 11)"),
+    "causal, left as it is for another": (lambda m, q: put_(triangle()), "boolean (11, 11)"),
+    "causal, turned, then set": (lambda m, q: turned_(triangle()).logical_or_(distance(q) == 1), "boolean (11, 11)"),
+    "of two tensors": (lambda m, q: joined_(triangle(), m[0]), "boolean (11, 11)"),
+    "key padding, negated": (lambda m, q: put_into(m)[:, None, None], "key padding (3, 11)"),
+    "out=": (lambda m, q: with_out(m)[:, None, None], "key padding (3, 11)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", ["_native_math", "flex"], indirect=True)
+@pytest.mark.parametrize("case", OPAQUE)
+def test_an_opaque_function_proves_nothing(kernel, case):
+    build, said = OPAQUE[case]
+    right(kernel, build, said, KV_LEN)
+
+
 IDS = torch.randint(0, 3, (2, BATCH, KV_LEN))
 GIVEN = {
     "additive": (lambda m, q: m[:, None, None].float(), torch.randn(BATCH, KV_LEN), ONE_ROW),

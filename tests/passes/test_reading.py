@@ -119,13 +119,56 @@ def in_place(x, choose):
     ])  # fmt: skip
 
 
-def program(seed):
+def _negated(x):
+    return x.logical_not_()
+
+
+def _filled_and_replaced(x):
+    x.fill_(True)
+    return torch.zeros_like(x)
+
+
+# Functions that stay one node of a graph: it does not say what they read, write and return.
+OPAQUE = [
+    torch.compiler.allow_in_graph(function)
+    for function in (
+        lambda x: x.transpose(0, -1), lambda x: x.unsqueeze(0), lambda x: x[0] if x.dim() > 1 else x, lambda x: x.reshape(-1),
+        lambda x: x.flip(-1), lambda x: x, _negated, _filled_and_replaced,
+    )
+]  # fmt: skip
+OPAQUE += [torch._dynamo.nonstrict_trace(_negated), torch._dynamo.nonstrict_trace(lambda x: x.transpose(0, -1))]
+
+
+def opaque(x, choose):
+    function, other = choose(OPAQUE), choose(OPAQUE)
+
+    def written_before(x):
+        x = x.clone()
+        x[..., :1] = True
+        return function(x)
+
+    def written_after(x):
+        y = function(x.clone())
+        y[..., :1].fill_(False)
+        return y.logical_not_()
+
+    def read_beside(x):
+        x = x.clone()
+        before, y = x.clone(), function(x)
+        return y | x[..., :1].any() & before.any()
+
+    return choose([
+        written_before, written_after, read_beside, lambda x: function(x.clone()), lambda x: other(function(x.clone())),
+    ])  # fmt: skip
+
+
+def program(seed, kinds=(views, views, boolean, boolean, in_place)):
     """A function of a boolean tensor."""
     choose = random.Random(seed).choice
     x = torch.rand(2, 3, 5) > 0.5
     steps = []
     for _ in range(7):
-        step = choose([views, views, boolean, boolean, in_place])(x, choose)
+        step = choose(kinds)(x, choose)
         new = step(x)
         if 0 < new.numel() <= 200 and new.dim() <= 4:
             x, _ = new, steps.append(step)
@@ -223,6 +266,13 @@ def check(function, *inputs):
 def test_programs(seed):
     x = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(seed)) > 0.5
     check(program(seed), x)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_programs_with_opaque_functions(seed):
+    """What a function may do that the graph says nothing of: it writes into its argument, returns a view of it, or both."""
+    x = torch.rand(2, 3, 5, generator=torch.Generator().manual_seed(seed)) > 0.5
+    check(program(seed, (views, boolean, in_place, opaque, opaque)), x)
 
 
 def test_views_are_read_through():
