@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from ..graphs.mutations import Writes
+from ..graphs.mutations import Writes, unread, unread_behind
 from ..graphs.nodes import (
     LINEAR_TARGETS,
     MHA,
@@ -57,7 +57,8 @@ def find_calls(graph_module: GraphModule, surroundings: Surroundings, names: dic
     graphs of one compilation, so that site names are unique.
     """
     origins = Origins()
-    spelled_out, missed = _spelled_out(graph_module)
+    thrown_away = unread(graph_module)
+    spelled_out, missed = _spelled_out(graph_module, thrown_away)
     found: list[Found] = []
 
     def unique(node: Node) -> str:
@@ -75,21 +76,23 @@ def find_calls(graph_module: GraphModule, surroundings: Surroundings, names: dic
             call, operands = _read(node, inside, unique(node), origins)
             found.append(Found(node, call, operands))
         elif node.target in FUSED_TARGETS and not is_ours(node):
-            found.append(_read_fused(node, inside, unique(node), origins))
+            found.append(_read_fused(node, inside, unique(node), origins, thrown_away))
         elif node.target in OPAQUE_TARGETS:
             found.append(Found(node, _read_opaque(node, unique(node))))
     return Finds(tuple(found), tuple(missed.items()))
 
 
-def _spelled_out(graph_module: GraphModule) -> tuple[dict[Node, Recognised], dict[Node, Missed]]:
+def _spelled_out(
+    graph_module: GraphModule, thrown_away: Set[Node]
+) -> tuple[dict[Node, Recognised], dict[Node, Missed]]:
     """The attentions that `recognise` finds, by their output node; and the near misses, by their softmax."""
     found: dict[Node, Recognised] = {}
     missed: dict[Node, Missed] = {}
     writes = None
     for node in graph_module.graph.nodes:
-        if node.op in ("call_function", "call_method") and spelled(node) == "softmax":
+        if node.op in ("call_function", "call_method") and spelled(node) == "softmax" and node not in thrown_away:
             writes = writes or Writes(graph_module)
-            site = recognise(node, writes)
+            site = recognise(node, writes, thrown_away)
             if isinstance(site, Recognised):
                 found[site.node] = site
             elif site is not None:
@@ -175,9 +178,9 @@ def _read_spelled_out(site: Recognised, inside: Surroundings, name: str, origins
     return Found(site.node, replace(call, written_as="operations"), operands, site.chain)
 
 
-def _read_fused(node: Node, inside: Surroundings, site: str, origins: Origins) -> Found:
+def _read_fused(node: Node, inside: Surroundings, site: str, origins: Origins, thrown_away: Set[Node]) -> Found:
     """A kernel that PyTorch has chosen, as the SDPA call that it came from."""
-    given = fused_arguments(node)
+    given = fused_arguments(node, thrown_away)
     query, key, value = (value_of(given[name]) for name in ("query", "key", "value"))
     bias = given["bias"]
     mask = value_of(bias)
@@ -200,7 +203,7 @@ def _read_fused(node: Node, inside: Surroundings, site: str, origins: Origins) -
         role=_role(given["query"], given["key"], query, key, origins),
         obstacle=inside.transform or given["obstacle"] or _subclass((query, key, value)),
     )
-    return Found(node, replace(call, written_as="kernel"), operands)
+    return Found(node, replace(call, written_as="kernel"), operands, unread_behind([node], thrown_away))
 
 
 def _call(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -24,17 +25,18 @@ FUSED_TARGETS = frozenset({*FUSED, *(each.default for each in FUSED)})
 LOWER_RIGHT = frozenset({FUSED[0], FUSED[0].default})
 
 
-def fused_arguments(node: Node) -> dict[str, Any]:
+def fused_arguments(node: Node, unread: Set[Node]) -> dict[str, Any]:
     """query, key, value, bias, dropout_p, is_causal and scale of such a node; and `obstacle`: why it must stay, or None.
 
     The node returns a tuple: the attention's output, then results for this kernel's backward (log-sum-exp, random state).
+    unread: the nodes of the graph whose values nothing reads.
     """
     wanted = schema_of(node.target).arguments
     given: dict[str, Any] = {each.name: each.default_value if each.has_default_value() else None for each in wanted}
     given |= dict(zip(given, node.args, strict=False)) | dict(node.kwargs)
     bias = given.get("attn_mask") if "attn_mask" in given else given.get("attn_bias")
     obstacle = None
-    others = [user.name for user in node.users if not _is_output(user) and (user.users or not _is_member(user))]
+    others = [user.name for user in node.users if not _is_output(user) and not (_is_member(user) and user in unread)]
     if others:
         obstacle = f"its kernel's other results are used ({others[0]})"
     elif isinstance(bias, Node) and value_of(bias).dtype == torch.bool:

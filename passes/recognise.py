@@ -9,6 +9,7 @@ keys repeated for groups of heads come out as SDPA's (batch, heads, length, dim)
 from __future__ import annotations
 
 import math
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from ..graphs.axes import Axes, Axis, Dims
-from ..graphs.mutations import Writes
+from ..graphs.mutations import Writes, unread_behind
 from ..graphs.nodes import value_of
 from ..graphs.sizes import UnbackedSizeError, always
 from ..graphs.spellings import argument, first, number, shown, spelled
@@ -50,8 +51,10 @@ class Recognised:
     sizes: tuple[Any, Any] = (0, 0)  # head_dim and value_dim, if there are no operands
 
 
-def recognise(softmax: Node, writes: Writes) -> Recognised | Missed | None:
-    """The attention around a softmax; `Missed` if there nearly is one; None for any other softmax."""
+def recognise(softmax: Node, writes: Writes, unread: Set[Node]) -> Recognised | Missed | None:
+    """The attention around a softmax; `Missed` if there nearly is one; None for any other softmax.
+
+    unread: the nodes of the graph whose values nothing reads."""
     source, dim = first(softmax), argument(softmax, 1, "dim")
     value = value_of(softmax)
     if not isinstance(source, Node) or not isinstance(value, torch.Tensor) or not isinstance(dim, int):
@@ -62,12 +65,12 @@ def recognise(softmax: Node, writes: Writes) -> Recognised | Missed | None:
     weights = axes.fresh(value.shape)
     scores = find_scores(source, weights, softmax, axes, writes)
     if isinstance(scores, Missed):
-        near = leads_to_product(source) and isinstance(find_values(softmax, weights, axes), Values)
+        near = leads_to_product(source) and isinstance(find_values(softmax, weights, axes, unread), Values)
         return scores if near else None
-    values = find_values(softmax, weights, axes)
+    values = find_values(softmax, weights, axes, unread)
     if isinstance(values, Missed):
         return values if leads_to_product(softmax, forward=True) else None
-    return _Recogniser(softmax, weights, dim % value.dim(), scores, values, axes, writes).read()
+    return _Recogniser(softmax, weights, dim % value.dim(), scores, values, axes, writes, unread).read()
 
 
 @dataclass
@@ -81,6 +84,7 @@ class _Recogniser:
     values: Values
     axes: Axes
     writes: Writes
+    unread: Set[Node]
 
     def read(self) -> Recognised | Missed:
         placed = operand_dims(self.scores.product, self.scores.dims, self.axes)
@@ -217,15 +221,15 @@ class _Recogniser:
     def _chain(self) -> tuple[Node, ...]:
         extra = first(self.scores.product.node) if spelled(self.scores.product.node) == "baddbmm" else None
         nodes = (*self.scores.nodes, self.softmax, *self.values.nodes)
-        return (extra, *nodes) if isinstance(extra, Node) else nodes
+        nodes = (extra, *nodes) if isinstance(extra, Node) else nodes
+        return (*nodes, *unread_behind(nodes, self.unread))  # copies that are thrown away
 
     def _read_elsewhere(self) -> str | None:
         scores, weights = set(self.scores.nodes), {self.softmax, *self.values.nodes}
         for what, nodes in (("weights", (self.softmax, *self.values.nodes[:-1])), ("scores", self.scores.nodes)):
             for node in nodes:
-                for user in readers(node):
-                    unread = spelled(user) == "getitem" and not user.users
-                    if user not in scores and user not in weights and not unread:
+                for user in readers(node, self.unread):
+                    if user not in scores and user not in weights:
                         where = "returned" if user.op == "output" else f"used by {user.name}"
                         return f"its attention {what} are used elsewhere ({where})"
         return None

@@ -11,7 +11,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..graphs.axes import applied
 from ..graphs.emitting import Emitter
-from ..graphs.mutations import storage_of, written_storages
+from ..graphs.mutations import CHECK, storage_of, written_storages
 from ..graphs.nodes import SDPA, value_of
 from ..graphs.questions import asking
 from ..graphs.sizes import always, holds
@@ -26,8 +26,6 @@ from ..masks.building import built
 from ..planning.reasons import cast_to
 from .found import Operand, Operands, Planned, Swapped
 from .masks import build_mask
-
-CHECK = "_assert_tensor_metadata"  # torch.export writes one after each cast
 
 
 def swap_kernels(graph_module: GraphModule, attentions: Sequence[Planned]) -> tuple[Planned, ...]:
@@ -92,10 +90,7 @@ def _swap(
     new = emitter.node(output)
     for each in outputs:
         each.replace_all_uses_with(new)
-    for user in list(node.users):  # the other results of a fused kernel, which nothing reads
-        emitter.graph.erase_node(user)
-    emitter.graph.erase_node(node)
-    _erase([each for each in planned.chain if each is not node], emitter.graph)
+    _erase([node, *node.users, *planned.chain], emitter.graph)  # a fused kernel has other results, which nothing reads
     return outputs, new
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,21 +67,25 @@ _FORM = frozenset(
 )  # fmt: skip
 
 
-def readers(node: Node) -> Iterator[Node]:
-    """The users of a node that read its values."""
+def readers(node: Node, unread: Set[Node]) -> Iterator[Node]:
+    """The users of a node that read its values. unread: nodes whose own values nothing reads, which do not count."""
     for user in node.users:
+        if user in unread:
+            continue
         like = spelled(user) in ("view", "expand", "to") and node not in (user.args[:1] or (None,))  # x.expand_as(node)
         if spelled(user) not in _FORM and not like:
             yield user
 
 
-def find_values(node: Node, dims: Dims, axes: Axes, depth: int = DEPTH) -> Values | Missed:
-    """Walks from the weights, which have `dims`, to the product with the values; `Missed` if no reader leads there."""
+def find_values(node: Node, dims: Dims, axes: Axes, unread: Set[Node], depth: int = DEPTH) -> Values | Missed:
+    """Walks from the weights, which have `dims`, to the product with the values; `Missed` if no reader leads there.
+
+    unread: nodes whose values nothing reads (`graphs.mutations.unread`)."""
     if depth == 0:
         return Missed(f"more than {DEPTH} operations lie after its softmax", node)
     missed = []
-    for user in readers(node):
-        found = _find_values(user, node, dims, axes, depth)
+    for user in readers(node, unread):
+        found = _find_values(user, node, dims, axes, unread, depth)
         if isinstance(found, Values):
             return replace(found, nodes=(user, *found.nodes))
         missed.append(found)
@@ -89,12 +93,12 @@ def find_values(node: Node, dims: Dims, axes: Axes, depth: int = DEPTH) -> Value
     return next(nearest, missed[0]) if missed else Missed("nothing reads its weights", node)
 
 
-def _find_values(user: Node, node: Node, dims: Dims, axes: Axes, depth: int) -> Values | Missed:
+def _find_values(user: Node, node: Node, dims: Dims, axes: Axes, unread: Set[Node], depth: int) -> Values | Missed:
     product = read_product(user)
     if product is not None:
         return _of_product(product, node, dims, axes)
     if (emptied := _emptied(user, node)) is not None:
-        found = find_values(user, dims, axes, depth - 1)
+        found = find_values(user, dims, axes, unread, depth - 1)
         return replace(found, nodes=(*emptied, *found.nodes)) if isinstance(found, Values) else found
     if node is not first(user):
         return Missed(f"its weights are read by {shown(user)}", user)
@@ -102,13 +106,13 @@ def _find_values(user: Node, node: Node, dims: Dims, axes: Axes, depth: int) -> 
     if name == "to":
         if not stays_on(user):
             return Missed("its weights move to another device, or to a dtype that is not floating point", user)
-        return find_values(user, dims, axes, depth - 1)
+        return find_values(user, dims, axes, unread, depth - 1)
     if name in ("dropout", "native_dropout"):
-        return _dropped(user, name, dims, axes, depth)
+        return _dropped(user, name, dims, axes, unread, depth)
     behind = after(user, dims, axes)
     if behind is None:
         return Missed(f"its weights are read by {shown(user)}", user)
-    return find_values(user, behind, axes, depth - 1)
+    return find_values(user, behind, axes, unread, depth - 1)
 
 
 def _of_product(product: Product, weights: Node, dims: Dims, axes: Axes) -> Values | Missed:
@@ -150,18 +154,18 @@ def _emptied(user: Node, weights: Node) -> tuple[Node, ...] | None:
     return (*zero, *reversed(nodes))
 
 
-def _dropped(user: Node, name: str, dims: Dims, axes: Axes, depth: int) -> Values | Missed:
+def _dropped(user: Node, name: str, dims: Dims, axes: Axes, unread: Set[Node], depth: int) -> Values | Missed:
     probability = argument(user, 1, "p", default=0.5)
     train = argument(user, 2, "training", "train", default=True)
     if isinstance(train, Node) or not is_number(probability):
         return Missed("its dropout is computed in the graph", user)
     output = user
     if name == "native_dropout":
-        kept = [each for each in user.users if each.users]
+        kept = [each for each in user.users if each not in unread]
         if len(kept) != 1 or kept[0].args[1] != 0:
             return Missed("the mask of its dropout is used", user)
         output = kept[0]
-    found = find_values(output, dims, axes, depth - 1)
+    found = find_values(output, dims, axes, unread, depth - 1)
     if isinstance(found, Missed):
         return found
     if train is not False and found.dropout != 0.0:

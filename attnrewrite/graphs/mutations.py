@@ -1,16 +1,17 @@
-"""Which tensors of a graph are written to: a tensor read before a write may hold other values after it."""
+"""What a graph writes into, and what it computes for nobody: a tensor read before a write may hold other values after it, and
+a node that nothing reads may go."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Set
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
 from .nodes import value_of
-from .operators import is_higher_order, is_operator, is_packet, is_pytorchs
+from .operators import draws_random_numbers, is_higher_order, is_operator, is_packet, is_pytorchs
 from .spellings import name_of, same_shape, writes_in_place
 from .trees import leaves
 
@@ -34,6 +35,8 @@ RESHAPES = frozenset(
         "set_",
     }
 )
+
+CHECK = "_assert_tensor_metadata"  # torch.export writes one after each cast
 
 
 def written_by(node: Node) -> tuple[Node, ...]:
@@ -69,6 +72,36 @@ def storage_of(value: Any) -> int | None:
     except (NotImplementedError, RuntimeError):  # sparse, or wrapped by torch.func
         return None
     return storage
+
+
+def unread(graph_module: GraphModule) -> frozenset[Node]:
+    """The nodes that compute tensors for nobody: nothing reads them but other such nodes. Only PyTorch's own functions that
+    write nothing and draw no random numbers: without them the graph does the same."""
+    found: set[Node] = set()
+    for node in reversed(graph_module.graph.nodes):
+        if all(user in found or name_of(user) == CHECK for user in node.users) and _only_computes(node):
+            found.add(node)
+    return frozenset(found)
+
+
+def _only_computes(node: Node) -> bool:
+    name = name_of(node)
+    made = leaves(value_of(node))
+    if not name or not made or not all(isinstance(each, torch.Tensor) for each in made):
+        return False
+    return not draws_random_numbers(name) and not written_by(node)
+
+
+def unread_behind(nodes: Iterable[Node], unread: Set[Node]) -> tuple[Node, ...]:
+    """The nodes of `unread` that read any of `nodes`, directly or through others."""
+    found: dict[Node, None] = {}
+    waiting = list(nodes)
+    while waiting:
+        for user in waiting.pop().users:
+            if user in unread and user not in found:
+                found[user] = None
+                waiting.append(user)
+    return tuple(found)
 
 
 class Writes:

@@ -44,6 +44,15 @@ def name_in_aten(target: Any) -> str | None:
     return name if space == "aten" else None
 
 
+def draws_random_numbers(name: str) -> bool:
+    """Whether the aten operators of a name draw random numbers, as "dropout" does."""
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None:
+        return False
+    tags = (getattr(packet, overload).tags for overload in packet.overloads())
+    return any(torch.Tag.nondeterministic_seeded in each for each in tags)
+
+
 def _name_of(target: Any) -> tuple[str, str]:
     """Namespace and name of an operator or a packet; empty texts for another target."""
     if is_operator(target):

@@ -463,6 +463,111 @@ def test_what_must_stay(function, reason):
     assert same
 
 
+def copied_scores(q, k, v, thrown_away):
+    scores = q @ k.mT
+    thrown_away += [scores.clone(), scores.detach().float(), scores.view(8, 7, 11)]
+    return scores.softmax(-1) @ v
+
+
+def copied_weights(q, k, v, thrown_away):
+    weights = (q @ k.mT).softmax(-1)
+    thrown_away += [weights.mean(1), torch.stack([weights, weights * 2]).max(0).values, weights.topk(2)]
+    return F.dropout(weights, 0.5, training=False) @ v
+
+
+def second_product(q, k, v, thrown_away):
+    weights = (q @ k.mT).softmax(-1)
+    thrown_away.append(weights.mT @ q)
+    return weights @ v
+
+
+@pytest.mark.parametrize("exported", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("function", [copied_scores, copied_weights, second_product])
+def test_readers_that_nobody_reads(function, training, exported):
+    """Whisper's and x-transformers' copies for a caller that throws them away. Nothing of them is left."""
+
+    class Attend(nn.Module):
+        def forward(self, q, k, v):
+            return function(q, k, v, [])
+
+    tensors = [each.requires_grad_(training) for each in qkv()]
+    wanted = [each.detach().double().requires_grad_(training) for each in tensors]
+    if exported:
+        graph_module = torch.export.export(Attend(), tuple(tensors)).module()
+        sites = rewrite_graph(graph_module, attnrewrite.with_backend("native").policy).plan.sites
+        graphs, run = [graph_module], graph_module
+    else:
+        graphs = []
+        run, backend = compiled(Attend(), "native", inner=seen(graphs))
+        run(*tensors)
+        sites = backend.report.sites
+    assert [site.chosen for site in sites] == ["native"]
+    assert not [
+        node for node in graphs[0].graph.nodes if not node.users and node.op in ("call_function", "call_method")
+    ]
+    assert softmaxes(graphs[0].graph) == []
+    output, expected = run(*tensors), Attend()(*wanted)
+    assert relative(output, expected) < 1e-5
+    if training:
+        output.square().sum().backward()
+        expected.square().sum().backward()
+        assert all(relative(a.grad, b.grad) < 1e-5 for a, b in zip(tensors, wanted, strict=True))
+
+
+def written_copy(q, k, v):
+    weights = (q @ k.mT).softmax(-1)
+    weights.view(8, 7, 11).mul_(2)
+    return weights @ v
+
+
+def kept_in_a_buffer(q, k, v):
+    kept = torch.zeros(2, 4, 7, 11)
+    weights = (q @ k.mT).softmax(-1)
+    kept[:] = weights
+    return weights @ v, kept
+
+
+def random_reader(q, k, v):
+    """A random number more or less would change all others."""
+    weights = (q @ k.mT).softmax(-1)
+    F.dropout(weights, 0.5)
+    return weights @ v
+
+
+@pytest.mark.parametrize(("function", "reported"), [(written_copy, 0), (kept_in_a_buffer, 1), (random_reader, 1)])
+def test_readers_without_readers_that_do_something(function, reported):
+    torch.manual_seed(0)
+    graphs = []
+    backend = attnrewrite.with_backend("_native_math", inner=seen(graphs))
+    torch.compile(function, backend=backend, fullgraph=True)(*qkv())
+    assert [site.chosen for site in backend.report.sites] == [None] * reported
+    assert len(backend.report.sites) + len(backend.report.near_misses) == 1
+    assert softmaxes(graphs[0].graph)
+
+
+def test_a_fused_kernel_whose_log_sum_exp_is_thrown_away():
+    def step(q, k, v):
+        output, log_sum_exp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v)
+        log_sum_exp.exp().mean(1)
+        return output
+
+    graphs = []
+    run, backend = compiled(step, "_native_math", inner=seen(graphs))
+    tensors = qkv()
+    assert relative(run(*tensors), F.scaled_dot_product_attention(*map(doubled, tensors))) < 1e-5
+    assert [site.chosen for site in backend.report.sites] == ["_native_math"]
+    assert "exp" not in str(graphs[0].graph)
+
+
+def test_an_attention_for_nobody_is_not_listed():
+    def step(q, k, v):
+        (q @ k.mT).softmax(-1) @ v
+        return q + 1
+
+    assert stays(step, *qkv()) == ([], True)
+
+
 def test_strict_raises():
     run, _ = compiled(returned, attnrewrite.with_backend("native", inner="eager", strict=True))
     with pytest.raises(Exception, match="its attention weights are used elsewhere"):
