@@ -432,7 +432,7 @@ def test_parts_that_are_compiled_already_run_as_they_are():
 @pytest.mark.parametrize(
     ("given", "error", "said"),
     [
-        ({"model": 3, "backend": "native"}, TypeError, r"model is 3 \(int\): give a module or a function"),
+        ({"model": 3, "backend": "native"}, TypeError, r"model is 3 \(int\): give a torch.nn.Module"),
         ({"backend": "flesh"}, ValueError, "no attention backend is called 'flesh'"),
         ({"backend": []}, ValueError, "choices is empty"),
         ({"backend": 3}, TypeError, "choices holds 3"),

@@ -181,6 +181,33 @@ def test_strict_names_every_refused_site():
         assert f"  {site.name}: _native_cudnn: DEVICE" in str(raised.value)
 
 
+@pytest.mark.filterwarnings("ignore:rules. .* matches none")
+def test_strict_of_a_model_without_attention_and_of_rules_without_a_match():
+    plain = torch.nn.Linear(32, 32)
+    with pytest.raises(AttentionRefusedError, match="no attention was found"):
+        explain(plain, hidden(), backend=with_backend("native", strict=True))
+    assert str(explain(plain, hidden(), backend="native")).endswith("no attention found")
+    rules = {"*.attn": "native", "*.atn": "flex", "cross": "flex"}
+    with pytest.raises(
+        ValueError, match=r"rules match none of the 3 attention sites:\n  '\*\.atn'; one of the sites is '.*attn'$"
+    ):
+        explain(Model(), hidden(), backend=with_backend("native", rules=rules, strict=True))
+
+
+@pytest.mark.parametrize("call", [explain, attnrewrite.check, attnrewrite.tune])
+def test_a_class_is_refused_before_pytorch_changes_it(call):
+    class Net(Model):
+        pass
+
+    before = Net.__call__
+    for model, said in ((Net, r"model is the class Net: give an object of it, as Net\(...\)"), (3, "model is 3")):
+        with pytest.raises(TypeError, match=said):
+            call(model, hidden(), **({} if call is attnrewrite.tune else {"backend": "native"}))
+    assert Net.__call__ is before
+    with torch.no_grad():
+        assert torch.compile(Net().eval(), backend="eager")(hidden()).shape == hidden().shape
+
+
 def test_strict_of_a_context_too():
     with pytest.raises(AttentionRefusedError), attnrewrite.attention_backend("_native_cudnn", strict=True):
         explain(Model(), hidden(), backend="native")
@@ -266,6 +293,34 @@ def test_meta_model_on_a_described_machine(kernel):
     assert {(site.chosen, site.call.device, site.call.dtype) for site in report.sites} == {(kernel, "cuda", "bfloat16")}
     assert report.graphs[0].machine == HOPPER
     assert "sm_90, torch 2.11.0, cudnn 9.19.0" in str(report)
+
+
+def reads_a_number(query):
+    return attend(query, query, query) * int(query.sum())
+
+
+def chooses_rows(query):
+    return attend(query, query, query)[query[:, 0, 0, 0].nonzero()]
+
+
+def makes_a_tensor_of_a_size(query):
+    length = query[..., 0].new_tensor(query.shape[2])
+    return attend(query, query, query) * torch.where(query[..., 0] > 0, query[..., 0], length).sum()
+
+
+@pytest.mark.parametrize("model", [reads_a_number, chooses_rows, makes_a_tensor_of_a_size])
+def test_what_does_not_trace_on_meta_runs_on_a_cpu(model):
+    query = qkv()[0]
+    said = rf"^{model.__name__} does not trace on meta.*: run it on CPU with machine=.*\. PyTorch says: "
+    with pytest.raises(RuntimeError, match=said) as raised:
+        explain(model, query.to("meta"), backend="native", machine=HOPPER)
+    assert len(str(raised.value)) < 600
+    assert [site.chosen for site in explain(model, query, backend="native", machine=HOPPER).sites] == ["native"]
+
+
+def test_an_error_of_the_model_on_meta_stays_its_own():
+    with pytest.raises(RuntimeError, match="Expected size"):
+        explain(lambda query: attend(query, query, query) + query @ query, qkv()[0].to("meta"), backend="native")
 
 
 def test_described_machine_refuses_what_it_cannot():

@@ -255,6 +255,12 @@ def test_strict_and_wrong_arguments():
     program = exported()[0]
     with pytest.raises(attnrewrite.AttentionRefusedError, match="flash_4 runs on cuda"):
         attnrewrite.rewrite(program, "flash_4", strict=True)
+    with pytest.raises(attnrewrite.AttentionRefusedError, match="no attention was found"):
+        attnrewrite.export(torch.nn.Linear(24, 3), (torch.randn(2, 7, 24),), backend="native", strict=True)
+    report = attnrewrite.report_of(
+        attnrewrite.rewrite(program, "native", rules={"nowhere": "native", "self": "native"})
+    )
+    assert report.unmatched_rules == ["nowhere"]
     with pytest.raises(TypeError, match=r"program is Attend: .*attnrewrite\.export\(model"):
         attnrewrite.rewrite(Attend(), "native")
     with pytest.raises(ValueError, match="no attention backend is called 'nativ'"):

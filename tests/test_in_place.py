@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 import warnings
 
 import diffusers
@@ -127,9 +128,41 @@ def test_rules_name_paths_of_the_whole_model(regional):
         assert inner.graphs == ["flash", "math", "native"]
 
 
-def test_a_rule_that_matches_no_module():
-    with pytest.warns(UserWarning, match=r"rules: 'blocks\.9' matches no module"):
-        set_attention_backend(Model(), FLASH, rules={"blocks.9": MATH}, inner="eager")
+@pytest.mark.parametrize(
+    ("make", "pattern", "remedy"),
+    [
+        (lambda: Pipeline(), "blocks.0", "in a pipeline: 'transformer.blocks.0'"),
+        (lambda: Pipeline(), "blocks.*#1", "in a pipeline: 'transformer.blocks.*#1'"),
+        (
+            lambda: Pipeline(transformer=Model(), transformer_2=Model()),
+            "blocks.3",
+            "in a pipeline: 'transformer.blocks.3' or 'transformer_2.blocks.3'",
+        ),
+        (
+            lambda: Pipeline(unet=Vae()),
+            "projection",
+            "in a pipeline: 'unet.decoder.projection' or 'unet.encoder.projection'",
+        ),
+        (lambda: Pipeline(unet=Vae()), "encoder", "in a pipeline: 'unet.encoder'"),
+        (lambda: Model(), "transformer.blocks.*", r"paths begin at the model that is set: 'blocks.*'"),
+        (lambda: Model(), "blocks.9", "the nearest is 'blocks."),
+        (lambda: Model(), "slef", "the nearest is 'self'"),
+    ],
+)
+def test_a_rule_that_matches_no_module(make, pattern, remedy):
+    model, rules = make(), {pattern: MATH, "*": FLASH}
+    said = re.escape(f"rules: {pattern!r} matches no module of this model; {remedy}")
+    with pytest.warns(UserWarning, match=said):
+        backend = set_attention_backend(model, FLASH, rules=rules, inner="eager")
+    assert backend.report.unmatched_rules == [pattern]
+    assert f"rule {pattern!r} matched none" in str(backend.report)
+    with pytest.warns(UserWarning, match=said):  # a backend object is told the same
+        set_attention_backend(model, backend)
+    reset_attention_backend(model)
+    with pytest.raises(ValueError, match=said):
+        set_attention_backend(model, FLASH, rules=rules, inner="eager", strict=True)
+    parts = model.modules() if isinstance(model, torch.nn.Module) else model.modules.values()
+    assert all(part._compiled_call_impl is None for part in parts)
 
 
 @pytest.mark.parametrize("kind", ["self", "cross", "masked", "unmasked"])
@@ -482,6 +515,11 @@ BAD = {
         lambda: set_attention_backend(3, FLASH),
         TypeError,
         "model is int: give a torch.nn.Module or a diffusers pipeline",
+    ),
+    "a class": (
+        lambda: set_attention_backend(Layer, FLASH),
+        TypeError,
+        r"model is the class Layer: give an object of it",
     ),
     "reset of no model": (lambda: reset_attention_backend("flux"), TypeError, "model is str"),
     "compiled": (

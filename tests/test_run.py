@@ -210,9 +210,12 @@ def test_denoisers_are_compiled_at_their_first_call(tmp_path):
 
 def test_all_models_of_a_pipeline(tmp_path):
     settings = ("--backend", "_native_math", "--compile", "all", "--inner", "eager", "--report", "report.json")
-    done = run(*settings, PLAIN, "--steps", "2", cwd=tmp_path)
+    rules = ("--rule", "vae.*=native", "--rule", "transformer_blocks.0.*=native")
+    done = run(*settings, *rules, PLAIN, "--steps", "2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     data = report_of(tmp_path)
+    assert data["attention"]["unmatched_rules"] == ["transformer_blocks.0.*"]  # without the component's name
+    assert "rule 'transformer_blocks.0.*' matched none" in done.stderr
     assert data["compiled_parts"] == ["transformer", "vae.decoder"]
     assert data["outside"] == {"calls": 0, "places": []}
 

@@ -424,6 +424,16 @@ def test_bad_arguments(given, error, words):
         attnrewrite.tune(attend, *qkv(), **given)
 
 
+def test_meta_tensors_are_refused():
+    given = [each.to("meta") for each in qkv()]
+    with pytest.raises(ValueError, match=r"tune runs the model, .* \(device 'meta'\): .* ask attnrewrite\.explain"):
+        attnrewrite.tune(attend, *given)
+    model = torch.nn.BatchNorm1d(3)
+    model.running_mean = model.running_mean.to("meta")
+    with pytest.raises(ValueError, match=r"tensor \(3,\) without values"):
+        attnrewrite.tune(model, torch.zeros(2, 3))
+
+
 def test_a_model_that_is_none_and_one_without_attention():
     with pytest.raises(TypeError, match="model is 3"):
         attnrewrite.tune(3)
@@ -433,6 +443,7 @@ def test_a_model_that_is_none_and_one_without_attention():
     plan = tuned(torch.nn.Linear(3, 4), torch.randn(2, 3))
     assert plan.sites == ()
     assert "plan of Linear: 0 attention sites" in str(plan)
+    assert str(plan).endswith("no attention found")
 
 
 # -- which is chosen

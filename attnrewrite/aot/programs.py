@@ -13,6 +13,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.fx import GraphModule
 
 from ..entrances.choices import Choice, Choices, Rules, Settings, make_policy, several
+from ..entrances.strictness import hold_strictly, without_sites
 from ..graphs.exported import copied, updated
 from ..graphs.notes import erase_notes, note_literal
 from ..graphs.questions import noted
@@ -66,7 +67,7 @@ def rewrite(
     dtypes and devices and the conditions on symbolic sizes that its kernels need, and raises `AttentionAssertionError`.
 
     Raises `TypeError` for another type of `program`, `ValueError` as `with_backend`, and, under `strict`,
-    `AttentionRefusedError` for an attention that no choice may take.
+    `AttentionRefusedError` for an attention that no choice may take and for a program without attention.
     """
     policy = program_policy(choices, rules, settings)
     if isinstance(program, ExportedProgram):
@@ -82,6 +83,7 @@ def rewrite(
     erase_notes(module.graph)
     report = Report(str(policy))
     report.add(GraphReport.of("graph", outcome))
+    _check(report, policy)
     module.meta[RECORD] = Record(report, (), lambda: original, fingerprint(module))
     return module
 
@@ -182,9 +184,17 @@ def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | N
     signature = _renamed(program.graph_signature, before, _outputs(module))
     report = Report(str(policy))
     report.add(GraphReport.of("program", outcome))
+    _check(report, policy)
     made = updated(program, module, signature)
     made.graph_module.meta[RECORD] = Record(report, checks, lambda: program, fingerprint(made.graph_module))
     return made
+
+
+def _check(report: Report, policy: Policy) -> None:
+    """Raises under strict for a program without attention, and notes the rules that match none."""
+    if policy.strict:
+        hold_strictly(report)
+    report.unmatched_rules[:] = without_sites(policy, report.sites)
 
 
 def _libraries(machine: Machine | None) -> Libraries:

@@ -21,6 +21,7 @@ from torch.nn import Module
 
 from ..entrances import in_place, model_parts
 from ..entrances.compilers import AttentionCompiler
+from ..entrances.strictness import without_sites
 from ..graphs.inner_compilers import NAME, known_compilers
 from ..graphs.modules import drop_implementation, implementation_of, plain_call, set_implementation
 from ..graphs.nodes import is_fake
@@ -125,6 +126,7 @@ class Interception:
     # -- the report
 
     def to_json(self, **about: Any) -> str:
+        self._known_rules()
         places = [
             {"file": file, "line": line, "function": function, "calls": calls}
             for (file, line, function), calls in self.outside.most_common()
@@ -142,7 +144,13 @@ class Interception:
         }
         return json.dumps(data, indent=1)
 
+    def _known_rules(self) -> None:
+        """Notes the rules that matched no attention of any compiled model."""
+        if self.report.sites:
+            self.report.unmatched_rules[:] = without_sites(self.policy, self.report.sites)
+
     def __str__(self) -> str:
+        self._known_rules()
         what = [f"{count(self.calls, 'call')} of torch.compile"] if self.calls else []
         what += [f"{', '.join(dict.fromkeys(self.parts))} of diffusers' pipelines"] if self.parts else []
         lines = [f"attnrewrite run: compiled: {' and '.join(what) or 'nothing'}"]

@@ -18,7 +18,6 @@ from ..measuring.accuracy import accuracy
 from ..measuring.capturing import Captured, capture
 from ..measuring.reference import reference
 from ..measuring.site_graphs import site_graph
-from ..planning.planner import refuse
 from ..planning.policies import Candidate
 from ..planning.sites import Site
 from ..planning.this_machine import machine_of
@@ -27,6 +26,8 @@ from ..reports.reproducing import layouts
 from ..reports.site_fidelity import Outputs, SiteFidelity
 from .choices import Choices
 from .compilers import AttentionCompiler, compiler_of
+from .model_parts import can_run, has_values
+from .strictness import hold_strictly
 
 # Relative errors that rounding explains, by the dtype of the products. Half precision has the record's limit (`Tolerance`).
 ROUNDING = {"float64": 1e-12, "float32": 1e-5}
@@ -60,17 +61,17 @@ def check(
        compiled by itself and runs on the site's tensors; the run itself goes on with the output of `native`.
     3. The model compiled with `backend`, whose output is compared with that of run 1.
 
-    Raises `TypeError` for a model that cannot be called, `ValueError` for tensors without values (device "meta"), the errors
-    of `with_backend`, and those of the model and its kernels; under `strict`, at the end, an `AttentionRefusedError` that
-    names every refused site.
+    Raises `TypeError` for a model that cannot be called (a class, a pipeline), `ValueError` for tensors without values
+    (device "meta"), the errors of `with_backend`, and those of the model and its kernels; under `strict`, at the end, an
+    `AttentionRefusedError` that names every refused site or says that there is no attention, and `ValueError` for a rule that
+    matches no site.
     """
-    if not callable(model):
-        raise TypeError(f"model is {model!r} ({type(model).__name__}): give a module or a function")
+    can_run(model)
     compiler = compiler_of(backend)
     strict = compiler.policy_now().strict
     lenient = AttentionCompiler(compiler.policy, compiler.inner, compiler.machine, prefix=compiler.prefix, lenient=True)
     policy = lenient.policy_now()
-    _with_values(model, args, kwargs)
+    has_values(model, args, kwargs, "check")
 
     target = uncompiled(model)
     with _same_state(target), torch.compiler.set_stance("force_eager"):  # parts of the model may be compiled already
@@ -87,7 +88,7 @@ def check(
     with _same_state(target):
         output = _tensors(traced(model, args, kwargs, lenient))
     if strict:
-        refuse(lenient.report.sites)
+        hold_strictly(lenient.report)
     looked_at = {site.call.site for site in sites}
     missing = tuple(dict.fromkeys(site.name for site in lenient.report.sites if site.name not in looked_at))
     machines = [str(graph.machine) for graph in lenient.report.graphs if graph.machine]
@@ -166,13 +167,3 @@ def _tensors(output: Any) -> list[Tensor]:
     """The floating tensors in the output of a model."""
     given = output if not hasattr(output, "to_tuple") else output.to_tuple()
     return [each.detach() for each in leaves(given) if isinstance(each, Tensor) and each.is_floating_point()]
-
-
-def _with_values(model: Any, args: Any, kwargs: Any) -> None:
-    held = list(model.parameters()) if isinstance(model, torch.nn.Module) else []
-    for each in (*leaves((args, kwargs)), *held):
-        if isinstance(each, Tensor) and each.is_meta:
-            raise ValueError(
-                f"check runs the model, and it has a tensor {tuple(each.shape)} without values (device 'meta'): give real "
-                "tensors, or ask attnrewrite.explain, which needs none"
-            )

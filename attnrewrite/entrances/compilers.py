@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import warnings
 from collections.abc import Callable
@@ -26,11 +25,12 @@ from ..kernels.machines import Machine
 from ..pipeline import Target, rewrite_graph
 from ..planning.planner import AttentionRefusedError, Libraries
 from ..planning.plans import Plan
-from ..planning.policies import Policy, matches
+from ..planning.policies import Policy
 from ..planning.tables import folded
 from ..reports.report import GraphReport, Report
 from . import contexts
 from .choices import SETTINGS, Choice, Choices, CompileSettings, Rules, checks_of_environment, make_policy, several
+from .strictness import nearest, without_sites
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -116,15 +116,13 @@ class AttentionCompiler:
         sites = [site for graph in self.report.graphs if not graph.context for site in graph.plan.sites]
         if not sites or self.prefix:  # of a part: in_place.py has checked the rules against the whole model
             return
-        unmatched = [
-            pattern for pattern, _ in self.policy.rules if not any(matches(pattern, site.call) for site in sites)
-        ]
+        unmatched = without_sites(self.policy, sites)
         self.report.unmatched_rules[:] = unmatched
         for pattern in set(unmatched) - self._warned:
             self._warned.add(pattern)
-            near = difflib.get_close_matches(pattern, [site.name for site in sites], n=1, cutoff=0.0)
+            near = nearest(pattern, [site.name for site in sites])
             warnings.warn(
-                f"rules: {pattern!r} matches none of the {len(sites)} attention sites seen so far (one of them: {near[0]!r}). "
+                f"rules: {pattern!r} matches none of the {len(sites)} attention sites seen so far (one of them: {near!r}). "
                 "Under regional compile a path begins at the compiled block.",
                 stacklevel=2,
             )
@@ -178,8 +176,9 @@ def with_backend(
         site applies.
     inner: the compiler that gets the rewritten graph: a name from `torch._dynamo.list_backends(None)`, or a callable
         `(graph_module, example_inputs, **kwargs)`, which receives torch.compile's `mode` and `options`.
-    strict: True raises `AttentionRefusedError` for an attention that every choice refuses. The compiled model's first call
-        raises it as the `inner_exception` of Dynamo's BackendCompilerFailed, whose message contains the whole text.
+    strict: True raises `AttentionRefusedError` for an attention that every choice refuses, at the compiled model's first
+        call. `explain` and `check` raise it too, at their end, where they know the whole model; there also for a model without
+        attention, and `ValueError` for a rule that matches no attention.
     numerics: how far results may lie from SDPA's: "exact" (the same kernel), "reordered" (rounding, the default) or
         "quantised" (some products in int8 or fp8).
     cast: "bfloat16" or "float16": casts query, key, value and bias to this dtype for a kernel that does not take theirs, and

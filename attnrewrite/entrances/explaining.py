@@ -7,12 +7,14 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from ..graphs.tracing import AttributesOf, predicted, traced, uncompiled
+from ..graphs.tracing import AttributesOf, asks_for_values, predicted, told, traced, uncompiled
 from ..kernels.machines import Machine
-from ..planning.planner import Libraries, refuse
+from ..planning.planner import Libraries
 from ..reports.report import Report
 from .choices import Choices
 from .compilers import AttentionCompiler, compiler_of
+from .model_parts import can_run, tensors_of
+from .strictness import hold_strictly
 
 
 def explain(
@@ -35,9 +37,12 @@ def explain(
     Returns a `Report`. No graph runs: each returns zeros of the right shape, so that tracing goes on after a graph break. Code
     outside of any graph does run, on those zeros. The model, its buffers and PyTorch's compile caches stay unchanged.
 
-    Raises the errors of `with_backend`, and under `strict` an `AttentionRefusedError` that names every refused site of the
-    model, not only those of its first graph.
+    Raises the errors of `with_backend`, `TypeError` for a model that cannot be called (a class, a pipeline), and `RuntimeError`
+    for a model that asks for values of tensors which are on "meta". Under `strict` it raises, for the whole model and not only
+    its first graph, an `AttentionRefusedError` that names every refused site or says that there is no attention, and
+    `ValueError` for a rule that matches no site.
     """
+    can_run(model)
     backend = compiler_of(backend)
     strict = backend.policy_now().strict
     planner = AttentionCompiler(backend.policy, backend.inner, machine, lenient=True)
@@ -46,9 +51,24 @@ def explain(
         planner.rewrite(graph_module, Libraries.PLAN_ONLY)
         return predicted(graph_module)
 
-    with AttributesOf(uncompiled(model)):
-        traced(model, args, kwargs, plan_only)
+    try:
+        with AttributesOf(uncompiled(model)):
+            traced(model, args, kwargs, plan_only)
+    except RuntimeError as error:
+        if any(each.is_meta for each in tensors_of(model, args, kwargs)) and asks_for_values(error):
+            raise RuntimeError(_not_on_meta(model, error)) from None
+        raise
     planner.check_rules()
     if strict:
-        refuse(planner.report.sites)
+        hold_strictly(planner.report)
     return planner.report
+
+
+def _not_on_meta(model: Any, error: RuntimeError) -> str:
+    name = getattr(model, "__qualname__", None) or type(getattr(model, "_orig_mod", model)).__name__
+    what, place = told(error)
+    at = f" ({place})" if place else ""
+    return (
+        f"{name} does not trace on meta{at}: run it on CPU with machine=, which plans for a machine that is elsewhere. "
+        f"PyTorch says: {what}"
+    )

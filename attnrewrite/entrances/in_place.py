@@ -22,6 +22,7 @@ from .choices import Choice, CompileSettings, Rules
 from .compilers import AttentionCompiler, with_backend
 from .model_parts import _components, _join, _known, parts
 from .schedules import Progress, Schedule
+from .strictness import without_modules
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -94,8 +95,9 @@ def set_attention_backend(
     A model that was set before is reset first. A model that was compiled otherwise (`model.compile()`) is so again after the
     reset. Copies and unpickled models are uncompiled, as always after `torch.nn.Module.compile`.
 
-    Raises `TypeError` for a model that is neither module nor pipeline, `ValueError` for an unknown component and for
-    `regional=True` without repeated blocks, and the errors of `with_backend`. The model is then unchanged.
+    Raises `TypeError` for a model that is neither module nor pipeline, `ValueError` for an unknown component, for
+    `regional=True` without repeated blocks and, under `strict`, for a rule that matches no module (without it, a warning), and
+    the errors of `with_backend`. The model is then unchanged.
     """
     plan = choices[0] if len(choices) == 1 and isinstance(choices[0], Schedule) else None
     if len(choices) == 1 and isinstance(choices[0], AttentionCompiler):
@@ -110,8 +112,21 @@ def set_attention_backend(
         compiler = with_backend(*chosen, rules=rules, inner=inner, **settings)
     roots = parts(model, components)
     progress = Progress(plan, None if isinstance(model, Module) else model) if plan is not None else None
+    if any(path or _blocks(path, root, regional) for path, root in roots.items()):
+        _check_rules(compiler, roots)
     compile_parts(roots, compiler, regional, progress, fullgraph=fullgraph, dynamic=dynamic, mode=mode, options=options)
     return compiler
+
+
+def _check_rules(compiler: AttentionCompiler, roots: Mapping[str, Module]) -> None:
+    """Warns of rules that match no module; under strict it raises `ValueError`."""
+    found = without_modules(compiler.policy, roots)
+    lines = [f"rules: {pattern!r} matches no module of this model; {remedy}" for pattern, remedy in found.items()]
+    if lines and compiler.policy.strict:
+        raise ValueError("strict=True, and " + "\n".join(lines))
+    compiler.report.unmatched_rules[:] = found
+    for line in lines:
+        warnings.warn(line, stacklevel=3)
 
 
 def compile_parts(
@@ -124,8 +139,6 @@ def compile_parts(
     """Compiles modules in place, as `set_attention_backend` does. roots: by path. how: arguments of torch.compile."""
     blocks = {path: _blocks(path, root, regional) for path, root in roots.items()}
     made = {path: _compiled(path, root, blocks[path], compiler, how) for path, root in roots.items()}
-    if any(path or blocks[path] for path in roots):
-        _warn_of_rules(compiler.policy, roots)
 
     for path, root in roots.items():
         _undo(root)
@@ -213,11 +226,3 @@ def _treatment(policy: Policy, path: str, block: Module) -> Any:
     return tuple(
         (name, next((glob for glob in globs if fnmatch.fnmatchcase(full, glob)), None)) for name, full in inside.items()
     )
-
-
-def _warn_of_rules(policy: Policy, roots: Mapping[str, Module]) -> None:
-    paths = [_join(path, name) for path, root in roots.items() for name, _ in root.named_modules()]
-    for pattern, _ in policy.rules:
-        plain = pattern.split("#")[0]
-        if pattern not in KINDS and not any(fnmatch.fnmatchcase(path, plain) for path in paths):
-            warnings.warn(f"rules: {pattern!r} matches no module of this model", stacklevel=4)

@@ -1,4 +1,4 @@
-"""The parts of a pipeline or a model to compile: components, their encoders and decoders, repeated blocks."""
+"""The model that a user gives: what may run, and its parts to compile (components, encoders and decoders, repeated blocks)."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch.nn import Module
+
+from ..graphs.trees import leaves
 
 DENOISERS = ("transformer", "transformer_2", "unet")
 
@@ -40,7 +42,44 @@ def parts(model: Any, components: Iterable[str] | None = None) -> dict[str, Modu
     return found
 
 
+def can_run(model: Any) -> None:
+    """Raises `TypeError` for a model that cannot be called with the inputs of one step."""
+    _no_class(model)
+    if isinstance(getattr(model, "components", None), dict):
+        raise TypeError(
+            f"model is a pipeline ({type(model).__name__}): give its denoiser, as pipe.transformer, with the inputs of one step"
+        )
+    if not callable(model):
+        raise TypeError(
+            f"model is {model!r} ({type(model).__name__}): give a torch.nn.Module, or a function of tensors"
+        )
+
+
+def _no_class(model: Any) -> None:
+    """torch.compile would change the class itself, for every later object of it."""
+    if isinstance(model, type):
+        raise TypeError(f"model is the class {model.__name__}: give an object of it, as {model.__name__}(...)")
+
+
+def has_values(model: Any, args: Any, kwargs: Any, function: str) -> None:
+    """Raises `ValueError` for a tensor on the device "meta", for a function that runs the model."""
+    owner = getattr(model, "__self__", model)  # the object of a bound method
+    for each in tensors_of(owner, args, kwargs):
+        if each.is_meta:
+            raise ValueError(
+                f"{function} runs the model, and it has a tensor {tuple(each.shape)} without values (device 'meta'): give real "
+                "tensors, or ask attnrewrite.explain, which needs none"
+            )
+
+
+def tensors_of(model: Any, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """The inputs, the parameters and the buffers."""
+    held = [*model.parameters(), *model.buffers()] if isinstance(model, Module) else []
+    return [each for each in (*leaves((args, kwargs)), *held) if isinstance(each, torch.Tensor)]
+
+
 def _components(pipeline: Any) -> dict[str, Module]:
+    _no_class(pipeline)
     named = getattr(pipeline, "components", None)
     if not isinstance(named, Mapping):
         raise TypeError(f"model is {type(pipeline).__name__}: give a torch.nn.Module or a diffusers pipeline")

@@ -22,6 +22,7 @@ from ..planning.sites import Site
 from ..planning.this_machine import machine_of
 from ..version import __version__
 from .choices import Choices, candidates_of, make_policy, numerics_of
+from .model_parts import can_run, has_values
 
 
 def tune(
@@ -66,9 +67,11 @@ def tune(
 
     Returns a `Plan`. Ctrl-C ends the run and returns the plan so far (`plan.tuning.complete` is False).
 
-    Raises `TypeError` and `ValueError` for other arguments, `RuntimeError` for a GPU that hangs, and the model's own errors.
+    Raises `TypeError` and `ValueError` for other arguments (a class, a pipeline, tensors on "meta" among them), `RuntimeError`
+    for a GPU that hangs, and the model's own errors.
     """
     search = read_search(model, candidates, numerics, max_error, min_gain, inner, time_limit)
+    has_values(model, args, kwargs, "tune")
     return search_model(model, args, kwargs, search, progress=progress)
 
 
@@ -126,14 +129,7 @@ def read_search(
     time_limit: Any = 60.0,
 ) -> Search:
     """The arguments of `tune` as a `Search`. Raises `TypeError` and `ValueError` as `tune`."""
-    if isinstance(getattr(model, "components", None), dict):
-        raise TypeError(
-            f"model is a pipeline ({type(model).__name__}): give its denoiser, as pipe.transformer, with the inputs of one step"
-        )
-    if not callable(model):
-        raise TypeError(
-            f"model is {model!r} ({type(model).__name__}): give a torch.nn.Module, or a function of tensors"
-        )
+    can_run(model)
     numbers = {"max_error": max_error, "min_gain": min_gain, "time_limit": time_limit}
     for name, value in numbers.items():
         if name == "max_error" and value is None:

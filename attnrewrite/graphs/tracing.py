@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -43,6 +44,27 @@ def as_itself(error: Exception) -> Exception:
     kind: Any = type(error)
     raised: Exception = _as_itself(kind)(*error.args, first_useful_frame=None)
     return raised
+
+
+# In the errors of PyTorch and Dynamo (2.9 to 2.15) where code asks for the values of a tensor on "meta". The last one: Dynamo
+# makes a tensor of a number, outside of its fake mode.
+VALUES = ("meta tensor", "register_meta", "convert all Tensors to FakeTensors")
+
+
+def asks_for_values(error: RuntimeError) -> bool:
+    """Whether the model asked for the values of a tensor on "meta"."""
+    return any(words in str(error) for words in VALUES)
+
+
+def told(error: RuntimeError) -> tuple[str, str]:
+    """The first sentences of an error in one line, and the place in the user's code ("file.py:12"; "" if not known). Dynamo
+    wraps the error of an operator in a page of its own."""
+    text = str(error)
+    inner = re.search(r"got \w+\((['\"])(.*?)\1\)", text)
+    places = re.findall(r'File "([^"]+)", line (\d+)', text.partition("from user code:")[2])
+    place = f"{places[-1][0]}:{places[-1][1]}" if places else ""
+    said = inner[2] if inner else text.strip().splitlines()[0]
+    return said if len(said) <= 160 else f"{said[:160]}...", place
 
 
 def recompilations(most: int) -> AbstractContextManager[Any]:

@@ -19,6 +19,8 @@ def tuned_table(sites: Sequence[Site], tuning: Tuning | None) -> str:
         key = (repr({**vars(site.call), "site": "", "role": ""}), site.chosen, site.measured)
         groups.setdefault(key, []).append(site)
     lines = [_heading(len(sites), len(groups), tuning)]
+    if not groups:
+        return "\n".join([*lines, "no attention found"])
     rows = [("site", "query (B, H, S, D)", "key, value", "dtype", "mask", "kernel")]
     rows += [
         (folded([site.name for site in group]), *cells(group[0].call), group[0].chosen or "(unchanged)")
@@ -27,7 +29,7 @@ def tuned_table(sites: Sequence[Site], tuning: Tuning | None) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     texts = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.append(texts[0])
-    everywhere = set.intersection(*(_refused(group[0]) for group in groups.values())) if groups else set()
+    everywhere = set.intersection(*(_refused(group[0]) for group in groups.values()))
     for text, group in zip(texts[1:], groups.values(), strict=True):
         lines.append(text)
         lines += [f"    {line}" for line in (*_measured(group[0]), *_by_code(_refused(group[0]) - everywhere))]

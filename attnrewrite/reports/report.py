@@ -83,7 +83,7 @@ class Report:
 
     policy: the choices of kernels.
     graphs: a `GraphReport` for each graph, in the order of their compilation.
-    unmatched_rules: patterns of `rules` that matched no site.
+    unmatched_rules: patterns of `rules` that matched no site, or no module of a model that was set by its blocks.
     """
 
     policy: str = ""
@@ -199,8 +199,9 @@ class Report:
         return Report.from_dict(data)
 
     def __str__(self) -> str:
+        rules = [f"rule {pattern!r} matched none of these sites" for pattern in self.unmatched_rules]
         if not self.graphs:
-            return f"attnrewrite ({self.policy}): {NOTHING}"
+            return "\n".join([f"attnrewrite ({self.policy}): {NOTHING}", *rules])
         sites = self.sites
         lines = [
             f"attnrewrite ({self.policy}): {count(len(sites), 'attention site')} in {count(len(self.graphs), 'graph')}: "
@@ -211,8 +212,8 @@ class Report:
         for context in dict.fromkeys(graph.context for graph in self.graphs):
             lines += [f"in attention_backend({context}):"] if context else []
             lines += _table(site for graph in self.graphs if graph.context == context for site in graph.plan.sites)
-        lines += near_miss_lines(self.near_misses)
-        lines += [f"rule {pattern!r} matched none of these sites" for pattern in self.unmatched_rules]
+        lines += [] if sites else ["no attention found"]
+        lines += [*near_miss_lines(self.near_misses), *rules]
         return "\n".join(lines)
 
 
@@ -223,6 +224,8 @@ def _table(sites: Iterable[Site]) -> list[str]:
         groups.setdefault(
             (_call_key(site.call), site.decisions, site.chosen, site.source, site.note, site.stale), []
         ).append(site)
+    if not groups:
+        return []
     rows = [("site", "query (B, H, S, D)", "key, value", "dtype", "mask", "kernel")]
     notes: list[list[str]] = [[]]
     for members in groups.values():
