@@ -2,8 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The torch version that the tests run with. The package itself works with any torch >= 2.9.
+# The torch version that the tests run with. The package itself works with any torch >= 2.9. Another version gets a virtual
+# environment of its own: `make test TORCH=torch==2.15.0`. Where pip's constraints hold an older one: PIP_CONSTRAINT=/dev/null.
 TORCH ?= torch==2.13.0
+ifneq ($(TORCH),torch==2.13.0)
+VENV := .venv-$(subst =,,$(TORCH))
+endif
 
 .PHONY: demo test check clean
 
@@ -25,4 +29,4 @@ check: $(VENV)/.installed
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info out
+	rm -rf .venv .venv-* build dist *.egg-info out

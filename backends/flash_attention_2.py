@@ -21,17 +21,19 @@ from ..kernels.sources import Hub, Package
 # -- the library's functions
 
 
-def forward(library: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> Any:
-    return library.flash_attn_func(query, key, value, 0.0, scale, causal, return_attn_probs=True)
+def forward(
+    library: Any, query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None, left: int, right: int
+) -> Any:
+    return library.flash_attn_func(query, key, value, 0.0, scale, causal, (left, right), return_attn_probs=True)
 
 
 def backward(
     library: Any, grad: Tensor, output: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    causal: bool, scale: float | None,
+    causal: bool, scale: float | None, left: int, right: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     grads = tuple(torch.empty_like(tensor) for tensor in (query, key, value))
     library.flash_attn_interface._flash_attn_backward(
-        grad, query, key, value, output, logsumexp, *grads, 0.0, _scale(query, scale), causal, -1, -1, 0.0, None,
+        grad, query, key, value, output, logsumexp, *grads, 0.0, _scale(query, scale), causal, left, right, 0.0, None,
         torch.are_deterministic_algorithms_enabled(), None,
     )  # fmt: skip
     return grads
@@ -39,22 +41,22 @@ def backward(
 
 def varlen_forward(
     library: Any, query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
-    causal: bool, scale: float | None,
+    causal: bool, scale: float | None, left: int, right: int,
 ) -> Any:  # fmt: skip
     return library.flash_attn_varlen_func(
-        query, key, value, cu_q, cu_k, max_q, max_k, 0.0, scale, causal, return_attn_probs=True
+        query, key, value, cu_q, cu_k, max_q, max_k, 0.0, scale, causal, (left, right), return_attn_probs=True
     )
 
 
 def varlen_backward(
     library: Any, grad: Tensor, output: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float | None,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float | None, left: int, right: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     # The kernel writes no gradient for keys behind the end of the last sequence: it is zero.
     grads = (torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value))
     library.flash_attn_interface._flash_attn_varlen_backward(
         grad, query, key, value, output, logsumexp, *grads, cu_q, cu_k, max_q, max_k, 0.0, _scale(query, scale),
-        causal, -1, -1, 0.0, None, torch.are_deterministic_algorithms_enabled(), None,
+        causal, left, right, 0.0, None, torch.are_deterministic_algorithms_enabled(), None,
     )  # fmt: skip
     return grads
 
@@ -71,13 +73,14 @@ def as_the_query(query: Tensor, value: Tensor) -> Tensor:
 FLASH = Backend(
     name="flash",
     family="FlashAttention",
-    op=dense_kernel("flash_2", forward, backward, output=as_the_query),
+    op=dense_kernel("flash_2", forward, backward, windows=True, output=as_the_query),
     summary="FlashAttention 2",
     devices=frozenset({"cuda"}),
     capability=((8, 0), (12, 1)),
     dtypes=frozenset({"float16", "bfloat16"}),
     head_dim=HeadDim(max=256, multiple=8, pad=True),
-    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT}),
+    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT, MaskKind.SLIDING_WINDOW}),
+    max_batch=65_535,
     gqa=True,
     backward=True,
     layout="bshd",
@@ -88,7 +91,7 @@ FLASH = Backend(
 FLASH_VARLEN = replace(
     FLASH,
     name="flash_varlen",
-    op=packed_kernel("flash_2_varlen", varlen_forward, varlen_backward, output=as_the_query),
+    op=packed_kernel("flash_2_varlen", varlen_forward, varlen_backward, windows=True, output=as_the_query),
     summary="FlashAttention 2 on packed keys, for key padding",
     masks=FLASH.masks | {MaskKind.KEY_PADDING},
     prepare=packing,

@@ -6,15 +6,19 @@ Forward only: the wheel has no backward, and no other build was tried. Causal is
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..graphs.sizes import described, holds
 from ..kernels import ops
 from ..kernels.calls import AttentionCall, MaskKind
-from ..kernels.library_kernels import packed_kernel
+from ..kernels.decisions import Code, Refused
+from ..kernels.library_kernels import packed_kernel, window_size
+from ..kernels.machines import Machine
 from ..kernels.packing import Leading, lead, leading, packing, packing_steps
 from ..kernels.records import Backend, HeadDim, Numerics, Tolerance
 from ..kernels.sources import Hub, Package
@@ -26,11 +30,14 @@ FP8 = torch.float8_e4m3fn
 
 def forward(
     library: Any, query: Tensor, key: Tensor, value: Tensor, seqused_k: Tensor | None, causal: bool, scale: float | None,
-    q_descale: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None,
+    left: int, right: int, q_descale: Tensor | None, k_descale: Tensor | None, v_descale: Tensor | None,
 ) -> Tensor:  # fmt: skip
     given = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
     if seqused_k is None:
-        return _output(library.flash_attn_func(query, key, value, softmax_scale=scale, causal=causal, **given))
+        window = (left, right)
+        return _output(
+            library.flash_attn_func(query, key, value, softmax_scale=scale, causal=causal, window_size=window, **given)
+        )
     return _output(
         library.flash_attn_with_kvcache(
             query, key, value, cache_seqlens=seqused_k, softmax_scale=scale, causal=causal, num_splits=1, **given
@@ -40,10 +47,10 @@ def forward(
 
 def varlen_forward(
     library: Any, query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
-    causal: bool, scale: float | None,
+    causal: bool, scale: float | None, left: int, right: int,
 ) -> Any:  # fmt: skip
     return library.flash_attn_varlen_func(
-        query, key, value, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal
+        query, key, value, cu_q, cu_k, max_q, max_k, softmax_scale=scale, causal=causal, window_size=(left, right)
     )
 
 
@@ -59,8 +66,8 @@ def fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
 
 FLASH_3 = ops.register(
     "flash_3",
-    "(Tensor query, Tensor key, Tensor value, Tensor? seqused_k, bool causal, float? scale, Tensor? q_descale, "
-    "Tensor? k_descale, Tensor? v_descale) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor? seqused_k, bool causal, float? scale, int left, int right, "
+    "Tensor? q_descale, Tensor? k_descale, Tensor? v_descale) -> Tensor",
     forward,
     fake,
     flops=ops.products,
@@ -73,7 +80,7 @@ def flash_3(
 ) -> Tensor:
     output: Tensor = FLASH_3(
         query, lead(key, used), lead(value, used), used and used.seqused_k, call.mask.is_causal, call.scale,
-        None, None, None, needs_grad=False, origin=origin,
+        *window_size(call), None, None, None, needs_grad=False, origin=origin,
     )  # fmt: skip
     return output
 
@@ -85,7 +92,7 @@ def flash_3_fp8(
     (q8, q_scale), (k8, k_scale), (v8, v_scale) = (_to_fp8(tensor, call.kv_heads) for tensor in (query, key, value))
     output: Tensor = FLASH_3(
         q8, lead(k8, used), lead(v8, used), used and used.seqused_k, call.mask.is_causal, call.scale,
-        q_scale, k_scale, v_scale, needs_grad=False, origin=origin,
+        *window_size(call), q_scale, k_scale, v_scale, needs_grad=False, origin=origin,
     )  # fmt: skip
     return output.to(query.dtype)
 
@@ -97,7 +104,68 @@ def _to_fp8(tensor: Tensor, kv_heads: Any) -> tuple[Tensor, Tensor]:
     return (grouped / scale[:, None, :, None, None]).to(FP8).flatten(2, 3), scale
 
 
-flash_3_varlen = packed_kernel("flash_3_varlen", varlen_forward)
+flash_3_varlen = packed_kernel("flash_3_varlen", varlen_forward, windows=True)
+
+# -- limits that no field of a record expresses
+
+
+def value_dims(call: AttentionCall, machine: Machine) -> Refused | None:
+    """Where value_dim differs from head_dim the library has kernels for Hopper alone: head_dim up to 64 with any value_dim, and
+    head_dim from 129 to 192 with value_dim from 97 to 128 (hopper/flash_api.cpp)."""
+    if holds(call.value_dim == call.head_dim):
+        return None
+    if machine.capability == (9, 0) and (holds(call.head_dim <= 64) or _wide_with_128(call)):
+        return None
+    return _other_value_dim(call, "head_dim up to 64, or head_dim 192 and value_dim 128, on Hopper")
+
+
+def value_dims_in_fp8(call: AttentionCall, machine: Machine) -> Refused | None:
+    """In fp8 head_dim 64 with a wider value is wrong in silence (fa3-fwd 0.0.3: a relative error of 0.76 at value_dim 128)."""
+    if holds(call.value_dim == call.head_dim) or _wide_with_128(call):
+        return None
+    return _other_value_dim(call, "head_dim 192 and value_dim 128")
+
+
+def _wide_with_128(call: AttentionCall) -> bool:
+    wide = holds(call.head_dim > 128) and holds(call.head_dim <= 192)
+    return wide and holds(call.value_dim > 96) and holds(call.value_dim <= 128)
+
+
+def _other_value_dim(call: AttentionCall, taken: str) -> Refused:
+    return Refused(
+        Code.VALUE_DIM,
+        f"FlashAttention 3 takes another value_dim with {taken}: "
+        f"value_dim is {described(call.value_dim)} and head_dim {described(call.head_dim)}",
+        "Choose a kernel that takes a value_dim other than head_dim",
+    )
+
+
+def built(library: Any, call: AttentionCall, machine: Machine) -> Refused | None:
+    """A build may lack kernels: setup.py writes its switches into a module of its own, flash_attn_config (fa3_fwd_config in the
+    wheel fa3-fwd). A build without this module is taken to have every kernel."""
+    flags = _flags(library)
+    for flag, needed, what in (
+        ("FLASHATTENTION_DISABLE_FP16", call.dtype == "float16", "float16"),
+        ("FLASHATTENTION_DISABLE_LOCAL", call.mask.kind is MaskKind.SLIDING_WINDOW, "sliding windows"),
+        ("FLASHATTENTION_DISABLE_VARLEN", call.mask.kind is MaskKind.KEY_PADDING, "sequences of several lengths"),
+    ):
+        if needed and flags.get(flag):
+            return Refused(
+                Code.BROKEN,
+                f"this build of FlashAttention 3 lacks {what}: {flag} was set",
+                "Build hopper/ without that switch, or choose another kernel",
+            )
+    return None
+
+
+def _flags(library: Any) -> dict[str, bool]:
+    name = str(library.__name__).removesuffix("_interface") + "_config"
+    try:
+        config: dict[str, Any] = importlib.import_module(name).CONFIG
+    except (ImportError, AttributeError):
+        return {}
+    return dict(config.get("build_flags", {}))
+
 
 FROM_SOURCE = Backend(
     name="_flash_3",
@@ -108,11 +176,14 @@ FROM_SOURCE = Backend(
     capability=((8, 0), (9, 0)),
     dtypes=frozenset({"float16", "bfloat16"}),
     head_dim=HeadDim(max=256, multiple=8, pad=True),
-    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT, MaskKind.KEY_PADDING}),
+    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT, MaskKind.KEY_PADDING, MaskKind.SLIDING_WINDOW}),
     gqa=True,
+    value_dim=True,
     layout="bshd",
     prepare=leading,
     steps=packing_steps,
+    checks=(value_dims,),
+    library_check=built,
     tested="stand-in",
     source=Package("flash-attn-3", "flash_attn_interface"),
     requires={"flash-attn-3": ">=3.0.0b1"},
@@ -121,11 +192,12 @@ FROM_SOURCE = Backend(
         'or, for Hopper and bfloat16, pip install "fa3-fwd>=0.0.3"'
     },
 )
-# The wheel on PyPI has kernels for Hopper and bfloat16 only.
+# The wheel on PyPI has kernels for Hopper and bfloat16 only, and none for windows.
 FROM_PYPI = replace(
     FROM_SOURCE,
     capability=((9, 0), (9, 0)),
     dtypes=frozenset({"bfloat16"}),
+    masks=FROM_SOURCE.masks - {MaskKind.SLIDING_WINDOW},
     tested="sm_90",
     source=Package("fa3-fwd", "fa3_fwd_interface"),
     requires={"fa3-fwd": ">=0.0.3"},
@@ -157,6 +229,8 @@ def _fp8(record: Backend) -> Backend:
         summary="FlashAttention 3 with query, key and value in fp8 e4m3",
         capability=((9, 0), (9, 0)),
         head_dim=HeadDim(max=256, multiple=16, pad=True),
+        masks=record.masks - {MaskKind.SLIDING_WINDOW},  # not tried
+        checks=(value_dims_in_fp8,),
         numerics=Numerics.QUANTISED,
         tolerance=Tolerance(8e-2, "three mantissa bits: 5.4e-2 measured on Gaussian data"),
     )

@@ -16,6 +16,7 @@ from ..graphs.sizes import described, holds
 from ..kernels import ops
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.decisions import Code, Refused
+from ..kernels.library_kernels import window_size
 from ..kernels.machines import Machine
 from ..kernels.packing import Leading, lead, leading, packing_steps
 from ..kernels.records import Backend, HeadDim
@@ -24,41 +25,49 @@ from ..kernels.sources import Hub, Package
 
 def forward(
     library: Any, query: Tensor, key: Tensor, value: Tensor, seqused_k: Tensor | None, causal: bool,
-    scale: float | None, logsumexp: bool,
+    scale: float | None, left: int, right: int, logsumexp: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     given: dict[str, Any] = {"return_lse": True} if logsumexp else {}
     if seqused_k is not None:
         given["seqused_k"] = seqused_k
     attention = library.flash_attn_func if seqused_k is None else library.flash_attn_varlen_func
-    result = attention(query, key, value, softmax_scale=scale, causal=causal, **given)
+    window = (_end(left), _end(right))
+    result = attention(query, key, value, softmax_scale=scale, causal=causal, window_size=window, **given)
     output, found = result[:2] if isinstance(result, tuple) else (result, None)
     return output, found if logsumexp else query.new_empty(0, dtype=torch.float32)
 
 
 def backward(
     library: Any, grad: Tensor, output: Tensor, logsumexp: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    seqused_k: Tensor | None, causal: bool, scale: float | None, _: bool,
+    seqused_k: Tensor | None, causal: bool, scale: float | None, left: int, right: int, _: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     # The kernel writes no gradient for keys that are not in use: it is zero.
     new = torch.empty_like if seqused_k is None else torch.zeros_like
     grads = dq, dk, dv = torch.empty_like(query), new(key), new(value)
     library.interface._flash_attn_bwd(
-        query, key, value, output, grad, logsumexp, scale, causal, seqused_k=seqused_k,
+        query, key, value, output, grad, logsumexp, scale, causal,
+        window_size_left=_end(left), window_size_right=_end(right), seqused_k=seqused_k,
         deterministic=torch.are_deterministic_algorithms_enabled(), dq=dq, dk=dk, dv=dv,
     )  # fmt: skip
     return grads
 
 
+def _end(size: int) -> int | None:
+    """One end of a window: the library takes None for all keys on that side."""
+    return None if size < 0 else size
+
+
 def fake(
-    query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, causal: bool, scale: float | None, logsumexp: bool
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, _: Tensor | None, causal: bool, scale: float | None, left: int, right: int,
+    logsumexp: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return ops.dense_output(query, value), ops.logsumexp_of(query, logsumexp)
 
 
 FLASH_4 = ops.register(
     "flash_4",
-    "(Tensor query, Tensor key, Tensor value, Tensor? seqused_k, bool causal, float? scale, bool wants_logsumexp) "
-    "-> (Tensor, Tensor)",
+    "(Tensor query, Tensor key, Tensor value, Tensor? seqused_k, bool causal, float? scale, int left, int right, "
+    "bool wants_logsumexp) -> (Tensor, Tensor)",
     forward,
     fake,
     flops=ops.products,
@@ -71,8 +80,8 @@ def flash_4(
     query: Tensor, key: Tensor, value: Tensor, used: Leading | None, *, call: AttentionCall, origin: ops.Origin
 ) -> Tensor:
     output: Tensor = FLASH_4(
-        query, lead(key, used), lead(value, used), used and used.seqused_k, call.mask.is_causal, call.scale, call.needs_grad,
-        needs_grad=call.needs_grad, origin=origin,
+        query, lead(key, used), lead(value, used), used and used.seqused_k, call.mask.is_causal, call.scale,
+        *window_size(call), call.needs_grad, needs_grad=call.needs_grad, origin=origin,
     )[0]  # fmt: skip
     return output
 
@@ -81,8 +90,31 @@ def head_dim_on_blackwell(call: AttentionCall, machine: Machine) -> Refused | No
     """On sm_100 and sm_110 the limit is 128 (`_validate_head_dims` of flash_attn/cute/interface.py)."""
     if machine.capability is None or machine.capability[0] not in (10, 11) or holds(call.head_dim <= 128):
         return None
+    if holds(call.head_dim == 192) and holds(call.value_dim == 128):
+        return None
     detail = f"flash_4 takes head_dim up to 128 on this GPU, this is {described(call.head_dim)}"
     return Refused(Code.HEAD_DIM, detail, "Choose a kernel for wide heads")
+
+
+def value_dims(call: AttentionCall, machine: Machine) -> Refused | None:
+    """Where value_dim differs from head_dim, the library says that it takes both up to 256 on Hopper. With head_dim 64 and
+    value_dim 256 ptxas runs out of registers; the backward was right for 192 and 128 only, for 64 and 128 it asks for too much
+    shared memory. On Blackwell the library takes both up to 128, or 192 and 128."""
+    if holds(call.value_dim == call.head_dim):
+        return None
+    deepseek = holds(call.head_dim == 192) and holds(call.value_dim == 128)
+    on_hopper = machine.capability is not None and machine.capability[0] == 9
+    if deepseek or (
+        not call.needs_grad and holds(call.value_dim <= 128) and (on_hopper or holds(call.head_dim <= 128))
+    ):
+        return None
+    taken = "head_dim 192 and value_dim 128" if call.needs_grad else "value_dim up to 128"
+    return Refused(
+        Code.VALUE_DIM,
+        f"FlashAttention 4 takes another value_dim with {taken} here: "
+        f"value_dim is {described(call.value_dim)} and head_dim {described(call.head_dim)}",
+        "Choose a kernel that takes a value_dim other than head_dim",
+    )
 
 
 PACKAGE = Backend(
@@ -94,13 +126,15 @@ PACKAGE = Backend(
     capability=((9, 0), (11, 0)),
     dtypes=frozenset({"float16", "bfloat16"}),
     head_dim=HeadDim(max=256, multiple=8, pad=True),
-    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT, MaskKind.KEY_PADDING}),
+    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT, MaskKind.KEY_PADDING, MaskKind.SLIDING_WINDOW}),
     gqa=True,
+    value_dim=True,
+    max_batch=65_535,
     backward=True,
     layout="bshd",
     prepare=leading,
     steps=packing_steps,
-    checks=(head_dim_on_blackwell,),
+    checks=(value_dims, head_dim_on_blackwell),
     tested="sm_90",
     source=Package("flash-attn-4", "flash_attn.cute"),
     requires={"flash-attn-4": ">=4.0.0b1"},

@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,10 @@ class Prepared:
     mask_tensors: tuple[Tensor, ...] = ()  # the boolean mask that mask_mod reads
 
 
-def flex(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call: AttentionCall) -> Tensor:
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call: AttentionCall, kernel: str = "AUTO"
+) -> Tensor:
+    """kernel: which template Inductor takes (`kernel_options={"BACKEND": ...}`, torch 2.11 on)."""
     options: dict[str, Any] = {
         "PRESCALE_QK": False,
         "ROWS_GUARANTEED_SAFE": False,  # a row without any key gives zeros, as in SDPA
@@ -47,7 +51,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call:
         "OUTPUT_MAX": False,
     }
     if satisfies(torch.__version__, ">=2.11"):
-        options["BACKEND"] = "AUTO"
+        options["BACKEND"] = kernel
     scale = float(int(call.head_dim)) ** -0.5 if call.scale is None else call.scale
     if call.device == "cpu":
         query, key, value = STORED(query), STORED(key), STORED(value)
@@ -80,13 +84,14 @@ STORED = _stored()
 
 def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
     """Block lists, score_mod and mask_mod for a mask; no host synchronisation, no shape that depends on data."""
+    if call.mask.is_causal or call.mask.kind is MaskKind.SLIDING_WINDOW:
+        window = call.mask.window or (None, 0)  # causal: all keys before, none after
+        some, all_ = _window_blocks(key, call, window)
+        return Prepared(_lists(some, all_, call), _keep_score(), _inside(window))
     if mask is not None and mask.dtype == torch.bool:
         some, all_ = _blocks_of(mask, call)
         tensor, dims = _squeezed(mask, call)
         return Prepared(_lists(some, all_, call), _keep_score(), _read_mask(dims), mask_tensors=(tensor,))
-    if call.mask.is_causal:
-        some, all_ = _causal_blocks(key, call)
-        return Prepared(_lists(some, all_, call), _keep_score(), _lower_triangle())
     count = torch.ones((1, 1, 1), dtype=torch.int32, device=key.device)
     index = torch.zeros((1, 1, 1, 1), dtype=torch.int32, device=key.device)
     blocks = _tuple(call, (count, index, None, None, count, index, None, None), WHOLE)
@@ -112,14 +117,22 @@ def _blocks_of(mask: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     return some.expand(batch, heads, rows, columns), all_.expand(batch, heads, rows, columns)
 
 
-def _causal_blocks(key: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+Window = tuple[Size | None, Size | None]  # keys before and after a query's own position; None: all of them
+
+
+def _window_blocks(key: Tensor, call: AttentionCall, window: Window) -> tuple[Tensor, Tensor]:
+    left, right = window
     rows: Any = _count(call.q_len)
     columns: Any = _count(call.kv_len)
-    row = torch.arange(rows, device=key.device)[:, None]
-    column = torch.arange(columns, device=key.device)[None, :]
-    some = column <= row
-    # Blocks below the diagonal are full, except a last block that kv_len cuts off.
-    all_ = (column < row) & (column * BLOCK + BLOCK <= call.kv_len)
+    row = torch.arange(rows, device=key.device)[:, None] * BLOCK
+    column = torch.arange(columns, device=key.device)[None, :] * BLOCK
+    first, last = column - row - (BLOCK - 1), column - row + (BLOCK - 1)  # the distances from query to key in a block
+    some = torch.ones_like(first, dtype=torch.bool)
+    all_ = some & (column + BLOCK <= call.kv_len)  # kv_len may cut off the last block
+    if right is not None:
+        some, all_ = some & (first <= right), all_ & (last <= right)
+    if left is not None:
+        some, all_ = some & (last >= -left), all_ & (first >= -left)
     return some[None, None], all_[None, None]
 
 
@@ -207,8 +220,21 @@ def _read_mask(dims: tuple[int, ...]) -> GraphModule:
     return _graph((*INDICES, "mask"), lambda graph, *rest: _load(graph, dims, *rest))
 
 
-def _lower_triangle() -> GraphModule:
-    return _graph(INDICES, lambda graph, b, h, q_idx, kv_idx: graph.call_function(operator.ge, (q_idx, kv_idx)))
+def _inside(window: Window) -> GraphModule:
+    left, right = window
+
+    def body(graph: Graph, b: Node, h: Node, q_idx: Node, kv_idx: Node) -> Node:
+        if (left, right) == (None, 0):
+            return graph.call_function(operator.ge, (q_idx, kv_idx))
+        distance = graph.call_function(operator.sub, (kv_idx, q_idx))
+        ends = []
+        if right is not None:
+            ends.append(graph.call_function(operator.le, (distance, right)))
+        if left is not None:
+            ends.append(graph.call_function(operator.ge, (distance, -left)))
+        return ends[0] if len(ends) == 1 else graph.call_function(operator.and_, tuple(ends))
+
+    return _graph(INDICES, body)
 
 
 def _everything() -> GraphModule:
@@ -259,6 +285,21 @@ def boolean_masks_from_2_13(call: AttentionCall, machine: Machine) -> Refused | 
     )
 
 
+def shared_memory(call: AttentionCall, machine: Machine) -> Refused | None:
+    """In float32 the template's tiles for head_dim 129 to 255 do not fit into shared memory ("No valid triton configs", torch
+    2.11, H200); those for 256 are smaller."""
+    if call.dtype != "float32":
+        return None
+    for name, size in (("head_dim", call.head_dim), ("value_dim", call.value_dim)):
+        if not holds(size <= 128) and not holds(size == 256):
+            return Refused(
+                Code.HEAD_DIM,
+                f"flex in float32 takes {name} up to 128, or 256, this is {described(size)}",
+                "Run the model in bfloat16, or choose another kernel",
+            )
+    return None
+
+
 FLEX_CUDA = Backend(
     name="flex",
     family="PyTorch",
@@ -267,16 +308,18 @@ FLEX_CUDA = Backend(
     devices=frozenset({"cuda"}),
     capability=((8, 0), (12, 1)),
     dtypes=frozenset({"float16", "bfloat16", "float32"}),
-    head_dim=HeadDim(minimum=16),
+    head_dim=HeadDim(max=256, minimum=16),  # from 257 on the template's tiles do not fit into shared memory
     masks=frozenset(MaskKind) - {MaskKind.CAUSAL_LOWER_RIGHT, MaskKind.QUERY_KEY_PADDING},
     mask_dtypes=frozenset({"float16", "bfloat16", "float32"}),
     gqa=True,
     value_dim=True,
+    any_scale=True,
+    max_batch=65_535,
     backward=True,
     compiled=True,
     # The operator takes a dict of options. An exported model that calls flex_attention itself cannot be saved either (2.13).
     not_exported="torch.export.save cannot write the operator flex_attention",
-    checks=(grouped_heads,),
+    checks=(grouped_heads, shared_memory),
     prepare=prepare,
     tested="sm_90",
 )
@@ -286,9 +329,28 @@ FLEX_CPU = replace(
     devices=frozenset({"cpu"}),
     capability=None,
     head_dim=HeadDim(),
+    max_batch=None,
     backward=False,
     checks=(boolean_masks_from_2_13, static_lengths),
     tested="CPU",
 )
 
-RECORDS = (FLEX_CUDA, FLEX_CPU)
+FLEX_FLASH_4 = replace(
+    FLEX_CUDA,
+    name="flex_flash_4",
+    op=partial(flex, kernel="FLASH"),
+    summary="flex_attention with FlashAttention 4 as its kernel, for masks; needs Inductor to be fast",
+    capability=((9, 0), (9, 0)),
+    dtypes=frozenset({"float16", "bfloat16"}),
+    head_dim=HeadDim(max=128, multiple=64, pad=True),  # the tiles of these match the blocks of the mask
+    masks=FLEX_CUDA.masks - {MaskKind.ADDITIVE},
+    mask_dtypes=frozenset(),
+    gqa=False,  # not tried, as are another value_dim, a scale of zero or less, and the backward
+    value_dim=False,
+    any_scale=False,
+    backward=False,
+    requires={"torch": ">=2.11", "flash-attn-4": ">=4.0.0b1"},
+    checks=(),
+)
+
+RECORDS = (FLEX_CUDA, FLEX_CPU, FLEX_FLASH_4)

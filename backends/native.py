@@ -19,6 +19,7 @@ from ..kernels.records import Backend, HeadDim, Numerics
 
 aten = torch.ops.aten
 HALF = frozenset({"float16", "bfloat16"})
+GRID = 65_535  # CUDA's limit for the second and third dimension of a grid
 DENSE = frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.BOOLEAN, MaskKind.ADDITIVE})
 
 
@@ -183,16 +184,32 @@ def cudnn_length(call: AttentionCall, machine: Machine) -> Refused | None:
     )
 
 
-def causal_that_sdpa_computes(call: AttentionCall, machine: Machine) -> Refused | None:
-    """Attention in tensor operations becomes one SDPA call. SDPA's `is_causal` is upper-left, and some of its kernels give NaN
-    for it with a scale of 0 or less: SDPA then gets the model's own mask."""
-    if call.written_as != "operations" or not call.mask.is_causal:
+def what_sdpa_computes(call: AttentionCall, machine: Machine) -> Refused | None:
+    """Attention in tensor operations becomes one SDPA call. SDPA's `is_causal` is upper-left. With a scale of 0 or less SDPA's
+    kernels give NaN: on a CPU for causal, on a GPU always (cuDNN and FlashAttention)."""
+    if call.written_as != "operations":
         return None
-    aligned = call.mask.kind is MaskKind.CAUSAL_UPPER_LEFT or always(call.q_len == call.kv_len)
-    if aligned and (call.scale is None or call.scale > 0):
+    if call.scale is not None and not call.scale > 0 and (call.mask.is_causal or call.device != "cpu"):
+        return Refused(Code.SCALE, f"SDPA may give NaN with a scale of {call.scale:g}", "Choose _native_math")
+    if not call.mask.is_causal or call.mask.kind is MaskKind.CAUSAL_UPPER_LEFT or always(call.q_len == call.kv_len):
         return None
-    detail = "SDPA has no causal lower-right" if not aligned else f"SDPA may give NaN with a scale of {call.scale:g}"
-    return Refused(Code.CAUSAL, detail, "Choose a kernel that takes such a mask")
+    return Refused(Code.CAUSAL, "SDPA has no causal lower-right", "Choose a kernel that takes such a mask")
+
+
+def dropout_of_large_batches(call: AttentionCall, machine: Machine) -> Refused | None:
+    """The operator computes larger batches in parts, and then it has no random state to return."""
+    if call.dropout == 0 or holds(call.batch <= GRID):
+        return None
+    detail = f"the memory-efficient kernel drops out in batches up to {GRID:,}, this is {described(call.batch)}"
+    return Refused(Code.BATCH, detail, "Call model.eval(), or train with a smaller batch")
+
+
+def cudnn_backward_of_large_batches(call: AttentionCall, machine: Machine) -> Refused | None:
+    """The backward of a larger batch raises (torch 2.11, cuDNN 9.19, H200); the forward is right."""
+    if not call.needs_grad or holds(call.batch <= GRID):
+        return None
+    detail = f"cuDNN has a backward for batches up to {GRID:,}, this is {described(call.batch)}"
+    return Refused(Code.BATCH, detail, "Train with a smaller batch, or choose _native_efficient")
 
 
 ANY = frozenset({"float16", "bfloat16", "float32", "float64"})
@@ -213,7 +230,8 @@ NATIVE = Backend(
     backward=True,
     empty=True,
     any_context=True,
-    checks=(causal_that_sdpa_computes,),
+    any_scale=True,  # an SDPA call stays as the model wrote it
+    checks=(what_sdpa_computes,),
     numerics=Numerics.EXACT,
     tested="CPU, sm_90",
 )
@@ -230,6 +248,7 @@ FLASH_CUDA = Backend(
     masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT}),
     gqa=True,
     dropout=True,
+    max_batch=GRID,
     backward=True,
     always_differentiable=True,
     checks=(random_state_of_uint64, flash_backward_on_consumer_gpus),
@@ -246,6 +265,7 @@ FLASH_CPU = Backend(
     masks=DENSE,
     mask_dtypes=frozenset({"float32"}),
     gqa=True,
+    any_scale=True,
     backward=True,
     always_differentiable=True,
     checks=(float32_mask_of_float64, causal_with_a_scale_of_zero_or_less),
@@ -265,9 +285,10 @@ EFFICIENT = Backend(
     masks=DENSE,
     mask_grad=True,
     value_dim=True,
+    any_scale=True,
     dropout=True,
     backward=True,
-    checks=(rows_of_the_bias,),
+    checks=(rows_of_the_bias, dropout_of_large_batches),
     prepare=aligned_bias,
     tested="sm_90",
 )
@@ -289,7 +310,7 @@ CUDNN = Backend(
     deterministic=False,
     requires={"cudnn": ">=9.0"},
     install={"cudnn": "Use a build of PyTorch with cuDNN 9 or newer"},
-    checks=(cudnn_dropout, cudnn_head_dim, cudnn_length),
+    checks=(cudnn_dropout, cudnn_head_dim, cudnn_length, cudnn_backward_of_large_batches),
     prepare=full_bias,
     tested="sm_90",
 )
@@ -305,6 +326,7 @@ MATH = Backend(
     mask_grad=True,
     gqa=True,
     value_dim=True,
+    any_scale=True,
     dropout=True,
     backward=True,
     always_differentiable=True,

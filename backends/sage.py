@@ -196,7 +196,7 @@ def built_with(flag: str | None = None) -> LibraryCheck:
     flag: the flag that the kernel needs; None: the flag of the variant that `sageattn` chooses for the GPU.
     """
 
-    def check(library: ModuleType, machine: Machine) -> Refused | None:
+    def check(library: ModuleType, call: AttentionCall, machine: Machine) -> Refused | None:
         needed = flag or (FLAGS.get(machine.capability) if machine.capability else None)
         if needed is None or getattr(getattr(library, "core", None), needed, True):
             return None
@@ -221,6 +221,7 @@ SAGE = Backend(
     head_dim=HeadDim(max=128, multiple=64, pad=True),
     masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT}),
     gqa=True,
+    max_batch=65_535,
     layout="bshd",
     numerics=Numerics.QUANTISED,
     capturable=False,

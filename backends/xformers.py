@@ -120,6 +120,7 @@ XFORMERS = Backend(
     masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.BOOLEAN, MaskKind.ADDITIVE}),
     gqa=True,
     value_dim=True,
+    max_batch=65_535,
     backward=True,
     layout="bshd",
     checks=(not_deterministic_backward, grouped_heads, rows_of_the_bias),

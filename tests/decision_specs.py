@@ -80,7 +80,13 @@ CHANGES = {
     "additive in float64": masked(ADDITIVE, "float64"),
     "additive in int64": masked(ADDITIVE, "int64"),
     "learned bias": masked(ADDITIVE, "bfloat16", needs_grad=True),
+    "window": Change({"mask": Mask(MaskKind.SLIDING_WINDOW, "bool", (64, 64), window=(10, 0))}),
     "wider values": Change({"value_dim": 128}),
+    "192 and 128": Change({"head_dim": 192, "value_dim": 128}),
+    "192 and 128 with a gradient": Change({"head_dim": 192, "value_dim": 128, "needs_grad": True}),
+    "192 and 128 on sm_80": Change({"head_dim": 192, "value_dim": 128}, gpu(8, 0)),
+    "192 and 128 on sm_100": Change({"head_dim": 192, "value_dim": 128}, gpu(10, 0)),
+    "64 and 128 with a gradient": Change({"value_dim": 128, "needs_grad": True}),
     "narrower values": Change({"value_dim": 32}),
     "values of 8": Change({"value_dim": 8}),
     "values of 264": Change({"value_dim": 264}),
@@ -102,13 +108,22 @@ CHANGES = {
     "dim 200 with a gradient on sm_89": dims(200, gpu(8, 9), needs_grad=True),
     "dim 256 with a gradient on sm_89": dims(256, gpu(8, 9), needs_grad=True),
     "dim 256 with a gradient and dropout on sm_89": dims(256, gpu(8, 9), needs_grad=True, dropout=0.25),
+    "dim 160 in float32": dims(160, dtype="float32"),
+    "dim 256 in float32": dims(256, dtype="float32"),
     "batch 0": Change({"batch": 0}),
+    "batch 65,535": Change({"batch": 65_535}),
+    "batch 65,536": Change({"batch": 65_536}),
+    "batch 65,536 with a gradient": Change({"batch": 65_536, "needs_grad": True}),
+    "batch 65,536 with dropout": Change({"batch": 65_536, "dropout": 0.25}),
+    "65,536 heads": Change({"heads": 65_536, "kv_heads": 65_536}),
     "q_len 0": Change({"q_len": 0}),
     "kv_len 0": Change({"kv_len": 0}),
     "q_len 1": Change({"q_len": 1}),
     "kv_len 1": Change({"kv_len": 1}),
     "kv_len 77": Change({"kv_len": 77}),
     "scale 0.3": Change({"scale": 0.3}),
+    "scale 0": Change({"scale": 0.0}),
+    "scale -0.3": Change({"scale": -0.3}),
     "scale of its own": Change({"scale": 64**-0.5}),
     "257 heads": Change({"heads": 257, "kv_heads": 257}),
     "deterministic, with a gradient": Change({"deterministic": True, "needs_grad": True}),
@@ -121,10 +136,31 @@ CHANGES = {
 
 
 ACCEPTED = ()
+SCALE = {f"scale {scale}": (Code.SCALE, "a scale above 0", f"this is {scale}") for scale in ("0", "-0.3")}
+LARGE = {
+    **dict.fromkeys(
+        ("batch 65,536", "batch 65,536 with a gradient", "batch 65,536 with dropout"),
+        (Code.BATCH, "batch up to 65,535", "this is 65536"),
+    ),
+    "65,536 heads": (Code.BATCH, "heads up to 65,535", "this is 65536"),
+}
+OTHER_VALUES = {
+    "wider values": (Code.VALUE_DIM, "value_dim is 128", "head_dim 64"),
+    "64 and 128 with a gradient": (Code.VALUE_DIM, "value_dim is 128", "head_dim 64"),
+    "narrower values": (Code.VALUE_DIM, "value_dim is 32", "head_dim 64"),
+    "values of 8": (Code.VALUE_DIM, "value_dim is 8", "head_dim 64"),
+    "values of 264": (Code.VALUE_DIM, "value_dim is 264", "head_dim 64"),
+    **dict.fromkeys(
+        ("192 and 128", "192 and 128 with a gradient", "192 and 128 on sm_80", "192 and 128 on sm_100"),
+        (Code.VALUE_DIM, "value_dim is 128", "head_dim 192"),
+    ),
+}
+NO_FLOAT32 = ("dim 160 in float32", "dim 256 in float32")
 
 
 def dtypes(taken, *refused):
-    return {dtype: (Code.DTYPE, taken, dtype) for dtype in refused}
+    found = {dtype: (Code.DTYPE, taken, dtype) for dtype in refused}
+    return found | (dict.fromkeys(NO_FLOAT32, found["float32"]) if "float32" in found else {})
 
 
 ON_GPU = [name for name, change in CHANGES.items() if change.machine and change.machine.device == "cuda"]
@@ -205,10 +241,9 @@ SPECS = {
             **UPPER_LEFT_ONLY,
             **dtypes("bfloat16, float16, float32, float64", *NOT_REAL),
             **mask_dtypes("float16", "float64", "int64"),
-            "wider values": (Code.VALUE_DIM, "value_dim is 128", "head_dim 64"),
-            "narrower values": (Code.VALUE_DIM, "value_dim is 32", "head_dim 64"),
-            "values of 8": (Code.VALUE_DIM, "value_dim is 8", "head_dim 64"),
-            "values of 264": (Code.VALUE_DIM, "value_dim is 264", "head_dim 64"),
+            **OTHER_VALUES,
+            **NOT_CPU,
+            "batch 65,536 with dropout": (Code.DROPOUT, "no dropout", "p=0.25"),
         },
         questions=1,  # value_dim == head_dim
         not_unbacked=(*DIMS, *LENGTHS),
@@ -232,18 +267,18 @@ SPECS = {
             "additive in float32": (Code.MASK, "takes causal lower-right", "additive"),
             "additive in float64": (Code.MASK, "takes causal lower-right", "additive"),
             "additive in int64": (Code.MASK, "takes causal lower-right", "additive"),
-            "wider values": (Code.VALUE_DIM, "value_dim is 128", "head_dim 64"),
-            "narrower values": (Code.VALUE_DIM, "value_dim is 32", "head_dim 64"),
-            "values of 8": (Code.VALUE_DIM, "value_dim is 8", "head_dim 64"),
-            "values of 264": (Code.VALUE_DIM, "value_dim is 264", "head_dim 64"),
+            **OTHER_VALUES,
+            **SCALE,
+            **LARGE,
+            "window": (Code.MASK, "takes causal lower-right", "sliding window (10, 0)"),
             "dim 257": (Code.HEAD_DIM, "up to 256", "this is 257"),
             "dim 257 on torch 2.11": (Code.HEAD_DIM, "up to 256", "this is 257"),
             "dim 512": (Code.HEAD_DIM, "up to 256", "this is 512"),
             "dim 200 with a gradient on sm_89": (Code.HEAD_DIM, "up to 192", "this is 200"),
             "dim 256 with a gradient and dropout on sm_89": (Code.HEAD_DIM, "up to 192", "this is 256"),
         },
-        questions=3,  # value_dim == head_dim, head_dim <= 256, head_dim % 8
-        not_unbacked=(*DIMS, *LENGTHS),
+        questions=5,  # value_dim == head_dim, head_dim <= 256, head_dim % 8, heads and batch <= 65,535
+        not_unbacked=(*DIMS, *HEADS[:1], *LENGTHS),
     ),
     "_native_efficient on cuda": Spec(
         gpu(9, 0),
@@ -260,6 +295,7 @@ SPECS = {
             ),
             "1 key head": (Code.GQA, "there are 1", "and 8"),
             "3 heads a key head": (Code.GQA, "there are 4", "and 12"),
+            "batch 65,536 with dropout": (Code.BATCH, "batches up to 65,535", "this is 65536"),
         },
         questions=3,  # heads == kv_heads, head_dim % 8, value_dim % 8
         not_unbacked=(*DIMS, *HEADS, *LENGTHS),
@@ -283,10 +319,12 @@ SPECS = {
             "dropout of 0.1": (Code.DROPOUT, "1/16", "p=0.1"),
             **mask_dtypes("float16", "float32", "float64", "int64"),
             "values of 264": (Code.HEAD_DIM, "value_dim up to 128", "this is 264"),
+            **SCALE,
+            "batch 65,536 with a gradient": (Code.BATCH, "batches up to 65,535", "this is 65536"),
             **{
-                name: (Code.HEAD_DIM, "head_dim up to 128", f"this is {name.split()[1]}")
+                name: (Code.HEAD_DIM, "head_dim up to 128", f"this is {change.call['head_dim']}")
                 for name, change in CHANGES.items()
-                if name.startswith("dim ") and change.call["head_dim"] > 128
+                if change.call.get("head_dim", 0) > 128 and name not in NO_FLOAT32
             },
             "dim 257 on torch 2.11": (Code.HEAD_DIM, "head_dim up to 256", "this is 257"),
             "kv_len 1": (Code.LENGTH, "at least 2", "this is 1"),
@@ -314,8 +352,16 @@ SPECS = {
             "dim 8": (Code.HEAD_DIM, "head_dim from 16", "this is 8"),
             "dim 15": (Code.HEAD_DIM, "head_dim from 16", "this is 15"),
             "3 heads a key head": (Code.GQA, "power of two", "12 query heads and 4 key heads"),
+            **LARGE,
+            "batch 65,536 with dropout": (Code.DROPOUT, "no dropout", "p=0.25"),
+            "values of 264": (Code.HEAD_DIM, "value_dim up to 256", "this is 264"),
+            "dim 160 in float32": (Code.HEAD_DIM, "up to 128, or 256", "this is 160"),
+            **{
+                dim: (Code.HEAD_DIM, "head_dim up to 256", "this is")
+                for dim in ("dim 257", "dim 512", "dim 257 on torch 2.11")
+            },
         },
-        questions=3,  # head_dim >= 16, value_dim >= 16, heads == kv_heads
+        questions=7,  # head_dim and value_dim: <= 256, >= 16; heads == kv_heads; heads and batch <= 65,535
         not_unbacked=(*DIMS, *HEADS, *LENGTHS),
     ),
     "flex on cpu": Spec(
@@ -329,10 +375,12 @@ SPECS = {
             **UPPER_LEFT_ONLY,
             **dtypes("bfloat16, float16, float32", "float64", *NOT_REAL),
             **mask_dtypes("float64", "int64"),
-            "gradient": (Code.GRAD, "no backward on cpu", "needs a gradient"),
-            "dim 136 with a gradient": (Code.GRAD, "no backward on cpu", "needs a gradient"),
-            "deterministic, with a gradient": (Code.GRAD, "no backward on cpu", "needs a gradient"),
-            "4 key heads and a gradient": (Code.GRAD, "no backward on cpu", "needs a gradient"),
+            **{
+                name: (Code.GRAD, "no backward on cpu", "needs a gradient")
+                for name, change in CHANGES.items()
+                if change.call.get("needs_grad") and not change.machine and not change.call.get("dropout")
+            },
+            "batch 65,536 with dropout": (Code.DROPOUT, "no dropout", "p=0.25"),
         },
         questions=0,
         not_unbacked=LENGTHS,
@@ -375,8 +423,8 @@ SQUARE_ONLY = ("causal, more keys", "causal, fewer keys", "lower-right, more key
 
 def half_precision(
     machine, *, first, last, names="bfloat16, float16", widest=256, multiple=8, pad=True, backward=False, causal="",
-    square=False, padding=False, masks=False, gqa=True, value_dim=False, quantised=False, capturable=True, more=None,
-    asks=(), gaps=None,
+    square=False, padding=False, masks=False, gqa=True, value_dim=False, values=None, window=False, large=True,
+    quantised=False, capturable=True, more=None, asks=(), gaps=None,
 ):  # fmt: skip
     """The spec of a CUDA kernel without dropout. causal: the kernel's alignment; calls with the other one are refused."""
     refused = {}
@@ -386,11 +434,12 @@ def half_precision(
         for dim in changes(head_dim=lambda dim: dim <= widest and dim % multiple):
             refused[dim] = (Code.HEAD_DIM, f"multiples of {multiple}", f"this is {CHANGES[dim].call['head_dim']}")
     if not gqa:
-        for name in changes(kv_heads=lambda heads: heads != 257):
+        for name in changes(kv_heads=lambda heads: heads <= 8):
             refused[name] = (Code.GQA, f"there are {CHANGES[name].call['kv_heads']}")
-    if not value_dim:
-        for name in ("wider values", "narrower values", "values of 8", "values of 264"):
-            refused[name] = (Code.VALUE_DIM, f"value_dim is {CHANGES[name].call['value_dim']}", "head_dim 64")
+    refused |= {} if value_dim else OTHER_VALUES if values is None else values
+    refused |= LARGE if large else {}
+    if not window:
+        refused["window"] = (Code.MASK, "sliding window (10, 0)")
     if causal:
         where = SQUARE_ONLY if square else [n for n in SQUARE_ONLY if ("lower" in n) != ("lower" in causal)]
         refused |= {name: (Code.CAUSAL, "q_len", f"{CHANGES[name].call['kv_len']}") for name in where}
@@ -405,7 +454,7 @@ def half_precision(
     if not backward:
         refused |= dict.fromkeys(changes(needs_grad=bool), (Code.GRAD, "no backward", "needs a gradient"))
     refused |= dict.fromkeys(changes(dropout=bool), (Code.DROPOUT, "no dropout", "p=0."))
-    refused |= dtypes(names, *(set(DTYPES) - set(names.split(", "))))
+    refused |= SCALE | dtypes(names, *(set(DTYPES) - set(names.split(", "))))
     refused |= EMPTY | (more or {})
     if first:
         refused |= (gaps or {}) | outside(first, last)
@@ -418,20 +467,33 @@ def half_precision(
     if not capturable:
         refused["captured"] = (Code.CAPTURE, "cannot be recorded in a CUDA graph", "this compilation records one")
     widths = 2 if value_dim else 1  # otherwise one symbol, once it is asked whether they are equal
-    questions = (not value_dim) + (not gqa) + widths * ((widest is not None) + (multiple > 1))
-    sizes = (*DIMS, *(() if gqa else HEADS), *LENGTHS, *asks)
+    questions = (not value_dim) + (not gqa) + widths * ((widest is not None) + (multiple > 1)) + 2 * large
+    questions += values is not None  # a check compares them, after the limit of both
+    sizes = (*DIMS, *(HEADS[:large] if gqa else HEADS), *LENGTHS, *asks)
     return Spec(machine, refused, questions + len(asks), sizes)
 
 
 H200 = gpu(9, 0)
 LOWER_RIGHT, UPPER_LEFT = "lower-right", "upper-left"
-FLASH_2 = {"first": (8, 0), "last": (12, 1), "backward": True, "causal": LOWER_RIGHT}
-FLASH_3 = {"first": (8, 0), "last": (9, 0), "causal": LOWER_RIGHT}
-FLASH_3_PYPI = {"first": (9, 0), "last": (9, 0), "names": "bfloat16", "causal": LOWER_RIGHT}
+
+
+def values(*right):
+    """What a kernel refuses that takes another value_dim in the changes `right` only."""
+    return {name: why for name, why in OTHER_VALUES.items() if name not in right}
+
+
+FLASH_2 = {"first": (8, 0), "last": (12, 1), "backward": True, "causal": LOWER_RIGHT, "window": True}
+WIDE_VALUES = {"values of 264": (Code.HEAD_DIM, "value_dim up to 256", "this is 264")}
+OF_FLASH_3 = {"causal": LOWER_RIGHT, "large": False,
+              "values": {"192 and 128 on sm_80": OTHER_VALUES["192 and 128"]} | WIDE_VALUES}  # fmt: skip
+FLASH_3 = {"first": (8, 0), "last": (9, 0), "window": True, **OF_FLASH_3}
+FLASH_3_PYPI = {"first": (9, 0), "last": (9, 0), "names": "bfloat16", **OF_FLASH_3}
+FP8_VALUES = values("192 and 128", "192 and 128 on sm_80", "192 and 128 on sm_100") | WIDE_VALUES
 ON_BLACKWELL = {"dim 136 on sm_100": (Code.HEAD_DIM, "up to 128", "this is 136"),
                 "dim 136 on sm_110": (Code.HEAD_DIM, "up to 128", "this is 136"),
                 "dim 256 on cudnn 9.23": (Code.HEAD_DIM, "up to 128", "this is 256")}  # fmt: skip
-FLASH_4 = {"first": (9, 0), "last": (11, 0), "causal": LOWER_RIGHT, "more": ON_BLACKWELL}
+FLASH_4 = {"first": (9, 0), "last": (11, 0), "causal": LOWER_RIGHT, "window": True, "more": ON_BLACKWELL,
+           "values": {name: OTHER_VALUES[name] for name in ("64 and 128 with a gradient",)} | WIDE_VALUES}  # fmt: skip
 SAGE = {"widest": 128, "multiple": 64, "causal": UPPER_LEFT, "square": True, "quantised": True}
 UNCAPTURED = SAGE | {"capturable": False}
 NO_ARCHITECTURE = {
@@ -467,12 +529,17 @@ SPECS |= {
     "_native_varlen on cuda": Spec(
         H200,
         {
-            **{name: why for name, why in SPECS["_native_flash on cuda"].refused.items() if name != "key padding"},
+            **{
+                name: why
+                for name, why in SPECS["_native_flash on cuda"].refused.items()
+                if name not in ("key padding", "window")
+            },
             **NO_DROPOUT,
+            "batch 65,536 with dropout": (Code.DROPOUT, "no dropout", "p=0.25"),
             "dim 256 with a gradient and dropout on sm_89": (Code.DROPOUT, "no dropout", "p=0.25"),
         },
-        questions=3,
-        not_unbacked=(*DIMS, *LENGTHS),
+        questions=5,
+        not_unbacked=(*DIMS, *HEADS[:1], *LENGTHS),
     ),
     "flash on cuda": half_precision(H200, **FLASH_2),
     "flash_hub on cuda": half_precision(H200, **FLASH_2),
@@ -485,9 +552,11 @@ SPECS |= {
     "_flash_varlen_3 on cuda (fa3-fwd)": half_precision(H200, **FLASH_3_PYPI, padding=True),
     "_flash_3_varlen_hub on cuda": half_precision(H200, **FLASH_3, padding=True),
     "_flash_3_fp8 on cuda (flash-attn-3)": half_precision(
-        H200, first=(9, 0), last=(9, 0), causal=LOWER_RIGHT, quantised=True, padding=True
+        H200, first=(9, 0), last=(9, 0), causal=LOWER_RIGHT, quantised=True, padding=True, large=False, values=FP8_VALUES
     ),
-    "_flash_3_fp8 on cuda (fa3-fwd)": half_precision(H200, **FLASH_3_PYPI, quantised=True, padding=True),
+    "_flash_3_fp8 on cuda (fa3-fwd)": half_precision(
+        H200, **FLASH_3_PYPI | {"values": FP8_VALUES}, quantised=True, padding=True
+    ),
     "flash_4 on cuda": half_precision(H200, **FLASH_4, backward=True, padding=True),
     "flash_4_hub on cuda": half_precision(H200, **FLASH_4, padding=True),
     "sage on cuda (sageattention>=2.1.1)": half_precision(
@@ -517,21 +586,26 @@ SPECS |= {
     "_sage_qk_int8_pv_fp16_triton on cuda (sageattention>=1.0.6,<2)": sage_1(),
     "xformers on cuda": half_precision(
         H200, first=(8, 0), last=(9, 0), names="bfloat16, float16, float32", widest=None, backward=True,
-        causal=UPPER_LEFT, masks=True, value_dim=True,
+        causal=UPPER_LEFT, masks=True, value_dim=True, window=True,
         more={"deterministic, with a gradient": (Code.DETERMINISTIC, "the backward of xformers", "algorithms(True)"),
               "4 key heads and a gradient": (Code.GQA, "without a gradient"),
               "4 key heads and a mask": (Code.GQA, "without a mask")},
     ),
+    "flex_flash_4 on cuda": half_precision(
+        H200, first=(9, 0), last=(9, 0), widest=128, multiple=64, causal=UPPER_LEFT, padding=True, window=True, gqa=False,
+        more=dict.fromkeys(("boolean",), ACCEPTED) | {"4 key heads and a mask": (Code.GQA, "there are 4")},
+    ),
     "aiter_fa2_hub on rocm": elsewhere(
-        "rocm", Machine("rocm", packages=PACKAGES), names="bfloat16", causal=LOWER_RIGHT
+        "rocm", Machine("rocm", packages=PACKAGES), names="bfloat16", causal=LOWER_RIGHT, large=False
     ),
     "_native_npu on npu": elsewhere(
-        "npu", Machine("npu", packages=PACKAGES), widest=768, multiple=1, masks=True, causal=UPPER_LEFT,
-        more={"257 heads": (Code.HEADS, "up to 256", "this is 257")}, asks=("heads",),
+        "npu", Machine("npu", packages=PACKAGES), large=False, window=True, widest=768, multiple=1, masks=True,
+        causal=UPPER_LEFT, asks=("heads",), more={"257 heads": (Code.HEADS, "up to 256", "this is 257"),
+        "65,536 heads": (Code.HEADS, "up to 256", "this is 65536")},
     ),
     "_native_xla on tpu": elsewhere(
-        "tpu", Machine("tpu", packages=PACKAGES), names="bfloat16, float16, float32", widest=None, multiple=1,
-        masks=True, gqa=False, causal=UPPER_LEFT, more=mask_dtypes("float64", "int64") | {"additive in float16": ACCEPTED,
-        "additive in float32": ACCEPTED}, asks=("head_dim", "kv_len"),
+        "tpu", Machine("tpu", packages=PACKAGES), large=False, window=True, names="bfloat16, float16, float32",
+        widest=None, multiple=1, masks=True, gqa=False, causal=UPPER_LEFT, asks=("head_dim", "kv_len"),
+        more=mask_dtypes("float64", "int64") | {"additive in float16": ACCEPTED, "additive in float32": ACCEPTED},
     ),
 }  # fmt: skip

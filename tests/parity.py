@@ -33,6 +33,22 @@ def attend(query, key, value, mask=None, **arguments):
     return output.transpose(1, 2).reshape(output.shape[0], output.shape[2], -1)
 
 
+def windowed(left, right):
+    """`attend` with a sliding window: a query sees `left` keys before its own position and `right` after it; None: all."""
+
+    def run(query, key, value):
+        position = torch.arange(query.shape[2], device=query.device)
+        distance = position[None, :] - position[:, None]
+        seen = torch.ones_like(distance, dtype=torch.bool)
+        if left is not None:
+            seen = seen & (distance >= -left)
+        if right is not None:
+            seen = seen & (distance <= right)
+        return attend(query, key, value, seen)
+
+    return run
+
+
 def doubled(value):
     return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 

@@ -29,6 +29,7 @@ class Code(str, Enum):
     HEAD_DIM = "HEAD_DIM"
     CAUSAL = "CAUSAL"
     LENGTH = "LENGTH"
+    BATCH = "BATCH"
     SCALE = "SCALE"
     HEADS = "HEADS"
     UNBACKED = "UNBACKED"

@@ -16,6 +16,7 @@ from .packing import Packing, pack, unpack
 Kernel = Callable[..., Tensor]
 
 DENSE = "(Tensor query, Tensor key, Tensor value, bool causal, float? scale)"
+WINDOW = ", int left, int right"  # of `window_size`
 PACKED = (
     "(Tensor query, Tensor key, Tensor value, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
     "SymInt max_seqlen_k, bool causal, float? scale)"
@@ -27,6 +28,7 @@ def dense_kernel(
     forward: Callable[..., Any],
     backward: Callable[..., Sequence[Tensor]] | None = None,
     *,
+    windows: bool = False,
     output: Callable[[Tensor, Tensor], Tensor] = ops.dense_output,
     tags: tuple[torch.Tag, ...] = (),
 ) -> Kernel:
@@ -37,16 +39,19 @@ def dense_kernel(
         that begins with it; with a backward, (output, log-sum-exp in float32 (batch, heads, q_len)).
     backward(library, grad, output, logsumexp, query, key, value, causal, scale): the gradients of query, key and value, which
         are copied where they are not dense in the dimension order of their tensors.
+    windows: both functions also get `left` and `right` (`window_size`) behind the scale: the record takes sliding windows.
     output(query, value): an empty tensor with the strides of the output of `forward`. By default the output is made dense.
     tags: as in `ops.register`.
     """
-    op = _registered(name, DENSE, forward, backward, output, tags, (ops.products, ops.backward_products))
+    takes = _with_window(DENSE) if windows else DENSE
+    op = _registered(name, takes, forward, backward, output, tags, (ops.products, ops.backward_products))
 
     def kernel(
         query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin
     ) -> Tensor:
         needs_grad = call.needs_grad and backward is not None
-        found = op(query, key, value, call.mask.is_causal, call.scale, needs_grad=needs_grad, origin=origin)
+        window = window_size(call) if windows else ()
+        found = op(query, key, value, call.mask.is_causal, call.scale, *window, needs_grad=needs_grad, origin=origin)
         return _first(found)
 
     return kernel
@@ -57,6 +62,7 @@ def packed_kernel(
     forward: Callable[..., Any],
     backward: Callable[..., Sequence[Tensor]] | None = None,
     *,
+    windows: bool = False,
     output: Callable[[Tensor, Tensor], Tensor] = ops.dense_output,
     tags: tuple[torch.Tag, ...] = (),
 ) -> Kernel:
@@ -68,10 +74,11 @@ def packed_kernel(
         last sequence. Returns the output (tokens, heads, value_dim), or a tuple that begins with it; with a backward, (output,
         log-sum-exp in float32 (heads, tokens)).
     backward(library, grad, output, logsumexp, query, ..., scale): the gradients of query, key and value.
-    output, tags: as in `dense_kernel`.
+    windows, output, tags: as in `dense_kernel`.
     """
     formulas = (ops.packed_products, ops.packed_backward_products)
-    op = _registered(name, PACKED, forward, backward, output, tags, formulas)
+    takes = _with_window(PACKED) if windows else PACKED
+    op = _registered(name, takes, forward, backward, output, tags, formulas)
 
     def kernel(
         query: Tensor, key: Tensor, value: Tensor, packed: Packing, *, call: AttentionCall, origin: ops.Origin
@@ -79,11 +86,22 @@ def packed_kernel(
         needs_grad = call.needs_grad and backward is not None
         found = op(
             *pack(query, key, value, packed), packed.cu_seqlens_q, packed.cu_seqlens_k, call.q_len, call.kv_len,
-            call.mask.is_causal, call.scale, needs_grad=needs_grad, origin=origin,
+            call.mask.is_causal, call.scale, *(window_size(call) if windows else ()), needs_grad=needs_grad, origin=origin,
         )  # fmt: skip
         return unpack(_first(found), call)
 
     return kernel
+
+
+def window_size(call: AttentionCall) -> tuple[int, int]:
+    """A sliding window as FlashAttention takes it: the keys before and after a query's own position, -1 for all of them. Any
+    other mask gives (-1, -1)."""
+    left, right = call.mask.window or (None, None)
+    return (-1 if left is None else int(left), -1 if right is None else int(right))
+
+
+def _with_window(takes: str) -> str:
+    return f"{takes.removesuffix(')')}{WINDOW})"
 
 
 def _registered(

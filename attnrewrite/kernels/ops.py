@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..graphs.devices import on_device_of
 from .sources import library
 
 NAMESPACE = "attnrewrite"
@@ -73,7 +74,8 @@ def register(
     backward_flops: the same for the backward; required with one.
     tags: additional PyTorch tags, as `torch.Tag.cudagraph_unsafe`.
 
-    The op raises the library's exceptions as a `RuntimeError` that names the site, the backend, its source and the shapes.
+    The op runs with the GPU of its first tensor as the current CUDA device, since Triton and CuTe launch on the current one. It
+    raises the library's exceptions as a `RuntimeError` that names the site, the backend, its source and the shapes.
     """
     takes, returns = schema.removeprefix("(").split(") -> ")
     forward = _define(name, f"({takes}, {STRINGS}) -> {returns}", real, fake, flops, tags)
@@ -95,7 +97,8 @@ def _define(
     def run(*args: Any, backend: str, source: str, site: str) -> Any:
         module = library(source)
         try:
-            return real(module, *args)
+            with on_device_of(args[0]):
+                return real(module, *args)
         except Exception as error:
             raise _named(error, args, Origin(backend, source, site)) from error
 

@@ -43,7 +43,8 @@ def packing_steps(call: AttentionCall) -> tuple[Step, ...]:
 
 
 def packing(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Packing:
-    """The packing for no mask, or for a boolean mask that is the same for every head and query.
+    """The packing for key padding, a boolean mask that is the same for every head and query. Any other call, as with a window
+    that the kernel knows by its size, gets all keys in their order.
 
     Keys that take part come first, wherever they are; the others stay behind the end of the last sequence, where no kernel
     reads.
@@ -51,7 +52,7 @@ def packing(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Packing:
     batch, q_len, kv_len = (cast(int, size) for size in (call.batch, call.q_len, call.kv_len))
     starts = torch.arange(batch + 1, dtype=torch.int32, device=key.device)
     cu_seqlens_q = starts * q_len
-    if mask is None:
+    if mask is None or call.mask.kind is not MaskKind.KEY_PADDING:
         return Packing(cu_seqlens_q, starts * kv_len, None)
     valid = mask.select(1, 0).select(1, 0).expand(batch, kv_len)
     lengths = valid.sum(-1, dtype=torch.int32)
@@ -76,8 +77,8 @@ def unpack(output: Tensor, call: AttentionCall) -> Tensor:
 
 
 def leading(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Leading | None:
-    """The order of keys for a boolean mask that is the same for every head and query; None for no mask."""
-    if mask is None:
+    """The order of keys for key padding, a boolean mask that is the same for every head and query; None for any other call."""
+    if mask is None or call.mask.kind is not MaskKind.KEY_PADDING:
         return None
     batch, kv_len = (cast(int, size) for size in (call.batch, call.kv_len))
     valid = mask.select(1, 0).select(1, 0).expand(batch, kv_len)

@@ -43,7 +43,7 @@ class Tolerance:
 
 
 Check = Callable[[AttentionCall, Machine], Refused | None]
-LibraryCheck = Callable[[ModuleType, Machine], Refused | None]
+LibraryCheck = Callable[[ModuleType, AttentionCall, Machine], Refused | None]
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ class Backend:
     mask_grad: bool = False  # has a gradient for an additive mask
     gqa: bool = False  # takes fewer key heads than query heads
     value_dim: bool = False  # value_dim may differ from head_dim
+    any_scale: bool = False  # right for a scale of zero or less: most kernels give NaN
+    max_batch: int | None = None  # of batch and of heads: both are dimensions of the kernel's grid
     dropout: bool = False
     backward: bool = False
     always_differentiable: bool = False  # also in calls planned without a gradient: the backward needs nothing extra
@@ -90,7 +92,7 @@ class Backend:
     requires: Mapping[str, str] = field(default_factory=dict, hash=False)  # distribution -> version specifier
     install: Mapping[str, str] = field(default_factory=dict, hash=False)  # distribution -> its own install instruction
     checks: tuple[Check, ...] = ()  # limits that no field expresses
-    library_check: LibraryCheck | None = None  # called with the loaded library: a build may lack this kernel
+    library_check: LibraryCheck | None = None  # called with the loaded library: a build may lack the kernel of a call
     prepare: Callable[[torch.Tensor | None, torch.Tensor, AttentionCall], Any] | None = None
     steps: Callable[[AttentionCall], tuple[Step, ...]] | None = None  # the costly operations of `prepare` and `op`
 

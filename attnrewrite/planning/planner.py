@@ -79,7 +79,7 @@ def _site(
                 source = backend.source.on(machine.packages)
             elif libraries is Libraries.LOAD:
                 found = _loaded(backend.source, policy.trust_remote_code, loaded)
-                refused = found if isinstance(found, Refused) else lacking(backend, found, machine)
+                refused = found if isinstance(found, Refused) else lacking(backend, found, call, machine)
                 decision = refused or decision
                 source = None if refused is not None else str(found)
         taken.append((candidate.name, decision))
@@ -88,9 +88,9 @@ def _site(
     return Site(call, tuple(taken), None, rule)
 
 
-def lacking(backend: Backend, source: str, machine: Machine) -> Refused | None:
-    """Why the loaded library lacks the kernel on this machine; None if it has the kernel."""
-    return backend.library_check(library(source), machine) if backend.library_check else None
+def lacking(backend: Backend, source: str, call: AttentionCall, machine: Machine) -> Refused | None:
+    """Why the loaded library lacks the kernel of this call on this machine; None if it has the kernel."""
+    return backend.library_check(library(source), call, machine) if backend.library_check else None
 
 
 def _loaded(source: Source, trust: bool, loaded: dict[Source, str | Refused]) -> str | Refused:

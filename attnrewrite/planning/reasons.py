@@ -87,7 +87,7 @@ def _refusal(backend: Backend, call: AttentionCall, machine: Machine) -> Refused
     for check in backend.checks:
         if (refused := check(call, machine)) is not None:
             return refused
-    return None
+    return _batch(backend, call, machine)  # last: checks hold static facts too
 
 
 def cast_to(dtype: str, call: AttentionCall) -> AttentionCall:
@@ -279,6 +279,18 @@ def _head_dim(backend: Backend, call: AttentionCall, machine: Machine) -> Refuse
     return None
 
 
+def _scale(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    """Most kernels take the largest score of a row before they scale: with a scale of zero or less they give NaN (on an H200
+    cuDNN, FlashAttention 2 to 4, xformers, and SageAttention 1.x with causal)."""
+    if backend.any_scale or call.scale is None or call.scale > 0:
+        return None
+    return Refused(
+        Code.SCALE,
+        f"{backend.name} takes a scale above 0, this is {call.scale:g}",
+        "Choose _native_math, or _native_efficient on a GPU",
+    )
+
+
 def _causal(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
     """Upper-left and lower-right agree only where q_len == kv_len."""
     kind = call.mask.kind
@@ -294,6 +306,20 @@ def _causal(backend: Backend, call: AttentionCall, machine: Machine) -> Refused 
         f"q_len is {described(call.q_len)}, kv_len {described(call.kv_len)}",
         "Choose a kernel with the other alignment",
     )
+
+
+def _batch(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    """CUDA launches at most 65,535 blocks along the second and third dimension of a grid."""
+    if backend.max_batch is None:
+        return None
+    for name, size in (("heads", call.heads), ("batch", call.batch)):
+        if not holds(size <= backend.max_batch):
+            return Refused(
+                Code.BATCH,
+                f"{backend.name} takes {name} up to {backend.max_batch:,}, this is {described(size)}",
+                "Choose native or _native_efficient, or call the model with a smaller batch",
+            )
+    return None
 
 
 def _length(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
@@ -322,6 +348,7 @@ REASONS: tuple[Callable[[Backend, AttentionCall, Machine], Refused | None], ...]
     _dropout,
     _grad,
     _mask,
+    _scale,
     _value_dim,
     _gqa,
     _head_dim,

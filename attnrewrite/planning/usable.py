@@ -16,12 +16,13 @@ from .registry import records_of
 def usable(name: str, machine: Machine) -> tuple[Refused | None, Backend]:
     """Why the kernel cannot run a plain call on the machine, None if it can; and its record for the machine."""
     record = Candidate(name, records_of(name)).on(machine)
-    decision = decide(record, probe_call(record, machine.device), machine, Numerics.QUANTISED)
+    call = probe_call(record, machine.device)
+    decision = decide(record, call, machine, Numerics.QUANTISED)
     if isinstance(decision, Refused):
         return decision, record
     if isinstance(record.source, Package):
         try:
-            return lacking(record, load(record.source), machine), record
+            return lacking(record, load(record.source), call, machine), record
         except SourceError as error:
             return error.refused, record
     return None, record

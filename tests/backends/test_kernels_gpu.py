@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import TOLERANCE, attend, check, compiled, doubled, qkv, relative
+from parity import TOLERANCE, attend, check, compiled, doubled, qkv, relative, windowed
 from torch.backends.cuda import (
     SDPAParams,
     can_use_cudnn_attention,
@@ -15,7 +15,8 @@ from torch.backends.cuda import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnrewrite
-from attnrewrite import AttentionCall, Mask, MaskKind, decide, machine_of, records_of
+from attnrewrite import AttentionCall, Code, Mask, MaskKind, decide, machine_of, records_of
+from attnrewrite.planning.usable import usable
 
 pytestmark = [
     pytest.mark.gpu,
@@ -98,6 +99,95 @@ def test_head_dims(kernel, dim):
 @pytest.mark.parametrize("kernel", ["native", "_native_efficient", "_native_cudnn", "flex", "_native_math"])
 def test_value_dim(kernel):
     check(kernel, *gpu(value_dim=32), inner="inductor" if kernel == "flex" else "eager")
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(288, torch.bfloat16), (512, torch.bfloat16), (160, torch.float32)])
+def test_heads_too_wide_for_flex(dim, dtype):
+    """Inductor finds no tiles for them: "out of resource: shared memory"."""
+    run, backend = compiled(attend, "flex", "inductor")
+    tensors = gpu(dtype, dim=dim)
+    assert relative(run(*tensors), attend(*map(doubled, tensors))) < 1.2e-2
+    assert backend.report.sites[0].refusals[0][1].code is Code.HEAD_DIM
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_flex_in_float32(dim):
+    check("flex", *gpu(torch.float32, dim=dim), inner="inductor", tolerance=2e-3)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_scales_of_zero_or_less(kernel, scale, is_causal):
+    """cuDNN and FlashAttention give NaN, and so does SDPA where it chooses them: what is swapped is right."""
+    choices = dict.fromkeys([kernel, "_native_math"])
+    backend = attnrewrite.with_backend(*choices, inner="inductor" if kernel == "flex" else "eager")
+    run, _ = compiled(lambda *given: hand_written(*given, scale, is_causal), backend)
+    tensors = gpu(q_len=77, kv_len=77)
+    with torch.no_grad():
+        output = run(*tensors)
+    assert relative(output, hand_written(*map(doubled, tensors), scale, is_causal)) < 1.2e-2
+    wrong_there = {"native", "_native_flash", "_native_cudnn"}
+    assert backend.report.sites[0].chosen == ("_native_math" if kernel in wrong_there else kernel)
+
+
+def hand_written(query, key, value, scale, is_causal):
+    scores = query @ key.transpose(-2, -1) * scale
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+    return (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("batch", [65_535, 65_536])
+@pytest.mark.parametrize("kernel", [*KERNELS, "_native_varlen"])
+def test_large_batches(kernel, batch):
+    """CUDA launches no grid that is wider: a record has the limit, or the kernel is right."""
+    tensors = gpu(batch=batch, heads=2, q_len=3, kv_len=5, dim=16)
+    run, backend = compiled(attend, kernel, "inductor" if kernel == "flex" else "eager")
+    with torch.no_grad():
+        assert relative(run(*tensors), attend(*map(doubled, tensors))) < 1.2e-2
+    (site,) = backend.report.sites
+    limited = kernel in ("_native_flash", "_native_varlen", "flex") and batch > 65_535
+    assert (site.chosen, [why.code for _, why in site.refusals]) == ((None, [Code.BATCH]) if limited else (kernel, []))
+
+
+@pytest.mark.parametrize("window", [(100, 100), (100, 0), (0, 50), (None, 60), (60, None)])
+@pytest.mark.parametrize("kernel", ["flex", "_native_varlen"])
+def test_windows(kernel, window):
+    inner = "inductor" if kernel == "flex" else "eager"
+    site = check(kernel, *gpu(q_len=500, kv_len=500), function=windowed(*window), inner=inner)
+    assert (site.call.mask.kind, site.call.mask.window) == (MaskKind.SLIDING_WINDOW, window)
+
+
+@pytest.mark.parametrize("kernel", ["flex", "_native_varlen"])
+def test_gradients_of_windows(kernel):
+    exact = [tensor.double().requires_grad_() for tensor in gpu(q_len=500, kv_len=500)]
+    tensors = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    run, backend = compiled(windowed(100, 3), kernel, "inductor" if kernel == "flex" else "eager")
+    run(*tensors).square().sum().backward()
+    windowed(100, 3)(*exact).square().sum().backward()
+    assert backend.report.sites[0].chosen == kernel
+    assert all(relative(one.grad, other.grad) < 3e-2 for one, other in zip(tensors, exact, strict=True))
+
+
+def of_documents(query, key, value):
+    document = torch.arange(query.shape[2], device=query.device) // 150
+    return attend(query, key, value, document[:, None] == document[None, :])
+
+
+@pytest.mark.parametrize("dim", [40, 64, 96, 128])
+@pytest.mark.parametrize("what", ["window", "documents", "key padding", "boolean", "causal", "none"])
+def test_flex_with_flash_attention_4(what, dim):
+    refused, _ = usable("flex_flash_4", machine_of(torch.device("cuda", 0)))
+    if refused is not None:
+        pytest.skip(f"flex_flash_4: {refused}")
+    tensors = gpu(q_len=500, kv_len=500, dim=dim)
+    mask = {"key padding": boolean(2, 1, 1, 500), "boolean": boolean(2, 4, 500, 500)}.get(what)
+    function = {"window": windowed(100, 20), "documents": of_documents}.get(what, attend)
+    given = {"is_causal": True} if what == "causal" else {}
+    with torch.no_grad():
+        check("flex_flash_4", *tensors, *([] if mask is None else [mask]), function=function, inner="inductor", **given)
 
 
 @pytest.mark.parametrize("kernel", ["native", "_native_flash", "_native_cudnn", "flex", "_native_math"])

@@ -2,13 +2,17 @@
 
 `record` is each record; `kernel` one for each function that lands in a graph."""
 
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import attend, doubled, qkv, relative
+from parity import attend, doubled, qkv, relative, windowed
 from stand_ins import KERNELS, RECORDS, compiler, fewest_keys, is_sage_1, machine_for, name_of
 
 from attnrewrite import AttentionCompiler, Code, Machine, MaskKind, make_policy
+from attnrewrite.backends.flash_attention_3 import flash_3, flash_3_fp8, flash_3_varlen
 from attnrewrite.graphs.inner_compilers import records_cuda_graphs
 from attnrewrite.kernels.packing import leading, packing
 
@@ -113,12 +117,65 @@ def test_grouped_heads(kernel):
         refused(kernel, Code.GQA, *tensors, enable_gqa=True)
 
 
-def test_value_dim(kernel):
-    tensors = tensors_for(kernel, dim=128, value_dim=64)
-    if kernel.value_dim:
+@pytest.mark.parametrize("pair", [(192, 128), (64, 128), (128, 64)])
+def test_value_dim(kernel, pair):
+    taken = kernel.value_dim
+    if kernel.op is flash_3_fp8:
+        taken = pair == (192, 128)
+    elif kernel.op in (flash_3, flash_3_varlen):
+        taken = pair != (128, 64)
+    tensors = tensors_for(kernel, dim=pair[0], value_dim=pair[1])
+    if taken:
         right(kernel, *tensors)
-    else:
+    elif kernel.head_dim.max is None or max(pair) <= kernel.head_dim.max:
         refused(kernel, Code.VALUE_DIM, *tensors)
+
+
+@pytest.mark.parametrize("window", [(3, 2), (3, 0), (None, 2), (2, None)])
+def test_windows(kernel, window):
+    """Forward, and backward where there is one; kernels without windows refuse, whatever else they take."""
+    exact = [tensor.double().requires_grad_(kernel.backward) for tensor in tensors_for(kernel, q_len=67, kv_len=67)]
+    tensors = [tensor.detach().to(torch.bfloat16).requires_grad_(kernel.backward) for tensor in exact]
+    backend = compiler(kernel)
+    output = torch.compile(windowed(*window), backend=backend, fullgraph=True)(*tensors)
+    expected = windowed(*window)(*exact)
+    (site,) = backend.report.sites
+    assert (site.call.mask.kind, site.call.mask.window) == (MaskKind.SLIDING_WINDOW, window)
+    takes = {MaskKind.SLIDING_WINDOW, MaskKind.BOOLEAN} & kernel.masks
+    assert site.chosen == (kernel.name if takes else None)
+    assert relative(output, expected) < HALF
+    if kernel.backward:
+        output.square().sum().backward()
+        expected.square().sum().backward()
+        assert all(relative(one.grad, other.grad) < 3e-2 for one, other in zip(tensors, exact, strict=True))
+
+
+FLAGS = {
+    "FLASHATTENTION_DISABLE_FP16": ("float16", {}),
+    "FLASHATTENTION_DISABLE_LOCAL": ("bfloat16", {"function": windowed(3, 2)}),
+    "FLASHATTENTION_DISABLE_VARLEN": ("bfloat16", {"mask": True}),
+}
+
+
+@pytest.mark.parametrize("flag", FLAGS)
+def test_builds_of_flash_attention_3_without_a_kernel(flag, stand_ins, monkeypatch):
+    """setup.py writes what was left out into flash_attn_config: a refusal, instead of the library's error at run time."""
+    (record,) = (each for each in RECORDS if each.name == "_flash_3" and "flash-attn-3" in each.requires)
+    dtype, given = FLAGS[flag]
+    function, mask = given.get("function", attend), [torch.rand(2, 1, 1, 11) > 0.4] if "mask" in given else []
+    config = types.ModuleType("flash_attn_config")
+    monkeypatch.setitem(sys.modules, "flash_attn_config", config)
+    for disabled in (True, False):
+        torch.compiler.reset()
+        config.CONFIG = {"build_flags": {flag: disabled}}
+        tensors = tensors_for(record, q_len=11, dtype=getattr(torch, dtype))
+        backend = compiler(stand_ins(record))
+        with torch.no_grad():
+            output = torch.compile(function, backend=backend, fullgraph=True)(*tensors, *mask)
+        (site,) = backend.report.sites
+        assert site.chosen == (None if disabled else "_flash_3")
+        assert not disabled or flag in site.refusals[0][1].detail
+        assert relative(output, function(*map(doubled, tensors), *mask)) < HALF
 
 
 def fused(dtype, kv_len):

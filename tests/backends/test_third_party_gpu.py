@@ -1,11 +1,9 @@
 """Every kernel that another package brings, as its record declares it, on a GPU. CI has none: what this printed on an H200 is
 in bench/results/."""
 
-import importlib
-
 import pytest
 import torch
-from parity import attend, check, compiled, doubled, qkv, recorded, relative
+from parity import attend, check, compiled, doubled, qkv, recorded, relative, windowed
 from stand_ins import local_kernels
 
 import attnrewrite
@@ -54,7 +52,7 @@ def record(request):
     if isinstance(record.source, Hub) and record.source.repository not in BUILDS:
         pytest.skip(f"{request.param}: {record.source} cannot be downloaded here")
     if isinstance(record.source, Hub):
-        module = importlib.import_module(BUILDS[record.source.repository])
+        module = pytest.importorskip(BUILDS[record.source.repository], exc_type=ImportError)
         if not {"flash_attn_func", "sageattn"} & set(vars(module)):  # another package of that name: FlashAttention 4's
             pytest.skip(f"{request.param}: its repository is made from {module.__name__}, which is not here")
     if record.name == "sage_hub" and (installed("sageattention") or "0").startswith("1."):
@@ -151,12 +149,83 @@ def test_grouped_heads(record):
         refused(record, Code.GQA, *tensors, enable_gqa=True)
 
 
-def test_value_dim(record):
-    tensors = gpu(record, dim=128, value_dim=64)
-    if record.value_dim:
+# The pairs of head_dim and value_dim that FlashAttention 3 takes; in fp8 (64, 128) is wrong in silence.
+PAIRS = ((192, 128), (64, 128), (40, 64), (160, 104), (128, 64), (256, 128), (64, 256))
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_value_dim(record, pair):
+    dim, value_dim = pair
+    tensors = gpu(record, dim=dim, value_dim=value_dim)
+    taken = record.value_dim
+    if "flash_3" in record.name or record.name.startswith("_flash_varlen_3"):
+        taken = pair in ((192, 128), (160, 104)) or (dim <= 64 and record.name != "_flash_3_fp8")
+    elif record.name.startswith("flash_4"):
+        taken = value_dim <= 128
+    if taken:
         right(record, *tensors)
-    else:
+    elif record.head_dim.max is None or dim <= record.head_dim.max:
         refused(record, Code.VALUE_DIM, *tensors)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_batches_above_the_limit_of_a_grid(record, padded):
+    batch, kv_len = 65_536, 64 if is_sage_1(record) else 5
+    if padded and MaskKind.KEY_PADDING not in record.masks:
+        pytest.skip("takes no padding: tests/test_decisions.py")
+    tensors = gpu(record, batch=batch, heads=2, q_len=3, kv_len=kv_len, dim=64)
+    mask = [torch.arange(kv_len, device="cuda") < torch.randint(1, kv_len + 1, (batch, 1, 1, 1), device="cuda")]
+    if record.max_batch is None:
+        right(record, *tensors, *(mask if padded else []))
+    else:
+        refused(record, Code.BATCH, *tensors, *(mask if padded else []))
+
+
+@pytest.mark.parametrize("window", [(100, 100), (100, 0), (0, 50), (None, 60), (60, None)])
+def test_windows(record, window):
+    tensors = gpu(record, q_len=500, kv_len=500)
+    run, backend = compiled(windowed(*window), choice(record))
+    with torch.no_grad():
+        assert relative(run(*tensors), windowed(*window)(*map(doubled, tensors))) < record.tolerance.error
+    (site,) = backend.report.sites
+    if MaskKind.SLIDING_WINDOW in record.masks and site.chosen is None:
+        assert "lacks sliding windows" in site.refusals[0][1].detail  # FlashAttention 3 from PyPI
+    else:
+        takes = {MaskKind.SLIDING_WINDOW, MaskKind.BOOLEAN} & record.masks
+        assert site.chosen == (record.name if takes else None)
+
+
+def test_gradients_of_windows(record):
+    if not record.backward or MaskKind.SLIDING_WINDOW not in record.masks:
+        pytest.skip("refused: tests/test_decisions.py")
+    exact = [tensor.double().requires_grad_() for tensor in gpu(record, q_len=500, kv_len=500)]
+    tensors = [tensor.detach().bfloat16().requires_grad_() for tensor in exact]
+    run, backend = compiled(windowed(100, 3), choice(record))
+    run(*tensors).square().sum().backward()
+    windowed(100, 3)(*exact).square().sum().backward()
+    assert backend.report.sites[0].chosen == record.name
+    assert all(relative(one.grad, other.grad) < 3e-2 for one, other in zip(tensors, exact, strict=True))
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_of_zero_or_less(record, scale):
+    """Most kernels give NaN: what is refused is computed by PyTorch, here in float64."""
+    tensors = gpu(record)
+    backend = attnrewrite.with_backend(record, "_native_math", numerics="quantised", inner="eager")
+    run, _ = compiled(lambda *given: attend(*given, scale=scale), backend)
+    with torch.no_grad():
+        output = run(*tensors)
+    assert relative(output, attend(*map(doubled, tensors), scale=scale)) < 1.2e-2
+    assert backend.report.sites[0].refusals[0][1].code is Code.SCALE
+
+
+def test_on_another_device(record):
+    """Triton and CuTe launch on the current device, which need not be that of the tensors."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    tensors = [tensor.to("cuda:1") for tensor in gpu(record)]
+    with torch.cuda.device(0):
+        right(record, *tensors)
 
 
 def layouts():

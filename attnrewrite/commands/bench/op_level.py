@@ -45,11 +45,15 @@ class Shape:
     kv_len: int
     dim: int  # of query, key and value
     padded: bool = False  # with a boolean mask (batch, 1, 1, kv_len)
+    window: int = 0  # a query sees so many keys, half of them before its own position; 0: all keys
     kv_heads: int = 0  # 0: as many as heads
     line: str = ""  # the panel of the plot in which this shape is a point of a line; "": a named shape
 
     def call(self, name: str, device: str, dtype: str) -> AttentionCall:
         mask = Mask(MaskKind.KEY_PADDING, "bool", (self.batch, 1, 1, self.kv_len)) if self.padded else Mask()
+        if self.window:
+            ends = (self.window // 2, self.window // 2)
+            mask = Mask(MaskKind.SLIDING_WINDOW, "bool", (self.q_len, self.kv_len), window=ends)
         role = "self" if self.q_len == self.kv_len else "cross"
         return AttentionCall(
             name, self.batch, self.heads, self.kv_heads or self.heads, self.q_len, self.kv_len, self.dim, self.dim, dtype,
@@ -81,6 +85,27 @@ NAMED = {
     "6,144 tokens of 64, padded": Shape(2, 32, 6144, 6144, 64, padded=True),
     "Lumina-Image 2, padded": Shape(2, 24, 4352, 4352, 96, padded=True, kv_heads=8),
     "LTX-Video, cross, padded": Shape(2, 32, 6144, 128, 64, padded=True),
+    # Temporal attention of video UNets: the pixels are the batch, the frames the sequence.
+    "SVD, frames of 72 x 128": Shape(18432, 5, 14, 14, 64),
+    "SVD, frames of 36 x 64": Shape(4608, 10, 14, 14, 64),
+    "SVD, frames of 18 x 32": Shape(1152, 20, 14, 14, 64),
+    "AnimateDiff, 40 wide": Shape(8192, 8, 16, 16, 40),
+    "AnimateDiff, 80 wide": Shape(2048, 8, 16, 16, 80),
+    "AnimateDiff, 160 wide": Shape(512, 8, 16, 16, 160),
+    "70,000 sequences of 16": Shape(70000, 8, 16, 16, 64),
+    "300,000 sequences of 8": Shape(300000, 8, 8, 8, 64),
+    "1,000 sequences of 8": Shape(1000, 8, 8, 8, 64),
+    "18,432 sequences of 32": Shape(18432, 5, 32, 32, 64),
+    "70,000 sequences of 48": Shape(70000, 8, 48, 48, 64),
+    "4,608 sequences of 64": Shape(4608, 10, 64, 64, 64),
+    "4,608 sequences of 65": Shape(4608, 10, 65, 65, 64),
+    "2,304 sequences of 32, 160 wide": Shape(2304, 8, 32, 32, 160),
+    "2,304 sequences of 48, 160 wide": Shape(2304, 8, 48, 48, 160),
+    "one query": Shape(2, 24, 1, 32760, 128),
+    "32,760 tokens, a window of 1,024": Shape(1, 40, 32760, 32760, 128, window=1024),
+    "32,760 tokens, a window of 4,096": Shape(1, 12, 32760, 32760, 128, window=4096),
+    "17,776 tokens of 64, a window of 1,024": Shape(2, 48, 17776, 17776, 64, window=1024),
+    "4,096 tokens of 64, a window of 256": Shape(2, 10, 4096, 4096, 64, window=256),
 }
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 LINES = {

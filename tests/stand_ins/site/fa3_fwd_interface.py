@@ -1,9 +1,11 @@
 """Stands in for fa3-fwd 0.0.3: FlashAttention 3 without float16, backward, local windows."""
 
 import torch
-from reference_attention import alike, attention, half, in_front, packed, sequences
+from reference_attention import alike, attention, half, in_front, packed, seen, sequences
 
 DTYPES = (torch.bfloat16,)
+WINDOWS = False
+PAIRS = ((192, 128), (64, 128))  # in fp8 the second is wrong
 
 
 def flash_attn_func(
@@ -11,8 +13,9 @@ def flash_attn_func(
     window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0,
     return_attn_probs=False,
 ):  # fmt: skip
-    assert (qv, window_size, attention_chunk, softcap) == (None, (-1, -1), 0, 0.0)
-    output, logsumexp = _batched(q, k, v, None, softmax_scale, causal, q_descale, k_descale, v_descale)
+    assert (qv, attention_chunk, softcap) == (None, 0, 0.0)
+    visible = _visible(causal, window_size)
+    output, logsumexp = _batched(q, k, v, None, softmax_scale, visible, q_descale, k_descale, v_descale)
     return (output, logsumexp) if return_attn_probs else output
 
 
@@ -25,16 +28,29 @@ def flash_attn_with_kvcache(
 ):  # fmt: skip
     assert (k, v, qv, cu_seqlens_q, window_size, attention_chunk, softcap) == (None,) * 4 + ((-1, -1), 0, 0.0)
     output, logsumexp = _batched(
-        q, k_cache, v_cache, cache_seqlens, softmax_scale, causal, q_descale, k_descale, v_descale
+        q,
+        k_cache,
+        v_cache,
+        cache_seqlens,
+        softmax_scale,
+        _visible(causal, window_size),
+        q_descale,
+        k_descale,
+        v_descale,
     )
     return (output, logsumexp) if return_softmax_lse else output
+
+
+def _visible(causal, window):
+    assert WINDOWS or window == (-1, -1)
+    return seen(causal, window)
 
 
 def _batched(q, k, v, seqused_k, softmax_scale, causal, q_descale, k_descale, v_descale):
     assert q.dim() == 4
     fp8 = q.dtype is torch.float8_e4m3fn
     half(q, k, v, dtypes=(torch.float8_e4m3fn,) if fp8 else DTYPES)
-    alike(q, k, v, 256, 16 if fp8 else 8)
+    alike(q, k, v, 256, 16 if fp8 else 8, PAIRS[:1] if fp8 else PAIRS)
     scales = (q_descale, k_descale, v_descale)
     if fp8:
         assert all(scale.shape == (q.shape[0], k.shape[2]) and scale.dtype is torch.float32 for scale in scales)
@@ -45,7 +61,6 @@ def _batched(q, k, v, seqused_k, softmax_scale, causal, q_descale, k_descale, v_
     else:
         assert scales == (None, None, None)
     dtype = torch.bfloat16 if fp8 else q.dtype
-    causal = "lower-right" if causal else None
     if seqused_k is None:
         output, logsumexp = attention(q, k, v, softmax_scale, causal)
     else:
@@ -59,10 +74,10 @@ def flash_attn_varlen_func(
     softcap=0.0, num_splits=1, pack_gqa=None, deterministic=False, sm_margin=0, return_attn_probs=False,
 ):  # fmt: skip
     assert q.dim() == 3
-    assert (seqused_q, seqused_k, qv, q_descale, window_size, softcap) == (None, None, None, None, (-1, -1), 0.0)
+    assert (seqused_q, seqused_k, qv, q_descale, softcap) == (None, None, None, None, 0.0)
     half(q, k, v, dtypes=DTYPES)
-    alike(q, k, v, 256, 8)
+    alike(q, k, v, 256, 8, PAIRS)
     places = sequences(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    output, logsumexp = packed(q, k, v, places, softmax_scale, "lower-right" if causal else None)
+    output, logsumexp = packed(q, k, v, places, softmax_scale, _visible(causal, window_size))
     output = output.to(q.dtype)
     return (output, logsumexp) if return_attn_probs else output

@@ -4,6 +4,7 @@ import fa3_fwd_interface
 import torch
 
 fa3_fwd_interface.DTYPES = (torch.bfloat16, torch.float16)
+fa3_fwd_interface.WINDOWS = True
 
 
 def flash_attn_func(*args, **kwargs):

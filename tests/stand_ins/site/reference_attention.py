@@ -4,12 +4,22 @@ import torch
 
 
 def attention(query, key, value, scale=None, causal=None, bias=None):
-    """The output, float64, and the log-sum-exp, float32 (batch, heads, length). causal: "upper-left" or "lower-right".
+    """The output, float64, and the log-sum-exp, float32 (batch, heads, length). causal: "upper-left" or "lower-right", or a
+    window (left, right).
 
     A row without any key gives zeros, as the kernels do.
     """
     *_, v, weights, logsumexp = _weights(query, key, value, scale, causal, bias)
     return (weights @ v).transpose(1, 2), logsumexp.float()
+
+
+def seen(causal, window):
+    """What FlashAttention's two arguments say, as `attention` takes it. A window has -1 or None for no end."""
+    window = tuple(-1 if end is None else end for end in window)
+    if window == (-1, -1):
+        return "lower-right" if causal else None
+    assert not causal
+    return window
 
 
 def gradients(grad, query, key, value, scale, causal, bias=None):
@@ -34,7 +44,12 @@ def _weights(query, key, value, scale, causal, bias):
     scores = q @ k.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if bias is not None:
         scores = scores + bias.double()
-    if causal is not None:
+    if isinstance(causal, tuple):
+        left, right = causal
+        distance = torch.arange(key.shape[1])[None, :] - torch.arange(query.shape[1])[:, None]
+        hidden = ((left >= 0) & (distance < -left)) | ((right >= 0) & (distance > right))
+        scores = scores.masked_fill(hidden, float("-inf"))
+    elif causal is not None:
         offset = 0 if causal == "upper-left" else key.shape[1] - query.shape[1]
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1 + offset)
         scores = scores.masked_fill(hidden, float("-inf"))
@@ -77,9 +92,10 @@ def half(*tensors, dtypes=(torch.float16, torch.bfloat16)):
     assert all(tensor.stride(-1) == 1 for tensor in tensors), "last dimension must be dense"
 
 
-def alike(query, key, value, widest, multiple):
-    """What FlashAttention checks of sizes."""
-    assert query.shape[-1] == key.shape[-1] == value.shape[-1] <= widest
+def alike(query, key, value, widest, multiple, pairs=()):
+    """What FlashAttention checks of sizes. pairs: head_dim and value_dim that may differ."""
+    assert query.shape[-1] == key.shape[-1] <= widest
+    assert query.shape[-1] == value.shape[-1] or (query.shape[-1], value.shape[-1]) in pairs
     assert query.shape[-1] % multiple == 0
     assert key.shape[:-1] == value.shape[:-1]
     assert query.shape[-2] % key.shape[-2] == 0

@@ -1,5 +1,5 @@
 import torch
-from reference_attention import attention, gradients, half, in_front
+from reference_attention import attention, gradients, half, in_front, seen
 
 
 def flash_attn_func(
@@ -8,9 +8,9 @@ def flash_attn_func(
     score_mod_bwd=None, mask_mod=None, aux_tensors=None, aux_scalars=None, block_sparse_tensors=None,
     block_sparse_tensors_bwd=None, return_lse=False, gather_bwd_recompute_p=False, gather_bwd_token_chunk=None,
 ):  # fmt: skip
-    assert (qv, gather_kv_indices, window_size, learnable_sink, softcap) == (None, None, (None, None), None, 0.0)
+    assert (qv, gather_kv_indices, learnable_sink, softcap) == (None, None, None, 0.0)
     sizes(q, k, v)
-    output, logsumexp = attention(q, k, v, softmax_scale, "lower-right" if causal else None)
+    output, logsumexp = attention(q, k, v, softmax_scale, seen(causal, window_size))
     return output.to(q.dtype).contiguous(), logsumexp if return_lse else None
 
 
@@ -36,7 +36,7 @@ def _flash_attn_bwd(
     window_size_right=None, *, seqused_k=None, deterministic=False, dq=None, dk=None, dv=None,
 ):  # fmt: skip
     assert deterministic is torch.are_deterministic_algorithms_enabled()
-    causal = "lower-right" if causal else None
+    causal = seen(causal, (window_size_left, window_size_right))
     if seqused_k is not None:  # what is written of keys that are not in use is nothing
         for row, used in enumerate(seqused_k.tolist()):
             only, keys = slice(row, row + 1), slice(used)
