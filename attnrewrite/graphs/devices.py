@@ -16,7 +16,7 @@ def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[None]:
     """A context in which the tensor's GPU is the current CUDA device. Costs nothing where it is so already, or on a CPU."""
     if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
         return _HERE
-    return torch.cuda.device(tensor.device)  # type: ignore[no-untyped-call]
+    return torch.cuda.device(tensor.device)
 
 
 def pause_gpu(seconds: float) -> None:
