@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch.fx import GraphModule
 
+from .graphs.modules import ModulePaths, compiled_paths
 from .graphs.nodes import OPAQUE_TARGETS, SDPA_TARGETS, graphs_below, module_of, site_name, value_of
 from .graphs.notes import is_ours
 from .kernels.machines import Machine
@@ -70,22 +71,23 @@ def rewrite_graph(
     Raises `AttentionRefusedError` under a strict policy, and `RuntimeError` if the graph does not end up as planned.
     """
     started = time.perf_counter()
+    modules = compiled_paths()
     names: dict[str, int] = {}
     near_misses: list[NearMiss] = []
     understood: list[tuple[GraphModule, tuple[Understood, ...]]] = []
     for module, surroundings in list(graphs_below(root)):
         if sum(opener(module) for opener in OPENERS):
             module.recompile()
-        finds = find_calls(module, surroundings, names)
+        finds = find_calls(module, surroundings, names, modules)
         near_misses += [
-            NearMiss(_below(target.prefix, site_name(softmax), module_of(softmax)), each.reason)
+            NearMiss(_below(target.prefix, site_name(softmax, modules), module_of(softmax, modules)), each.reason)
             for softmax, each in finds.missed
         ]
         understood.append((module, understand_masks(module, finds.attentions)))
 
     flat = [each for _, attentions in understood for each in attentions]
     machines = [target.machine or _machine(each) for each in flat]
-    calls = [_placed(each, machine, target) for each, machine in zip(flat, machines, strict=True)]
+    calls = [_placed(each, machine, target, modules) for each, machine in zip(flat, machines, strict=True)]
     plan = make_plan([each.call for each in calls], policy, machines, libraries)
 
     sites = iter(zip(calls, plan.sites, strict=True))
@@ -122,12 +124,12 @@ def _swap(module: GraphModule, planned: Sequence[Planned], checks: bool, watch: 
     return done
 
 
-def _placed(found: Understood, machine: Machine, target: Target) -> Understood:
+def _placed(found: Understood, machine: Machine, target: Target, modules: ModulePaths) -> Understood:
     """`found`, with the fields of its call that the graph alone does not give."""
     call = replace(
         found.call,
         device=machine.device,
-        site=_below(target.prefix, found.call.site, module_of(found.node)),
+        site=_below(target.prefix, found.call.site, module_of(found.node, modules)),
         in_cuda_graph=target.in_cuda_graph and machine.device == "cuda",
         exported=target.exported,
     )

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from ..graphs.modules import ModulePaths
 from ..graphs.mutations import Writes, unread, unread_behind
 from ..graphs.nodes import (
     LINEAR_TARGETS,
@@ -45,7 +46,9 @@ class Finds:
     missed: tuple[tuple[Node, Missed], ...] = ()  # each softmax that is nearly part of an attention, with the reason
 
 
-def find_calls(graph_module: GraphModule, surroundings: Surroundings, names: dict[str, int]) -> Finds:
+def find_calls(
+    graph_module: GraphModule, surroundings: Surroundings, names: dict[str, int], modules: ModulePaths
+) -> Finds:
     """Finds every attention of a graph. The graph is not changed.
 
     All forms are found: SDPA's positional, keyword or mixed arguments, ranks 2 to 5 and above, grouped heads, masks of any
@@ -54,7 +57,7 @@ def find_calls(graph_module: GraphModule, surroundings: Surroundings, names: dic
     the reason.
 
     surroundings: the torch.func transform and the autocast regions around the graph. names: counts each site name over all
-    graphs of one compilation, so that site names are unique.
+    graphs of one compilation, so that site names are unique. modules: the paths of the modules that are compiled.
     """
     origins = Origins()
     thrown_away = unread(graph_module)
@@ -63,7 +66,7 @@ def find_calls(graph_module: GraphModule, surroundings: Surroundings, names: dic
 
     def unique(node: Node) -> str:
         """The site's name; the second call of one module is called name#2."""
-        name = site_name(node)
+        name = site_name(node, modules)
         names[name] = names.get(name, 0) + 1
         return name if names[name] == 1 else f"{name}#{names[name]}"
 

@@ -31,6 +31,7 @@ from ..reports.report import GraphReport, Report
 from . import contexts
 from .choices import SETTINGS, Choice, Choices, CompileSettings, Rules, checks_of_environment, make_policy, several
 from .strictness import nearest, without_sites
+from .treatments import comes_later, guard_treatment
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -96,6 +97,7 @@ class AttentionCompiler:
             raise as_itself(error) from None
         if outcome.plan.sites:
             contexts.mark_used()
+            guard_treatment(self.policy_now(), self.prefix)
         name, attempt = compilation() or (f"graph {len(self.report.graphs)}", None)
         graph = GraphReport.of(name, outcome, str(override) if override else "")
         self.report.add(graph, attempt)
@@ -119,6 +121,8 @@ class AttentionCompiler:
         unmatched = without_sites(self.policy, sites)
         self.report.unmatched_rules[:] = unmatched
         for pattern in set(unmatched) - self._warned:
+            if comes_later(pattern):
+                continue
             self._warned.add(pattern)
             near = nearest(pattern, [site.name for site in sites])
             warnings.warn(

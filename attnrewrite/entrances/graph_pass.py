@@ -14,6 +14,7 @@ from ..reports.report import Report
 from . import contexts
 from .compilers import AttentionCompiler
 from .identity import identity_of
+from .treatments import guard_treatment
 
 
 class AttentionPass(CustomGraphPass):
@@ -44,7 +45,9 @@ class AttentionPass(CustomGraphPass):
         compilation, also where it does not call the pass, so the active choice is guarded here too."""
         contexts.guard_choice()
         contexts.mark_used()
-        return self.identity(self.compiler.policy_now())
+        policy = self.compiler.policy_now()
+        treated, identity = guard_treatment(policy, self.compiler.prefix), self.identity(policy)
+        return f"{identity} {treated}" if treated and identity else identity
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, AttentionPass) and self.compiler == other.compiler

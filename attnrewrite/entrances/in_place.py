@@ -6,7 +6,6 @@ attnrewrite changes this attribute and nothing else: `forward`, parameters, hook
 
 from __future__ import annotations
 
-import fnmatch
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,13 +15,13 @@ import torch
 from torch.nn import Module
 
 from ..graphs.inner_compilers import Inner
-from ..graphs.modules import drop_implementation, implementation_of, plain_call, set_implementation
-from ..planning.policies import KINDS, Policy
+from ..graphs.modules import drop_implementation, implementation_of, named, plain_call, set_implementation
 from .choices import Choice, CompileSettings, Rules
 from .compilers import AttentionCompiler, with_backend
 from .model_parts import _components, _join, _known, parts
 from .schedules import Progress, Schedule
 from .strictness import without_modules
+from .treatments import treatment
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -187,7 +186,7 @@ def _undo(root: Module) -> None:
 def _blocks(path: str, root: Module, regional: bool | None) -> dict[str, Module]:
     """The repeated blocks by their paths from `root`; {} if `root` is compiled as a whole."""
     declared = getattr(root, "_repeated_blocks", None) or ()
-    found = {name: module for name, module in root.named_modules() if name and type(module).__name__ in declared}
+    found = {name: module for name, module in named(root) if name and type(module).__name__ in declared}
     if regional and not found:
         raise ValueError(
             f"regional=True, and {_join(path, type(root).__name__)} has none of the repeated blocks it declares "
@@ -212,17 +211,6 @@ def _compiled(
     made = []
     for name, block in blocks.items():
         full = _join(path, name)
-        backend = like.setdefault((type(block), _treatment(compiler.policy, full, block)), part(full))
+        backend = like.setdefault((type(block), treatment(compiler.policy, full, block)), part(full))
         made.append((block, torch.compile(plain_call(block), backend=backend, **how)))
     return plain_call(root), made
-
-
-def _treatment(policy: Policy, path: str, block: Module) -> Any:
-    """The rule for each module of a block. Blocks with the same rules share compiled code."""
-    globs = [pattern for pattern, _ in policy.rules if pattern not in KINDS]
-    if any("#" in pattern for pattern in globs):  # '#': one of several calls, known only from the graph
-        return path
-    inside = {name: _join(path, name) for name, _ in block.named_modules()} if globs else {}
-    return tuple(
-        (name, next((glob for glob in globs if fnmatch.fnmatchcase(full, glob)), None)) for name, full in inside.items()
-    )

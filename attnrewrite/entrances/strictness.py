@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 
 from torch.nn import Module
 
+from ..graphs.modules import named
 from ..planning.planner import AttentionRefusedError, refuse
 from ..planning.policies import KINDS, Policy, matches
 from ..planning.sites import Site
@@ -22,7 +23,7 @@ def without_sites(policy: Policy, sites: Sequence[Site]) -> list[str]:
 
 def without_modules(policy: Policy, roots: Mapping[str, Module]) -> dict[str, str]:
     """The patterns of rules that match no module, each with the remedy. roots: the compiled modules by path."""
-    paths = [_join(path, name) for path, root in roots.items() for name, _ in root.named_modules()]
+    paths = [_join(path, name) for path, root in roots.items() for name, _ in named(root)]
     prefixes = {path.rsplit(".", depth)[0] for path in roots for depth in range(path.count(".") + 1)} - {""}
     found = {}
     for pattern, _ in policy.rules:

@@ -19,6 +19,8 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
+from .modules import ModulePaths
+
 SDPA = torch._C._nn.scaled_dot_product_attention
 SDPA_TARGETS = frozenset(
     {SDPA, torch.ops.aten.scaled_dot_product_attention, torch.ops.aten.scaled_dot_product_attention.default}
@@ -158,15 +160,14 @@ def _attribute(module: torch.nn.Module, path: str) -> Any:
     return value
 
 
-def module_of(node: Node) -> str:
+def module_of(node: Node, modules: ModulePaths) -> str:
     """The path of the module that makes the call, as "blocks.0.attn1"; "" for the compiled module or function itself."""
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return module_path(str(stack[-1][0])) if stack else ""
+    return modules.of(node.meta.get("nn_module_stack") or {})
 
 
-def site_name(node: Node) -> str:
+def site_name(node: Node, modules: ModulePaths) -> str:
     """The path of the module that makes the call; without a path, the name of the compiled module's class or function."""
-    if path := module_of(node):
+    if path := module_of(node, modules):
         return path
     if stack := list((node.meta.get("nn_module_stack") or {}).values()):
         kind = stack[-1][1]
@@ -175,17 +176,6 @@ def site_name(node: Node) -> str:
     frames = [frame for frame in frames if not frame[0].startswith(OUR_FILES)]
     # After a graph break, Dynamo names the rest of f torch_dynamo_resume_in_f_at_LINE.
     return re.sub(r"^torch_dynamo_resume_in_(.+)_at_(\d+)$", r"\1:\2", frames[-1][2]) if frames else "attention"
-
-
-def module_path(source: str) -> str:
-    """Turns Dynamo's expression for a module into a path: L['self'].blocks.0 -> blocks.0, and L['self'] -> ''.
-
-    Dynamo also writes L['self'].__dict__['_modules']['blocks']._modules['0'] for the same module, and `_orig_mod` where a
-    block was compiled by itself.
-    """
-    text = re.sub(r"^[LG]\['[^']*'\]", "", source)
-    parts = re.findall(r"[^.\[\]']+", text)
-    return ".".join(part for part in parts if part not in ("__dict__", "_modules", "_orig_mod"))
 
 
 def kernels_now() -> list[str]:
