@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .indices import Index, Place, at_least_zero, constant, divided
+from ..graphs.nodes import value_of
+from .indices import Index, Place, at_least_zero, constant, divided, stays_between
 
 MOST_NODES = 16  # limit on `Value.nodes` of nested selects; no mask that a kernel supports needs more
 
@@ -29,6 +30,7 @@ class Value:
     "constant"  (number,)            "index"  (Index,)                "absolute"  (Index,)
     "read"      (node, indices)      "select" (condition, a, b)       "compare"   ("lt" | "le" | "eq", a, b)
     "and"       conjuncts            "not"    (boolean,)              "at_least_zero" | "zero"  (Index,)
+    "cast"      (read, dtype)
     """
 
     kind: str
@@ -183,7 +185,7 @@ class Expressions:
         return self.at_least_zero(difference - 1 if name == "lt" else difference)
 
     def arithmetic(self, function: Callable[..., Any], values: tuple[Value, ...], dtype: torch.dtype) -> Value | None:
-        """`function` of the values, element by element. dtype: that of the result. None if the result is not known."""
+        """`function` of the values, element by element, computed in `dtype`. None if the result is not known."""
         values = tuple(map(self.as_number, values))
         for place, value in enumerate(values):
             if value.kind == "select":
@@ -196,20 +198,47 @@ class Expressions:
                 return None if yes is None or no is None else self.select(condition, yes, no)
         if all(value.kind == "constant" for value in values):
             try:
-                return self.constant(rounded(function(*(value.number for value in values)), dtype))
+                numbers = [value.number for value in values]
+                if dtype not in _HALF:  # a half's function computes with the float32 number
+                    numbers = [rounded(number, dtype) for number in numbers]
+                return self.constant(rounded(function(*numbers), dtype))
             except (ZeroDivisionError, OverflowError):
                 return None
-        if dtype not in _EXACT or not all(value.kind in ("constant", "index") for value in values):
+        if not all(value.kind in ("constant", "index") for value in values):
             return None
         indices = [value.parts[0] if value.kind == "index" else value.number for value in values]
         if not all(isinstance(each, int | Index) for each in indices):
             return None
+        whole = [each if isinstance(each, Index) else constant(each) for each in indices]
+        if not all(is_exact(each, dtype) for each in whole):
+            return None
         if function in (operator.add, operator.sub, operator.mul, operator.neg):
-            found = function(*(each if isinstance(each, Index) else constant(each) for each in indices))
-            return self.index(found)
+            found = function(*whole)
+            return self.index(found) if is_exact(found, dtype) else None
         if function is operator.floordiv and isinstance(indices[0], Index) and indices[1] in range(1, 1 << 31):
             return self.index(divided(indices[0], constant(indices[1]))[0])
-        return self._make("absolute", (indices[0],), False) if function is abs else None
+        return self._make("absolute", (whole[0],), False) if function is abs and is_exact(-whole[0], dtype) else None
+
+    def operand(self, value: Value, dtype: torch.dtype) -> Value | None:
+        """`value` as an operand of a comparison in `dtype`; None if it is not known."""
+        value = value if dtype == torch.bool else self.as_number(value)
+        if value.kind == "select":
+            yes, no = (self.operand(side, dtype) for side in value.parts[1:])
+            return None if yes is None or no is None else self.select(value.parts[0], yes, no)
+        if value.kind in ("index", "absolute"):
+            return value if is_exact(value.parts[0], dtype) else None
+        if value.kind == "read" and value_of(value.parts[0]).dtype != dtype:
+            return self._make("cast", (value, dtype), False)
+        if value.kind != "constant" or dtype == torch.bool:
+            return value
+        try:
+            near = rounded(value.number, dtype)
+        except OverflowError:
+            return None
+        if dtype not in _HALF:
+            return self.constant(near)
+        # Some kernels compare a half with the float32 number.
+        return None if near != value.number and math.isfinite(near) and near == int(near) else value
 
     def cast(self, value: Value, dtype: torch.dtype) -> Value | None:
         """`value` cast to `dtype`; None if the result is not known."""
@@ -224,11 +253,26 @@ class Expressions:
         if value.kind == "select":
             yes, no = (self.cast(side, dtype) for side in value.parts[1:])
             return None if yes is None or no is None else self.select(value.parts[0], yes, no)
-        return value if value.kind in ("index", "absolute") and dtype in _EXACT else None
+        return value if value.kind in ("index", "absolute") and is_exact(value.parts[0], dtype) else None
 
 
-# dtypes that hold positions exactly
-_EXACT = frozenset({torch.int32, torch.int64, torch.float32, torch.float64})
+_HALF = frozenset({torch.float16, torch.bfloat16})
+# A dtype holds all integers from the first to the last. Those of a floating dtype have as many bits as its significand.
+_INTEGERS = {
+    **{dtype: (-(1 << bits), 1 << bits) for dtype, bits in
+       {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24, torch.float64: 53}.items()},
+    **{dtype: (torch.iinfo(dtype).min, torch.iinfo(dtype).max) for dtype in
+       (torch.int8, torch.uint8, torch.int16, torch.int32)},
+}  # fmt: skip
+
+
+def is_exact(index: Index, dtype: torch.dtype) -> bool:
+    """Whether a dtype holds the index exactly at all positions: a float32 rounds 2**24 + 1, an int8 wraps around at 128."""
+    if dtype == torch.int64:  # sizes of tensors are far below: only numbers of the model's own may be too large
+        return all(abs(factor) < 1 << (31 if product else 62) for product, factor in index.terms.items())
+    return dtype in _INTEGERS and stays_between(index, *_INTEGERS[dtype])
+
+
 _FORMATS = {torch.float16: "e", torch.float32: "f"}
 
 

@@ -2,18 +2,18 @@
 
 An element of a mask has the position (batch, head, query, key). Reading a tensor through a chain of views, slices, repeats and
 concatenations means reading it at *indices*, which are expressions in these axes: `(row * 77 + column) // 77` is `row` again
-if column < 77. Sizes may be symbolic; no function here adds a guard.
+if column < 77. Sizes may be symbolic; only `stays_between` may add a guard.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..graphs.sizes import Size, always
+from ..graphs.sizes import Size, UnbackedSizeError, always, holds_if_guarded
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,10 @@ def _index(value: Index | int) -> Index:
     return value if isinstance(value, Index) else constant(value)
 
 
-def at_least_zero(index: Index) -> bool:
-    """Whether `index` is provably >= 0 at all positions. An index is linear in each axis, so its minimum is at either end."""
+def at_least_zero(index: Index, asked: Callable[[Any], bool] = always) -> bool:
+    """Whether `index` is provably >= 0 at all positions. An index is linear in each axis, so its minimum is at either end.
+
+    asked: answers whether the minimum, in sizes alone, is at least 0."""
     if (number := index.number) is not None:
         return number >= 0
     for each in dict.fromkeys(atom for product in index.terms for atom in product if not isinstance(atom, Symbol)):
@@ -176,11 +178,21 @@ def at_least_zero(index: Index) -> bool:
             return False
         rest = index - slope * Index({(each,): 1})
         if at_least_zero(slope) and (isinstance(each, Place) or at_least_zero(each.above)):
-            return at_least_zero(rest)  # the minimum is at position 0; a quotient is at least 0
+            return at_least_zero(rest, asked)  # the minimum is at position 0; a quotient is at least 0
         if isinstance(each, Place) and at_least_zero(-slope):
-            return at_least_zero(rest + slope * (each.extent - 1))
+            return at_least_zero(rest + slope * (each.extent - 1), asked)
+        if isinstance(each, Quotient) and at_least_zero(-slope) and at_least_zero(each.above):
+            return at_least_zero(rest + slope * each.above, asked)  # a quotient is at most what is divided
         return False
-    return always(_evaluated(index) >= 0)
+    return asked(_evaluated(index) >= 0)
+
+
+def stays_between(index: Index, low: int, high: int) -> bool:
+    """Whether low <= index <= high at all positions. Asks about symbolic sizes: a model of 2**24 keys is another graph."""
+    try:
+        return at_least_zero(index - low, holds_if_guarded) and at_least_zero(-index + high, holds_if_guarded)
+    except UnbackedSizeError:
+        return False
 
 
 def _evaluated(index: Index) -> Any:

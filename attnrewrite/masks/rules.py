@@ -16,7 +16,7 @@ from torch.fx import Node
 from ..graphs.nodes import value_of
 from ..graphs.sizes import is_one
 from ..graphs.spellings import base_name, name_of
-from .expressions import Expressions, Value, rounded
+from .expressions import Expressions, Value, is_exact, rounded
 from .indices import Index, at_least_zero, constant, divided, index_of, within
 
 Indices = tuple[Index, ...]
@@ -321,16 +321,34 @@ def arange(reader: Reader, node: Node, indices: Indices, at: float) -> Value | N
     start: Any = value_of(given[0] if len(given) > 1 else node.kwargs.get("start", 0))
     step: Any = given[2] if len(given) > 2 else node.kwargs.get("step", 1)
     whole = isinstance(start, int | torch.SymInt) and isinstance(step, int) and not isinstance(start, bool)
-    if not whole or value_of(node).dtype not in (torch.int32, torch.int64, torch.float32, torch.float64):
+    if not whole:
         return None
-    return reader.expressions.index(index_of(start) + indices[0] * step)
+    index = index_of(start) + indices[0] * step
+    return reader.expressions.index(index) if is_exact(index, value_of(node).dtype) else None
 
 
 # -- element by element
 
 
+def _computed_in(node: Node) -> torch.dtype | None:
+    """The dtype to which a function of one or two operands converts them; None where they are no tensors and numbers."""
+    operands = [value_of(argument(node, 0, "input", node.kwargs.get("self")))]
+    other = value_of(argument(node, 1, "other"))
+    operands += [] if other is None else [other]
+    if not all(isinstance(each, torch.Tensor | int | float | torch.SymInt | torch.SymFloat) for each in operands):
+        return None
+    if len(operands) == 2:
+        return torch.result_type(*operands)
+    return operands[0].dtype if isinstance(operands[0], torch.Tensor) else None
+
+
 def compared(name: str) -> Callable[..., Value | None]:
-    return lambda reader, node, values, indices: reader.expressions.compare(name, *values)
+    def rule(reader: Reader, node: Node, values: list[Value], indices: Indices) -> Value | None:
+        dtype, make = _computed_in(node), reader.expressions
+        a, b = values if dtype is None else (make.operand(value, dtype) for value in values)
+        return None if dtype is None or a is None or b is None else make.compare(name, a, b)
+
+    return rule
 
 
 def conjunction(reader: Reader, node: Node, values: list[Value], indices: Indices) -> Value | None:
@@ -358,7 +376,13 @@ def arithmetic(function: Callable[..., Any], of_booleans: Callable[..., Value | 
             return None
         if dtype == torch.bool:
             return of_booleans(reader, node, values, indices) if of_booleans is not None else None
-        return reader.expressions.arithmetic(function, tuple(values), dtype)
+        computed_in = _computed_in(node)
+        if function is operator.truediv and computed_in is not None and not computed_in.is_floating_point:
+            computed_in = dtype
+        if computed_in is None or computed_in == torch.bool:
+            return None
+        found = reader.expressions.arithmetic(function, tuple(values), computed_in)
+        return found if found is None or computed_in == dtype else reader.expressions.cast(found, dtype)
 
     return rule
 

@@ -75,6 +75,7 @@ KEY_PADDING = {
     "two of them": lambda m, q: (m & (torch.arange(KV_LEN) != 9))[:, None, None],
     "static": lambda m, q: (torch.arange(KV_LEN) < 5)[None, None, None],
     "set": lambda m, q: set_(m)[:, None, None],
+    "beyond 2**24, and a float": lambda m, q: ((torch.arange(KV_LEN) + (1 << 25) < 33554437.5) & m)[:, None, None],
 }  # fmt: skip
 ADDITIVE = {
     "where": lambda m, q: torch.where(m, 0.0, -inf)[:, None, None],
@@ -136,6 +137,8 @@ CAUSAL = {
     "-inf": lambda q, k: upper(q.shape[2], k.shape[2])[None, None],
     "finfo.min": lambda q, k: torch.full((q.shape[2], k.shape[2]), lowest(q)).triu(1).expand(BATCH, 1, -1, -1),
     "masked_fill_": lambda q, k: torch.zeros(q.shape[2], k.shape[2]).masked_fill_(ahead(q, k), -inf),
+    "bfloat16 positions": lambda q, k: torch.ge(*(each.bfloat16() for each in positions(q.shape[2], k.shape[2]))),
+    "int8 positions": lambda q, k: torch.ge(*(each.to(torch.int8) + 100 for each in positions(q.shape[2], k.shape[2]))),
 }  # fmt: skip
 LOWER_RIGHT = {
     "tril": lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2]),
@@ -293,6 +296,11 @@ def test_documents(kernel):
     right(kernel, build, "blocks", KV_LEN, ids, chosen=kernel != "flash_varlen")
 
 
+def causal_from(start, dtype):
+    queries, keys = ((torch.arange(length) + start).to(dtype) for length in (7, 11))
+    return queries[:, None] >= keys
+
+
 # Each: (m, q) -> mask, and what it must not be taken for.
 NEAR = {
     "causal and one more": (lambda m, q: torch.ones(7, 11, dtype=torch.bool).tril(1), "boolean (7, 11)"),
@@ -301,7 +309,13 @@ NEAR = {
     "without the diagonal, square": (lambda m, q: torch.ones(11, 11, dtype=torch.bool).tril(-1), "boolean (11, 11)"),
     "flipped": (lambda m, q: torch.arange(7).flip(0)[:, None] >= torch.arange(11), "boolean (7, 11)"),
     "every second": (lambda m, q: 2 * torch.arange(7)[:, None] >= torch.arange(11), "boolean (7, 11)"),
-    "rounded positions": (lambda m, q: torch.arange(7).bfloat16()[:, None] >= torch.arange(11).bfloat16(), "boolean (7, 11)"),
+    "float32 beyond 2**24": (lambda m, q: causal_from(1 << 25, torch.float32), "boolean (7, 11)"),
+    "float32 up to beyond 2**24": (lambda m, q: causal_from((1 << 24) - 5, torch.float32), "boolean (7, 11)"),
+    "float64 beyond 2**53": (lambda m, q: causal_from(1 << 54, torch.float64), "boolean (7, 11)"),
+    "float16 beyond 2048": (lambda m, q: causal_from(2050, torch.float16), "boolean (7, 11)"),
+    "bfloat16 beyond 256": (lambda m, q: causal_from(300, torch.bfloat16), "boolean (7, 11)"),
+    "int8 that wraps around": (lambda m, q: causal_from(120, torch.int8), "boolean (7, 11)"),
+    "uint8 that wraps around": (lambda m, q: causal_from(-3, torch.uint8), "boolean (7, 11)"),
     "queries": (lambda m, q: m[:, None, :7, None], "boolean (3, 1, 7, 1)"),
     "queries or keys": (lambda m, q: m[:, None, :7, None] | m[:, None, None], DENSE),
     "a first key": (lambda m, q: (m[:, None, :7, None] & m[:, None, None]) | (torch.arange(11) == 0), DENSE),
@@ -608,6 +622,22 @@ def test_symbolic_sizes(kernel, spelling):
     assert str(site.call.mask).startswith(kinds.get(spelling, "key padding"))
     skip_if_fenced(site)
     assert (site.chosen == kernel) == (kernel != "flash_varlen" or spelling != "window")
+
+
+def test_float_positions_of_symbolic_sizes():
+    """float32 positions are exact up to 2**24: one guard more, and no graph more until there."""
+
+    def step(q, k, v, start):
+        queries, keys = ((torch.arange(each.shape[2]) + start).float() for each in (q, k))
+        return F.scaled_dot_product_attention(q, k, v, queries[:, None] >= keys)
+
+    backend = attnrewrite.with_backend("_native_math", inner="eager")
+    run = torch.compile(step, backend=backend, fullgraph=True, dynamic=True)
+    for graphs, (q_len, kv_len, start) in enumerate([(7, 11, 1000), (9, 17, 3000), (13, 21, 1 << 25)]):
+        q, k, v = qkv(2, HEADS, q_len=q_len, kv_len=kv_len)
+        assert relative(run(q, k, v, start), step(q.double(), k.double(), v.double(), start)) < TOLERANCE[q.dtype]
+        assert len(backend.report.graphs) == (2 if graphs == 2 else 1)
+    assert [str(site.call.mask).partition(" ")[0] for site in backend.report.sites] == ["causal", "boolean"]
 
 
 @pytest.mark.parametrize("build", [KEY_PADDING["cat"], FINITE["-10000"], ADDITIVE["where"], OUTER["and"]])
