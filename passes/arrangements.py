@@ -47,6 +47,16 @@ class Arrangement:
         return (*self.batch, *self._few, self.keys, self.width)
 
     @property
+    def of_queries(self) -> Dims:
+        """Of a factor of the query: one number for each row of the scores."""
+        return (*self.batch, *self.heads, self.queries, ())
+
+    @property
+    def of_keys(self) -> Dims:
+        """Of a factor of the key: one number for each key."""
+        return (*self.batch, *self._few, self.keys, ())
+
+    @property
     def mask(self) -> Dims:
         return (*self.batch, *self.heads, self.queries, self.keys)
 

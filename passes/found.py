@@ -5,7 +5,7 @@ Found  ->  Understood  ->  Planned  ->  Swapped
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -24,23 +24,36 @@ from ..planning.sites import Site
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of the graph, and the views that turn it into SDPA's (..., heads, length, dim)."""
+    """A tensor of the graph, and what turns it into SDPA's (..., heads, length, dim): the views, then the factors."""
 
     node: Node
     views: Views = ()
+    factors: tuple[tuple[Operand, int], ...] = ()  # each is multiplied by (power 1) or divided by (power -1)
 
     @cached_property
     def value(self) -> torch.Tensor:
-        """The fake tensor after the views."""
+        """The fake tensor after the views and factors."""
         given: torch.Tensor = value_of(self.node)
-        if not self.views:
+        if not self.views and not self.factors:
             return given
         with values_only(given):
-            return applied(given, self.views)
+            return self._made(lambda operand: value_of(operand.node))
 
     def emitted(self, emitter: Emitter) -> torch.Tensor:
-        """The tensor after the views, which are emitted as nodes of the graph."""
-        return applied(emitter.tensor(self.node), self.views)
+        """The tensor after the views and factors, which are emitted as nodes of the graph."""
+        return self._made(lambda operand: emitter.tensor(operand.node))
+
+    def _made(self, tensor: Callable[[Operand], torch.Tensor]) -> torch.Tensor:
+        result = applied(tensor(self), self.views)
+        for factor, power in self.factors:
+            amount = factor._made(tensor)
+            result = result * amount if power == 1 else result / amount
+        return result
+
+    def moved(self, nodes: Mapping[Node, Node]) -> Operand:
+        """The operand with each node of `nodes` replaced by its value there."""
+        factors = tuple((factor.moved(nodes), power) for factor, power in self.factors)
+        return replace(self, node=nodes.get(self.node, self.node), factors=factors)
 
 
 @dataclass(frozen=True)
@@ -69,12 +82,9 @@ class Operands:
 
     def moved(self, nodes: Mapping[Node, Node]) -> Operands:
         """The operands with each node of `nodes` replaced by its value there."""
-
-        def at(operand: Operand) -> Operand:
-            return replace(operand, node=nodes.get(operand.node, operand.node))
-
-        mask = tuple(replace(term, tensor=at(term.tensor)) for term in self.mask)
-        return replace(self, query=at(self.query), key=at(self.key), value=at(self.value), mask=mask)
+        mask = tuple(replace(term, tensor=term.tensor.moved(nodes)) for term in self.mask)
+        query, key, value = (each.moved(nodes) for each in (self.query, self.key, self.value))
+        return replace(self, query=query, key=key, value=value, mask=mask)
 
 
 @dataclass(frozen=True, eq=False)

@@ -112,19 +112,22 @@ def _spread(text: str, rank: int) -> str | None:
 
 
 def operand_dims(product: Product, dims: Dims, axes: Axes) -> tuple[Dims, Dims, Axis] | Missed:
-    """The dims of left and right and the axis that is summed over, for a product whose output has `dims`."""
+    """The dims of left and right and the axis that is summed over, for a product whose output has `dims`.
+
+    Several letters that are summed over make one axis: einsum("rinhd,rjnhd->hnij") has heads of r * d."""
     left, right, output = product.letters
-    if len(product.summed) != 1:
-        return Missed("the product of its queries and keys does not sum over exactly one dimension", product.node)
-    inner = Atom(_size(product, product.summed))
-    letters: dict[str, Axis] = {**dict(zip(output, dims, strict=True)), product.summed: (inner,)}
-    sizes = dict(zip(output, value_of(product.node).shape, strict=True)) | {product.summed: inner.size}
+    if not product.summed:
+        return Missed("the product of its queries and keys sums over no dimension", product.node)
+    summed = {letter: Atom(_size(product, letter)) for letter in product.summed}  # several make one wider head
+    letters: dict[str, Axis] = {**dict(zip(output, dims, strict=True)), **{each: (summed[each],) for each in summed}}
+    sizes = dict(zip(output, value_of(product.node).shape, strict=True))
+    sizes |= {each: atom.size for each, atom in summed.items()}
     found = [
         _operand(text, value_of(node), letters, sizes) for text, node in ((left, product.left), (right, product.right))
     ]
     if found[0] is None or found[1] is None:
         return Missed("the sizes of its queries and keys are not known to match", product.node)
-    return found[0], found[1], (inner,)
+    return found[0], found[1], tuple(summed.values())
 
 
 def output_dims(product: Product, weights: Node, dims: Dims, axes: Axes) -> tuple[Dims, Dims, Axis, Axis] | Missed:
@@ -133,18 +136,18 @@ def output_dims(product: Product, weights: Node, dims: Dims, axes: Axes) -> tupl
     left, right, output = product.letters
     mine, theirs = (left, right) if weights is product.left else (right, left)
     other = product.right if weights is product.left else product.left
-    if len(product.summed) != 1:
-        return Missed("the product of its weights and values does not sum over exactly one dimension", product.node)
-    free = [letter for letter in theirs if letter not in mine]
-    if len(free) != 1:
-        return Missed("its values do not have exactly one dimension that its weights lack", product.node)
-    width: Axis = (Atom(_size(product, free[0])),)
-    letters: dict[str, Axis] = {**dict(zip(mine, dims, strict=True)), free[0]: width}
-    sizes = dict(zip(mine, value_of(weights).shape, strict=True)) | {free[0]: width[0].size}
+    if not product.summed:
+        return Missed("the product of its weights and values sums over no dimension", product.node)
+    free = {letter: Atom(_size(product, letter)) for letter in theirs if letter not in mine}
+    if not free:
+        return Missed("its values have no dimension that its weights lack", product.node)
+    letters: dict[str, Axis] = {**dict(zip(mine, dims, strict=True)), **{each: (free[each],) for each in free}}
+    sizes = dict(zip(mine, value_of(weights).shape, strict=True)) | {each: atom.size for each, atom in free.items()}
     others = _operand(theirs, value_of(other), letters, sizes)
     if others is None:
         return Missed("the sizes of its weights and values are not known to match", product.node)
-    return others, tuple(letters[letter] for letter in output), letters[product.summed], width
+    summed = tuple(atom for letter in product.summed for atom in letters[letter])
+    return others, tuple(letters[letter] for letter in output), summed, tuple(free.values())
 
 
 def _operand(text: str, value: torch.Tensor, letters: dict[str, Axis], sizes: dict[str, Any]) -> Dims | None:
@@ -169,6 +172,18 @@ def _size(product: Product, letter: str) -> Any:
 def _rank(node: Node) -> int:
     value = value_of(node)
     return value.dim() if isinstance(value, torch.Tensor) else 0
+
+
+def mixes(product: Product, dims: Dims, kept: set[Atom], axes: Axes) -> bool:
+    """Whether a product with `dims`, whose operands do not share `kept`, only mixes another axis of scores or weights, as
+    "talking heads" do: einsum("bhij,hg->bgij", scores, mix)."""
+    left, right, output = product.letters
+    for mix, other in ((left, right), (right, left)):
+        own = [letter for letter in mix if letter not in product.summed]
+        holders = {letter for letter, axis in zip(output, dims, strict=True) if kept & set(axes.atoms(axis))}
+        if len(mix) == 2 and len(own) == 1 and len(other) > 2 and holders and holders <= set(other) - set(mix):
+            return True
+    return False
 
 
 NEAR, MANY = 12, 200  # most operations between a softmax and a product that belongs to it; most nodes to look at

@@ -8,7 +8,6 @@ keys repeated for groups of heads come out as SDPA's (batch, heads, length, dim)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Set
 from dataclasses import dataclass
 from typing import Any
@@ -16,24 +15,20 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..graphs.axes import Axes, Axis, Dims
+from ..graphs.axes import Axes, Axis, Dims, size_of
 from ..graphs.mutations import Writes, unread_behind
 from ..graphs.nodes import value_of
 from ..graphs.sizes import UnbackedSizeError, always
 from ..graphs.spellings import argument, first, number, shown, spelled
-from .arrangements import Arrangement, Sides, arrange
-from .found import MaskTerm, Missed, Operand, Operands
-from .operands import Readable, best, readables
-from .products import leads_to_product, operand_dims
-from .scores import Scores, ScoreStep, find_scores
+from .arrangements import Sides, arrange
+from .found import Missed, Operand, Operands
+from .operands import best, readables
+from .products import leads_to_product, mixes, operand_dims
+from .scores import Scores, find_scores
+from .steps import Steps
 from .values import Values, find_values, readers
 
 HALF = frozenset({torch.float16, torch.bfloat16})
-# A finite fill must not be above this number to count as a mask: weights of exp(-1e4) are zero in every dtype.
-LEAST_FILL = -1e4
-# A finite fill becomes at most this bias. Any score added to it is lost in float32, so that a row with nothing but fills has
-# equal weights, as after the fill.
-LOWEST = -1e30
 
 
 @dataclass(frozen=True)
@@ -65,8 +60,10 @@ def recognise(softmax: Node, writes: Writes, unread: Set[Node]) -> Recognised | 
     weights = axes.fresh(value.shape)
     scores = find_scores(source, weights, softmax, axes, writes)
     if isinstance(scores, Missed):
-        near = leads_to_product(source) and isinstance(find_values(softmax, weights, axes, unread), Values)
-        return scores if near else None
+        near = isinstance(find_values(softmax, weights, axes, unread), Values) or leads_to_product(
+            softmax, forward=True
+        )
+        return scores if near and leads_to_product(source) else None
     values = find_values(softmax, weights, axes, unread)
     if isinstance(values, Missed):
         return values if leads_to_product(softmax, forward=True) else None
@@ -97,10 +94,15 @@ class _Recogniser:
         one, other = ({atom for axis in dims for atom in atoms(axis)} for dims in (left, right))
         if not keys or not summed:
             return Missed("it has a single key", self.softmax)
+        mixed = mixes(product, self.scores.dims, keys, self.axes)
+        mixer = product.node if mixed and any(map(leads_to_product, (product.left, product.right))) else None
         if not (summed <= one) ^ (summed <= other) or summed & one & other:
-            return Missed(
-                "its values are not summed over a dimension that only its keys have", self.values.product.node
-            )
+            end = self.values.product
+            if mixes(end, self.values.dims, keys, self.axes):
+                return _mixed(end.node)
+            return Missed("its values are not summed over a dimension that only its keys have", end.node)
+        if keys != summed and mixer is not None:
+            return _mixed(mixer)
         if keys != summed:
             reason = f"its softmax runs over dimension {self.dim} of the scores, which is not that of the keys"
             return self._stays(reason, inner)
@@ -110,28 +112,30 @@ class _Recogniser:
         letters = dict(zip(("left", "right"), product.letters[:2], strict=True))
         if not set(letters[queried]) - set(letters[keyed]):
             return Missed("its query is a single vector, without a dimension of queries", product.node)
-        obstacle = self.scores.obstacle or self._read_elsewhere()
+        steps = Steps(
+            self.scores, self.values.product.node, self.weights[self.dim], self.axes, self.writes, self.unread
+        )
+        obstacle = self.scores.obstacle or self._read_elsewhere(steps.lost)
         if (writer := self._writer()) is not None:
             return Missed(f"its scores or weights are written into by {shown(writer)}", writer)
-        found = self._arranged(query_node, query, key_node, key, inner, obstacle)
+        found = self._arranged(query_node, query, key_node, key, inner, steps, obstacle)
+        if isinstance(found, Missed) and mixer is not None:
+            return _mixed(mixer)
         return self._stays(obstacle, inner) if isinstance(found, Missed) and obstacle else found
 
     def _arranged(
-        self, query: Node, query_dims: Dims, key: Node, key_dims: Dims, inner: Axis, obstacle: str | None
+        self, query: Node, query_dims: Dims, key: Node, key_dims: Dims, inner: Axis, steps: Steps, obstacle: str | None
     ) -> Recognised | Missed:
         product, end = self.scores.product, self.values.product.node
         out, computed = value_of(end).dtype, value_of(product.node).dtype
         narrow = out if out in HALF and torch.promote_types(out, computed) == computed != out else None
+        if any(step.how == "times" for step in self.scores.steps):
+            narrow = None  # a half query times a tensor is rounded once more
         walk = (self.axes, self.writes, end)
         queries = readables(query, query_dims, product.node, *walk, scales=True, narrow=narrow)
         keys = readables(key, key_dims, product.node, *walk, scales=True, narrow=narrow, repeats=True)
         values = readables(self.values.value, self.values.value_dims, end, *walk, repeats=True)
-        steps = [step for step in self.scores.steps if step.tensor is not None]
-        masks = [
-            readables(step.tensor, step.dims, step.reader, *walk, repeats=True, flips=step.how != "add")  # type: ignore[arg-type]
-            for step in steps
-        ]
-        if not (queries and keys and values and all(masks)):
+        if not (queries and keys and values and steps.readable()):
             return Missed("one of its tensors is written into before the product with its values", end)
         # From float16 and bfloat16 kernels compute the same float32 products as the model does from the upcast tensors.
         exact = narrow is not None and any(each.casts for each in queries) and any(each.casts for each in keys)
@@ -155,10 +159,10 @@ class _Recogniser:
             return Missed(f"{what} cannot be viewed as (batch, heads, length, dim)", product.node)
         (query_at, query_views), (key_at, key_views), (value_at, value_views) = chosen  # type: ignore[misc]
         try:
-            read = self._masks(steps, masks, arrangement, obstacle)
+            read = steps.read(arrangement, obstacle)
             if isinstance(read, Missed):
                 return read
-            terms, scale, obstacle, used = read
+            scale, obstacle = read.scale, read.obstacle
             for each in (query_at, key_at):
                 for amount, power in each.scales:
                     scale *= number(amount) ** power
@@ -174,62 +178,30 @@ class _Recogniser:
         if value_of(end).dtype != dtype:
             result = (*result, ("to", (out,)))
         operands = Operands(
-            Operand(query_at.node, query_views),
-            Operand(key_at.node, key_views),
+            Operand(query_at.node, query_views, tuple(read.of_query)),
+            Operand(key_at.node, key_views, tuple(read.of_key)),
             Operand(value_at.node, value_views),
-            terms,
+            tuple(reversed(read.terms)),
             result,
             bool(arrangement.shared),
         )
         if not _fits(operands):
             return Missed("the sizes of its query, key and value are not known to match", product.node)
-        chain = (*self._chain(), *used, *query_at.passed, *key_at.passed, *value_at.passed)
+        chain = (*self._chain(steps.lost), *read.passed, *query_at.passed, *key_at.passed, *value_at.passed)
         return Recognised(end, self.softmax, operands, scale, dropout, dtype, obstacle, chain)
 
-    def _masks(
-        self,
-        steps: list[ScoreStep],
-        found: list[list[Readable]],
-        arrangement: Arrangement,
-        obstacle: str | None,
-    ) -> tuple[tuple[MaskTerm, ...], float, str | None, list[Node]] | Missed:
-        """(terms of the mask, scale of q k^T, obstacle, nodes that were passed on the way)."""
-        scale, terms, used = 1.0, [], []
-        ways = {id(step): each for step, each in zip(steps, found, strict=True)}
-        for step in reversed(self.scores.steps):
-            if isinstance(step.amount, Node):
-                used.append(step.amount)
-            if step.how == "scale":
-                scale *= number(step.amount) ** step.power
-                continue
-            placed = best(self.axes, ways[id(step)], arrangement.mask)
-            if placed is None:
-                assert step.reader is not None
-                return Missed("its mask cannot be viewed as (batch, heads, q_len, kv_len)", step.reader)
-            at, views = placed
-            used += at.passed
-            amount, how = number(step.amount) * scale, step.how
-            if how != "add":
-                if at.flips % 2:
-                    how = "keep" if how == "drop" else "drop"
-                if scale <= 0 or not amount <= LEAST_FILL:
-                    obstacle = obstacle or f"it fills masked scores with {amount:g}"
-                amount = amount if amount == -math.inf else min(amount, LOWEST)
-            terms.append(MaskTerm(Operand(at.node, views), how, amount))
-        return tuple(reversed(terms)), scale, obstacle, used
-
-    def _chain(self) -> tuple[Node, ...]:
+    def _chain(self, lost: tuple[Node, ...]) -> tuple[Node, ...]:
         extra = first(self.scores.product.node) if spelled(self.scores.product.node) == "baddbmm" else None
-        nodes = (*self.scores.nodes, self.softmax, *self.values.nodes)
+        nodes = (*self.scores.nodes, self.softmax, *self.values.nodes, *lost)
         nodes = (extra, *nodes) if isinstance(extra, Node) else nodes
         return (*nodes, *unread_behind(nodes, self.unread))  # copies that are thrown away
 
-    def _read_elsewhere(self) -> str | None:
+    def _read_elsewhere(self, lost: tuple[Node, ...]) -> str | None:
         scores, weights = set(self.scores.nodes), {self.softmax, *self.values.nodes}
         for what, nodes in (("weights", (self.softmax, *self.values.nodes[:-1])), ("scores", self.scores.nodes)):
             for node in nodes:
                 for user in readers(node, self.unread):
-                    if user not in scores and user not in weights:
+                    if user not in scores and user not in weights and user not in lost:
                         where = "returned" if user.op == "output" else f"used by {user.name}"
                         return f"its attention {what} are used elsewhere ({where})"
         return None
@@ -241,8 +213,12 @@ class _Recogniser:
 
     def _stays(self, obstacle: str, inner: Axis) -> Recognised:
         node = self.values.product.node
-        sizes = (inner[0].size, self.values.width[0].size)
+        sizes = (size_of(inner), size_of(self.values.width))
         return Recognised(node, self.softmax, None, 1.0, 0.0, value_of(node).dtype, obstacle, (), sizes)
+
+
+def _mixed(node: Node) -> Missed:
+    return Missed(f"its heads are mixed by {shown(node)}", node)
 
 
 def _fits(operands: Operands) -> bool:

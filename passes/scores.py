@@ -28,6 +28,7 @@ from .found import Missed
 from .products import Product, leads_to_product, read_product
 
 DEPTH = 40  # most operations between a product and the softmax
+MIXERS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "convolution"})  # "talking heads" mix scores by one
 VISITS = 200  # most nodes to try on the way back, masks included
 Back = Callable[[Any, "Dims | None"], "Scores | Missed"]
 Narrow = Callable[[Any], "Dims | None"]
@@ -37,8 +38,8 @@ Narrow = Callable[[Any], "Dims | None"]
 class ScoreStep:
     """One operation on the scores between the product and the softmax.
 
-    how: "scale": times `amount` ** `power`. "add": plus `amount` * `tensor`. "keep": `amount` where `tensor` is False. "drop":
-        `amount` where `tensor` is True.
+    how: "scale": times `amount` ** `power`. "times": times `tensor` ** `power`. "add": plus `amount` * `tensor`.
+        "keep": `amount` where `tensor` is False. "drop": `amount` where `tensor` is True.
     """
 
     how: str
@@ -121,6 +122,8 @@ def _computed(node: Node) -> str:
         return "its scores come from outside the graph"
     if written_by(node):
         return f"its scores may be written into by {shown(node)}"
+    if spelled(node) in MIXERS:
+        return f"its scores are mixed by a learned layer ({shown(node)})"
     if spelled(node) in ("view", *TURNS):
         return f"the axes of its scores cannot be followed through {shown(node)}"
     return f"its scores are computed by {shown(node)}"
@@ -168,12 +171,21 @@ def _scaled(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | Misse
         if is_number(factor) and isinstance(source, Node):
             return _then(back(source, narrow(source)), node, ScoreStep("scale", factor, power=power))
     missed = []
-    for source, _ in pairs:
+    # The factor may come from a product too: the scores are the operand that is not broadcast.
+    for source, factor in sorted(pairs, key=lambda pair: not _full(pair[0], node)):
+        dims = narrow(factor)
         found = back(source, narrow(source))
         if isinstance(found, Scores):
-            return found.then(node, obstacle="its scores are multiplied by a tensor")
+            if not isinstance(factor, Node) or dims is None:
+                return Missed("its scores are multiplied by a tensor that is not known to broadcast to them", node)
+            return found.then(node, ScoreStep("times", 1, factor, dims, node, power))
         missed.append(found)
     return _nearest(missed)
+
+
+def _full(source: Any, node: Node) -> bool:
+    value = value_of(source)
+    return isinstance(value, torch.Tensor) and same_shape(value, value_of(node))
 
 
 def _added(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | Missed:

@@ -28,7 +28,7 @@ from ..graphs.spellings import (
 )
 from .found import Missed
 from .products import Product, leads_to_product, output_dims, read_product
-from .scores import DEPTH
+from .scores import DEPTH, MIXERS
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,8 @@ def _find_values(user: Node, node: Node, dims: Dims, axes: Axes, unread: Set[Nod
         return find_values(user, dims, axes, unread, depth - 1)
     if name in ("dropout", "native_dropout"):
         return _dropped(user, name, dims, axes, unread, depth)
+    if name in MIXERS:
+        return Missed(f"its weights are mixed by a learned layer ({shown(user)})", user)
     behind = after(user, dims, axes)
     if behind is None:
         return Missed(f"its weights are read by {shown(user)}", user)

@@ -114,7 +114,7 @@ class Axes:
         runs = [self._runs(axis, want) for axis in have if axis]
         for dim in reversed(range(len(runs))):
             if len(runs[dim]) > 1:
-                steps.append(("unflatten", (dim, tuple(_size(run) for run in runs[dim]))))
+                steps.append(("unflatten", (dim, tuple(size_of(run) for run in runs[dim]))))
         flat = [run for axis in runs for run in axis]
         # 2. Bring the runs into the target's order.
         starts = {run[0]: run for run in flat}
@@ -143,7 +143,7 @@ class Axes:
                     if piece[0] not in held:
                         steps.append(("unsqueeze", (dim + position,)))
                 if any(piece[0] not in held for piece in pieces):
-                    sizes = tuple(_size(piece) for piece in pieces)
+                    sizes = tuple(size_of(piece) for piece in pieces)
                     # -1 keeps the sizes of the dimensions before and after.
                     after = len(waiting)
                     steps.append(("expand", ((-1,) * dim + sizes + (-1,) * after,)))
@@ -177,7 +177,8 @@ def applied(tensor: torch.Tensor, views: Views) -> torch.Tensor:
     return tensor
 
 
-def _size(axis: Axis) -> Size:
+def size_of(axis: Axis) -> Size:
+    """The size of a dimension with the atoms of `axis`."""
     size: Size = 1
     for atom in axis:
         size = size * atom.size

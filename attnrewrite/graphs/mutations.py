@@ -79,12 +79,13 @@ def unread(graph_module: GraphModule) -> frozenset[Node]:
     write nothing and draw no random numbers: without them the graph does the same."""
     found: set[Node] = set()
     for node in reversed(graph_module.graph.nodes):
-        if all(user in found or name_of(user) == CHECK for user in node.users) and _only_computes(node):
+        if all(user in found or name_of(user) == CHECK for user in node.users) and only_computes(node):
             found.add(node)
     return frozenset(found)
 
 
-def _only_computes(node: Node) -> bool:
+def only_computes(node: Node) -> bool:
+    """Whether a node does nothing but compute tensors, by a function of PyTorch's own."""
     name = name_of(node)
     made = leaves(value_of(node))
     if not name or not made or not all(isinstance(each, torch.Tensor) for each in made):

@@ -452,7 +452,10 @@ def weights_edited(q, k, v):
         (lambda q, k, v: (q @ k.mT).softmax(-2) @ v, "its softmax runs over dimension 2 of the scores"),
         (lambda q, k, v: (q @ k.mT / 4).softmax(1) @ v, "its softmax runs over dimension 1 of the scores"),
         (lambda q, k, v: (torch.tanh(q @ k.mT / 50) * 50).softmax(-1) @ v, "its scores are capped (tanh)"),
-        (lambda q, k, v: (q @ k.mT * q[:, :, :, :1]).softmax(-1) @ v, "its scores are multiplied by a tensor"),
+        (
+            lambda q, k, v: (q @ k.mT * torch.arange(77.0).view(7, 11)).softmax(-1) @ v,
+            "its scores are multiplied by a tensor",
+        ),
         (lambda q, k, v: (q @ k.mT).double().softmax(-1).float() @ v, "its softmax runs in float64"),
     ],
 )

@@ -54,6 +54,27 @@ def talking_heads(query, key, value):
     return mixed @ value
 
 
+def twice_mixed(query, key, value):
+    """vit-pytorch's CaiT."""
+    scores = torch.einsum("bhij,hg->bgij", query @ key.mT * SCALE, torch.ones(4, 4))
+    return torch.einsum("bhij,hg->bgij", scores.softmax(-1), torch.ones(4, 4)) @ value
+
+
+def mixed_before(query, key, value):
+    return torch.einsum("bhij,hg->bgij", query @ key.mT, torch.ones(4, 4)).softmax(-1) @ value
+
+
+def mixed_by_linear(query, key, value):
+    """timm's CaiT."""
+    scores = F.linear((query @ key.mT).permute(0, 2, 3, 1), torch.ones(4, 4)).permute(0, 3, 1, 2)
+    weights = F.linear(scores.softmax(-1).permute(0, 2, 3, 1), torch.ones(4, 4)).permute(0, 3, 1, 2)
+    return weights @ value
+
+
+def mixed_by_convolution(query, key, value):
+    return torch.conv2d((query @ key.mT).softmax(-1), torch.ones(4, 4, 1, 1)) @ value
+
+
 def returned_mask(query, key, value):
     weights = (query @ key.mT * SCALE).softmax(-1)
     return torch.cumsum(weights, -1) @ value
@@ -72,7 +93,13 @@ MISSES = {
         Attention(lambda scores: torch.where(TRIANGLE, scores, scores.mT)),
         r"its scores are selected from two tensors \(where\)",
     ),
-    "heads are mixed": (Attention(whole=talking_heads), "its values are not summed over a dimension that only its keys have"),
+    "heads are mixed": (Attention(whole=talking_heads), "its heads are mixed by einsum"),
+    "heads are mixed twice": (Attention(whole=twice_mixed), "its heads are mixed by einsum"),
+    "heads are mixed before": (Attention(whole=mixed_before), "its heads are mixed by einsum"),
+    "heads are mixed by a layer": (Attention(whole=mixed_by_linear), r"its scores are mixed by a learned layer \(linear\)"),
+    "heads are mixed by a layer behind": (
+        Attention(whole=mixed_by_convolution), r"its weights are mixed by a learned layer \(conv2d\)"
+    ),
     "weights are computed on": (Attention(whole=returned_mask), "its weights are read by cumsum"),
 }  # fmt: skip
 
