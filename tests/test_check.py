@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from model_zoo import MODELS
-from parity import qkv, relative
+from parity import attend, qkv, relative
 
 import attnrewrite
 from attnrewrite import check, with_backend
@@ -133,7 +133,48 @@ def test_zero_rows():
     assert of(exact, output).worst_error == pytest.approx(1)
     assert of(exact * 0, output * 0).relative_error == 0
     hidden = of(exact, output, seen=torch.tensor([[[True, False]]]))  # a row without any key
+    assert hidden.rows == 1
     assert hidden.relative_error == 0
+
+
+def heads(*given):
+    return F.scaled_dot_product_attention(*given)
+
+
+def emptied(kind):
+    query, key, value = qkv(batch=2, heads=3, q_len=5, kv_len=7)
+    hidden = torch.zeros(5, 7, dtype=torch.bool)
+    return {
+        "no batch": (query[:0], key[:0], value[:0]),
+        "no query": (query[:, :, :0], key, value),
+        "no key": (query, key[:, :, :0], value[:, :, :0]),
+        "all hidden": (query, key, value, hidden),
+        "all hidden, additive": (query, key, value, torch.full((5, 7), -math.inf)),
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", ["no batch", "no query", "no key", "all hidden", "all hidden, additive"])
+def test_a_site_with_nothing_to_compare_is_neither_right_nor_wrong(kind):
+    found = checked(heads, *emptied(kind), choices=["_native_math"])
+    (site,) = found.sites
+    of = site.accuracy
+    assert all(math.isnan(each) for each in (of.relative_error, of.sqnr_db, of.cosine, of.worst_error))
+    assert (of.rows, site.wrong, found.ok) == (0, "", True)
+    assert "nothing to compare, no row sees a key: heads" in str(found)
+    assert json.loads(found.to_json())["sites"][0]["accuracy"]["relative_error"] == "nan"
+
+
+def test_nan_inputs_are_no_error_of_zero():
+    query, key, value = qkv()
+    found = checked(attend, query * math.nan, key * math.nan, value * math.nan, choices=["_native_flash"])
+    (site,) = found.sites
+    assert math.isnan(site.accuracy.relative_error)
+    assert math.isnan(site.accuracy.sqnr_db)
+    assert "values that are not finite come in" in str(found)
+    assert not found.ok
+    assert math.isnan(
+        checked(lambda *given: attend(*given).argmax(-1), query, key, value, choices=["native"]).output.relative_error
+    )
 
 
 def test_outputs_in_the_form_of_the_node():

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import re
 import threading
@@ -378,6 +379,38 @@ def test_errors_have_a_limit():
     assert site.chosen == "native"  # the call as it stands
     exact = reference(site.call, *tensors, None).error(F.scaled_dot_product_attention(*tensors))
     assert by_name(site)["native"].error == pytest.approx(exact)
+
+
+def heads(*given):
+    return F.scaled_dot_product_attention(*given)
+
+
+UNKNOWN = {
+    "all": (lambda query, key, value: (query * math.nan, key * math.nan, value * math.nan), "its query, key, value"),
+    "one key": (lambda query, key, value: (query, key.index_fill(2, torch.tensor(4), math.inf), value), "its key"),
+    "no key seen": (lambda *given: (*given, torch.zeros(7, 11, dtype=torch.bool)), "no row of it sees a key"),
+    "no query": (lambda query, key, value: (query[:, :, :0], key, value), "no row of it sees a key"),
+}
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_where_nothing_is_compared_native_stays_with_a_warning(kind, tmp_path):
+    change, why = UNKNOWN[kind]
+    quick = replace(MATH, name="quick", empty=True)
+    with pytest.warns(UserWarning, match=f"compared nothing at heads: .*{why}. native stays there"):
+        plan = tuned(heads, *change(*qkv()), candidates=[quick], max_error=0.1)
+    (site,) = plan.sites
+    assert site.chosen == "native"
+    assert all(math.isnan(each.error) for each in site.measured)
+    assert by_name(site)["quick"].dropped.startswith("nothing was compared: ")
+    assert by_name(site)["native"].dropped is None
+    plan.save(tmp_path / "plan.json")
+    text = (tmp_path / "plan.json").read_text()
+    assert "NaN" not in text  # JSON has none
+    again = attnrewrite.Plan.load(tmp_path / "plan.json")
+    assert again == plan.described()
+    assert str(again) == str(plan)
+    assert math.isnan(again.sites[0].measured[0].error)
 
 
 def test_quantised_kernels_take_part_where_they_are_asked_for():

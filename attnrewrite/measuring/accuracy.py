@@ -16,8 +16,8 @@ from .reference import Reference
 class Accuracy:
     """The error of an attention's output against the same attention in float64 (`exact`).
 
-    The first three numbers are taken over all rows compared, and are NaN if one of these rows is not finite. The error of a
-    row whose exact value is zero is relative to the mean norm of all rows compared.
+    The first three numbers are taken over all rows compared, and are NaN if one of these rows is not finite, or if there is no
+    row to compare. The error of a row whose exact value is zero is relative to the mean norm of all rows compared.
     """
 
     relative_error: float  # |output - exact| / |exact| (2-norms)
@@ -27,7 +27,7 @@ class Accuracy:
     worst_error: float  # the relative error of that row
     nan: int  # NaN values in the whole output
     inf: int  # infinite values in the whole output
-    rows: int  # number of rows compared
+    rows: int  # number of rows compared: those of the reference that see a key
     all_rows: int  # number of rows in the output
 
     @property
@@ -49,7 +49,7 @@ def accuracy(exact: Reference, output: Tensor) -> Accuracy:
     if exact.seen is not None:
         found = torch.where(exact.seen[..., None], found, 0.0)
     apart, norm = (found - values).norm(dim=-1), values.norm(dim=-1)
-    error = _ratio(apart.norm().item(), norm.norm().item())
+    error = _ratio(apart.norm().item(), norm.norm().item()) if exact.compared else math.nan
     by_row = torch.where(apart == 0, 0.0, apart / torch.where(norm > 0, norm, norm.mean())).flatten()
     # NaN counts as the largest error. An empty output has no worst row.
     place = int(by_row.nan_to_num(nan=math.inf).argmax()) if by_row.numel() else 0
@@ -58,18 +58,21 @@ def accuracy(exact: Reference, output: Tensor) -> Accuracy:
     return Accuracy(
         relative_error=error,
         sqnr_db=math.inf if error == 0 else math.nan if math.isnan(error) else -20 * math.log10(error),
-        cosine=_cosine(found, values),
+        cosine=_cosine(found, values) if exact.compared else math.nan,
         worst_row=(head // max(heads, 1), head % max(heads, 1), int(exact.rows[row])) if by_row.numel() else (0, 0, 0),
-        worst_error=by_row[place].item() if by_row.numel() else 0.0,
+        worst_error=by_row[place].item() if exact.compared else math.nan,
         nan=int(output.isnan().sum()),
         inf=int(output.isinf().sum()),
-        rows=by_row.numel(),
+        rows=exact.compared,
         all_rows=batch * heads * output.shape[-2],
     )
 
 
 def relative_error(output: Tensor, exact: Tensor) -> float:
-    """Returns |output - exact| / |exact| (2-norms): 0 if both are all zeros, NaN if one of them is not finite."""
+    """Returns |output - exact| / |exact| (2-norms): 0 if both are all zeros, NaN if one of them is not finite or both are
+    empty."""
+    if not exact.numel():
+        return math.nan
     return _ratio((output.double() - exact.double()).norm().item(), exact.double().norm().item())
 
 

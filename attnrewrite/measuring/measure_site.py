@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import gc
+import math
 import random
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -115,6 +117,7 @@ class _Measuring:
         self.worker = Worker(captured.query.device)
         self.done: dict[str, Measurement] = {}
         self.reference: Reference | None = None
+        self.nothing = _not_finite(captured)  # why nothing can be compared; "" if something can
         self.of_native: float | None = None
 
     def site(self) -> Site:
@@ -133,6 +136,11 @@ class _Measuring:
             runners = self._rounds(runners)
         finally:
             self.worker.leave()
+        if self.nothing:
+            warnings.warn(
+                f"attnrewrite.tune compared nothing at {call.site or 'a call'}: {self.nothing}. native stays there",
+                stacklevel=2,
+            )
         for runner in runners:
             middle = statistics.median(runner.samples)
             self.done[runner.name] = Measurement(
@@ -214,7 +222,8 @@ class _Measuring:
         return Runner(candidate.name, run, error, seconds, time.perf_counter() - started, host)
 
     def _compared(self, output: Tensor) -> float | None:
-        """Returns the relative error, None under dropout. Raises `ValueError` for another shape, NaN or infinity."""
+        """Returns the relative error, None under dropout, NaN if nothing can be compared. Raises `ValueError` for another
+        shape, NaN or infinity."""
         captured, call = self.captured, self.captured.call
         batch, heads, q_len, value_dim = (int(each) for each in (call.batch, call.heads, call.q_len, call.value_dim))
         wanted = (batch, q_len, heads * value_dim) if captured.query.dim() == 4 else None
@@ -226,6 +235,9 @@ class _Measuring:
             whole = rank4(output, tuple(output.shape[: -3 if output.dim() > 3 else -2]), heads)
         if self.reference is None:
             self.reference = reference(call, captured.query, captured.key, captured.value, captured.mask)
+            self.nothing = self.nothing or ("" if self.reference.compared else "no row of it sees a key")
+        if self.nothing:
+            return None if call.dropout else math.nan
         wrong = ~torch.isfinite(whole).all(-1)
         if bool(wrong.any()) and (self.reference.seen is None or not bool(torch.isfinite(self._rows(whole)).all())):
             raise ValueError(f"returns NaN or infinity in {int(wrong.sum())} of {wrong.numel()} rows")
@@ -277,8 +289,10 @@ class _Measuring:
         return seconds
 
     def _too_inexact(self, runner: Runner) -> str | None:
-        """Why the error is above the limit, or None. The limit: `max_error`; without it `WRONG` times native's error, and for
-        a quantised kernel twice its stated error."""
+        """Why the error is not known or above the limit, or None. The limit: `max_error`; without it `WRONG` times native's
+        error, and for a quantised kernel twice its stated error."""
+        if runner.error is not None and math.isnan(runner.error):
+            return None if runner.name == "native" else f"nothing was compared: {self.nothing}"
         limit, why = self.search.max_error, "max_error"
         if limit is None:
             record = next(each for each in self.search.candidates if each.name == runner.name).on(self.machine)
@@ -292,6 +306,12 @@ class _Measuring:
         if limit is None or runner.error is None or runner.error <= limit:
             return None
         return f"its error is above {limit:.1e}, {why}"
+
+
+def _not_finite(captured: Captured) -> str:
+    tensors = {"query": captured.query, "key": captured.key, "value": captured.value}
+    bad = [name for name, each in tensors.items() if not bool(each.isfinite().all())]
+    return f"values that are not finite come in by its {', '.join(bad)}" if bad else ""
 
 
 def _with_backward(compiled: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[[], Any]:

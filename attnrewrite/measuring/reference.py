@@ -23,9 +23,18 @@ class Reference:
     values: Tensor  # (batch, heads, rows, value_dim), float64
     seen: Tensor | None  # (batch, heads, rows) boolean, False for a row that sees no key; None: every row sees a key
 
+    @property
+    def compared(self) -> int:
+        """Number of rows that can be compared: those that see a key."""
+        if not self.values.numel():
+            return 0
+        return self.values[..., 0].numel() if self.seen is None else int(self.seen.sum())
+
     def error(self, output: Tensor) -> float:
         """Returns |output - values| / |values| (2-norms) for an output (batch, heads, q_len, value_dim). Rows that see no key
-        are left out; NaN in any other of the rows gives NaN."""
+        are left out; NaN in any other of the rows gives NaN, and so does an output without any other row."""
+        if not self.compared:
+            return math.nan
         taken = output[:, :, self.rows].double()
         if self.seen is not None:
             taken = torch.where(self.seen[..., None], taken, 0.0)
@@ -66,7 +75,7 @@ def reference(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, ma
                 scores = scores + part.double()
         if keep is not None:
             scores = scores.masked_fill(~keep, -math.inf)
-        some = (scores > -math.inf).any(-1)
+        some = ~(scores == -math.inf).all(-1)  # a score of NaN belongs to a key that is seen
         weights = torch.where(some[..., None], scores, 0.0).softmax(-1)
         outputs.append(torch.where(some[..., None], weights @ value[:, of_keys].double(), 0.0))
         seen.append(some)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..kernels.machines import Machine
@@ -15,7 +16,9 @@ class Measurement:
     name: str
     milliseconds: float | None = None  # median of `rounds` samples; None: not timed
     spread: float | None = None  # relative spread: two standard errors of the median, divided by the median
-    error: float | None = None  # |out - ref| / |ref| against float64 on the site's own tensors; None under dropout
+    # |out - ref| / |ref| against float64 on the site's own tensors; None under dropout, NaN if nothing could be compared. Two
+    # measurements are equal without it, since NaN equals nothing.
+    error: float | None = field(default=None, compare=False)
     rounds: int = 0  # number of samples
     dropped: str | None = None  # why the kernel cannot be chosen; a timed kernel may still be too inexact
     host: float | None = None  # milliseconds that the host takes to launch the kernel from compiled code, on a GPU
@@ -24,6 +27,14 @@ class Measurement:
     def least(self) -> float:
         """Milliseconds of one call in a model that waits for its host."""
         return max(self.milliseconds or 0.0, self.host or 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """An error of NaN becomes text, since JSON has none."""
+        return {**asdict(self), "error": "nan" if self.error is not None and math.isnan(self.error) else self.error}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Measurement:
+        return Measurement(**{**data, "error": math.nan if data.get("error") == "nan" else data.get("error")})
 
     def __str__(self) -> str:
         parts = [] if self.milliseconds is None else [f"{self.milliseconds:.4g} ms"]

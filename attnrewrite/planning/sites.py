@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..kernels.calls import AttentionCall
@@ -78,13 +78,13 @@ class Site:
             "source": self.source,
             "note": self.note,
             "stale": self.stale,
-            "measured": [asdict(each) for each in self.measured],
+            "measured": [each.to_dict() for each in self.measured],
         }
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Site:
         taken = tuple((name, decision_from_dict(decision)) for name, decision in data["decisions"])
-        measured = tuple(Measurement(**each) for each in data.get("measured", ()))
+        measured = tuple(Measurement.from_dict(each) for each in data.get("measured", ()))
         return Site(
             AttentionCall.from_dict(data["call"]), taken, data["chosen"], data["rule"], data.get("source"),
             note=data.get("note"), stale=data.get("stale"), measured=measured,

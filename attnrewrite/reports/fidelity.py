@@ -66,6 +66,8 @@ class Fidelity:
             text = f"first site that goes wrong: {first.name} ({first.kernel}): {first.wrong}"
             lines += textwrap.wrap(text, 120, subsequent_indent="    ")
         lines += self._table()
+        if empty := [site.name for site in self.sites if not site.accuracy.rows]:
+            lines.append(f"nothing to compare, no row sees a key: {folded(empty)}")
         lines += [f"not looked at: {', '.join(self.missing)}"] if self.missing else []
         lines += near_miss_lines(self.near_misses)
         return "\n".join(lines)

@@ -57,7 +57,7 @@ class SiteFidelity:
             return f"values that are not finite come in: {what}. The cause lies before this attention"
         if not of.finite:
             return f"its output is not finite, its inputs are: {of.nan} NaN, {of.inf} infinite"
-        if self.call.dropout:
+        if self.call.dropout or not of.rows:
             return ""
         if not of.relative_error <= self.limit:
             return f"relative error {of.relative_error:.1e}, where {self.limit_reason} explains {self.limit:.1e}"
@@ -80,7 +80,7 @@ class SiteFidelity:
 class Outputs:
     """The output of the swapped, compiled model, compared with that of the unchanged model.
 
-    relative_error: |output - unchanged| / |unchanged| (2-norms), over all floating tensors together.
+    relative_error: |output - unchanged| / |unchanged| (2-norms), over all floating tensors together; NaN without any.
     psnr_db: 20 log10(range / root mean square error), range: largest - smallest value of the unchanged model. Taken of the
         first tensor that may be an image or a video (rank 4 or 5, latents too); None if there is none.
     bad: number of values that are not finite.
@@ -103,10 +103,10 @@ class Outputs:
                 f"the compiled model returns tensors {shapes}, the unchanged one {theirs}: nothing to compare"
             )
         if not output:
-            return Outputs(0.0, None, 0, 0)
+            return Outputs(math.nan, None, 0, 0)
         pairs = list(zip(output, expected, strict=True))
         wide = [torch.cat([each.double().flatten().cpu() for each in side]) for side in (output, expected)]
-        image = next((pair for pair in pairs if pair[0].dim() in (4, 5)), None)
+        image = next((pair for pair in pairs if pair[0].dim() in (4, 5) and pair[0].numel()), None)
         bad, bad_before = (int((~each.isfinite()).sum()) for each in wide)
         psnr = None if image is None else _psnr(*image)
         pictures = () if image is None else (_picture(image[1]), _picture(image[0]))
