@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import signal
 import threading
 import time
 import weakref
@@ -425,13 +426,32 @@ def test_quantised_kernels_take_part_where_they_are_asked_for():
 def test_ctrl_c_leaves_the_plan_so_far(capsys):
     plan = tuned(Demo().eval(), *inputs(), candidates=[kernel("interrupted", INTERRUPTED)])
     assert [site.name for site in plan.sites] == ["causal", "prompt", "spelled_out", "joint", "outer", "positions"]
-    model = lambda *given: attend(*given) + attend(*given, mask)  # noqa: E731
-    mask = torch.ones(7, 11, dtype=torch.bool).tril(3)
-    plan = tuned(model, *qkv(), candidates=[kernel("interrupted", INTERRUPTED)])
+    called = []
+
+    def measure(captured, *given):
+        called.append(captured.call.site)
+        if len(called) == 2:
+            raise KeyboardInterrupt
+        return measure_site(captured, *given)
+
+    plan = tuned(Demo().eval(), *inputs(), candidates=["native"], measure=measure)
+    assert [site.name for site in plan.sites] == called[:1]
     assert not plan.tuning.complete
-    assert plan.sites == ()
     assert "ended by Ctrl-C" in str(plan)
     assert "interrupted, returning the plan so far" in capsys.readouterr().err
+
+
+def test_ctrl_c_before_anything_was_measured_is_raised_and_leaves_no_thread(capsys):
+    def endless(*given):
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        while True:
+            time.sleep(0.01)
+
+    candidates = [kernel("endless", real("endless", endless))]
+    with pytest.raises(KeyboardInterrupt):
+        tuned(attend, *qkv(), candidates=candidates)
+    assert [each for each in threading.enumerate() if each.name == "attnrewrite.tune"] == []
+    assert "returning the plan" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -65,7 +65,8 @@ def tune(
         its thread. A CUDA kernel that hangs cannot be ended: `RuntimeError` says so.
     progress: True shows the progress in a line on stderr. None: True if stderr is a terminal.
 
-    Returns a `Plan`. Ctrl-C ends the run and returns the plan so far (`plan.tuning.complete` is False).
+    Returns a `Plan`. Ctrl-C ends the run and returns the plan so far (`plan.tuning.complete` is False); before the first site
+    is measured it raises `KeyboardInterrupt`.
 
     Raises `TypeError` and `ValueError` for other arguments (a class, a pipeline, tensors on "meta" among them), `RuntimeError`
     for a GPU that hangs, and the model's own errors.
@@ -107,6 +108,8 @@ def search_model(
     try:
         capture(model, args, kwargs, receive, make_policy(["native"]))
     except KeyboardInterrupt:
+        if not sites:
+            raise
         complete = False
         print("\nattnrewrite.tune: interrupted, returning the plan so far", file=sys.stderr)
     finally:

@@ -134,6 +134,9 @@ class _Measuring:
                 if runner is not None:
                     runners.append(runner)
             runners = self._rounds(runners)
+        except KeyboardInterrupt:
+            self.worker.interrupt()
+            raise
         finally:
             self.worker.leave()
         if self.nothing:

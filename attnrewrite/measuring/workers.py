@@ -6,6 +6,7 @@ The thread has none of the caller's modes (a compilation in progress, autocast, 
 from __future__ import annotations
 
 import atexit
+import ctypes
 import queue
 import threading
 import time
@@ -57,6 +58,15 @@ class Worker:
             self._jobs.put(None)
             _LEFT[:] = [*(thread for thread in _LEFT if thread.is_alive()), self._thread]
             self._jobs = self._thread = None
+
+    def interrupt(self, seconds: float = PATIENCE) -> None:
+        """Raises `SystemExit` in the thread's Python code, and waits up to `seconds` for the thread to end: code in C++ runs
+        to its end first. `SystemExit` is the exception of which threads print no traceback."""
+        thread = self._thread
+        self.leave()
+        if thread is not None and thread.ident is not None:
+            ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(SystemExit))
+            thread.join(seconds)
 
     def check(self) -> None:
         """Raises `OverdueError` if the running function was abandoned. To be called between two of its steps."""
