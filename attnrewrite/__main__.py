@@ -6,17 +6,19 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from .commands import run as launching
 from .commands import support
-from .kernels.machines import Machine
+from .kernels.machines import Machine, known_machine
 from .version import __version__
 
 
 def info(arguments: list[str]) -> None:
-    """list all kernels: usable on this machine, or the reason why not"""
-    _no_more(arguments, "info")
-    print(support.info(__version__))
+    """list all kernels: usable on this machine (or one that --machine describes), or the reason why not"""
+    parser = argparse.ArgumentParser(prog="attnrewrite info", description=info.__doc__)
+    parser.add_argument("--machine", type=_machine, help=MACHINE)
+    print(support.info(__version__, parser.parse_args(arguments).machine))
 
 
 def table(arguments: list[str]) -> None:
@@ -73,7 +75,7 @@ def rewrite(arguments: list[str]) -> None:
     parser.add_argument(
         "--machine",
         type=_machine,
-        help='another machine to run on, as JSON: {"device": "cuda", "capability": [9, 0], "packages": {"flash-attn-4": ...}}',
+        help=MACHINE,
     )
     given = parser.parse_args(arguments)
     try:
@@ -87,11 +89,22 @@ def rewrite(arguments: list[str]) -> None:
     print(report)
 
 
+MACHINE = 'another machine, as JSON: {"device": "cuda", "capability": [9, 0], "packages": {"torch": "2.11.0"}}'
+
+
 def _machine(text: str) -> Machine:
+    fields: dict[str, Any] = {"device": "", "capability": None, "packages": {}, "name": ""}
     try:
-        return Machine.from_dict({"capability": None, "packages": {}, "name": "", **json.loads(text)})
-    except (ValueError, TypeError, KeyError) as error:
+        given = json.loads(text)
+        if not isinstance(given, dict):
+            raise ValueError("it is no JSON object")
+        if unknown := given.keys() - fields:
+            raise ValueError(f"{', '.join(map(repr, sorted(unknown)))} is not one of {', '.join(fields)}")
+        machine = Machine.from_dict({**fields, **given})
+        known_machine(machine)
+    except (ValueError, TypeError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} does not describe a machine: {error}") from error
+    return machine
 
 
 def run(arguments: list[str]) -> None:
@@ -120,6 +133,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
     parser = argparse.ArgumentParser(prog="attnrewrite", description="Attention kernels for torch.compile.")
+    parser.add_argument("--version", action="version", version=f"attnrewrite {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in COMMANDS.items():
         commands.add_parser(name, help=function.__doc__, add_help=False)

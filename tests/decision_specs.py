@@ -309,7 +309,7 @@ SPECS = {
             **EMPTY,
             **NO_LEARNED_BIAS,
             **UPPER_LEFT_ONLY,
-            "without cudnn": (Code.MISSING, "cudnn>=9.0", "not installed"),
+            "without cudnn": (Code.MISSING, "cudnn>=9.0", "not among the packages"),
             "cudnn 8.9.7": (Code.VERSION, "cudnn>=9.0", "8.9.7"),
             **dict.fromkeys(
                 ("deterministic", "deterministic, with a gradient"),

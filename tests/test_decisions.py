@@ -23,6 +23,7 @@ from decision_specs import (
 from torch._dynamo.source import ConstantSource
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
+import attnrewrite
 from attnrewrite import (
     Accepted,
     AttentionCall,
@@ -111,11 +112,17 @@ def test_packages(record):
         without = {name: version for name, version in machine.packages.items() if name != package}
         for version, code in ((None, Code.MISSING), ("0.0.1", Code.VERSION)):
             packages = without | ({package: version} if version else {})
-            refused = decide(record, CALL, replace(machine, packages=packages), limit(record))
-            assert refused.code is code
-            assert f"{package}{specifier}" in refused.detail
-            assert (version or "not installed") in refused.detail
-            assert refused.fix == record.install.get(package, f'pip install "{package}{specifier}"')
+            here, described = (
+                decide(record, CALL, replace(machine, packages=packages, here=here), limit(record))
+                for here in (True, False)
+            )
+            for refused in (here, described):
+                assert refused.code is code
+                assert f"{package}{specifier}" in refused.detail
+            assert (version or "not installed") in here.detail
+            assert here.fix == record.install.get(package, f'pip install "{package}{specifier}"')
+            assert (version or "not among the packages of the machine") in described.detail
+            assert described.fix.startswith("Add the version to the packages of the machine")
 
 
 def test_what_pip_does_not_have_says_how_to_get_it():
@@ -369,9 +376,51 @@ def test_machines_through_json(machine):
     assert Machine.from_dict(through_json(machine.to_dict())) == machine
 
 
-def test_a_cuda_machine_has_a_capability():
-    with pytest.raises(ValueError, match="capability"):
-        Machine("cuda")
+@pytest.mark.parametrize(
+    ("given", "error", "said"),
+    [
+        (("cuda",), ValueError, r"needs capability=\(major, minor\)"),
+        (("gpu",), ValueError, "device is 'gpu': give a device type of PyTorch"),
+        (("cuda:0", (9, 0)), ValueError, "device is 'cuda:0'"),
+        ((torch.device("cpu"),), ValueError, r"device is device\(type='cpu'\)"),
+        (("cuda", "9.0"), TypeError, r"capability is '9.0' \(str\): give \(major, minor\), as \(9, 0\)"),
+        (("cuda", 9.0), TypeError, r"capability is 9.0 \(float\)"),
+        (("cuda", [9, 0]), TypeError, r"capability is \[9, 0\] \(list\)"),
+        (("cuda", (9,)), TypeError, r"capability is \(9,\)"),
+        (
+            ("cpu", None, {"torch": 2.13}),
+            TypeError,
+            "packages is {'torch': 2.13}: give the version of each package as text",
+        ),
+        (("cpu", None, ["torch"]), TypeError, r"packages is \['torch'\]"),
+    ],
+)
+def test_a_machine_that_is_none(given, error, said):
+    with pytest.raises(error, match=said):
+        Machine(*given)
+
+
+@pytest.mark.parametrize(
+    ("machine", "error", "said"),
+    [
+        ("h200", TypeError, r"machine is 'h200' \(str\): describe it, as attnrewrite\.Machine\("),
+        ({"device": "cuda", "capability": (9, 0)}, TypeError, r"machine is {.*} \(dict\): describe it"),
+        (Machine("cpu", packages={"torch": "latest"}), ValueError, r"packages\['torch'\] = 'latest': give a version"),
+    ],
+)
+def test_every_way_to_plan_for_a_machine_refuses_what_is_none(machine, error, said, tmp_path):
+    model, given = torch.nn.Linear(3, 4), torch.zeros(2, 3)
+    program = torch.export.export(model, (given,))
+    file = tmp_path / "no.pt2"
+    for call in (
+        lambda: attnrewrite.explain(model, given, backend="native", machine=machine),
+        lambda: attnrewrite.export(model, (given,), backend="native", machine=machine),
+        lambda: attnrewrite.rewrite(program, "native", machine=machine),
+        lambda: attnrewrite.retarget(file, file, "native", machine=machine),
+        lambda: attnrewrite.explain_file(file, machine=machine),
+    ):
+        with pytest.raises(error, match=said):
+            call()
 
 
 @each_record

@@ -1,14 +1,17 @@
 """The support matrix in docs/ is what the records say, and the command line prints both tables."""
 
+import json
 from pathlib import Path
 
 import pytest
+import torch
 
 import attnrewrite
 from attnrewrite.__main__ import main
-from attnrewrite.commands.support import matrix
+from attnrewrite.commands.support import info, matrix
 from attnrewrite.planning import registry
 
+CPU = attnrewrite.machine_of(torch.device("cpu"))
 ROOT = Path(__file__).parent.parent
 
 
@@ -36,6 +39,51 @@ def test_info_names_every_kernel(capsys):
     assert [line.split()[0] for line in lines[1:]] == list(attnrewrite.names())
     assert "torch" in lines[0]
     assert all(line.split()[1] in ("yes", "no") for line in lines[1:])
+
+
+def test_info_keeps_what_a_kernel_is_and_says_what_it_needs():
+    (row,) = [line for line in info("0", CPU).splitlines() if line.startswith("flash ")]
+    assert row.split(None, 2)[1:] == ["no", "FlashAttention 2: needs CUDA; none here"]
+    (row,) = [line for line in info("0", CPU).splitlines() if line.startswith("_native_flash ")]
+    assert row.split()[1] == "yes"
+
+
+def test_info_for_another_machine(capsys):
+    described = {"device": "cuda", "capability": [9, 0], "packages": {"torch": "2.11.0", "fa3-fwd": "0.0.3"}}
+    main(["info", "--machine", json.dumps(described)])
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert first.endswith("for cuda, sm_90, torch 2.11.0, fa3-fwd 0.0.3, as described")
+    rows = {line.split()[0]: line.split(None, 2)[1:] for line in lines}
+    assert rows["_flash_3"] == ["yes", "FlashAttention 3"]
+    assert rows["_native_npu"][1].endswith("needs an Ascend NPU; none there")
+    assert rows["flash"][0] == "no"
+    assert "MISSING" in rows["flash"][1]
+    assert "pip install" not in "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("h200", "does not describe a machine"),
+        ("[9]", "it is no JSON object"),
+        ('{"devcie": "cuda"}', "'devcie' is not one of device, capability, packages, name"),
+        ('{"device": "gpu"}', "device is 'gpu': give a device type"),
+        ('{"device": "cuda", "capability": "9.0"}', "capability is '9.0' (str): give (major, minor)"),
+        ('{"device": "cpu", "packages": {"torch": "latest"}}', "packages['torch'] = 'latest': give a version"),
+    ],
+)
+@pytest.mark.parametrize("command", [["info"], ["rewrite", "a.pt2", "b.pt2", "--backend", "native"]])
+def test_a_machine_that_is_none(command, text, said, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--machine", text])
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert (caught.value.code, capsys.readouterr().out) == (0, f"attnrewrite {attnrewrite.__version__}\n")
 
 
 def test_a_command_is_asked_for(capsys):

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from ..entrances.choices import Choice, Rules, Settings, make_policy
 from ..files import whole
 from ..graphs.questions import noted
-from ..kernels.machines import Machine
+from ..kernels.machines import Machine, known_machine
 from ..pipeline import Target, rewrite_graph
 from ..planning.planner import Libraries
 from ..reports.report import GraphReport, Report
@@ -105,6 +105,7 @@ def retarget(
     if choices == ("native",) and not rules:
         settings.setdefault("numerics", "exact")
     policy = program_policy(choices, rules, settings)
+    known_machine(machine)
     with opened(source) as archive:
         program = _graph(archive)
         manifest = _manifest(archive)
@@ -129,6 +130,7 @@ def explain_file(path: Path_, *choices: Choice, machine: Machine | None = None) 
 
     Raises `ProgramFileError`, and `ValueError` as `with_backend`.
     """
+    known_machine(machine)
     with opened(path) as archive:
         manifest = _manifest(archive)
         if manifest is not None and not choices:

@@ -17,7 +17,7 @@ from ..entrances.strictness import hold_strictly, without_sites
 from ..graphs.exported import copied, updated
 from ..graphs.notes import erase_notes, note_literal
 from ..graphs.questions import noted
-from ..kernels.machines import Machine
+from ..kernels.machines import Machine, known_machine
 from ..pipeline import Target, rewrite_graph
 from ..planning.planner import Libraries
 from ..planning.policies import Policy
@@ -70,6 +70,7 @@ def rewrite(
     `AttentionRefusedError` for an attention that no choice may take and for a program without attention.
     """
     policy = program_policy(choices, rules, settings)
+    known_machine(machine)
     if isinstance(program, ExportedProgram):
         return rewrite_program(program, policy, machine)
     if not isinstance(program, GraphModule):
@@ -113,6 +114,7 @@ def export(
     Returns the rewritten `ExportedProgram`. Raises what `torch.export.export` and `rewrite` raise.
     """
     policy = program_policy(several(backend), rules, settings)  # first: a wrong name raises before minutes of tracing
+    known_machine(machine)
     with torch.no_grad():
         program = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes)
     return rewrite_program(program, policy, machine)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 
 from ..kernels.calls import MaskKind
+from ..kernels.decisions import Code, Refused
+from ..kernels.machines import Machine
 from ..kernels.records import Backend
 from ..kernels.sources import Hub
 from ..planning.registry import names, records_of
@@ -81,17 +83,37 @@ def _head_dim(record: Backend) -> str:
     return ", ".join(parts) or "any"
 
 
-def info(version: str) -> str:
+# For `info`: the devices of `Machine` in words.
+DEVICES = {"cuda": "CUDA", "rocm": "an AMD GPU", "npu": "an Ascend NPU", "tpu": "a TPU", "xla": "XLA", "cpu": "a CPU"}
+
+
+def info(version: str, machine: Machine | None = None) -> str:
     """Returns a line about this machine, and a line for each kernel: usable here, or the reason why not. Imports the
-    packages of kernels that could run here; downloads nothing."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    machine = machine_of(device)
-    lines = [f"attnrewrite {version} on {machine}"]
+    packages of kernels that could run here; downloads nothing.
+
+    machine: a described machine instead, for which nothing is imported.
+    """
+    if machine is None:
+        machine = machine_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    lines = [
+        f"attnrewrite {version} on {machine}" if machine.here else f"attnrewrite {version} for {machine}, as described"
+    ]
     width = max(map(len, names()))
     for name in names():
         refused, record = usable(name, machine)
-        said = str(refused) if refused is not None else record.summary
-        if refused is None and isinstance(record.source, Hub):
+        said = record.summary
+        if refused is not None:
+            said = f"{said}: {_why_not(name, refused, machine)}" if said else _why_not(name, refused, machine)
+        elif isinstance(record.source, Hub):
             said += f" (loads {record.source} when a plan chooses it)"
         lines.append(f"{name:<{width}}  {'yes' if refused is None else 'no':<3}  {said}")
     return "\n".join(lines)
+
+
+def _why_not(name: str, refused: Refused, machine: Machine) -> str:
+    if refused.code is not Code.DEVICE:
+        return str(refused)
+    devices = sorted({device for record in records_of(name) for device in record.devices})
+    return (
+        f"needs {' or '.join(DEVICES.get(each, each) for each in devices)}; none {'here' if machine.here else 'there'}"
+    )

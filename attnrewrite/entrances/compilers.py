@@ -21,7 +21,7 @@ from ..graphs.inner_compilers import (
     reset_compiler,
 )
 from ..graphs.tracing import as_itself, compilation
-from ..kernels.machines import Machine
+from ..kernels.machines import Machine, known_machine
 from ..pipeline import Target, rewrite_graph
 from ..planning.planner import AttentionRefusedError, Libraries
 from ..planning.plans import Plan
@@ -66,7 +66,7 @@ class AttentionCompiler:
         """
         self.policy = policy
         self.inner = inner
-        self.machine = machine
+        self.machine = known_machine(machine)
         self.prefix = prefix
         self.lenient = lenient
         self.report = Report(str(policy)) if report is None else report

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -18,18 +20,35 @@ class Machine:
         of torch_xla are "xla".
     packages: the version of each distribution by name. `machine_of` reads "torch" and, on NVIDIA GPUs, "cuda" and "cudnn" too.
 
-    Raises `ValueError` for a CUDA machine without a capability.
+    Raises `ValueError` for an unknown device and for a CUDA machine without a capability, `TypeError` for a capability that is
+    not two integers and for packages that are not text.
     """
 
     device: str
     capability: tuple[int, int] | None = None  # CUDA's compute capability; None on other devices
     packages: Mapping[str, str] = field(default_factory=dict, hash=False)
     name: str = ""  # the device's name, for people
+    here: bool = field(default=False, compare=False, repr=False)  # read by `machine_of`, not described by a user
 
     def __post_init__(self) -> None:
+        if not isinstance(self.device, str) or not _is_device(self.device):
+            raise ValueError(
+                f"device is {self.device!r}: give a device type of PyTorch ('cuda', 'cpu', 'xla'), 'rocm' for an AMD GPU, or "
+                "'tpu'"
+            )
+        if self.capability is not None and not _are_two_numbers(self.capability):
+            raise TypeError(
+                f"capability is {self.capability!r} ({type(self.capability).__name__}): give (major, minor), as (9, 0) for "
+                "an H200"
+            )
         if self.device == "cuda" and self.capability is None:
             raise ValueError(
                 "Machine('cuda') needs capability=(major, minor), as (9, 0) for an H200: kernels are chosen by it"
+            )
+        texts = isinstance(self.packages, Mapping) and all(isinstance(each, str) for each in self.packages.values())
+        if not texts:
+            raise TypeError(
+                f'packages is {self.packages!r}: give the version of each package as text, as {{"torch": "2.11.0"}}'
             )
 
     def __str__(self) -> str:
@@ -61,9 +80,41 @@ class Machine:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Machine:
         capability = data["capability"]
-        return Machine(
-            data["device"], (capability[0], capability[1]) if capability else None, data["packages"], data["name"]
+        numbers = tuple(capability) if isinstance(capability, list) else capability
+        return Machine(data["device"], numbers, data["packages"], data["name"])
+
+
+def _is_device(name: str) -> bool:
+    if name in ("rocm", "tpu", "npu"):  # "npu" is known to PyTorch only where torch_npu is
+        return True
+    try:
+        return torch.device(name).type == name
+    except RuntimeError:
+        return False
+
+
+def _are_two_numbers(capability: Any) -> bool:
+    return isinstance(capability, tuple) and [type(each) for each in capability] == [int, int]
+
+
+def known_machine(machine: Any) -> Machine | None:
+    """Returns a machine that a user describes, or None. Raises `TypeError` for anything but a `Machine`, `ValueError` for a
+    package whose version is none."""
+    if machine is None:
+        return None
+    if not isinstance(machine, Machine):
+        raise TypeError(
+            f"machine is {machine!r} ({type(machine).__name__}): describe it, as "
+            'attnrewrite.Machine("cuda", capability=(9, 0), packages={"torch": "2.11.0"})'
         )
+    from packaging.version import InvalidVersion, Version
+
+    for package, version in machine.packages.items():
+        try:
+            Version(version)
+        except InvalidVersion:
+            raise ValueError(f"machine has packages[{package!r}] = {version!r}: give a version, as '2.11.0'") from None
+    return machine
 
 
 # The distributions that records need, the records of users too: `machine_of` reads the versions.

@@ -122,8 +122,11 @@ def _packages(backend: Backend, call: AttentionCall, machine: Machine) -> Refuse
     for package, specifier in backend.requires.items():
         found = machine.packages.get(package)
         install = backend.install.get(package, f'pip install "{package}{specifier}"')
+        if not machine.here:  # a description, which nothing that is installed here changes
+            install = "Add the version to the packages of the machine, if that machine has it"
         if found is None:
-            detail = f"{backend.name} needs {package}{specifier}, which is not installed"
+            where = "installed" if machine.here else "among the packages of the machine"
+            detail = f"{backend.name} needs {package}{specifier}, which is not {where}"
             return Refused(Code.MISSING, detail, install)
         if not satisfies(found, specifier):
             return Refused(Code.VERSION, f"{backend.name} needs {package}{specifier}, found {found}", install)

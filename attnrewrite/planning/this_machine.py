@@ -25,15 +25,16 @@ def _read(kind: str, index: int | None, wanted: frozenset[str]) -> Machine:
     packages |= {name: version for name in sorted(wanted - PYTORCH) if (version := installed(name))}
     if kind == "xla":
         hardware = str(sys.modules["torch_xla.runtime"].device_type())  # an XLA device has imported torch_xla
-        return Machine("tpu" if hardware == "TPU" else "xla", None, packages, f"XLA on {hardware}")
+        return Machine("tpu" if hardware == "TPU" else "xla", None, packages, f"XLA on {hardware}", here=True)
     if kind == "cuda" and torch.version.hip:
-        return Machine("rocm", None, packages, torch.cuda.get_device_name(index))
+        return Machine("rocm", None, packages, torch.cuda.get_device_name(index), here=True)
     if kind != "cuda" or not torch.cuda.is_available():
-        return Machine(kind, (0, 0) if kind == "cuda" else None, packages, kind.upper())
+        return Machine(kind, (0, 0) if kind == "cuda" else None, packages, kind.upper(), here=True)
     if torch.version.cuda:
         packages["cuda"] = torch.version.cuda
     if cudnn := torch.backends.cudnn.version():
         # 91900 is 9.19.0; before 9.0 the thousands were the major version: 8907 is 8.9.7
         major, rest = divmod(cudnn, 10000) if cudnn >= 10000 else divmod(cudnn, 1000)
         packages["cudnn"] = f"{major}.{rest // 100}.{rest % 100}"
-    return Machine(kind, torch.cuda.get_device_capability(index), packages, torch.cuda.get_device_name(index))
+    name = torch.cuda.get_device_name(index)
+    return Machine(kind, torch.cuda.get_device_capability(index), packages, name, here=True)

@@ -14,13 +14,14 @@ from .registry import records_of
 
 
 def usable(name: str, machine: Machine) -> tuple[Refused | None, Backend]:
-    """Why the kernel cannot run a plain call on the machine, None if it can; and its record for the machine."""
+    """Why the kernel cannot run a plain call on the machine, None if it can; and its record for the machine. Loads the kernel's
+    package, but not for a machine that a user describes."""
     record = Candidate(name, records_of(name)).on(machine)
     call = probe_call(record, machine.device)
     decision = decide(record, call, machine, Numerics.QUANTISED)
     if isinstance(decision, Refused):
         return decision, record
-    if isinstance(record.source, Package):
+    if isinstance(record.source, Package) and machine.here:
         try:
             return lacking(record, load(record.source), call, machine), record
         except SourceError as error:
