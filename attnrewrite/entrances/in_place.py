@@ -6,9 +6,12 @@ attnrewrite changes this attribute and nothing else: `forward`, parameters, hook
 
 from __future__ import annotations
 
+import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,21 +32,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class SetModel:
-    """The `_compiled_call_impl` of a model after `set_attention_backend`."""
+    """What `set_attention_backend` changed in a model. The functions that it placed hold it, so a model whose blocks are
+    compiled has no mark itself: others (peft's `enable_lora_hotswap`) take one for a compiled model."""
 
-    call: Callable[..., Any]  # the compiled call; the plain call of a model whose blocks are compiled
-    compiler: AttentionCompiler
-    progress: Progress | None = None  # the step of a schedule; None without one
+    root: weakref.ref[Module]
     before: list[tuple[Module, Any]] = field(default_factory=list)  # changed module, earlier implementation
     placed: list[Any] = field(default_factory=list)  # the new implementations of these modules
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self.progress is None:
-            return self.call(*args, **kwargs)
-        with self.progress.next_call():
-            return self.call(*args, **kwargs)
-
-    def place(self, module: Module, implementation: Any) -> None:
+    def place(self, module: Module, implementation: Callable[..., Any] | None, as_one: bool = True) -> None:
+        """as_one: the implementation compiles the module as one, and no part of it by itself."""
+        if implementation is not None:
+            if not isinstance(implementation, FunctionType):  # a bound method, where torch.compile is disabled
+                implementation = functools.partial(implementation)
+            setattr(implementation, _OWNER, self)
+            setattr(implementation, _AS_ONE, as_one)
+            _SET.add(module)
         self.before.append((module, implementation_of(module, _NOTHING)))
         self.placed.append(implementation)
         set_implementation(module, implementation)
@@ -57,6 +60,14 @@ class SetModel:
                 drop_implementation(module)
             else:
                 set_implementation(module, before)
+
+
+_OWNER, _AS_ONE = "attnrewrite_set_model", "attnrewrite_as_one"  # attributes of a placed function
+_SET: weakref.WeakSet[Module] = weakref.WeakSet()  # modules that got a function, which some have lost since
+
+
+def _owner(module: Module) -> SetModel | None:
+    return getattr(implementation_of(module), _OWNER, None)
 
 
 _NOTHING = object()
@@ -95,8 +106,8 @@ def set_attention_backend(
     reset. Copies and unpickled models are uncompiled, as always after `torch.nn.Module.compile`.
 
     Raises `TypeError` for a model that is neither module nor pipeline, `ValueError` for an unknown component, for
-    `regional=True` without repeated blocks and, under `strict`, for a rule that matches no module (without it, a warning), and
-    the errors of `with_backend`. The model is then unchanged.
+    `regional=True` without repeated blocks, for a part of what was set as one and, under `strict`, for a rule that
+    matches no module (without it, a warning), and the errors of `with_backend`. The model is then unchanged.
     """
     plan = choices[0] if len(choices) == 1 and isinstance(choices[0], Schedule) else None
     if len(choices) == 1 and isinstance(choices[0], AttentionCompiler):
@@ -110,6 +121,7 @@ def set_attention_backend(
         chosen: Any = choices if plan is None else plan.middle
         compiler = with_backend(*chosen, rules=rules, inner=inner, **settings)
     roots = parts(model, components)
+    _refuse_inside(roots.values())
     progress = Progress(plan, None if isinstance(model, Module) else model) if plan is not None else None
     if any(path or _blocks(path, root, regional) for path, root in roots.items()):
         _check_rules(compiler, roots)
@@ -142,7 +154,7 @@ def compile_parts(
     for path, root in roots.items():
         _undo(root)
         call, of_blocks = made[path]
-        model = SetModel(call, compiler, progress)
+        model = SetModel(weakref.ref(root))
         for module in list(root.modules()):
             # A module that the user compiled would run the blocks inside it by the user's compiler: the module is uncompiled
             # here. A compiled module inside a block is traced by Dynamo as it is, and one beside the blocks stays as it is.
@@ -150,7 +162,31 @@ def compile_parts(
                 model.place(module, None)
         for block, implementation in of_blocks:
             model.place(block, implementation)
-        model.place(root, model)
+        if progress is not None:
+            model.place(root, _stepped(call, progress), as_one=not of_blocks)
+        elif not of_blocks:
+            model.place(root, call)
+
+
+def _stepped(call: Callable[..., Any], progress: Progress) -> Callable[..., Any]:
+    def next_step(*args: Any, **kwargs: Any) -> Any:
+        with progress.next_call():
+            return call(*args, **kwargs)
+
+    return next_step
+
+
+def _refuse_inside(roots: Iterable[Module]) -> None:
+    """Raises `ValueError` for a part of a module that was compiled in place as one: Dynamo would trace through the part."""
+    for outer in [module for module in _SET if getattr(implementation_of(module), _AS_ONE, False)]:
+        inside = {id(module): path for path, module in named(outer) if module is not outer}
+        path = next((inside[id(root)] for root in roots if id(root) in inside), None)
+        if path is not None:
+            kind = type(outer).__name__
+            raise ValueError(
+                f"model is {path!r} of a {kind} that set_attention_backend compiles as one, so choices for this part would be "
+                f"ignored. Set the {kind} with rules that name the part, or reset it first"
+            )
 
 
 def _holds_any(module: Module, blocks: list[tuple[Module, Any]]) -> bool:
@@ -178,9 +214,17 @@ def reset_attention_backend(model: Any, components: Iterable[str] | None = None)
 
 
 def _undo(root: Module) -> None:
-    for module in reversed(list(root.modules())):  # parts first: a part may have been set after its model
-        if isinstance(implementation := implementation_of(module), SetModel):
-            implementation.undo()
+    inside = {id(module): index for index, module in enumerate(root.modules())}
+
+    def place(owner: SetModel) -> int:
+        home = owner.root()
+        return -1 if home is None else inside.get(id(home), -2)
+
+    while True:
+        owners = [owner for module in root.modules() if (owner := _owner(module)) is not None and place(owner) > -2]
+        if not owners:
+            return
+        max(owners, key=place).undo()  # parts first: a part may have been set after its model
 
 
 def _blocks(path: str, root: Module, regional: bool | None) -> dict[str, Module]:
