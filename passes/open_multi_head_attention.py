@@ -8,7 +8,7 @@ from torch.fx import GraphModule, Node
 
 from ..graphs.nodes import INHERITED_META, MHA, value_key, value_of
 from ..graphs.tracing import traced_operators
-from ..graphs.trees import flattened, unflattened
+from ..graphs.trees import flattened, leaves, mapped, unflattened
 
 
 def open_multi_head_attention(graph_module: GraphModule) -> int:
@@ -74,8 +74,13 @@ def _open(graph_module: GraphModule, node: Node) -> None:
 
 
 def _differentiable(value: Any, node: Node) -> Any:
-    """`value`, which needs a gradient if an input of its node needs one: make_fx detaches the values that it keeps."""
-    needed = any(getattr(value_of(source), "requires_grad", False) for source in node.all_input_nodes)
-    if needed and isinstance(value, torch.Tensor) and value.is_floating_point():
-        return value.requires_grad_()
-    return value
+    """`value` (a tensor, or several of `split`), which needs a gradient if an input of its node needs one: make_fx detaches the
+    values that it keeps."""
+    given = leaves([value_of(source) for source in node.all_input_nodes])
+    if not any(getattr(each, "requires_grad", False) for each in given):
+        return value
+
+    def differentiable(each: Any) -> Any:
+        return each.requires_grad_() if isinstance(each, torch.Tensor) and each.is_floating_point() else each
+
+    return mapped(differentiable, value)

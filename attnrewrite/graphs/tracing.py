@@ -6,7 +6,7 @@ import functools
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from types import CodeType, TracebackType
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .modules import implementation_of, plain_call
+from .nodes import fake_mode_of
 from .trees import mapped
 
 
@@ -100,10 +101,13 @@ def break_graph(reason: str) -> None:
 
 def traced_operators(function: Callable[..., Any], fake: Sequence[Any], needs_grad: bool) -> GraphModule:
     """A graph of the operators that a function of fake tensors calls, above autograd and without autocast. Each node has its
-    value under "val"."""
+    value under "val".
+
+    It runs inside the tensors' fake mode: what the function makes itself (the zeros of `add_zero_attn`) is fake too."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    with torch.set_grad_enabled(needs_grad), torch._C._DisableAutocast():
+    mode = next((mode for each in fake if (mode := fake_mode_of(each)) is not None), None)
+    with torch.set_grad_enabled(needs_grad), torch._C._DisableAutocast(), mode or nullcontext():
         module: GraphModule = make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(*fake)
     return module
 

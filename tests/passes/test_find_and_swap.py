@@ -308,17 +308,67 @@ def test_multi_head_attention_is_opened(kernel, training):
         assert (site.chosen, site.call.heads, site.call.kv_len, site.call.role) == (kernel, 4, 11, "cross")
 
 
-def test_multi_head_attention_says_that_it_trains():
+MULTI_HEAD = {
+    "a zero": ({"add_zero_attn": True}, {}),
+    "a zero and a bias": ({"add_zero_attn": True, "add_bias_kv": True}, {}),
+    "other widths": ({"add_zero_attn": True, "kdim": 12, "vdim": 20}, {}),
+    "in float64": ({"add_zero_attn": True, "dtype": torch.float64}, {}),
+    "key padding": (
+        {"add_zero_attn": True, "add_bias_kv": True},
+        {"key_padding_mask": torch.arange(11).expand(3, -1) > 8},
+    ),
+    "a boolean mask": ({"add_zero_attn": True}, {"attn_mask": torch.arange(11) > torch.arange(7)[:, None] + 2}),
+    "a bias": ({"add_zero_attn": True, "bias": False}, {"attn_mask": torch.linspace(-2, 2, 77).view(7, 11)}),
+    "a bias by head": ({"add_zero_attn": True}, {"attn_mask": torch.linspace(-2, 2, 12 * 77).view(12, 7, 11)}),
+}
+
+
+@pytest.mark.parametrize("how", ["plain", "dynamic", "training"])
+@pytest.mark.parametrize("case", MULTI_HEAD)
+def test_multi_head_attention_that_makes_tensors_itself(case, how):
+    """`add_zero_attn` makes zeros for a key: they are made in the fake mode of the graph, as all that is traced."""
+    options, masks = MULTI_HEAD[case]
+    torch.manual_seed(0)
+    module = torch.nn.MultiheadAttention(32, 4, batch_first=True, **options)
+    widths = (32, options.get("kdim", 32), options.get("vdim", 32))
+    tensors = [
+        torch.randn(3, length, width, dtype=module.out_proj.weight.dtype)
+        for length, width in zip((7, 11, 11), widths, strict=True)
+    ]
+
+    def step(*tensors):
+        return module(*tensors, **masks, need_weights=False)[0]
+
+    with torch.set_grad_enabled(how == "training"):
+        run, backend = compiled(step, "_native_math", dynamic=how == "dynamic")
+        output, expected = run(*tensors), step(*tensors)
+        assert relative(output.detach(), expected.detach()) < 1e-5
+        (site,) = backend.report.sites
+        assert (site.chosen, site.call.needs_grad) == ("_native_math", how == "training")
+        kv_len = 12 + ("add_bias_kv" in options)
+        assert str(site.call.kv_len).endswith(f"({kv_len})") if how == "dynamic" else site.call.kv_len == kv_len
+        explained = attnrewrite.explain(step, *tensors, backend="_native_math")
+        assert [each.chosen for each in explained.sites] == ["_native_math"]
+    if how == "training":
+        weights = list(module.parameters())
+        found, right = (torch.autograd.grad(each.sin().sum(), weights) for each in (output, expected))
+        assert all(torch.allclose(one, two, rtol=1e-4, atol=1e-5) for one, two in zip(found, right, strict=True))
+
+
+@pytest.mark.parametrize("kv_len", [7, 11])
+def test_multi_head_attention_says_that_it_trains(kv_len):
     """The attention inside must be planned as one that needs a gradient: flex has none on a CPU."""
     module = torch.nn.MultiheadAttention(32, 4, batch_first=True)
-    run, backend = compiled(lambda x: module(x, x, x, need_weights=False)[0], "flex")
-    run(torch.randn(2, 7, 32))
+    x = torch.randn(2, 7, 32)
+    memory = x if kv_len == 7 else torch.randn(2, kv_len, 32)  # else its weights are split in two
+    run, backend = compiled(lambda x, memory: module(x, memory, memory, need_weights=False)[0], "flex")
+    run(x, memory)
     (site,) = backend.report.sites
     assert site.call.needs_grad
     assert site.refusals[0][1].code is attnrewrite.Code.GRAD
     with torch.no_grad():
-        run, backend = compiled(lambda x: module(x, x, x, need_weights=False)[0], "flex")
-        run(torch.randn(2, 7, 32))
+        run, backend = compiled(lambda x, memory: module(x, memory, memory, need_weights=False)[0], "flex")
+        run(x, memory)
     assert backend.report.sites[0].chosen == "flex"
 
 
