@@ -6,10 +6,10 @@ Masks become a `mask_mod` with a block mask (which skips blocks that no query se
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ from torch.fx import Graph, GraphModule, Node
 
 from ..graphs.sizes import Size, described, holds, is_one
 from ..kernels.calls import AttentionCall, MaskKind
-from ..kernels.decisions import Code, Refused
+from ..kernels.decisions import Code, Refused, Step
 from ..kernels.machines import Machine, satisfies
 from ..kernels.ops import LIBRARY, NAMESPACE, TAGS
 from ..kernels.records import Backend, HeadDim
 
 BLOCK = 128  # PyTorch's default block size: the kernels' tiles must divide it
+GRID = 65_535  # CUDA's limit for the second and third dimension of a grid
+DECODING = 128  # shorter queries go to the template of flex decoding
 WHOLE = 1 << 30  # PyTorch's block size where there is no block mask
 
 
@@ -38,10 +40,15 @@ class Prepared:
     mask_tensors: tuple[Tensor, ...] = ()  # the boolean mask that mask_mod reads
 
 
-def flex(
-    query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call: AttentionCall, kernel: str = "AUTO"
-) -> Tensor:
-    """kernel: which template Inductor takes (`kernel_options={"BACKEND": ...}`, torch 2.11 on)."""
+def flex(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call: AttentionCall) -> Tensor:
+    count = _parts(call)
+    if count == 1:
+        return _attend(query, key, value, prepared, call)
+    chunks = (tensor.tensor_split(count) for tensor in (query, key, value))
+    return torch.cat([_attend(q, k, v, prepared, call) for q, k, v in zip(*chunks, strict=True)])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, call: AttentionCall) -> Tensor:
     options: dict[str, Any] = {
         "PRESCALE_QK": False,
         "ROWS_GUARANTEED_SAFE": False,  # a row without any key gives zeros, as in SDPA
@@ -51,7 +58,7 @@ def flex(
         "OUTPUT_MAX": False,
     }
     if satisfies(torch.__version__, ">=2.11"):
-        options["BACKEND"] = kernel
+        options["BACKEND"] = "AUTO"
     scale = float(int(call.head_dim)) ** -0.5 if call.scale is None else call.scale
     if call.device == "cpu":
         query, key, value = STORED(query), STORED(key), STORED(value)
@@ -285,6 +292,35 @@ def boolean_masks_from_2_13(call: AttentionCall, machine: Machine) -> Refused | 
     )
 
 
+def _parts(call: AttentionCall) -> int:
+    """In how many parts the batch is computed. On CUDA a grid is at most 65,535 wide in the dimensions that the templates use:
+    batch * heads for queries shorter than 128 (flex decoding), otherwise batch, and heads."""
+    sizes = (call.batch, call.heads, call.q_len)
+    if call.device != "cuda" or not all(isinstance(size, int) for size in sizes):
+        return 1
+    batch, heads, q_len = (int(size) for size in sizes)
+    return max(1, math.ceil((batch * heads if q_len < DECODING else batch) / GRID))
+
+
+def parts(call: AttentionCall) -> tuple[Step, ...]:
+    count = _parts(call)
+    return () if count == 1 else (Step("batch_in_parts", "1 call", f"{count} calls", "a copy of the output"),)
+
+
+def grid(call: AttentionCall, machine: Machine) -> Refused | None:
+    """A batch in parts was tried without a gradient, and without a mask tensor, which has a batch of its own."""
+    if _parts(call) > 1 and not call.needs_grad and not call.mask.is_tensor and call.heads <= GRID:
+        return None
+    if holds(call.batch * call.heads <= GRID) or (call.q_len >= DECODING and call.batch <= GRID and call.heads <= GRID):
+        return None
+    return Refused(
+        Code.BATCH,
+        f"flex takes batch * heads up to {GRID:,}, or more without gradient, mask tensor and symbolic sizes; "
+        f"the batch is {described(call.batch)}, with {described(call.heads)} heads",
+        "Choose native or _native_efficient, or call the model with a smaller batch",
+    )
+
+
 def shared_memory(call: AttentionCall, machine: Machine) -> Refused | None:
     """In float32 the template's tiles for head_dim 129 to 255 do not fit into shared memory ("No valid triton configs", torch
     2.11, H200); those for 256 are smaller."""
@@ -314,12 +350,12 @@ FLEX_CUDA = Backend(
     gqa=True,
     value_dim=True,
     any_scale=True,
-    max_batch=65_535,
     backward=True,
     compiled=True,
     # The operator takes a dict of options. An exported model that calls flex_attention itself cannot be saved either (2.13).
     not_exported="torch.export.save cannot write the operator flex_attention",
-    checks=(grouped_heads, shared_memory),
+    checks=(grouped_heads, shared_memory, grid),
+    steps=parts,
     prepare=prepare,
     tested="sm_90",
 )
@@ -329,28 +365,10 @@ FLEX_CPU = replace(
     devices=frozenset({"cpu"}),
     capability=None,
     head_dim=HeadDim(),
-    max_batch=None,
+    steps=None,
     backward=False,
     checks=(boolean_masks_from_2_13, static_lengths),
     tested="CPU",
 )
 
-FLEX_FLASH_4 = replace(
-    FLEX_CUDA,
-    name="flex_flash_4",
-    op=partial(flex, kernel="FLASH"),
-    summary="flex_attention with FlashAttention 4 as its kernel, for masks; needs Inductor to be fast",
-    capability=((9, 0), (9, 0)),
-    dtypes=frozenset({"float16", "bfloat16"}),
-    head_dim=HeadDim(max=128, multiple=64, pad=True),  # the tiles of these match the blocks of the mask
-    masks=FLEX_CUDA.masks - {MaskKind.ADDITIVE},
-    mask_dtypes=frozenset(),
-    gqa=False,  # not tried, as are another value_dim, a scale of zero or less, and the backward
-    value_dim=False,
-    any_scale=False,
-    backward=False,
-    requires={"torch": ">=2.11", "flash-attn-4": ">=4.0.0b1"},
-    checks=(),
-)
-
-RECORDS = (FLEX_CUDA, FLEX_CPU, FLEX_FLASH_4)
+RECORDS = (FLEX_CUDA, FLEX_CPU)

@@ -352,7 +352,8 @@ SPECS = {
             "dim 8": (Code.HEAD_DIM, "head_dim from 16", "this is 8"),
             "dim 15": (Code.HEAD_DIM, "head_dim from 16", "this is 15"),
             "3 heads a key head": (Code.GQA, "power of two", "12 query heads and 4 key heads"),
-            **LARGE,
+            "batch 65,536 with a gradient": (Code.BATCH, "batch * heads up to 65,535", "the batch is 65536"),
+            "65,536 heads": (Code.BATCH, "batch * heads up to 65,535", "with 65536 heads"),
             "batch 65,536 with dropout": (Code.DROPOUT, "no dropout", "p=0.25"),
             "values of 264": (Code.HEAD_DIM, "value_dim up to 256", "this is 264"),
             "dim 160 in float32": (Code.HEAD_DIM, "up to 128, or 256", "this is 160"),
@@ -361,7 +362,7 @@ SPECS = {
                 for dim in ("dim 257", "dim 512", "dim 257 on torch 2.11")
             },
         },
-        questions=7,  # head_dim and value_dim: <= 256, >= 16; heads == kv_heads; heads and batch <= 65,535
+        questions=6,  # head_dim and value_dim: <= 256, >= 16; heads == kv_heads; batch * heads <= 65,535
         not_unbacked=(*DIMS, *HEADS, *LENGTHS),
     ),
     "flex on cpu": Spec(
@@ -590,10 +591,6 @@ SPECS |= {
         more={"deterministic, with a gradient": (Code.DETERMINISTIC, "the backward of xformers", "algorithms(True)"),
               "4 key heads and a gradient": (Code.GQA, "without a gradient"),
               "4 key heads and a mask": (Code.GQA, "without a mask")},
-    ),
-    "flex_flash_4 on cuda": half_precision(
-        H200, first=(9, 0), last=(9, 0), widest=128, multiple=64, causal=UPPER_LEFT, padding=True, window=True, gqa=False,
-        more=dict.fromkeys(("boolean",), ACCEPTED) | {"4 key heads and a mask": (Code.GQA, "there are 4")},
     ),
     "aiter_fa2_hub on rocm": elsewhere(
         "rocm", Machine("rocm", packages=PACKAGES), names="bfloat16", causal=LOWER_RIGHT, large=False

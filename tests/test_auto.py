@@ -22,6 +22,7 @@ TORCH = {"torch": "2.11.0", "cuda": "13.0", "cudnn": "9.19.0"}
 H200 = Machine("cuda", (9, 0), {**PACKAGES, **TORCH}, "NVIDIA H200")
 BARE = Machine("cuda", (9, 0), TORCH, "NVIDIA H200")
 
+WINDOW = Mask(MaskKind.SLIDING_WINDOW, "bool", (32760, 32760), window=(512, 512))
 PADDED = Mask(MaskKind.KEY_PADDING, "bool", (2, 1, 1, 7145))
 
 
@@ -54,6 +55,21 @@ CHOICES = [
     ("Qwen-Image, PyTorch alone", call(q_len=7145, mask=PADDED), BARE, "_native_varlen"),
     ("FLUX.1, PyTorch alone", call(), BARE, "native"),
     ("padding of both", call(q_len=7145, mask=replace(PADDED, kind=MaskKind.QUERY_KEY_PADDING)), H200, "_flash_3"),
+    ("one query", call(q_len=1, kv_len=32760), H200, "native"),
+    ("one query of many", call(batch=4096, q_len=1, kv_len=4608), H200, "native"),
+    ("SVD, frames", call(4608, 10, 14, dim=64), H200, "flex"),
+    ("SVD, frames, PyTorch alone", call(4608, 10, 14, dim=64), BARE, "flex"),
+    ("70,000 sequences of 16", call(70_000, 8, 16, dim=64), H200, "flex"),
+    ("AnimateDiff, 80 wide", call(2048, 8, 16, dim=80), H200, "flex"),
+    ("AnimateDiff, 160 wide", call(512, 8, 16, dim=160), H200, "_native_efficient"),
+    ("96 wide", call(2048, 8, 16, dim=96), H200, "native"),
+    ("32 frames", call(18_432, 5, 32, dim=64), H200, "_native_efficient"),
+    ("65 frames", call(4608, 10, 65, dim=64), H200, "native"),
+    ("7 frames", call(4608, 10, 7, dim=64), H200, "native"),
+    ("frames of a small batch", call(64, 8, 16, dim=64), H200, "native"),
+    ("short keys of long queries", call(16, 10, 4096, 16, dim=64), H200, "native"),
+    ("a window", call(**LONG, mask=WINDOW), H200, "flash_4"),
+    ("a window, PyTorch alone", call(**LONG, mask=WINDOW), BARE, "flex"),
     ("a bias", call(mask=Mask(MaskKind.ADDITIVE, "bfloat16", (4608, 4608))), H200, "native"),
     ("causal", call(mask=Mask(MaskKind.CAUSAL_UPPER_LEFT)), H200, "native"),
     ("training", call(needs_grad=True), H200, "native"),
@@ -91,13 +107,14 @@ def test_a_row_stands_for_what_it_says():
             assert not name.endswith("_hub"), "what nobody named is not downloaded"
             assert row.masks & record.masks, f"{name} can never take what the row is about"
         (file,) = [word.rstrip(":") for word in row.evidence.split() if word.startswith("bench/results/")]
-        assert file in (preferences.SHAPES, preferences.MODELS)
+        assert file in (preferences.SHAPES, preferences.SHORT, preferences.MODELS)
     assert (ROOT / preferences.MODELS).exists()
 
 
-def test_never_slower_than_native_on_the_evidence():
+@pytest.mark.parametrize("file", [preferences.SHAPES, preferences.SHORT])
+def test_never_slower_than_native_on_the_evidence(file):
     """The file is what `attnrewrite bench --kernels --out FILE` wrote on the machine."""
-    result = json.loads((ROOT / preferences.SHAPES).read_text())
+    result = json.loads((ROOT / file).read_text())
     machine = Machine.from_dict(result["machine"])
     for name, shape in result["kernels"].items():
         timed = {kernel: row["ms"] for kernel, row in shape["kernels"].items() if "ms" in row}
@@ -116,6 +133,20 @@ def test_on_a_cpu_it_is_native_and_right():
     assert "auto: no evidence" in str(backend.report)
 
 
+def test_kernels_that_need_inductor_are_for_inductor():
+    """Uncompiled, flex computes all scores in memory: `auto` passes it over where another compiler gets the graph."""
+    asked = call(4608, 10, 14, dim=64)
+    for inner, names in (
+        ("inductor", ["flex", "_native_efficient", "native"]),
+        ("eager", ["_native_efficient", "native"]),
+    ):
+        policy = make_policy(["auto"]).compiled_by(inner)
+        assert [candidate.name for candidate in policy.candidates(asked, H200)] == names
+    window = call(**LONG, mask=WINDOW)
+    policy = make_policy(["auto"]).compiled_by("eager")
+    assert attnrewrite.make_plan([window], policy, [BARE]).sites[0].chosen == "_native_varlen"
+
+
 def test_beside_other_choices_and_in_rules():
     policy = make_policy(["_native_cudnn", "auto"], {"cross": ["auto"], "late": "_native_math"})
     assert str(policy) == "_native_cudnn, auto; cross: auto; late: _native_math"
@@ -130,7 +161,7 @@ def test_beside_other_choices_and_in_rules():
         make_policy(["auto", "auto"])
 
 
-SMALL = Row(None, UNMASKED, (1, 256), (16, 63), 0, ("_native_math",), "a test")
+SMALL = Row(None, UNMASKED, (1, 256), (16, 63), 0, ("_native_math",), "a test", q_len=(1, None))
 
 
 def lengths_through(backend, lengths):

@@ -259,7 +259,7 @@ def test_known_sizes_leave_no_guard(record):
     call, env = symbolic(CALL)
     call = replace(CALL, batch=call.batch)  # batch >= 1 is known of any symbol
     assert isinstance(decide(record, call, SPECS[key(record)].machine, limit(record)), Accepted)
-    assert len(env.guards) == (record.max_batch is not None)
+    assert len(env.guards) == (record.max_batch is not None or key(record) == "flex on cuda")
 
 
 @each_record
@@ -304,7 +304,6 @@ def test_unbacked_heads_with_a_bound(record):
     expected = {
         "_native_efficient on cuda": Code.GQA,
         "sage_blackwell_hub on cuda": Code.GQA,
-        "flex_flash_4 on cuda": Code.GQA,
         "_native_xla on tpu": Code.GQA,
         "flex on cuda": Code.UNBACKED,
         "_native_npu on npu": Code.UNBACKED,

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..graphs.sizes import holds
+from ..graphs.sizes import Size, holds
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.machines import Machine
 from ..kernels.records import Numerics
 
 PADDING = frozenset({MaskKind.KEY_PADDING, MaskKind.QUERY_KEY_PADDING})
 UNMASKED = frozenset({MaskKind.NONE})
+WINDOW = frozenset({MaskKind.SLIDING_WINDOW})
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Row:
     names: tuple[str, ...]  # in order of preference
     evidence: str  # the measured gain and the file of the results
     numerics: Numerics = Numerics.REORDERED  # the row needs a policy with this limit or a higher one
+    q_len: tuple[int, int | None] = (
+        128,
+        None,
+    )  # first and last; FlashAttention 3 and 4 are half as fast as SDPA for one query
+    static: bool = False  # for sizes that are numbers only: with symbols Inductor makes another kernel
 
     def fits(self, call: AttentionCall, machine: Machine, limit: Numerics) -> bool:
         """Whether the call meets the conditions. Static facts first: each question about a symbolic size becomes a guard."""
@@ -39,19 +45,28 @@ class Row:
             return False
         if call.needs_grad or call.dtype not in ("bfloat16", "float16"):
             return False
-        first, last = self.kv_len
+        if self.static and not all(isinstance(size, int) for size in (call.batch, call.heads, call.q_len, call.kv_len)):
+            return False
+        longest = self.q_len[1]
         return (
             holds(call.head_dim >= self.head_dim[0])
             and holds(call.head_dim <= self.head_dim[1])
-            and holds(call.kv_len >= first)
-            and (last is None or holds(call.kv_len <= last))
+            # Of a batch that is a number this asks nothing, and it spares the questions about lengths.
+            and (longest is None or holds(call.batch * call.heads * longest >= self.rows))
+            and _within(call.kv_len, self.kv_len)
+            and _within(call.q_len, self.q_len)
             and holds(call.batch * call.heads * call.q_len >= self.rows)
         )
+
+
+def _within(size: Size, limits: tuple[int, int | None]) -> bool:
+    return holds(size >= limits[0]) and (limits[1] is None or holds(size <= limits[1]))
 
 
 HOPPER = (9, 0)
 SHAPES = "bench/results/kernels_by_shape_h100.json"
 MODELS = "bench/results/masked_models_h200.json"
+SHORT = "bench/results/kernels_by_shape_h200.json"
 
 ROWS: tuple[Row, ...] = (
     # -- quantised: only if the policy allows it
@@ -70,6 +85,19 @@ ROWS: tuple[Row, ...] = (
         f"FA3 1.15x at 8,192 tokens of 24 heads: {SHAPES}"),
     Row(HOPPER, UNMASKED, (64, 64), (4096, 8191), 300_000, ("_flash_3", "flash_4"),
         f"FA3 1.29x at 2 x 4,429 tokens of 38 heads, 0.93x at 2 x 4,096 of 10: {SHAPES}"),
+    # -- short sequences in large batches: temporal attention of video UNets
+    Row(HOPPER, UNMASKED, (40, 64), (8, 16), 64_000, ("flex", "_native_efficient"),
+        f"flex 2.1x at 4,608 x 10 and 2.0x at 1,152 x 20 heads of 14 frames, 2.4x at 1,000 x 8 of 8: {SHORT}",
+        q_len=(8, 16), static=True),
+    Row(HOPPER, UNMASKED, (80, 80), (8, 16), 64_000, ("flex",),
+        f"1.7x at 2,048 x 8 heads of 16 frames: {SHORT}", q_len=(8, 16), static=True),
+    Row(HOPPER, UNMASKED, (40, 64), (8, 64), 64_000, ("_native_efficient",),
+        f"1.48x at 18,432 x 5 heads of 14, 1.46x of 32, 1.34x at 4,608 x 10 of 64, 0.43x of 65: {SHORT}", q_len=(8, 64)),
+    Row(HOPPER, UNMASKED, (160, 160), (8, 32), 64_000, ("_native_efficient",),
+        f"1.82x at 2,304 x 8 heads of 32, 1.80x at 512 x 8 of 16, 0.90x of 48: {SHORT}", q_len=(8, 32)),
+    # -- sliding windows: these kernels skip what is hidden, where SDPA computes all of it and reads a mask
+    Row(HOPPER, WINDOW, (64, 128), (4096, None), 80_000, ("flash_4", "flex", "_native_varlen"),
+        f"1,024 of 32,760 tokens of 40 heads: FA4 57x, flex 30x, PyTorch's own 25x; 256 of 4,096: 8.7x, 6.6x, 4.7x: {SHORT}"),
     # -- key padding: these kernels get the keys in use in front of the others; a mask keeps SDPA from its fastest kernel
     Row(HOPPER, PADDING, (64, 256), (16384, None), 100_000, ("_flash_3", "flash_4"),
         f"FA3 and FA4 1.8x at 32,896 tokens of 24 heads, PyTorch's own 0.91x: {SHAPES}"),

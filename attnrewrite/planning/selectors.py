@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..graphs.inner_compilers import Inner
 from ..graphs.sizes import UnbackedSizeError
@@ -35,6 +35,9 @@ class Auto:
 
     name: str = "auto"
     rows: tuple[Row, ...] = ROWS
+    inductor: bool = (
+        True  # whether Inductor compiles the graph: without it some kernels are other code (`Backend.compiled`)
+    )
 
     def select(
         self, call: AttentionCall, machine: Machine, limit: Numerics, measure: bool = False, stale: str | None = None
@@ -44,6 +47,7 @@ class Auto:
             for row in self.rows if call.obstacle is None else ():
                 preferred = [candidate(name, f"auto: {row.evidence}", stale) for name in row.names]
                 # Each question about sizes may cost a recompilation: ask only if a kernel of the row can run here.
+                preferred = [each for each in preferred if self.inductor or not each.on(machine).compiled]
                 able = any(machine.has(each.on(machine).requires) for each in preferred)
                 if able and row.fits(call, machine, limit):
                     found = [each for each in preferred if each.on(machine).numerics <= limit]
@@ -61,7 +65,7 @@ class Auto:
         return [each for each in chosen if each.name != "native"]
 
     def compiled_by(self, inner: Inner) -> Auto:
-        return self
+        return replace(self, inductor=inner == "inductor")
 
     def libraries(self, machine: Machine) -> tuple[Candidate, ...]:
         return tuple(candidate(name) for name in dict.fromkeys(name for row in self.rows for name in row.names))
@@ -76,6 +80,7 @@ class Planned:
 
     plan: Plan
     name: str = "plan"
+    otherwise: Auto = Auto()  # for the calls that were not measured
 
     def __post_init__(self) -> None:
         if self.plan.tuning is None:
@@ -93,15 +98,15 @@ class Planned:
                 site = None
             stale = "it has no such call" if site is None else _other_packages(site, tuning.machines, machine)
             if site is not None and stale is None:
-                return (*measured_candidates(site, "plan"), *AUTO.select(call, machine, limit))
-        return AUTO.select(call, machine, limit, stale=f"the plan of {tuning.model}: {stale}")
+                return (*measured_candidates(site, "plan"), *self.otherwise.select(call, machine, limit))
+        return self.otherwise.select(call, machine, limit, stale=f"the plan of {tuning.model}: {stale}")
 
     def compiled_by(self, inner: Inner) -> Planned:
-        return self
+        return replace(self, otherwise=AUTO.compiled_by(inner))
 
     def libraries(self, machine: Machine) -> tuple[Candidate, ...]:
         chosen = {each.name: each for site in self.plan.sites for each in measured_candidates(site, "plan")[:1]}
-        return (*chosen.values(), *AUTO.libraries(machine))
+        return (*chosen.values(), *self.otherwise.libraries(machine))
 
     def __str__(self) -> str:
         return self.name

@@ -16,11 +16,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnrewrite
 from attnrewrite import AttentionCall, Code, Mask, MaskKind, decide, machine_of, records_of
-from attnrewrite.planning.usable import usable
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore::UserWarning"),  # can_use_* and Triton talk
+    # What can_use_*, Triton and libraries say while they compile.
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning"),
 ]
 
 FUSED = ("_native_flash", "_native_efficient", "_native_cudnn", "flex")
@@ -148,8 +148,24 @@ def test_large_batches(kernel, batch):
     with torch.no_grad():
         assert relative(run(*tensors), attend(*map(doubled, tensors))) < 1.2e-2
     (site,) = backend.report.sites
-    limited = kernel in ("_native_flash", "_native_varlen", "flex") and batch > 65_535
+    limited = kernel in ("_native_flash", "_native_varlen") and batch > 65_535
     assert (site.chosen, [why.code for _, why in site.refusals]) == ((None, [Code.BATCH]) if limited else (kernel, []))
+
+
+@pytest.mark.parametrize("sizes", [(9000, 8, 14), (70_000, 8, 16), (65_536, 1, 130), (66_000, 2, 130), (3000, 40, 20)])
+def test_flex_computes_a_large_batch_in_parts(sizes):
+    """One call of flex decoding is for batch * heads up to 65,535, one of the other template for a batch up to that."""
+    batch, heads, length = sizes
+    packed = torch.randn(batch, length, 3, heads, 32, device="cuda", dtype=torch.bfloat16)
+    tensors = [part.transpose(1, 2) for part in packed.unbind(2)]  # with storage offsets, as from one projection
+    run, backend = compiled(attend, "flex", "inductor")
+    with torch.no_grad():
+        output = run(*tensors)
+        for part in (slice(0, 500), slice(batch // 2 - 250, batch // 2 + 250), slice(-500, None)):
+            assert relative(output[part], attend(*(doubled(tensor[part]) for tensor in tensors))) < 1.2e-2
+    step = backend.report.sites[0].decision.step("batch_in_parts")
+    wide = batch * heads if length < 128 else batch
+    assert step.after == f"{-(-wide // 65_535)} calls"
 
 
 @pytest.mark.parametrize("window", [(100, 100), (100, 0), (0, 50), (None, 60), (60, None)])
@@ -169,25 +185,6 @@ def test_gradients_of_windows(kernel):
     windowed(100, 3)(*exact).square().sum().backward()
     assert backend.report.sites[0].chosen == kernel
     assert all(relative(one.grad, other.grad) < 3e-2 for one, other in zip(tensors, exact, strict=True))
-
-
-def of_documents(query, key, value):
-    document = torch.arange(query.shape[2], device=query.device) // 150
-    return attend(query, key, value, document[:, None] == document[None, :])
-
-
-@pytest.mark.parametrize("dim", [40, 64, 96, 128])
-@pytest.mark.parametrize("what", ["window", "documents", "key padding", "boolean", "causal", "none"])
-def test_flex_with_flash_attention_4(what, dim):
-    refused, _ = usable("flex_flash_4", machine_of(torch.device("cuda", 0)))
-    if refused is not None:
-        pytest.skip(f"flex_flash_4: {refused}")
-    tensors = gpu(q_len=500, kv_len=500, dim=dim)
-    mask = {"key padding": boolean(2, 1, 1, 500), "boolean": boolean(2, 4, 500, 500)}.get(what)
-    function = {"window": windowed(100, 20), "documents": of_documents}.get(what, attend)
-    given = {"is_causal": True} if what == "causal" else {}
-    with torch.no_grad():
-        check("flex_flash_4", *tensors, *([] if mask is None else [mask]), function=function, inner="inductor", **given)
 
 
 @pytest.mark.parametrize("kernel", ["native", "_native_flash", "_native_cudnn", "flex", "_native_math"])

@@ -179,6 +179,30 @@ def sdxl(at: Place) -> Denoiser:
     return Denoiser(model, inputs, ("BasicTransformerBlock",), about)
 
 
+def svd(at: Place) -> Denoiser:
+    """14 frames of 576 x 1024 pixels with guidance. Spatial attention within a frame, temporal attention between the frames at
+    each place: short sequences in a large batch. Only the transformer blocks are compiled, the ResNets are not."""
+    channels, heads = at.pick((320, 640, 1280, 1280), (32, 64)), at.pick((5, 10, 20, 20), (2, 4))
+    frames, rows, columns = at.pick((14, 72, 128), (3, 8, 4))
+    joint, embedded = at.pick(1024, 20), at.pick(256, 8)
+    down, up = "CrossAttnDownBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"
+    attending = len(channels) - 1
+    model = at.built(
+        "UNetSpatioTemporalConditionModel", block_out_channels=channels, num_attention_heads=heads,
+        down_block_types=(*[down] * attending, "DownBlockSpatioTemporal"), cross_attention_dim=joint,
+        up_block_types=("UpBlockSpatioTemporal", *[up] * attending), layers_per_block=at.pick(2, 1),
+        addition_time_embed_dim=embedded, projection_class_embeddings_input_dim=3 * embedded, num_frames=frames,
+    )  # fmt: skip
+    inputs = {
+        "sample": at.randn(2, frames, 8, rows, columns),
+        "timestep": torch.tensor(500, device=at.device),
+        "encoder_hidden_states": at.randn(2, 1, joint),
+        "added_time_ids": at.full(*[6.0, 127.0, 0.02] * 2).view(2, 3),
+    }
+    about = f"Stable Video Diffusion, {frames} frames of {rows * columns:,} places and less, batch 2"
+    return Denoiser(model, inputs, ("BasicTransformerBlock", "TemporalBasicTransformerBlock"), about)
+
+
 def _wan(at: Place, name: str, heads: int, inner: int, layers: int, of: int) -> Denoiser:
     """81 frames of 480 x 832 pixels: 32,760 tokens, and a prompt of 512 tokens."""
     heads, dim, inner = at.pick(heads, 3), at.pick(128, 12), at.pick(inner, 40)
@@ -305,6 +329,7 @@ MODELS: dict[str, Callable[[Place], Denoiser]] = {
     "sd3.5": sd35,
     "flux": flux,
     "sdxl": sdxl,
+    "svd": svd,
     "ltx": ltx,
     "lumina2": lumina2,
 }
