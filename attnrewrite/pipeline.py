@@ -76,7 +76,7 @@ def rewrite_graph(
     near_misses: list[NearMiss] = []
     understood: list[tuple[GraphModule, tuple[Understood, ...]]] = []
     for module, surroundings in list(graphs_below(root)):
-        if sum(opener(module) for opener in OPENERS):
+        if sum(opener(module, surroundings) for opener in OPENERS):
             module.recompile()
         finds = find_calls(module, surroundings, names, modules)
         near_misses += [

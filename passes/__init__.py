@@ -14,17 +14,20 @@ from collections.abc import Callable
 
 from torch.fx import GraphModule
 
+from ..graphs.nodes import Surroundings
 from .cancel_transposes import cancel_transposes
 from .drop_kernel_contexts import drop_kernel_contexts
 from .find_calls import find_calls
+from .open_fast_paths import open_fast_paths
 from .open_multi_head_attention import open_multi_head_attention
 from .swap_kernels import swap_kernels
 from .understand_masks import understand_masks
 
-# A pass returns the number of places that it changed.
-Pass = Callable[[GraphModule], int]
+# A pass returns the number of places that it changed. An opener also gets the surroundings of the graph.
+Opener = Callable[[GraphModule, Surroundings], int]
+Tidier = Callable[[GraphModule], int]
 
-OPENERS: tuple[Pass, ...] = (open_multi_head_attention,)
-TIDIERS: tuple[Pass, ...] = (cancel_transposes, drop_kernel_contexts)
+OPENERS: tuple[Opener, ...] = (open_multi_head_attention, open_fast_paths)
+TIDIERS: tuple[Tidier, ...] = (cancel_transposes, drop_kernel_contexts)
 
-__all__ = ["OPENERS", "TIDIERS", "Pass", "find_calls", "swap_kernels", "understand_masks"]
+__all__ = ["OPENERS", "TIDIERS", "Opener", "Tidier", "find_calls", "swap_kernels", "understand_masks"]

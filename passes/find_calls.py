@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from ..graphs.modules import ModulePaths
 from ..graphs.mutations import Writes, unread, unread_behind
 from ..graphs.nodes import (
+    ENCODER_LAYER,
     LINEAR_TARGETS,
     MHA,
     OPAQUE_TARGETS,
@@ -53,8 +54,8 @@ def find_calls(
 
     All forms are found: SDPA's positional, keyword or mixed arguments, ranks 2 to 5 and above, grouped heads, masks of any
     rank; attention that is written in tensor operations (recognise.py); the kernels that PyTorch has chosen in a lowered
-    program (fused_kernels.py); and the fused multi-head kernels of `torch.nn`, which cannot be swapped and are reported with
-    the reason.
+    program (fused_kernels.py); and the functions of `torch.nn` that the passes could not open, which are reported with the
+    reason.
 
     surroundings: the torch.func transform and the autocast regions around the graph. names: counts each site name over all
     graphs of one compilation, so that site names are unique. modules: the paths of the modules that are compiled.
@@ -81,7 +82,7 @@ def find_calls(
         elif node.target in FUSED_TARGETS and not is_ours(node):
             found.append(_read_fused(node, inside, unique(node), origins, thrown_away))
         elif node.target in OPAQUE_TARGETS:
-            found.append(Found(node, _read_opaque(node, unique(node))))
+            found.append(Found(node, _read_opaque(node, inside, unique(node))))
     return Finds(tuple(found), tuple(missed.items()))
 
 
@@ -335,31 +336,40 @@ class Origins:
         return self._known[node]
 
 
-def _read_opaque(node: Node, site: str) -> AttentionCall:
-    """The call inside a fused multi-head kernel of torch.nn. Hidden states are (batch, length, width); in
+def _read_opaque(node: Node, inside: Surroundings, site: str) -> AttentionCall:
+    """The call inside a function of torch.nn that the passes have not opened. Hidden states are (batch, length, width); in
     `multi_head_attention_forward` they are (length, batch, width)."""
     name = getattr(node.target, "__name__", str(node.target))
+    masks: tuple[Any, ...]
     if node.target is MHA:
         given = inspect.signature(MHA).bind(*node.args, **node.kwargs).arguments
-        query, key = (value_of(given[name]).transpose(0, -2) for name in ("query", "key"))
+        query, key = (value_of(given[name]) for name in ("query", "key"))
         width, heads = given["embed_dim_to_check"], given["num_heads"]
-    elif name == "_transformer_encoder_layer_fwd":
+        masks = (given.get("attn_mask"), given.get("key_padding_mask"))
+    elif node.target is ENCODER_LAYER:
         query = key = value_of(node.args[0])
         width, heads = node.args[1:3]
+        masks = (*node.args, node.kwargs.get("mask"))[18:19]
     else:
         query, key = value_of(node.args[0]), value_of(node.args[1])
         width, heads = node.args[3:5]
+        masks = (*node.args, node.kwargs.get("mask"))[9:10]
+    mask = next((value for each in masks if isinstance(value := value_of(each), torch.Tensor)), None)
+    nested = "its tensors are nested" if query.is_nested or key.is_nested else None
+    length, batch = (0, 1) if node.target is MHA else (-2, 0)
+    reason = inside.transform or nested or "its weights are read"
     return AttentionCall(
         site=site,
-        batch=query.shape[0] if query.dim() > 2 else 1,
+        batch=query.shape[batch] if query.dim() > 2 else 1,
         heads=heads,
         kv_heads=heads,
-        q_len=query.shape[-2],
-        kv_len=key.shape[-2],
+        q_len=query.shape[length],
+        kv_len=key.shape[length],
         head_dim=width // heads,
         value_dim=width // heads,
         dtype=_name(query.dtype),
         device=query.device.type,
+        mask=Mask() if mask is None else tensor_mask(mask, mask.dtype, query, mask.requires_grad),
         needs_grad=torch.is_grad_enabled() and query.requires_grad,
-        obstacle=f"it is part of {name}: {OPAQUE_TARGETS[node.target]}",  # type: ignore[index]
+        obstacle=f"it is part of {name}, which cannot be opened: {reason}",
     )

@@ -39,6 +39,13 @@ class Operand:
         with values_only(given):
             return self._made(lambda operand: value_of(operand.node))
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype after the views."""
+        casts = [arguments[0] for name, arguments in self.views if name == "to"]
+        dtype: torch.dtype = casts[-1] if casts else value_of(self.node).dtype
+        return dtype
+
     def emitted(self, emitter: Emitter) -> torch.Tensor:
         """The tensor after the views and factors, which are emitted as nodes of the graph."""
         return self._made(lambda operand: emitter.tensor(operand.node))

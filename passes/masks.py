@@ -78,8 +78,6 @@ def _bias_dtype(terms: Sequence[MaskTerm], dtype: torch.dtype) -> torch.dtype:
     """The dtype of an additive mask: the call's own. For float16 and bfloat16 it is float32 if a term is float32 or float64;
     for float16 also if a term fills with a finite number, which may be too low for float16."""
     half = dtype in (torch.float16, torch.bfloat16)
-    wide = any(
-        term.how == "add" and value_of(term.tensor.node).dtype in (torch.float32, torch.float64) for term in terms
-    )
+    wide = any(term.how == "add" and term.tensor.dtype in (torch.float32, torch.float64) for term in terms)
     low = dtype == torch.float16 and any(term.how != "add" and math.isfinite(term.amount) for term in terms)
     return torch.float32 if half and (wide or low) else dtype

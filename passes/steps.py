@@ -116,6 +116,12 @@ class Steps:
         done.passed += at.passed
         if done.of_query or done.of_key:
             done.stays("its scores are multiplied by a tensor after they were masked")
+        product = self.scores.product.node
+        if step.reader is product and value_of(at.node).dtype != value_of(product).dtype:
+            views = (
+                *views,
+                ("to", (value_of(product).dtype,)),
+            )  # under autocast, baddbmm casts the tensor that it adds
         amount, how = number(step.amount) * done.scale, step.how
         if how != "add":
             if at.flips % 2:

@@ -77,7 +77,8 @@ def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Valu
         )
         assert value is not None
         if term.how == "add":
-            if viewed.dtype != wanted:  # under autocast SDPA casts it, and -3.4e38 becomes -inf
+            dtypes = (value_of(term.tensor.node).dtype, term.tensor.dtype, wanted)
+            if len(set(dtypes)) > 1:  # under autocast SDPA and baddbmm cast it, and -3.4e38 becomes -inf
                 value = make.cast(value, wanted) or (value if len(terms) == 1 and term.amount == 1 else None)
             if value is not None and term.amount != 1:
                 value = make.arithmetic(operator.mul, (value, make.constant(term.amount)), wanted)

@@ -31,13 +31,10 @@ LINEAR_TARGETS = frozenset(
 # `with torch.nn.attention.sdpa_kernel(...)` becomes this call in a graph: it sets the kernels that SDPA may choose.
 SETS_KERNELS = torch.nn.attention._sdpa_kernel
 MHA = torch.nn.functional.multi_head_attention_forward
-# Operators with an attention inside, which leave no call to swap. The value tells the user how to get one.
-_FUSED = "torch.backends.mha.set_fastpath_enabled(False) before compiling makes it a call that can be swapped"
-OPAQUE_TARGETS = {
-    torch._transformer_encoder_layer_fwd: _FUSED,
-    torch._native_multi_head_attention: _FUSED,
-    MHA: "with need_weights=False and outside autocast it is decomposed, and its attention swapped",
-}
+ENCODER_LAYER = torch._transformer_encoder_layer_fwd  # the fast path of nn.TransformerEncoderLayer
+NATIVE_MHA = torch._native_multi_head_attention  # the fast path of nn.MultiheadAttention
+# Functions of torch.nn with an attention inside. Those that the passes cannot open leave no call to swap.
+OPAQUE_TARGETS = frozenset({MHA, ENCODER_LAYER, NATIVE_MHA})
 INHERITED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn", "from_node")
 
 # Frames of this package name no site: under `attnrewrite run` a function of ours counts the calls of SDPA.
@@ -97,12 +94,21 @@ class Surroundings:
     """The torch.func transform and the autocast regions around a node."""
 
     transform: str | None = None  # the innermost one, as a sentence for refusals
-    autocast: tuple[tuple[str, bool], ...] = ()  # (device type, enabled) of each region, the innermost last
+    # (device type, dtype, or None where autocast is off) of each region, the innermost last
+    autocast: tuple[tuple[str, torch.dtype | None], ...] = ()
 
     def autocasts(self, device: str) -> bool:
-        """Whether autocast is on for a device type: by the innermost region, or else by the state at compilation."""
-        said = [enabled for kind, enabled in self.autocast if kind == device]
-        return said[-1] if said else torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        """Whether autocast is on for a device type."""
+        return self.autocast_dtype(device) is not None
+
+    def autocast_dtype(self, device: str) -> torch.dtype | None:
+        """The dtype to which autocast casts on a device type, by the innermost region, or else by the state at compilation;
+        None where autocast is off."""
+        said = [dtype for kind, dtype in self.autocast if kind == device]
+        if said:
+            return said[-1]
+        on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if on else None
 
 
 def graphs_below(root: GraphModule) -> Iterator[tuple[GraphModule, Surroundings]]:
@@ -126,7 +132,7 @@ def graphs_below(root: GraphModule) -> Iterator[tuple[GraphModule, Surroundings]
 def with_surroundings(module: GraphModule, outer: Surroundings) -> Iterator[tuple[Node, Surroundings]]:
     """Yields the nodes in order, each with its surroundings."""
     transforms: list[str] = []
-    regions: dict[Node, tuple[str, bool]] = {}
+    regions: dict[Node, tuple[str, torch.dtype | None]] = {}
     now = outer
     for node in module.graph.nodes:
         name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
@@ -135,7 +141,7 @@ def with_surroundings(module: GraphModule, outer: Surroundings) -> Iterator[tupl
         elif name in _LEAVES and transforms:
             transforms.pop()
         elif name == "_enter_autocast":
-            regions[node] = (node.args[0], node.args[2])
+            regions[node] = _region(*node.args[:3])
         elif name == "_exit_autocast":
             regions.pop(node.args[0], None)
         if name in _CHANGES:
@@ -148,9 +154,13 @@ def _around_the_call(graph: Node, inside: Surroundings) -> Surroundings:
     """The surroundings of a called graph: an exported program keeps an autocast region as an operator that calls a graph."""
     for user in graph.users:
         if getattr(user.target, "__name__", "") == "wrap_with_autocast":
-            device, _, enabled = user.args[:3]
-            return replace(inside, autocast=(*inside.autocast, (str(device), bool(enabled))))
+            return replace(inside, autocast=(*inside.autocast, _region(*user.args[:3])))
     return inside
+
+
+def _region(device: Any, dtype: Any, enabled: Any) -> tuple[str, torch.dtype | None]:
+    """An autocast region by the arguments of torch.autocast. Without a dtype, it has the default of its device type."""
+    return str(device), (dtype or torch.get_autocast_dtype(str(device))) if enabled else None
 
 
 def _attribute(module: torch.nn.Module, path: str) -> Any:

@@ -6,7 +6,7 @@ import functools
 import re
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from types import CodeType, TracebackType
 from typing import Any
 
@@ -99,15 +99,26 @@ def break_graph(reason: str) -> None:
     torch._dynamo.graph_break(reason)
 
 
-def traced_operators(function: Callable[..., Any], fake: Sequence[Any], needs_grad: bool) -> GraphModule:
-    """A graph of the operators that a function of fake tensors calls, above autograd and without autocast. Each node has its
-    value under "val".
+def traced_operators(
+    function: Callable[..., Any],
+    fake: Sequence[Any],
+    needs_grad: bool,
+    autocast: Mapping[str, torch.dtype] | None = None,
+) -> GraphModule:
+    """A graph of the operators that a function of fake tensors calls, above autograd and autocast. Each node has its value
+    under "val": the value as autocast computes it, for the device types in `autocast`.
 
     It runs inside the tensors' fake mode: what the function makes itself (the zeros of `add_zero_attn`) is fake too."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    mode = next((mode for each in fake if (mode := fake_mode_of(each)) is not None), None)
-    with torch.set_grad_enabled(needs_grad), torch._C._DisableAutocast(), mode or nullcontext():
+    with ExitStack() as stack:
+        stack.enter_context(torch.set_grad_enabled(needs_grad))
+        for device, dtype in (autocast or {}).items():
+            stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))  # the cache would keep fake weights
+        if not autocast:
+            stack.enter_context(torch._C._DisableAutocast())
+        if (mode := next((mode for mode in map(fake_mode_of, fake) if mode is not None), None)) is not None:
+            stack.enter_context(mode)
         module: GraphModule = make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(*fake)
     return module
 

@@ -62,7 +62,11 @@ def _before_flatten(at: list[Index], shape: tuple[Index, ...], first: int, last:
     return (*at[:first], rest, *split, *at[first + 1 :])
 
 
-# The views that `Axes.views` makes.
+def _before_cast(at: list[Index], shape: tuple[Index, ...], dtype: torch.dtype) -> tuple[Index, ...]:
+    return tuple(at)
+
+
+# The views that `Axes.views` makes, and the cast of a mask.
 _BEFORE: dict[str, Callable[..., tuple[Index, ...]]] = {
     "transpose": _before_transpose,
     "permute": _before_permute,
@@ -71,4 +75,5 @@ _BEFORE: dict[str, Callable[..., tuple[Index, ...]]] = {
     "expand": _before_expand,
     "unflatten": _before_unflatten,
     "flatten": _before_flatten,
+    "to": _before_cast,
 }
