@@ -6,6 +6,7 @@ Limits are those of `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` and `
 CPU kernel reads strided rows as if they were dense, does not broadcast the batch, and divides by zero at length 0.
 """
 
+from math import sqrt
 from typing import Any
 
 import torch
@@ -56,6 +57,10 @@ def full_bias(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tensor |
 
 
 def math(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
+    scale = call.scale
+    if scale is None and isinstance(call.head_dim, int):
+        # Without one the operator computes with the size, where a compiler that traces anew (OpenVINO 2026.4) finds a symbol.
+        scale = 1.0 / sqrt(call.head_dim)
     output: Tensor = aten._scaled_dot_product_attention_math.default(
         query,
         key,
@@ -64,7 +69,7 @@ def math(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call
         call.dropout,
         call.mask.is_causal,
         None,
-        scale=call.scale,
+        scale=scale,
         enable_gqa=not always(call.heads == call.kv_heads),
     )[0]
     return output

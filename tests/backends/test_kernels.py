@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import TOLERANCE, attend, check, compiled, doubled, qkv, relative, skip_if_fenced
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import attnrewrite
 from attnrewrite import Backend, Code, MaskKind, Numerics
@@ -46,6 +47,16 @@ def test_causal_is_upper_left(kernel, lengths):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_scale(kernel, scale):
     check(kernel, *qkv(), scale=scale)
+
+
+@pytest.mark.parametrize("kernel", ["native", "_native_flash", "_native_math"])
+def test_a_compiler_that_traces_the_graph_anew(kernel):
+    """As OpenVINO's does: what a kernel computes with sizes would become symbols that no input has."""
+
+    def inner(graph_module, example_inputs):
+        return make_fx(graph_module, tracing_mode="fake", _allow_non_fake_inputs=True)(*example_inputs)
+
+    check(kernel, *qkv(), inner=inner)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
