@@ -6,7 +6,6 @@ Masks become a `mask_mod` with a block mask (which skips blocks that no query se
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ..graphs.sizes import Size, described, holds, is_one
+from ..graphs.sizes import Size, always, described, holds, is_one
 from ..kernels.calls import AttentionCall, MaskKind
-from ..kernels.decisions import Code, Refused, Step
+from ..kernels.decisions import Code, Refused
 from ..kernels.machines import Machine, satisfies
 from ..kernels.ops import LIBRARY, NAMESPACE, TAGS
 from ..kernels.records import Backend, HeadDim
@@ -41,14 +40,6 @@ class Prepared:
 
 
 def flex(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call: AttentionCall) -> Tensor:
-    count = _parts(call)
-    if count == 1:
-        return _attend(query, key, value, prepared, call)
-    chunks = (tensor.tensor_split(count) for tensor in (query, key, value))
-    return torch.cat([_attend(q, k, v, prepared, call) for q, k, v in zip(*chunks, strict=True)])
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, call: AttentionCall) -> Tensor:
     options: dict[str, Any] = {
         "PRESCALE_QK": False,
         "ROWS_GUARANTEED_SAFE": False,  # a row without any key gives zeros, as in SDPA
@@ -62,6 +53,8 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, call:
     scale = float(int(call.head_dim)) ** -0.5 if call.scale is None else call.scale
     if call.device == "cpu":
         query, key, value = STORED(query), STORED(key), STORED(value)
+    elif not always(call.q_len >= DECODING):
+        query = STORED(query)
     output: Tensor = torch.ops.higher_order.flex_attention(
         query, key, value, prepared.score_mod, (*prepared.blocks, prepared.mask_mod), scale, options,
         prepared.score_tensors, prepared.mask_tensors,
@@ -71,6 +64,10 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, call:
 
 def _stored() -> Any:
     """An op that copies a tensor into new dense memory.
+
+    On CUDA, Inductor's template for queries shorter than 128 (flex decoding) reads the query through an `as_strided` that drops
+    its storage offset, and its strides where Inductor has not stored it yet: a slice of a batch or a transposed query gives a
+    relative error of 1 in silence (torch 2.11, H200, PyTorch's own flex_attention too). Key and value are read right.
 
     Inductor's CPU template (2.9 to 2.15) reads its operands and its captured tensors as whole buffers: for a part of a buffer
     it loses the offset, for a tensor that Inductor has not stored yet the strides, both in silence or with an error in C++. A
@@ -83,6 +80,7 @@ def _stored() -> Any:
         "stored", lambda tensor: tensor.clone(memory_format=torch.contiguous_format), "CompositeExplicitAutograd"
     )
     torch.library.register_fake(f"{NAMESPACE}::stored", lambda tensor: tensor.new_empty(tensor.shape), lib=LIBRARY)
+    torch.library.register_autograd(f"{NAMESPACE}::stored", lambda ctx, grad: grad, lib=LIBRARY)
     return torch.ops.attnrewrite.stored.default
 
 
@@ -292,31 +290,17 @@ def boolean_masks_from_2_13(call: AttentionCall, machine: Machine) -> Refused | 
     )
 
 
-def _parts(call: AttentionCall) -> int:
-    """In how many parts the batch is computed. On CUDA a grid is at most 65,535 wide in the dimensions that the templates use:
-    batch * heads for queries shorter than 128 (flex decoding), otherwise batch, and heads."""
-    sizes = (call.batch, call.heads, call.q_len)
-    if call.device != "cuda" or not all(isinstance(size, int) for size in sizes):
-        return 1
-    batch, heads, q_len = (int(size) for size in sizes)
-    return max(1, math.ceil((batch * heads if q_len < DECODING else batch) / GRID))
-
-
-def parts(call: AttentionCall) -> tuple[Step, ...]:
-    count = _parts(call)
-    return () if count == 1 else (Step("batch_in_parts", "1 call", f"{count} calls", "a copy of the output"),)
-
-
 def grid(call: AttentionCall, machine: Machine) -> Refused | None:
-    """A batch in parts was tried without a gradient, and without a mask tensor, which has a batch of its own."""
-    if _parts(call) > 1 and not call.needs_grad and not call.mask.is_tensor and call.heads <= GRID:
-        return None
-    if holds(call.batch * call.heads <= GRID) or (call.q_len >= DECODING and call.batch <= GRID and call.heads <= GRID):
+    """On CUDA a grid is at most 65,535 wide in the dimensions that the templates use: batch * heads for short queries (flex
+    decoding), otherwise batch, and heads. A larger grid ends the model: "CUDA driver error: invalid argument" (torch 2.11)."""
+    long = isinstance(call.q_len, int) and call.q_len >= DECODING
+    wide = (call.batch, call.heads) if long else (call.batch * call.heads,)
+    if all(holds(size <= GRID) for size in wide):
         return None
     return Refused(
         Code.BATCH,
-        f"flex takes batch * heads up to {GRID:,}, or more without gradient, mask tensor and symbolic sizes; "
-        f"the batch is {described(call.batch)}, with {described(call.heads)} heads",
+        f"flex takes {'batch and heads' if long else 'batch * heads'} up to {GRID:,}, "
+        f"here are {described(call.batch)} and {described(call.heads)}",
         "Choose native or _native_efficient, or call the model with a smaller batch",
     )
 
@@ -355,7 +339,6 @@ FLEX_CUDA = Backend(
     # The operator takes a dict of options. An exported model that calls flex_attention itself cannot be saved either (2.13).
     not_exported="torch.export.save cannot write the operator flex_attention",
     checks=(grouped_heads, shared_memory, grid),
-    steps=parts,
     prepare=prepare,
     tested="sm_90",
 )
@@ -365,7 +348,6 @@ FLEX_CPU = replace(
     devices=frozenset({"cpu"}),
     capability=None,
     head_dim=HeadDim(),
-    steps=None,
     backward=False,
     checks=(boolean_masks_from_2_13, static_lengths),
     tested="CPU",

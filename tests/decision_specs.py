@@ -352,8 +352,10 @@ SPECS = {
             "dim 8": (Code.HEAD_DIM, "head_dim from 16", "this is 8"),
             "dim 15": (Code.HEAD_DIM, "head_dim from 16", "this is 15"),
             "3 heads a key head": (Code.GQA, "power of two", "12 query heads and 4 key heads"),
-            "batch 65,536 with a gradient": (Code.BATCH, "batch * heads up to 65,535", "the batch is 65536"),
-            "65,536 heads": (Code.BATCH, "batch * heads up to 65,535", "with 65536 heads"),
+            **dict.fromkeys(
+                ("batch 65,535", "batch 65,536", "batch 65,536 with a gradient", "65,536 heads"),
+                (Code.BATCH, "batch * heads up to 65,535", "here are"),
+            ),
             "batch 65,536 with dropout": (Code.DROPOUT, "no dropout", "p=0.25"),
             "values of 264": (Code.HEAD_DIM, "value_dim up to 256", "this is 264"),
             "dim 160 in float32": (Code.HEAD_DIM, "up to 128, or 256", "this is 160"),

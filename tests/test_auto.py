@@ -11,6 +11,7 @@ from parity import TOLERANCE, attend, doubled, qkv, relative
 
 import attnrewrite
 from attnrewrite import AttentionCall, AttentionCompiler, Machine, Mask, MaskKind, Numerics, make_policy
+from attnrewrite.commands.bench.op_level import quantised
 from attnrewrite.planning import preferences
 from attnrewrite.planning.matching import foreign
 from attnrewrite.planning.policies import Policy
@@ -57,10 +58,10 @@ CHOICES = [
     ("padding of both", call(q_len=7145, mask=replace(PADDED, kind=MaskKind.QUERY_KEY_PADDING)), H200, "_flash_3"),
     ("one query", call(q_len=1, kv_len=32760), H200, "native"),
     ("one query of many", call(batch=4096, q_len=1, kv_len=4608), H200, "native"),
-    ("SVD, frames", call(4608, 10, 14, dim=64), H200, "flex"),
-    ("SVD, frames, PyTorch alone", call(4608, 10, 14, dim=64), BARE, "flex"),
-    ("70,000 sequences of 16", call(70_000, 8, 16, dim=64), H200, "flex"),
-    ("AnimateDiff, 80 wide", call(2048, 8, 16, dim=80), H200, "flex"),
+    ("SVD, frames", call(4608, 10, 14, dim=64), H200, "_native_efficient"),
+    ("SVD, frames, PyTorch alone", call(4608, 10, 14, dim=64), BARE, "_native_efficient"),
+    ("70,000 sequences of 16", call(70_000, 8, 16, dim=64), H200, "_native_efficient"),
+    ("AnimateDiff, 80 wide", call(2048, 8, 16, dim=80), H200, "native"),
     ("AnimateDiff, 160 wide", call(512, 8, 16, dim=160), H200, "_native_efficient"),
     ("96 wide", call(2048, 8, 16, dim=96), H200, "native"),
     ("32 frames", call(18_432, 5, 32, dim=64), H200, "_native_efficient"),
@@ -120,6 +121,8 @@ def test_never_slower_than_native_on_the_evidence(file):
         timed = {kernel: row["ms"] for kernel, row in shape["kernels"].items() if "ms" in row}
         for numerics in ("reordered", "quantised"):
             _, decided = preferred(AttentionCall.from_dict(shape["call"]), machine, numerics)
+            if numerics == "quantised" and not any(map(quantised, timed)):
+                continue  # the run had no quantised kernel
             assert timed[decided.chosen] <= 1.02 * timed["native"], (name, decided.chosen, timed)
 
 
@@ -135,16 +138,10 @@ def test_on_a_cpu_it_is_native_and_right():
 
 def test_kernels_that_need_inductor_are_for_inductor():
     """Uncompiled, flex computes all scores in memory: `auto` passes it over where another compiler gets the graph."""
-    asked = call(4608, 10, 14, dim=64)
-    for inner, names in (
-        ("inductor", ["flex", "_native_efficient", "native"]),
-        ("eager", ["_native_efficient", "native"]),
-    ):
-        policy = make_policy(["auto"]).compiled_by(inner)
-        assert [candidate.name for candidate in policy.candidates(asked, H200)] == names
     window = call(**LONG, mask=WINDOW)
-    policy = make_policy(["auto"]).compiled_by("eager")
-    assert attnrewrite.make_plan([window], policy, [BARE]).sites[0].chosen == "_native_varlen"
+    for inner, chosen in (("inductor", "flex"), ("eager", "_native_varlen")):
+        policy = make_policy(["auto"]).compiled_by(inner)
+        assert attnrewrite.make_plan([window], policy, [BARE]).sites[0].chosen == chosen
 
 
 def test_beside_other_choices_and_in_rules():

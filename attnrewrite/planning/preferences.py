@@ -37,15 +37,12 @@ class Row:
         128,
         None,
     )  # first and last; FlashAttention 3 and 4 are half as fast as SDPA for one query
-    static: bool = False  # for sizes that are numbers only: with symbols Inductor makes another kernel
 
     def fits(self, call: AttentionCall, machine: Machine, limit: Numerics) -> bool:
         """Whether the call meets the conditions. Static facts first: each question about a symbolic size becomes a guard."""
         if machine.capability != self.capability or call.mask.kind not in self.masks or limit < self.numerics:
             return False
         if call.needs_grad or call.dtype not in ("bfloat16", "float16"):
-            return False
-        if self.static and not all(isinstance(size, int) for size in (call.batch, call.heads, call.q_len, call.kv_len)):
             return False
         longest = self.q_len[1]
         return (
@@ -86,11 +83,6 @@ ROWS: tuple[Row, ...] = (
     Row(HOPPER, UNMASKED, (64, 64), (4096, 8191), 300_000, ("_flash_3", "flash_4"),
         f"FA3 1.29x at 2 x 4,429 tokens of 38 heads, 0.93x at 2 x 4,096 of 10: {SHAPES}"),
     # -- short sequences in large batches: temporal attention of video UNets
-    Row(HOPPER, UNMASKED, (40, 64), (8, 16), 64_000, ("flex", "_native_efficient"),
-        f"flex 2.1x at 4,608 x 10 and 2.0x at 1,152 x 20 heads of 14 frames, 2.4x at 1,000 x 8 of 8: {SHORT}",
-        q_len=(8, 16), static=True),
-    Row(HOPPER, UNMASKED, (80, 80), (8, 16), 64_000, ("flex",),
-        f"1.7x at 2,048 x 8 heads of 16 frames: {SHORT}", q_len=(8, 16), static=True),
     Row(HOPPER, UNMASKED, (40, 64), (8, 64), 64_000, ("_native_efficient",),
         f"1.48x at 18,432 x 5 heads of 14, 1.46x of 32, 1.34x at 4,608 x 10 of 64, 0.43x of 65: {SHORT}", q_len=(8, 64)),
     Row(HOPPER, UNMASKED, (160, 160), (8, 32), 64_000, ("_native_efficient",),

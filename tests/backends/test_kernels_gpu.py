@@ -148,24 +148,39 @@ def test_large_batches(kernel, batch):
     with torch.no_grad():
         assert relative(run(*tensors), attend(*map(doubled, tensors))) < 1.2e-2
     (site,) = backend.report.sites
-    limited = kernel in ("_native_flash", "_native_varlen") and batch > 65_535
+    limited = (kernel in ("_native_flash", "_native_varlen") and batch > 65_535) or kernel == "flex"  # batch * heads
     assert (site.chosen, [why.code for _, why in site.refusals]) == ((None, [Code.BATCH]) if limited else (kernel, []))
 
 
-@pytest.mark.parametrize("sizes", [(9000, 8, 14), (70_000, 8, 16), (65_536, 1, 130), (66_000, 2, 130), (3000, 40, 20)])
-def test_flex_computes_a_large_batch_in_parts(sizes):
-    """One call of flex decoding is for batch * heads up to 65,535, one of the other template for a batch up to that."""
-    batch, heads, length = sizes
-    packed = torch.randn(batch, length, 3, heads, 32, device="cuda", dtype=torch.bfloat16)
-    tensors = [part.transpose(1, 2) for part in packed.unbind(2)]  # with storage offsets, as from one projection
-    run, backend = compiled(attend, "flex", "inductor")
+SHORT_QUERIES = {
+    "a part of a batch": lambda x: [part[4:].transpose(1, 2) for part in x.unflatten(-1, (3, 4, 64)).unbind(2)],
+    "one projection": lambda x: [part.unflatten(-1, (4, 64)).transpose(1, 2) for part in x.chunk(3, -1)],
+    "transposed": lambda x: [
+        part.transpose(1, 2).unflatten(1, (4, 64)).transpose(-1, -2).contiguous().transpose(-1, -2).transpose(-1, -2)
+        for part in x.chunk(3, -1)
+    ],
+    "scaled": lambda x: [2 * part.unflatten(-1, (4, 64)).transpose(1, 2) for part in x.chunk(3, -1)],
+}
+
+
+@pytest.mark.parametrize("layout", SHORT_QUERIES)
+@pytest.mark.parametrize("length", [20, 100, 140])
+def test_flex_with_short_queries_in_every_layout(layout, length):
+    """Inductor's template for queries shorter than 128 loses the storage offset of the query."""
+
+    def function(x):
+        return attend(*SHORT_QUERIES[layout](x))
+
+    x = torch.randn(6, length, 3 * 4 * 64, device="cuda", dtype=torch.bfloat16)
+    run, backend = compiled(function, "flex", "inductor")
     with torch.no_grad():
-        output = run(*tensors)
-        for part in (slice(0, 500), slice(batch // 2 - 250, batch // 2 + 250), slice(-500, None)):
-            assert relative(output[part], attend(*(doubled(tensor[part]) for tensor in tensors))) < 1.2e-2
-    step = backend.report.sites[0].decision.step("batch_in_parts")
-    wide = batch * heads if length < 128 else batch
-    assert step.after == f"{-(-wide // 65_535)} calls"
+        assert relative(run(x), function(x.double())) < 1.2e-2
+    assert backend.report.sites[0].chosen == "flex"
+    torch.compiler.reset()
+    exact, x = x.double().requires_grad_(), x.clone().requires_grad_()
+    compiled(function, "flex", "inductor")[0](x).square().sum().backward()
+    function(exact).square().sum().backward()
+    assert relative(x.grad, exact.grad) < 3e-2
 
 
 @pytest.mark.parametrize("window", [(100, 100), (100, 0), (0, 50), (None, 60), (60, None)])
