@@ -16,6 +16,7 @@ from torch.fx import Node
 from ..graphs.axes import Views, applied
 from ..graphs.emitting import Emitter
 from ..graphs.nodes import value_of, values_only
+from ..graphs.sizes import Size
 from ..kernels.calls import AttentionCall
 from ..kernels.records import Backend
 from ..masks.building import Proof
@@ -24,17 +25,19 @@ from ..planning.sites import Site
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of the graph, and what turns it into SDPA's (..., heads, length, dim): the views, then the factors."""
+    """A tensor of the graph, and what turns it into SDPA's (..., heads, length, dim): the views, the pads, then the factors."""
 
     node: Node
     views: Views = ()
+    pads: tuple[tuple[Size, Size], ...] = ()  # elements before and after each dimension, for a part of a mask
+    pad_value: float = 0
     factors: tuple[tuple[Operand, int], ...] = ()  # each is multiplied by (power 1) or divided by (power -1)
 
     @cached_property
     def value(self) -> torch.Tensor:
         """The fake tensor after the views and factors."""
         given: torch.Tensor = value_of(self.node)
-        if not self.views and not self.factors:
+        if not self.views and not self.pads and not self.factors:
             return given
         with values_only(given):
             return self._made(lambda operand: value_of(operand.node))
@@ -52,6 +55,9 @@ class Operand:
 
     def _made(self, tensor: Callable[[Operand], torch.Tensor]) -> torch.Tensor:
         result = applied(tensor(self), self.views)
+        if self.pads:
+            flat: list[Any] = [size for pair in reversed(self.pads) for size in pair]
+            result = torch.nn.functional.pad(result, flat, value=self.pad_value)
         for factor, power in self.factors:
             amount = factor._made(tensor)
             result = result * amount if power == 1 else result / amount

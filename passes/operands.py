@@ -14,7 +14,8 @@ from ..graphs.mutations import Writes, written_by
 from ..graphs.nodes import value_of
 from ..graphs.sizes import is_one
 from ..graphs.spellings import argument, first, integers, is_number, same_shape, spelled
-from .scores import DEPTH, before
+from .moves import before
+from .scores import DEPTH
 
 
 @dataclass(frozen=True)

@@ -178,8 +178,8 @@ class _Recogniser:
         if value_of(end).dtype != dtype:
             result = (*result, ("to", (out,)))
         operands = Operands(
-            Operand(query_at.node, query_views, tuple(read.of_query)),
-            Operand(key_at.node, key_views, tuple(read.of_key)),
+            Operand(query_at.node, query_views, factors=tuple(read.of_query)),
+            Operand(key_at.node, key_views, factors=tuple(read.of_key)),
             Operand(value_at.node, value_views),
             tuple(reversed(read.terms)),
             result,

@@ -2,36 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from ..graphs.axes import Axes, Dims
+from ..graphs.axes import Axes, Dims, size_of
 from ..graphs.mutations import Writes, written_by
 from ..graphs.nodes import value_of
+from ..graphs.sizes import always
 from ..graphs.spellings import (
     TURNS,
     argument,
     first,
     is_number,
-    keeps_order,
-    permutation,
     same_shape,
     shown,
     spelled,
     stays_on,
 )
 from .found import Missed
+from .moves import Cut, Part, Region, before
 from .products import Product, leads_to_product, read_product
 
 DEPTH = 40  # most operations between a product and the softmax
 MIXERS = frozenset({"linear", "conv1d", "conv2d", "conv3d", "convolution"})  # "talking heads" mix scores by one
+SCATTERS = frozenset({"slice_scatter", "select_scatter"})
 VISITS = 200  # most nodes to try on the way back, masks included
 Back = Callable[[Any, "Dims | None"], "Scores | Missed"]
 Narrow = Callable[[Any], "Dims | None"]
+# Given a node, its reader and its dims: the scores before a write into a part, if the node shows just that part.
+Base = Callable[[Node, Node, Dims], "Scores | None"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,7 @@ class ScoreStep:
     dims: Dims = ()  # of the tensor
     reader: Node | None = None  # the node that reads the tensor
     power: int = 1
+    cuts: tuple[Cut, ...] = ()  # the part of the scores that the step changes; () for all of them
 
 
 @dataclass(frozen=True)
@@ -60,19 +64,34 @@ class Scores:
     nodes: tuple[Node, ...] = ()  # from the product to the input of the softmax, both included
     obstacle: str | None = None  # why the attention must stay as it is
 
+    def through(self, nodes: Sequence[Node]) -> Scores:
+        """The scores, with more nodes of theirs."""
+        return replace(self, nodes=(*self.nodes, *nodes))
+
     def then(self, node: Node, *steps: ScoreStep, obstacle: str | None = None) -> Scores:
         return replace(self, steps=self.steps + steps, nodes=(*self.nodes, node), obstacle=self.obstacle or obstacle)
 
 
 def find_scores(
-    node: Node, dims: Dims, reader: Node, axes: Axes, writes: Writes, seen: set[Node] | None = None
+    node: Node,
+    dims: Dims,
+    reader: Node,
+    axes: Axes,
+    writes: Writes,
+    seen: set[Node] | None = None,
+    base: Base | None = None,
 ) -> Scores | Missed:
     """Walks from `node`, which `reader` reads and which has `dims`, back to a product; `Missed` if it ends anywhere else.
 
-    seen: the nodes that were visited before; each node is visited once."""
+    seen: the nodes that were visited before; each node is visited once.
+    base: only for what is written into a part of the scores: where the walk ends."""
+    seen = set() if seen is None else seen
+    if base is not None and (found := base(node, reader, dims)) is not None:
+        return found
+    if (edit := writes.last(node, reader)) is not None:
+        return _written(edit, node, dims, axes, writes, seen, base)
     read, node = node, writes.current(node, reader)
     value = value_of(node)
-    seen = set() if seen is None else seen
     if not isinstance(value, torch.Tensor) or not value.is_floating_point():
         written = f"its scores are written into by {shown(node)}"
         return Missed(written if node is not read else "its scores are not a floating-point tensor", node)
@@ -81,6 +100,14 @@ def find_scores(
     if len(seen) > VISITS:
         return Missed(f"more than {VISITS} operations lie before its softmax", node)
     seen.add(node)
+    return _computed_by(node, dims, axes, writes, seen, base)
+
+
+def _computed_by(
+    node: Node, dims: Dims, axes: Axes, writes: Writes, seen: set[Node], base: Base | None
+) -> Scores | Missed:
+    """The scores that the operation of `node` computes."""
+    value = value_of(node)
     product = read_product(node)
     if product is not None:
         return _of_product(product, dims, axes)
@@ -90,7 +117,7 @@ def find_scores(
             return Missed(
                 f"its scores are computed by {shown(node)} from an operand whose shape is not known to match", node
             )
-        return find_scores(source, expected, node, axes, writes, seen)
+        return find_scores(source, expected, node, axes, writes, seen, base)
 
     def narrow(source: Any) -> Dims | None:
         known = value_of(source)
@@ -107,14 +134,119 @@ def find_scores(
     if name in ("mul", "div"):
         return _scaled(node, name, back, narrow)
     if name in ("add", "sub"):
-        return _added(node, name, back, narrow)
+        return _added(node, name, back, narrow, base is not None)
     if name == "masked_fill":
         found = back(source, narrow(source))
         return _filled(found, node, "drop", argument(node, 1, "mask"), argument(node, 2, "value"), narrow)
     if name == "where":
         return _chosen(node, back, narrow)
+    if name == "copy" and base is not None:  # copy(slice(scores, ...), source) has the values of the source
+        base(source, node, dims)
+        copied = argument(node, 1, "src")
+        return _then(back(copied, narrow(copied)), node)
+    if name in SCATTERS:
+        return _scattered(node, dims, axes, writes, seen, base)
     earlier = before(node, dims, axes)
     return _then(back(source, earlier), node) if earlier is not None else Missed(_computed(node), node)
+
+
+def _written(
+    edit: Node, node: Node, dims: Dims, axes: Axes, writes: Writes, seen: set[Node], base: Base | None
+) -> Scores | Missed:
+    """The scores in `node`, which has `dims`, after `edit` wrote into a view of them: `scores[:, :, 1:, 1:] += bias`."""
+    part = Part(node, dims, axes)
+    written = Missed(f"its scores are written into by {shown(edit)}", edit)
+    name = spelled(edit)
+    target = first(edit)
+    region = part.region(target) if isinstance(target, Node) else None
+    if region is not None and name == "setitem":
+        region = part.indexed(target, region, edit.args[1])
+    if region is None or len(written_by(edit)) != 1:
+        return written
+    earlier = find_scores(node, dims, edit, axes, writes, seen, base)
+    if isinstance(earlier, Missed):
+        return earlier
+    ends = _base(part, region, earlier, edit, writes)
+    part.take(target)
+    if name in ("setitem", "copy"):
+        value = edit.args[2] if name == "setitem" else argument(edit, 1, "src", "other")
+        found = _replaced(value, region, edit, axes, writes, seen, ends)
+    else:
+        found = _computed_by(edit, region.dims, axes, writes, seen, ends)
+    found = _in_part(found, earlier, region)
+    return written if isinstance(found, Missed) else found.then(edit).through(part.views)
+
+
+def _scattered(
+    node: Node, dims: Dims, axes: Axes, writes: Writes, seen: set[Node], base: Base | None
+) -> Scores | Missed:
+    """slice_scatter(scores, slice(scores, ...) + bias, ...): what a write into a part is in a functional graph."""
+    source = first(node)
+    part = Part(source, dims, axes)
+    region: Region | None = Region(dims)
+    value, nodes = node, []
+    # A part by slices of two dimensions is a scatter into a slice that is scattered in turn.
+    while isinstance(value, Node) and spelled(value) in SCATTERS:
+        there = part.region(first(value))
+        if there is None or region is None or set(there.cuts) != set(region.cuts):
+            return Missed(_computed(node), node)
+        part.take(first(value))
+        region = part.along(value, region)
+        nodes.append(value)
+        value = argument(value, 1, "src")
+    earlier = find_scores(source, dims, node, axes, writes, seen, base)
+    if isinstance(earlier, Missed) or region is None:
+        return Missed(_computed(node), node) if region is None else earlier
+    ends = _base(part, region, earlier, node, writes)
+    found = _in_part(_replaced(value, region, nodes[-1], axes, writes, seen, ends), earlier, region)
+    if isinstance(found, Missed):
+        return Missed(_computed(node), node)
+    return found.through([*part.views, *reversed(nodes)])
+
+
+def _base(part: Part, region: Region, earlier: Scores, edit: Node, writes: Writes) -> Base:
+    """`earlier` for each node that shows the region as it was before `edit`."""
+
+    def base(node: Node, reader: Node, dims: Dims) -> Scores | None:
+        shown_there = part.region(node)
+        if shown_there is None or set(shown_there.cuts) != set(region.cuts):
+            return None
+        same = part.axes.resolved(dims) == part.axes.resolved(shown_there.dims)
+        if not same or not writes.unchanged(part.whole, reader, edit):
+            return None
+        part.take(node)
+        return earlier
+
+    return base
+
+
+def _replaced(
+    value: Any, region: Region, edit: Node, axes: Axes, writes: Writes, seen: set[Node], base: Base
+) -> Scores | Missed:
+    """The scores of a part that `edit` replaces by `value`."""
+    tensor = value_of(value)
+    sizes = [size_of(axis) for axis in region.dims]
+    if not isinstance(value, Node) or not isinstance(tensor, torch.Tensor) or tensor.dim() != len(sizes):
+        return Missed("a part of its scores is replaced", edit)
+    if not all(always(a == b) for a, b in zip(tensor.shape, sizes, strict=True)):
+        return Missed("a part of its scores is replaced by a tensor of another shape", edit)
+    return find_scores(value, region.dims, edit, axes, writes, seen, base)
+
+
+def _in_part(found: Scores | Missed, earlier: Scores, region: Region) -> Scores | Missed:
+    """`found`, with the steps behind `earlier` for the region alone."""
+    if isinstance(found, Missed):
+        return found
+    count = len(earlier.steps)
+    kept = zip((*earlier.steps, *earlier.nodes), (*found.steps[:count], *found.nodes), strict=False)
+    steps = found.steps[count:]
+    last = found.nodes[-1]
+    if found.product is not earlier.product or not all(a is b for a, b in kept):
+        return Missed("a part of its scores is replaced by others", last)
+    if any(step.tensor is None or step.how == "times" for step in steps):
+        return Missed("a part of its scores is scaled", last)
+    steps = tuple(replace(step, cuts=(*step.cuts, *region.cuts)) for step in steps)
+    return replace(found, steps=found.steps[:count] + steps)
 
 
 def _computed(node: Node) -> str:
@@ -146,21 +278,6 @@ def _of_product(product: Product, dims: Dims, axes: Axes) -> Scores | Missed:
     return replace(scores, steps=(*scores.steps, step))
 
 
-def before(node: Node, dims: Dims, axes: Axes) -> Dims | None:
-    """The dims of the first argument of a view, a copy or a permutation that has `dims`; None for any other node."""
-    source = value_of(first(node))
-    if not isinstance(source, torch.Tensor) or source.dtype != value_of(node).dtype or written_by(node):
-        return None
-    if keeps_order(node):
-        return axes.reshaped(dims, source.shape)
-    name = spelled(node)
-    if name == "expand" and same_shape(source, value_of(node)):
-        return dims
-    if name in TURNS and (order := permutation(node)) is not None:
-        return tuple(dims[order.index(dim)] for dim in range(len(order)))
-    return None
-
-
 def _scaled(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | Missed:
     one, other = first(node), argument(node, 1, "other")
     if node.kwargs.get("rounding_mode") is not None:
@@ -188,7 +305,7 @@ def _full(source: Any, node: Node) -> bool:
     return isinstance(value, torch.Tensor) and same_shape(value, value_of(node))
 
 
-def _added(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | Missed:
+def _added(node: Node, name: str, back: Back, narrow: Narrow, in_part: bool) -> Scores | Missed:
     one, other = first(node), argument(node, 1, "other")
     alpha = argument(node, 2, "alpha", default=1)
     if not is_number(alpha) or isinstance(alpha, Node):
@@ -197,6 +314,8 @@ def _added(node: Node, name: str, back: Back, narrow: Narrow) -> Scores | Missed
     missed = []
     if is_number(other) and isinstance(one, Node):
         found = back(one, narrow(one))
+        if isinstance(found, Scores) and in_part:
+            return Missed("a number is added to a part of its scores", node)
         if isinstance(found, Scores):
             return found.then(node)  # the same number for every score does not change the softmax
         missed.append(found)

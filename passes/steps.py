@@ -5,17 +5,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Node
 
-from ..graphs.axes import Axes, Axis
+from ..graphs.axes import Axes, Axis, Dims, size_of
 from ..graphs.mutations import CHECK, Writes, written_by
 from ..graphs.nodes import value_of
+from ..graphs.sizes import is_one
 from ..graphs.spellings import argument, first, is_number, name_of, number, spelled
 from .arrangements import Arrangement
 from .found import MaskTerm, Missed, Operand
+from .moves import Cut
 from .operands import Readable, best, readables
 from .scores import Scores, ScoreStep
 
@@ -60,7 +62,7 @@ class Steps:
             along = {atom for axis in step.dims for atom in axes.atoms(axis)}
             if step.how == "times" and along & set(axes.atoms(keys)):
                 break  # what was the same for all keys before it differs behind it
-            if step.how == "add" and (nodes := self._level(step, keys)):
+            if step.how == "add" and not step.cuts and (nodes := self._level(step, keys)):
                 self._lost[id(step)] = nodes
         self.lost = tuple(node for nodes in self._lost.values() for node in nodes)  # nodes that only lost steps read
 
@@ -108,7 +110,13 @@ class Steps:
         done.stays("its scores are multiplied by a tensor")
 
     def _masked(self, step: ScoreStep, arrangement: Arrangement, done: Between) -> Missed | None:
-        placed = best(self.axes, self._readables(step), arrangement.mask)
+        target = arrangement.mask
+        cuts = [_cut_of(axis, step, self.axes) for axis in target]
+        if len([cut for cut in cuts if cut is not None]) != len(step.cuts):
+            assert step.reader is not None
+            return Missed("it adds to a part of its scores that is none of queries and keys", step.reader)
+        target = tuple(axis if cut is None else (cut.part,) for axis, cut in zip(target, cuts, strict=True))
+        placed = best(self.axes, self._readables(step), target)
         if placed is None:
             assert step.reader is not None
             return Missed("its mask cannot be viewed as (batch, heads, q_len, kv_len)", step.reader)
@@ -129,7 +137,10 @@ class Steps:
             if done.scale <= 0 or not amount <= LEAST_FILL:
                 done.stays(f"it fills masked scores with {amount:g}")
             amount = amount if amount == -math.inf else min(amount, LOWEST)
-        done.terms.append(MaskTerm(Operand(at.node, views), how, amount))
+        operand = Operand(at.node, views)
+        if step.cuts:
+            operand = _padded(operand, arrangement.mask, cuts, how == "keep")
+        done.terms.append(MaskTerm(operand, how, amount))
         return None
 
     def _level(self, step: ScoreStep, keys: Axis) -> tuple[Node, ...]:
@@ -165,3 +176,20 @@ class Steps:
             at, reader = source, at
         same = any(not set(self.axes.atoms(keys)) & each.atoms(self.axes) for each in self._readables(step))
         return tuple(nodes) if reduced and same and abs(amount) <= 1 else ()
+
+
+def _cut_of(axis: Axis, step: ScoreStep, axes: Axes) -> Cut | None:
+    """The cut of a step that takes a part of `axis`."""
+    return next((cut for cut in step.cuts if axes.atoms(cut.whole) == axes.atoms(axis)), None)
+
+
+def _padded(operand: Operand, whole: Dims, cuts: list[Cut | None], value: bool) -> Operand:
+    """The operand, which covers the parts of `cuts`, padded to the whole."""
+    shape = operand.value.shape
+    missing = [-1 if cut is None or not is_one(size) else cut.part.size for cut, size in zip(cuts, shape, strict=True)]
+    spread = (("expand", (tuple(missing),)),) if any(size != -1 for size in missing) else ()
+    pads = tuple(
+        (0, 0) if cut is None else (cut.start, size_of(axis) - cut.start - cut.part.size)
+        for axis, cut in zip(whole, cuts, strict=True)
+    )
+    return replace(operand, views=(*operand.views, *spread), pads=pads, pad_value=value)

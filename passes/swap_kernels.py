@@ -103,14 +103,14 @@ def _mask(
     nodes = [term.tensor.node for term in operands.mask]
     shared: Any = (
         tuple(nodes),
-        repr([(term.tensor.views, term.how, term.amount) for term in operands.mask]),
+        repr([(term.tensor.views, term.tensor.pads, term.how, term.amount) for term in operands.mask]),
         call.dtype,
     )
     # A mask that the graph writes into may have other values at the next site: it is not shared.
     if any(storage_of(value_of(node)) in written for node in nodes):
         shared = (shared, call.site)
     (first, *rest) = operands.mask
-    if not rest and not first.tensor.views and call.written_as != "operations":
+    if not rest and not first.tensor.views and not first.tensor.pads and call.written_as != "operations":
         return lambda: emitter.tensor(first.tensor.node), shared
 
     def build() -> torch.Tensor:

@@ -18,7 +18,7 @@ from ..masks.expressions import Expressions, Value, rounded
 from ..masks.indices import Index, at_least_zero, axis, exchanged, index_of
 from ..masks.reading import Reader, Unstable, is_plain
 from ..masks.views import before_views
-from .found import Found, MaskTerm, Operands, Understood
+from .found import Found, MaskTerm, Operand, Operands, Understood
 
 # A number at or below this one hides a key. Models use -10000 (-9984 in bfloat16), -1e9 and finfo.min: a hidden key takes part
 # only if its score is larger than all others by about as much. Numbers nearer to zero are biases.
@@ -72,10 +72,15 @@ def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Valu
         indices: tuple[Index, ...] = tuple(
             axis(dim - viewed.dim(), index_of(size)) for dim, size in enumerate(viewed.shape)
         )
+        inside = make.true
+        if term.tensor.pads:
+            inside, indices = _before_pads(term.tensor, indices, make)
         value: Value | None = reader.element(
             term.tensor.node, before_views(value_of(term.tensor.node), term.tensor.views, indices), found.node
         )
         assert value is not None
+        outside = bool(term.tensor.pad_value) if value.boolean else 0.0
+        value = make.select(inside, value, make.constant(outside))
         if term.how == "add":
             dtypes = (value_of(term.tensor.node).dtype, term.tensor.dtype, wanted)
             if len(set(dtypes)) > 1:  # under autocast SDPA and baddbmm cast it, and -3.4e38 becomes -inf
@@ -94,6 +99,18 @@ def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Valu
         else:
             total = make.select(keep, total or make.constant(0.0), make.constant(rounded(term.amount, wanted)))
     return total
+
+
+def _before_pads(operand: Operand, indices: tuple[Index, ...], make: Expressions) -> tuple[Value, tuple[Index, ...]]:
+    """Whether an element lies in what was padded, and its indices there."""
+    inside, result = make.true, []
+    shape = operand.value.shape
+    for index, size, (start, end) in zip(indices, shape, operand.pads, strict=True):
+        place = index - index_of(start)
+        last = index_of(size) - index_of(start) - index_of(end) - 1
+        inside = make.and_(inside, make.at_least_zero(place), make.at_least_zero(last - place))
+        result.append(place)
+    return inside, tuple(result)
 
 
 @dataclass(frozen=True)

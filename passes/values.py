@@ -7,26 +7,21 @@ from collections.abc import Iterator, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch.fx import Node
 
 from ..graphs.axes import Axes, Axis, Dims
-from ..graphs.mutations import written_by
 from ..graphs.nodes import value_of
 from ..graphs.spellings import (
-    TURNS,
     argument,
     first,
     is_number,
-    keeps_order,
     number,
-    permutation,
-    same_shape,
     shown,
     spelled,
     stays_on,
 )
 from .found import Missed
+from .moves import after
 from .products import Product, leads_to_product, output_dims, read_product
 from .scores import DEPTH, MIXERS
 
@@ -43,21 +38,6 @@ class Values:
     width: Axis  # the last axis of the value
     dropout: Any = 0.0  # probability: a number, or a node that gives one
     nodes: tuple[Node, ...] = ()  # from after the softmax to the product
-
-
-def after(node: Node, dims: Dims, axes: Axes) -> Dims | None:
-    """The inverse of `scores.before`: the dims of a view, a copy or a permutation whose first argument has `dims`."""
-    source, value = value_of(first(node)), value_of(node)
-    if not isinstance(value, torch.Tensor) or source.dtype != value.dtype or written_by(node):
-        return None
-    if keeps_order(node):
-        return axes.reshaped(dims, value.shape)
-    name = spelled(node)
-    if name == "expand" and same_shape(source, value):
-        return dims
-    if name in TURNS and (order := permutation(node)) is not None:
-        return tuple(dims[dim] for dim in order)
-    return None
 
 
 # Functions that read the shape, strides or dtype of a tensor, but not its values.

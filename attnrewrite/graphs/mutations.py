@@ -79,12 +79,12 @@ def unread(graph_module: GraphModule) -> frozenset[Node]:
     write nothing and draw no random numbers: without them the graph does the same."""
     found: set[Node] = set()
     for node in reversed(graph_module.graph.nodes):
-        if all(user in found or name_of(user) == CHECK for user in node.users) and only_computes(node):
+        if all(user in found or name_of(user) == CHECK for user in node.users) and _only_computes(node):
             found.add(node)
     return frozenset(found)
 
 
-def only_computes(node: Node) -> bool:
+def _only_computes(node: Node) -> bool:
     """Whether a node does nothing but compute tensors, by a function of PyTorch's own."""
     name = name_of(node)
     made = leaves(value_of(node))
@@ -123,6 +123,15 @@ class Writes:
         """The node that computed the value of `node` as `reader` reads it: after `x.mul_(2)`, the node of mul_."""
         before = [edit for edit in self._edits.get(node, ()) if self.position[edit] < self.position[reader]]
         return before[-1] if before else node
+
+    def last(self, node: Node, reader: Node) -> Node | None:
+        """The last node between `node` and `reader` that writes into a part or a view of the value of `node`; None if nothing
+        does, or if the last write is one into the whole of `node` itself, as `current` returns it."""
+        start, end = self.position[node], self.position[reader]
+        found = [writer for writer in self.writers(node) if start < self.position[writer] < end]
+        if not found or (found[-1] is self.current(node, reader) and name_of(found[-1]) not in ("setitem", "copy_")):
+            return None
+        return found[-1]
 
     def writers(self, node: Node) -> list[Node]:
         """All nodes that write into the storage of a node's value."""

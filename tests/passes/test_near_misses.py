@@ -81,7 +81,7 @@ def returned_mask(query, key, value):
 
 
 MISSES = {
-    "written into": (Attention(written), "its scores are written into by setitem"),
+    "written into": (Attention(written), "its scores are written into by add_"),
     "sorted": (Attention(lambda scores: scores.sort(-1).values), r"its scores are computed by getitem"),
     "relu": (Attention(torch.relu), r"its scores are computed by relu"),
     "rounded": (Attention(lambda scores: torch.div(scores, 2, rounding_mode="floor")), "its scores are rounded"),

@@ -346,3 +346,221 @@ def test_what_is_summed_besides_the_keys(scores, values, reason):
         swapped(step, [*tensors, value])
     else:
         assert refused(step, *tensors, value) == reason
+
+
+def of_windows(q, k, v, bias):
+    """timm's MViT: relative positions of rows and of columns, without the class token."""
+    scores = q @ k.mT * 0.3
+    rows, columns = bias[:, :, :5, None], bias[:, :, None, 5:7]
+    part = scores[:, :, 1:, 1:].view(BATCH, -1, 2, 3, 5, 2)
+    rows, columns = (each.unflatten(1, (2, 3)) for each in (rows, columns))
+    scores[:, :, 1:, 1:] = (part + rows + columns).view(BATCH, -1, 6, 10)
+    return scores.softmax(-1) @ v
+
+
+def part_of(write):
+    def step(q, k, v, bias):
+        scores = q @ k.mT * 0.3
+        returned = write(scores, bias)
+        return (scores if returned is None else returned).softmax(-1) @ v
+
+    return step
+
+
+def iadd(scores, bias):
+    scores[:, :, 1:, 1:] += bias
+
+
+def isub(scores, bias):
+    scores[:, :, 1:, 1:] -= bias
+
+
+def setitem(scores, bias):
+    scores[:, :, 1:, 1:] = scores[..., 1:, 1:] + bias
+
+
+def setitem_of_a_copy(scores, bias):
+    scores = scores.clone()
+    scores[:, :, 1:, 1:] = scores[:, :, 1:, 1:].clone() + bias
+    return scores
+
+
+def twice(scores, bias):
+    scores[:, :, 1:, 1:] += bias
+    scores[:, :, 1:] += bias[:, :, :1]
+    scores.mul_(0.5)
+    scores[:, :, :, :-1] += bias[:, :1]
+    return scores
+
+
+def through_a_view(scores, bias):
+    scores.view(BATCH, 2, 2, Q_LEN, KV_LEN)[..., 1:, 1:].add_(bias.unflatten(0, (2, 2)))
+
+
+def of_all_through_a_view(scores, bias):
+    scores.view(BATCH, 2, 2, Q_LEN, KV_LEN).add_(F.pad(bias, (1, 0, 1, 0)).unflatten(0, (2, 2)))
+
+
+def one_row(scores, bias):
+    scores[:, :, 0, 1:] += bias[:, 0]
+
+
+def one_key(scores, bias):
+    scores[:, :, 1:, -1].add_(bias[:, :, 0])
+
+
+def some_heads(scores, bias):
+    scores[:, 1:3, 1:, 1:] += bias[1:3]
+
+
+def narrowed(scores, bias):
+    scores.narrow(2, 1, 6).narrow(3, 1, 10).add_(bias, alpha=2)
+
+
+def spread(scores, bias):
+    scores[:, :, 1:, 1:] += bias[:, :1, :1]
+
+
+def masked(scores, bias):
+    scores[:, :, 1:, 1:].masked_fill_(bias > 1.5, float("-inf"))
+
+
+def kept(scores, bias):
+    scores[:, :, 1:, 1:] = torch.where(bias < 1.5, scores[:, :, 1:, 1:], -1e9)
+
+
+WRITES = {each.__name__: part_of(each) for each in (
+    iadd, isub, setitem, setitem_of_a_copy, twice, through_a_view, of_all_through_a_view, one_row, one_key, some_heads,
+    narrowed, spread, masked, kept,
+)}  # fmt: skip
+WRITES["of_windows"] = of_windows
+
+
+@pytest.mark.parametrize("kernel", ["_native_math", "native"])
+@pytest.mark.parametrize("how", WRITES)
+def test_writes_into_a_part_of_the_scores(how, kernel):
+    """An additive mask with zeros elsewhere, and its gradient."""
+    bias = torch.randn(HEADS, 6, 7 if how == "of_windows" else 10)
+    tensors = [*qkv(value_dim=24), bias]
+    tensors = [each.requires_grad_(place < 3 or how not in ("masked", "kept")) for place, each in enumerate(tensors)]
+    site = swapped(WRITES[how], tensors, kernel)
+    assert site.call.mask.kind is (MaskKind.BOOLEAN if how == "masked" else MaskKind.ADDITIVE)
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch.export's own
+@pytest.mark.parametrize("lowered", ["exported", "functional", "core"])
+@pytest.mark.parametrize("how", ["iadd", "setitem", "twice", "one_row", "masked", "of_windows"])
+def test_exported_writes_into_a_part(how, lowered):
+    class Attend(torch.nn.Module):
+        def forward(self, *tensors):
+            return WRITES[how](*tensors)
+
+    tensors = [*qkv(), torch.randn(HEADS, 6, 7 if how == "of_windows" else 10)]
+    with torch.no_grad():
+        program = torch.export.export(Attend(), tuple(tensors))
+        if lowered != "exported":
+            program = program.run_decompositions({} if lowered == "functional" else None)
+        graph_module = program.module()
+        outcome = rewrite_graph(graph_module, attnrewrite.with_backend("_native_math").policy)
+        if how == "one_row" and lowered == "core":  # a scatter of one row is a `where` of positions there
+            assert [each.reason for each in outcome.near_misses] == ["its scores are selected from two tensors (where)"]
+            return
+        assert [site.chosen for site in outcome.plan.sites] == ["_native_math"]
+        assert relative(graph_module(*tensors), WRITES[how](*map(doubled, tensors))) < 1e-5
+    assert "softmax" not in str(graph_module.graph)
+    assert "scatter" not in str(graph_module.graph)
+
+
+def test_dynamic_writes_into_a_part():
+    run, backend = compiled(WRITES["iadd"], "_native_math", dynamic=True)
+    with torch.no_grad():
+        for q_len, kv_len in ((7, 11), (9, 6), (4, 13)):
+            tensors = [*qkv(q_len=q_len, kv_len=kv_len), torch.randn(HEADS, q_len - 1, kv_len - 1)]
+            assert relative(run(*tensors), WRITES["iadd"](*map(doubled, tensors))) < 1e-5
+    assert {site.chosen for site in backend.report.sites} == {"_native_math"}
+
+
+def test_what_a_written_part_hides_is_understood():
+    """Padding of the last keys, written into the scores."""
+
+    def step(q, k, v, valid):
+        scores = q @ k.mT * 0.3
+        scores[..., 5:].masked_fill_(~valid[:, None, None, :], float("-inf"))
+        return scores.softmax(-1) @ v
+
+    valid = torch.rand(BATCH, KV_LEN - 5) > 0.5
+    with torch.no_grad():
+        assert swapped(step, [*qkv(), valid], "_native_flash").call.mask.kind is MaskKind.KEY_PADDING
+
+
+def number(scores, bias):
+    scores[:, :, 1:, 1:] += 1.0
+
+
+def filled(scores, bias):
+    scores[:, :, 1:, 1:] = -1e9
+
+
+def replaced(scores, bias):
+    scores[:, :, 1:, 1:] = bias
+
+
+def scaled(scores, bias):
+    scores[:, :, 1:, 1:] *= 0.5
+
+
+def multiplied(scores, bias):
+    scores[:, :, 1:, 1:] *= bias
+
+
+def shifted(scores, bias):
+    scores[:, :, 1:, 1:] = scores[:, :, :-1, :-1] + bias
+
+
+def shifted_and_added(scores, bias):
+    scores[:, :, 1:, 1:].add_(scores[:, :, :-1, :-1])
+
+
+def turned(scores, bias):
+    scores[:, :, 4:, 4:] = scores[:, :, 4:, 4:-4].mT.mT.flip(-1).repeat(1, 1, 1, 3)[..., :7]
+
+
+def every_other(scores, bias):
+    scores[:, :, 1:, 1::2] += bias[..., ::2]
+
+
+def chosen_rows(scores, bias):
+    scores[:, :, torch.tensor([1, 3])] += bias[:, :2, :1]
+
+
+def old_values(scores, bias):
+    before = scores[:, :, 1:, 1:] + bias
+    scores.mul_(2.0)
+    scores[:, :, 1:, 1:] = before
+
+
+def read_too(scores, bias):
+    scores[:, :, 1:, 1:] += scores[:, :, 1:, 1:].amax()
+
+
+LIKE_WRITES = (
+    number, filled, replaced, scaled, multiplied, shifted, shifted_and_added, turned, every_other, chosen_rows, old_values,
+    read_too,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("write", LIKE_WRITES)
+def test_writes_that_are_no_mask(write):
+    with torch.no_grad():
+        reason = refused(part_of(write), *qkv(), torch.randn(HEADS, 6, 10))
+    assert "written into by" in reason or "used elsewhere" in reason or "written into before" in reason
+
+
+def test_a_bias_that_is_written_into_after_it_was_added():
+    def write(scores, bias):
+        bias = bias.clone()
+        scores[:, :, 1:, 1:] += bias
+        bias.zero_()
+
+    with torch.no_grad():
+        assert "written into" in refused(part_of(write), *qkv(), torch.randn(HEADS, 6, 10))
