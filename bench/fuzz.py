@@ -339,6 +339,10 @@ def usable(setting: Setting) -> list[str]:
     return [name for name, (verdict,) in verdicts.items() if verdict.chosen == name or verdict.wrong]
 
 
+def differentiable(kernel: str, device: str) -> bool:
+    return any(record.backward for record in attnrewrite.records_of(kernel) if device in record.devices)
+
+
 def search(
     seed: int,
     kernels: Sequence[str],
@@ -362,7 +366,8 @@ def search(
             told = passed
             print(f"{passed:.0f} s: {counts}", flush=True)
         needs_grad, dynamic, alone = KINDS[turn % len(KINDS)]
-        tried = [kernels[turn // len(KINDS) % len(kernels)]] if alone else kernels
+        able = [name for name in kernels if not needs_grad or differentiable(name, setting.device)] or ["native"]
+        tried = [able[turn // len(KINDS) % len(able)]] if alone else able
         some = [
             drawn(f"{seed}/{turn}/{number}", setting.device, needs_grad=needs_grad, dynamic=dynamic)
             for number in range(size)

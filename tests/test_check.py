@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from dataclasses import replace
 
@@ -241,6 +242,47 @@ def test_what_is_wrong_before_any_attention():
     assert found.first_wrong.name == "layers.0"
     assert found.first_wrong.bad_inputs.keys() == {"query", "key", "value"}
     assert found.output.bad_before == found.output.bad > 0
+
+
+def miscompiles(operator, factor):
+    """An inner compiler that runs the graph, and multiplies what nodes with `operator` in their name give by `factor`."""
+
+    class Changed(torch.fx.Interpreter):
+        def call_function(self, target, args, kwargs):
+            found = super().call_function(target, args, kwargs)
+            if operator not in str(target):
+                return found
+            return (found[0] * factor, *found[1:]) if isinstance(found, tuple) else found * factor
+
+    return lambda graph_module, example_inputs: lambda *inputs: Changed(graph_module).run(*inputs)
+
+
+def test_an_output_that_is_wrong_though_no_site_is(stack):
+    """A compiler that makes something else of a kernel in the whole model."""
+    backend = with_backend("_native_math", inner=miscompiles("_scaled_dot_product_attention_math", 1.5))
+    with torch.no_grad():
+        found = check(*stack, backend=backend)
+    assert found.first_wrong is None
+    assert found.output.relative_error > 0.01
+    assert found.output.limit < 2e-4
+    assert not found.ok
+    text = str(found)
+    assert "3 attention sites, none of them wrong by itself, but the output is" in text
+    assert re.search(
+        r"the output is wrong: relative error \S+, where rounding and the kernels explain 1\.\de-04\.", text
+    )
+    assert "Give some sites another kernel (rules=) to see which one it is" in " ".join(text.split())
+    assert strict_json(found.to_json())["output"]["wrong"].startswith("relative error")
+
+
+def test_what_the_compiler_does_to_everything_is_no_fault_of_a_kernel(stack):
+    """Rounding of the compiler that is as large with PyTorch's own kernels."""
+    with torch.no_grad():
+        found = check(*stack, backend=with_backend("_native_math", inner=miscompiles("linear", 1.01)))
+    assert found.output.relative_error > 1e-3
+    assert found.output.limit > found.output.relative_error
+    assert found.ok
+    assert "none of them wrong\n" in str(found)
 
 
 def test_long_sequences_are_sampled():
@@ -516,7 +558,7 @@ def test_json(broken):
     assert data["first_wrong"] == "layers.1"
     assert data["output"]["relative_error"] == "nan"
     assert [site["accuracy"]["nan"] for site in data["sites"]] == [0, 528, 528]
-    assert data["sites"][0]["layouts"][0] == [[2, 3, 11, 8], [792, 8, 72, 1]]
+    assert data["sites"][0]["layouts"][:2] == [[[2, 3, 11, 8], [792, 8, 72, 1], at] for at in (0, 24)]
 
 
 class Picture(torch.nn.Module):

@@ -203,17 +203,19 @@ def test_from_a_saved_report():
     assert Report.from_json(given.to_json()).repro("blocks.0.attn") == given.repro("blocks.0.attn")
 
 
-def test_a_fidelity_knows_the_strides(capsys):
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_fidelity_knows_how_tensors_lie(capsys, grad):
     query, key, value = qkv()
-    key = torch.randn(2, 4, 11, 40)[..., :16]  # rows that are not dense
-    with torch.no_grad():
+    key = torch.randn(2, 4, 11, 40)[..., 3:19].requires_grad_(grad)  # rows that are not dense, and begin later
+    with torch.set_grad_enabled(grad):
         found = check(
             F.scaled_dot_product_attention, query, key, value, backend=with_backend("_native_math", inner="eager")
         )
     text = found.repro(found.sites[0].name, inner="eager")
-    assert f"tensor({tuple(key.shape)}, {tuple(key.stride())})" in text
+    assert "((2, 4, 11, 16), (1760, 440, 40, 1), 3)" in text
     report, said = run(text, capsys)
-    assert report.sites[0].call.kv_len == 11
+    (site,) = report.sites
+    assert (site.call.kv_len, site.call.needs_grad) == (11, grad)
     assert float(re.search(r"relative error (\S+) to", said)[1]) < 1e-6
     with pytest.raises(ValueError, match="site is 'gone': it is one of"):
         found.repro("gone")

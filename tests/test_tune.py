@@ -42,6 +42,7 @@ from attnrewrite.measuring.example_tensors import example
 from attnrewrite.measuring.first_use import Tune
 from attnrewrite.measuring.measure_site import Search, enough_memory, free_memory, measure_site
 from attnrewrite.measuring.reference import reference
+from attnrewrite.measuring.site_graphs import fills_its_memory, plan_site, site_graph
 from attnrewrite.measuring.timing import Stopwatch
 from attnrewrite.planning.policies import Policy
 
@@ -201,6 +202,108 @@ class Block(torch.nn.Module):
         query, key, value = (each.unflatten(-1, (3, 16)).transpose(1, 2) for each in self.qkv(tokens).chunk(3, dim=-1))
         attended = F.scaled_dot_product_attention(query, key, value, mask)
         return tokens + attended.transpose(1, 2).flatten(2)
+
+
+class Fused(torch.nn.Module):
+    """Two attentions with equal calls. Queries, keys and values of the first are parts of one tensor, (batch, tokens, 48)."""
+
+    def forward(self, tokens):
+        parts = [each.unflatten(-1, (2, 8)).transpose(1, 2) for each in tokens.chunk(3, -1)]
+        apart = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in parts]
+        return F.scaled_dot_product_attention(*parts) + F.scaled_dot_product_attention(*apart)
+
+
+def from_the_start(query, key, value):
+    """Attention that is wrong for tensors that do not begin where their memory begins."""
+    return sdpa(*(each.as_strided(each.shape, each.stride(), 0) for each in (query, key, value)))
+
+
+FROM_THE_START = kernel("from_the_start", from_the_start)
+
+
+def test_operands_lie_as_in_the_model():
+    """A kernel that is wrong for a part of a tensor is found out there, and is right for whole tensors."""
+    sites = tuned(Fused(), torch.randn(2, 9, 48), candidates=["native", FROM_THE_START]).sites
+    fused, apart = (by_name(site)["from_the_start"] for site in sites)
+    assert fused.error > 0.1
+    assert "its error is above" in fused.dropped
+    assert sites[0].chosen == "native"
+    assert apart.error < 1e-6
+
+
+def bare(query, key, value, prepared, *, call):
+    """flex on a CPU with computed queries and keys: where they are not stored first, Inductor loses the place of the value."""
+    flex = attnrewrite.records_of("flex")[0].op
+    return flex(query * 2.0, key * 0.5, value, prepared, call=replace(call, device="cuda"))
+
+
+BARE_FLEX = replace(attnrewrite.records_of("flex")[1], name="bare_flex", op=bare)
+
+
+def test_what_only_inductor_gets_wrong_is_found():
+    """By `tune`, and by `check` at the site, where the compiled model is wrong."""
+
+    def model(tokens):
+        return attend(*(each.unflatten(-1, (2, 8)).transpose(1, 2) for each in tokens.chunk(3, -1)))
+
+    tokens = torch.randn(2, 9, 48)
+    with torch.no_grad():
+        found = attnrewrite.check(model, tokens, backend=attnrewrite.with_backend(BARE_FLEX))
+        if found.output.relative_error < 1e-3:
+            pytest.skip("this version of PyTorch is right")
+        search = replace(read_search(model, ["native", BARE_FLEX]), **QUICK)
+        (site,) = search_model(model, (tokens,), {}, search).sites
+    assert found.first_wrong is found.sites[0]
+    assert by_name(site)["bare_flex"].error > 0.1
+    assert site.chosen == "native"
+
+
+def test_the_graph_of_a_site_has_views_of_its_memory():
+    """One input for the memory that query, key and value share; strides and places are the model's."""
+    (math,), graphs = candidates_of("_native_math", "candidates"), []
+
+    def receive(captured):
+        site = plan_site(captured.call, math, CPU, Numerics.REORDERED)
+        graphs.append((captured, site_graph(captured, site, math, CPU)))
+
+    tokens = torch.randn(2, 9, 48)
+    with torch.no_grad():
+        capture(Fused(), (tokens,), {}, receive, make_policy(["native"]))
+    captured, graph = graphs[0]
+    assert [each.shape for each in graph.inputs] == [(tokens.numel(),)]
+    views = [node for node in graph.module.graph.nodes if node.target is torch.as_strided]
+    tensors = (captured.query, captured.key, captured.value)
+    assert [node.args[1:] for node in views[:3]] == [
+        (tuple(each.shape), each.stride(), each.storage_offset()) for each in tensors
+    ]
+    assert [node.args[3] for node in views[:3]] == [0, 16, 32]
+    assert relative(graph.module(*graph.inputs)[0], captured.output.transpose(1, 2).flatten(2)) < 1e-6
+    assert [len(graph.inputs) for _, graph in graphs] == [1, 3]  # whole tensors are inputs themselves
+
+
+@pytest.mark.parametrize(
+    ("change", "whole"),
+    [
+        (lambda tensor: tensor, True),
+        (lambda tensor: tensor.transpose(1, 2), True),
+        (lambda tensor: tensor[:, 1:2], False),
+        (lambda tensor: tensor[:1].expand(4, -1, -1), False),
+        (lambda tensor: tensor[:1], False),
+        (lambda tensor: torch.randn(1, 3, 4).expand(1, 3, 4), True),
+        (lambda tensor: torch.randn(1, 12).expand(2, 12), False),  # as many elements in memory, some of them twice
+    ],
+)
+def test_tensors_that_fill_their_memory(change, whole):
+    assert fills_its_memory(change(torch.randn(2, 3, 4))) == whole
+
+
+def test_example_tensors_of_a_fused_projection():
+    """A layout that is none of the usual two stands for parts of one tensor."""
+    call = AttentionCall("", 2, 3, 3, 7, 11, 8, 8, "float32", layout="strided")
+    captured = example(call, torch.device("cpu"))
+    assert [each.storage_offset() for each in (captured.query, captured.key, captured.value)] == [0, 24, 48]
+    assert captured.query.stride() == (7 * 72, 8, 72, 1)
+    assert not any(fills_its_memory(each) for each in (captured.query, captured.key, captured.value))
 
 
 def test_equal_sites_are_measured_once():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,13 +26,14 @@ from ..planning.this_machine import machine_of
 from ..reports.fidelity import Fidelity
 from ..reports.reproducing import layouts
 from ..reports.site_fidelity import Outputs, SiteFidelity
-from .choices import Choices
+from .choices import Choices, make_policy
 from .compilers import AttentionCompiler, compiler_of
 from .model_parts import can_run, has_values
 from .strictness import hold_strictly
 
 # Relative errors that rounding explains, by the dtype of the products. Half precision has the record's limit (`Tolerance`).
 ROUNDING = {"float64": 1e-12, "float32": 1e-5}
+FAR = 10.0  # the errors of sites may add up to this multiple of the largest of them, and the compiler rounds elsewhere
 TF32 = 5e-3  # the same for float32 products whose factors PyTorch may round to TF32
 
 
@@ -52,14 +55,16 @@ def check(
     backend: the object from `with_backend`, or its choices: a name, a record, or several in order of preference. Its settings
         apply, except `checks`: no value raises an error.
 
-    Returns a `Fidelity`. The model runs three times from the same random state. Afterwards the random state and the model's
-    attributes are as before.
+    Returns a `Fidelity`. The model runs three or four times from the same random state. Afterwards the random state and the
+    model's attributes are as before.
 
     1. The unchanged model, uncompiled.
     2. The model with the kernels, uncompiled. Each site is compared with SDPA in float64 on the tensors that the site gets in
        this run: at most 256 queries of each head, one head at a time in memory. A kernel that only Inductor makes (`flex`) is
        compiled by itself and runs on the site's tensors; the run itself goes on with the output of `native`.
-    3. The model compiled with `backend`, whose output is compared with that of run 1.
+    3. The model compiled with `backend`, whose output is compared with that of run 1. If it is further off than run 2 and the
+       limits of the sites explain, the model runs once more, compiled with `native`, to see what the compiler's rounding
+       explains; beyond that the output is wrong.
 
     Raises `TypeError` for a model that cannot be called (a class, a pipeline), `ValueError` for tensors without values
     (device "meta"), the errors of `with_backend`, and those of the model and its kernels; under `strict`, at the end, an
@@ -83,10 +88,19 @@ def check(
         sites.append(_site(captured, compiler.inner, sites))
 
     with _same_state(target):
-        capture(model, args, kwargs, receive, policy, compiler.machine, aside=_needs_compiler)
+        uncompiled_run = _tensors(
+            capture(model, args, kwargs, receive, policy, compiler.machine, aside=_needs_compiler)
+        )
 
     with _same_state(target):
-        output = _tensors(traced(model, args, kwargs, lenient))
+        output = Outputs.of(expected, _tensors(traced(model, args, kwargs, lenient)))
+    if not any(site.wrong for site in sites):
+        output = replace(output, limit=FAR * _explained(expected, uncompiled_run, sites))
+        if output.wrong:
+            unchanged = AttentionCompiler(make_policy(["native"]), compiler.inner, compiler.machine, lenient=True)
+            with _same_state(target):
+                by_native = Outputs.of(expected, _tensors(traced(model, args, kwargs, unchanged)))
+            output = replace(output, limit=max(output.limit, FAR * _number(by_native.relative_error)))
     if strict:
         hold_strictly(lenient.report)
     looked_at = {site.call.site for site in sites}
@@ -95,11 +109,23 @@ def check(
     return Fidelity(
         str(policy),
         tuple(sites),
-        Outputs.of(expected, output),
+        output,
         missing,
         machines[0] if machines else "",
         tuple(lenient.report.near_misses),
     )
+
+
+def _explained(expected: list[Tensor], output: list[Tensor], sites: list[SiteFidelity]) -> float:
+    """A relative error of the whole output that the kernels explain: that of the uncompiled run with them, the largest limit of
+    a site, and rounding to the output's dtypes."""
+    dtypes = [str(each.dtype).removeprefix("torch.") for each in expected]
+    rounding = [ROUNDING.get(dtype, Tolerance().error) for dtype in dtypes]
+    return max(_number(Outputs.of(expected, output).relative_error), *(site.limit for site in sites), *rounding, 0.0)
+
+
+def _number(error: float) -> float:
+    return 0.0 if math.isnan(error) else error
 
 
 def limit_of(site: Site) -> tuple[float, str]:

@@ -14,6 +14,7 @@ from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
 from ..measuring.capturing import Captured, capture
 from ..measuring.measure_site import Search, measure_site
+from ..measuring.site_graphs import lies
 from ..planning.measurements import Tuning
 from ..planning.plans import Plan
 from ..planning.policies import Candidate
@@ -46,8 +47,8 @@ def tune(
 
     At each new kind of site the run pauses: every candidate that accepts the site is compiled as it would stand in the model
     (with padding and packing), run on the site's own query, key, value and mask, timed in turn with the others, and compared
-    with float64 on up to 256 query rows. Sites that differ only in name, role and scale are measured once. A call that needs
-    a gradient is timed with its backward.
+    with float64 on up to 256 query rows. Sites that differ only in name, role and scale, and whose tensors lie alike in memory,
+    are measured once. A call that needs a gradient is timed with its backward.
 
     model: a module or a function; of a pipeline its denoiser. For an inference call `tune` under `torch.no_grad()`.
     args, kwargs: the inputs of the model.
@@ -87,7 +88,7 @@ def search_model(
     """`tune` with its arguments read. measure: what measures one site."""
     started = time.perf_counter()
     line = _Line(sys.stderr.isatty() if progress is None else progress)
-    known: dict[AttentionCall, Site] = {}
+    known: dict[tuple[Any, ...], Site] = {}  # by the call and how its tensors lie in memory
     sites: dict[str, Site] = {}
     machines: list[Machine] = []
 
@@ -95,14 +96,15 @@ def search_model(
         call = captured.call
         if call.site in sites and like(sites[call.site].call) == like(call):
             return  # the site runs again
-        if like(call) not in known:
+        kind = (like(call), *lies(captured))
+        if kind not in known:
             machines.append(machine_of(captured.query.device))
             at = f"site {len(known) + 1}, {call.site} ({call.batch}, {call.heads}, {call.q_len}, {call.head_dim}): "
-            known[like(call)] = measure(captured, machines[-1], search, lambda text: line.say(at + text))
+            known[kind] = measure(captured, machines[-1], search, lambda text: line.say(at + text))
         name = call.site
         while name in sites:  # the same name in another graph, or with other sizes
             name += "'"
-        sites[name] = replace(known[like(call)], call=call)
+        sites[name] = replace(known[kind], call=call)
 
     complete = True
     try:

@@ -53,23 +53,31 @@ def example(call: AttentionCall, device: torch.device) -> Captured:
     """Makes tensors for a call whose sizes are numbers: normally distributed query, key and value in the call's memory
     layout, and a mask of its kind. The random numbers come from a generator of their own."""
     batch, heads, kv_heads, q_len, kv_len, head_dim, value_dim = (int(getattr(call, name)) for name in SIZES)
-    draw = _Draw(device, getattr(torch, call.dtype), dense=call.layout == "bhsd")
-    query = draw(batch, heads, q_len, head_dim)
-    key, value = draw(batch, kv_heads, kv_len, head_dim), draw(batch, kv_heads, kv_len, value_dim)
+    draw = _Draw(device, getattr(torch, call.dtype), call.layout)
+    sizes = ((heads, q_len, head_dim), (kv_heads, kv_len, head_dim), (kv_heads, kv_len, value_dim))
+    query, key, value = (draw(batch, *size, place=place) for place, size in enumerate(sizes))
     mask, keep, rows = _mask(call, device, draw)
     site = Site(call, (), None)
     return Captured(call, site, query, key, value, mask, keep, rows, heads != kv_heads, query)
 
 
 class _Draw:
-    def __init__(self, device: torch.device, dtype: torch.dtype, dense: bool) -> None:
+    def __init__(self, device: torch.device, dtype: torch.dtype, layout: str) -> None:
         self._generator = torch.Generator(device).manual_seed(0)
-        self._dtype, self._dense, self._device = dtype, dense, device
+        self._dtype, self._layout, self._device = dtype, layout, device
 
-    def __call__(self, batch: int, heads: int, length: int, dim: int) -> Tensor:
-        shape = (batch, heads, length, dim) if self._dense else (batch, length, heads, dim)
-        made = torch.randn(shape, generator=self._generator, device=self._device, dtype=torch.float32).to(self._dtype)
-        return made if self._dense else made.transpose(1, 2)
+    def __call__(self, batch: int, heads: int, length: int, dim: int, place: int) -> Tensor:
+        """place: 0 for query, 1 for key, 2 for value. In the layout "strided" each is that part of three in its memory, as in
+        one projection for all three."""
+        if self._layout == "bhsd":
+            return self._numbers(batch, heads, length, dim)
+        if self._layout == "bshd":
+            return self._numbers(batch, length, heads, dim).transpose(1, 2)
+        return self._numbers(batch, length, 3, heads, dim)[:, :, place].transpose(1, 2)
+
+    def _numbers(self, *shape: int) -> Tensor:
+        made = torch.randn(shape, generator=self._generator, device=self._device, dtype=torch.float32)
+        return made.to(self._dtype)
 
     def like(self, mask: Mask, shape: tuple[int, ...]) -> Tensor:
         made = torch.randn(shape, generator=self._generator, device=self._device, dtype=torch.float32)

@@ -1,6 +1,9 @@
 """One site as a graph of its own, with one kernel: the nodes that the swap writes into the model, and nothing else.
 
 query, key, value, mask  ->  [casts, padding, packing, the kernel]  ->  heads side by side, as in most models
+
+An operand that is a part of other memory, or lies in it more than once, is a view of that memory inside the graph, as in the
+model: a compiler may lose the place of a view, never that of an input.
 """
 
 from __future__ import annotations
@@ -33,7 +36,9 @@ class SiteGraph:
     of rank 4, SDPA's own form for other ranks."""
 
     module: GraphModule
-    inputs: tuple[Tensor, ...]  # query, key, value, and mask and rows if the graph has them
+    inputs: tuple[
+        Tensor, ...
+    ]  # query, key, value, and mask and rows if the graph has them; or the memory they are parts of
     site: Site  # the plan of the graph's call
 
 
@@ -57,7 +62,12 @@ def site_graph(captured: Captured, site: Site, candidate: Candidate, machine: Ma
     build = _Build(call.needs_grad)
     names = ("query", "key", "value", "mask", "rows")
     given = {name: each for name, each in zip(names, (*tensors, mask, rows), strict=True) if each is not None}
-    nodes = {name: build.placeholder(name, tensor) for name, tensor in given.items()}
+    inputs, memory = _inputs(given)
+    nodes = {name: build.placeholder(name, tensor) for name, tensor in inputs.items()}
+    for name, of in memory.items():
+        part = given[name]
+        place = (tuple(part.shape), tuple(part.stride()), part.storage_offset())
+        nodes[name] = build.call(torch.as_strided, nodes[of], *place)
     options: dict[str, Any] = {"dropout_p": call.dropout, "scale": call.scale, "enable_gqa": captured.grouped}
     options["is_causal"] = mask is None and call.mask.is_causal
     attention = build.call(SDPA, nodes["query"], nodes["key"], nodes["value"], nodes.get("mask"), **options)
@@ -82,7 +92,39 @@ def site_graph(captured: Captured, site: Site, candidate: Candidate, machine: Ma
         tidier(module)
     module.graph.lint()
     module.recompile()
-    return SiteGraph(module, tuple(given.values()), asked)
+    return SiteGraph(module, tuple(inputs.values()), asked)
+
+
+def _inputs(given: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Returns the graph's inputs by name, and for each operand that is a view of memory the name of the input that holds this
+    memory, flat. Operands that need a gradient are inputs themselves, since the gradient of such a view takes time."""
+    inputs: dict[str, Tensor] = {}
+    memory: dict[str, str] = {}
+    known: dict[tuple[int, torch.dtype], str] = {}
+    for name, tensor in given.items():
+        if tensor.requires_grad or fills_its_memory(tensor):
+            inputs[name] = tensor
+            continue
+        storage = tensor.untyped_storage()
+        of = memory[name] = known.setdefault((storage.data_ptr(), tensor.dtype), f"memory_of_{name}")
+        inputs[of] = tensor.as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0)
+    return inputs, memory
+
+
+def fills_its_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is all of its memory, each element once, in any order of dimensions."""
+    moves = all(stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1)
+    return moves and tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+
+
+def lies(captured: Captured) -> tuple[Any, ...]:
+    """How query, key and value lie in memory: for each the strides, whether it begins where its memory does, and which of them
+    share memory. Equal for attentions that a kernel reads alike."""
+    tensors = (captured.query, captured.key, captured.value)
+    start = [each.untyped_storage().data_ptr() for each in tensors]
+    return tuple(
+        (each.stride(), each.storage_offset() > 0, start.index(at)) for each, at in zip(tensors, start, strict=True)
+    )
 
 
 def _asked(captured: Captured, site: Site) -> tuple[AttentionCall, Tensor | None, Tensor | None]:

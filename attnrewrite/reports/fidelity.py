@@ -19,6 +19,11 @@ from .pictures import possible
 from .reproducing import script
 from .site_fidelity import Outputs, SiteFidelity
 
+COMPILED = (
+    "Each attention was right by itself, on the tensors of an uncompiled run, so the fault lies in what the compiler makes "
+    "of a kernel in this model. Give some sites another kernel (rules=) to see which one it is, or compile with inner='eager'"
+)
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -51,12 +56,14 @@ class Fidelity:
 
     @property
     def ok(self) -> bool:
-        """True if no site goes wrong and the output has no more non-finite values than that of the unchanged model."""
-        return self.first_wrong is None and self.output.bad <= self.output.bad_before
+        """True if no site goes wrong and the output is not wrong: it has no more non-finite values than that of the unchanged
+        model, and its error is one that rounding and the kernels explain (`Outputs.limit`)."""
+        return self.first_wrong is None and not self.output.wrong
 
     def __str__(self) -> str:
         wrong = sum(bool(site.wrong) for site in self.sites)
-        said = f"{wrong} of them wrong" if wrong else "none of them wrong"
+        alone = " by itself, but the output is" if self.output.wrong else ""
+        said = f"{wrong} of them wrong" if wrong else f"none of them wrong{alone}"
         lines = [f"attnrewrite check ({self.policy}): {count(len(self.sites), 'attention site')}, {said}"]
         lines += [f"on {self.machine}"] if self.machine else []
         lines.append(f"output: {self.output}")
@@ -65,6 +72,10 @@ class Fidelity:
         if (first := self.first_wrong) is not None:
             text = f"first site that goes wrong: {first.name} ({first.kernel}): {first.wrong}"
             lines += textwrap.wrap(text, 120, subsequent_indent="    ")
+        elif self.output.wrong:
+            lines += textwrap.wrap(
+                f"the output is wrong: {self.output.wrong}. {COMPILED}", 120, subsequent_indent="    "
+            )
         lines += self._table()
         if empty := [site.name for site in self.sites if not site.accuracy.rows]:
             lines.append(f"nothing to compare, no row sees a key: {folded(empty)}")
@@ -114,6 +125,8 @@ class Fidelity:
                 "psnr_db": _number(self.output.psnr_db),
                 "not_finite": self.output.bad,
                 "not_finite_before": self.output.bad_before,
+                "limit": _number(self.output.limit),
+                "wrong": self.output.wrong,
             },
             "missing": list(self.missing),
             "near_misses": [asdict(each) for each in self.near_misses],
@@ -126,8 +139,8 @@ class Fidelity:
     def repro(
         self, site: str | SiteFidelity, path: str | os.PathLike[str] | None = None, inner: str = "inductor"
     ) -> str:
-        """Returns a stand-alone script for one site, as `Report.repro`, with the shapes and strides of the site's tensors in
-        this run.
+        """Returns a stand-alone script for one site, as `Report.repro`, with tensors that lie in memory as the site's own
+        in this run.
 
         site: a name or an entry of `sites`.
         path: a file to which the script is written, too.

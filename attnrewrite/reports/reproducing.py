@@ -15,7 +15,9 @@ from ..kernels.records import Numerics
 from ..planning.registry import records_of
 from ..planning.sites import Site
 
-Layout = tuple[tuple[int, ...], tuple[int, ...]]  # shape and strides
+Layout = tuple[
+    tuple[int, ...], tuple[int, ...], int
+]  # shape, strides, and the place of the first element in its memory
 
 TEMPLATE = '''\
 """Attention site {site!r} by itself, on {kernel}. Written by attnrewrite {version}.
@@ -47,7 +49,7 @@ def attention(query, key, value, *given):
 given = {given}
 backend = attnrewrite.with_backend({kernel!r}{options})
 compiled = torch.compile(attention, backend=backend, fullgraph=True, dynamic={dynamic})
-output = compiled(query, key, value, *given).detach()
+output = compiled({operands}, *given).detach()
 
 # The reference: attention in float64, on at most 256 query rows, head by head.
 rows = torch.linspace(0, Q_LEN - 1, min(Q_LEN, 256), dtype=torch.float64).round().long().to(DEVICE)
@@ -81,8 +83,8 @@ print(f"worst row: batch {{head // HEADS}}, head {{head % HEADS}}, query {{int(r
 def script(site: Site, version: str, known: Sequence[Layout] = (), inner: str = "inductor") -> str:
     """Returns the script.
 
-    known: shape and strides of query, key and value. If empty, the script makes tensors of rank 4, in SDPA's form, from the
-        call.
+    known: shape, strides and place of query, key and value, which are then views of their memory in the compiled function, as
+        in the model. If empty, the script makes tensors of rank 4, in SDPA's form, from the call.
     inner: the name of the compiler of the script's graph.
 
     Raises `ValueError` for a user's own record without a registered name, which the script could not import, and for a
@@ -119,7 +121,8 @@ def script(site: Site, version: str, known: Sequence[Layout] = (), inner: str = 
         call=call,
         scale=scale,
         tensors=_tensors(call, known) + "\n".join(masked.made),
-        attention="\n".join(f"    {line}" for line in _attention(call, masked)),
+        attention="\n".join(f"    {line}" for line in [*([LYING] if known else []), *_attention(call, masked)]),
+        operands="*memory" if known else "query, key, value",
         given="(" + "".join(f"{name}, " for name in masked.given).rstrip() + ")" if masked.given else "()",
         options=options,
         dynamic=bool(symbols),
@@ -153,35 +156,45 @@ def _tensors(call: AttentionCall, known: Sequence[Layout]) -> str:
     grad = ".requires_grad_()" if call.needs_grad else ""
     sizes = (("HEADS", "Q_LEN", "HEAD_DIM"), ("KV_HEADS", "KV_LEN", "HEAD_DIM"), ("KV_HEADS", "KV_LEN", "VALUE_DIM"))
     if known:
-        lines = [
-            "",
-            "def tensor(shape, strides):",
-            '    """Random numbers with the shape and strides that the tensor has in the model."""',
-            "    extent = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))",
-            "    return torch.randn(extent, device=DEVICE, dtype=DTYPE).as_strided(shape, strides)",
-            "",
-        ]
-        made = [f"tensor({tuple(shape)}, {tuple(strides)})" for shape, strides in known]
-    else:
-        how = {
-            "bhsd": ("(batch, heads, length, dim), dense", "BATCH, heads, length, dim", ""),
-            "bshd": ("in memory as (batch, length, heads, dim)", "BATCH, length, heads, dim", ".transpose(1, 2)"),
-        }
-        fused = ("a third of one projection in memory", "BATCH, length, 3, heads, dim", "[:, :, 1].transpose(1, 2)")
-        words, shape, views = how.get(call.layout, fused)
-        lines = [
-            "",
-            "def tensor(heads, length, dim):",
-            f'    """Random numbers, (batch, heads, length, dim), {words}."""',
-            f"    return torch.randn({shape}, device=DEVICE, dtype=DTYPE){views}",
-            "",
-        ]
-        made = [f"tensor({', '.join(size)})" for size in sizes]
+        return "\n".join(
+            [
+                "# Shape, strides, and the place of the first element in memory, as in the model: query, key, value.",
+                f"PLACES = [{', '.join(str((tuple(shape), tuple(strides), at)) for shape, strides, at in known)}]",
+                "",
+                "",
+                "def numbers(shape, strides, place):",
+                '    """Random numbers: memory in which such a tensor lies."""',
+                "    extent = 1 + place + sum((size - 1) * stride for size, stride in zip(shape, strides))",
+                f"    return torch.randn(extent, device=DEVICE, dtype=DTYPE){grad}",
+                "",
+                "",
+                "memory = [numbers(*place) for place in PLACES]",
+                "query, key, value = (each.as_strided(*place) for each, place in zip(memory, PLACES))",
+                "",
+            ]
+        )
+    how = {
+        "bhsd": ("(batch, heads, length, dim), dense", "BATCH, heads, length, dim", ""),
+        "bshd": ("in memory as (batch, length, heads, dim)", "BATCH, length, heads, dim", ".transpose(1, 2)"),
+    }
+    fused = ("a third of one projection in memory", "BATCH, length, 3, heads, dim", "[:, :, 1].transpose(1, 2)")
+    words, shape, views = how.get(call.layout, fused)
+    lines = [
+        "",
+        "def tensor(heads, length, dim):",
+        f'    """Random numbers, (batch, heads, length, dim), {words}."""',
+        f"    return torch.randn({shape}, device=DEVICE, dtype=DTYPE){views}",
+        "",
+    ]
+    made = [f"tensor({', '.join(size)})" for size in sizes]
     lines += [f"\n{name} = {code}{grad}" for name, code in zip(("query", "key", "value"), made, strict=True)]
     return (
         "\n".join(lines).replace("\n\n\nkey", "\nkey").replace("\n\nkey", "\nkey").replace("\n\nvalue", "\nvalue")
         + "\n"
     )
+
+
+LYING = "query, key, value = (memory.as_strided(*place) for memory, place in zip((query, key, value), PLACES))"
 
 
 def _attention(call: AttentionCall, mask: _MaskCode) -> list[str]:
@@ -301,7 +314,7 @@ def _mask_shape(call: AttentionCall) -> tuple[str, ...]:
 
 
 def layouts(*tensors: Tensor) -> tuple[Layout, ...]:
-    """Shape and strides of query, key and value, as `script` takes them; () if one of them is not of rank 4."""
+    """Shape, strides and place of query, key and value, as `script` takes them; () if one of them is not of rank 4."""
     if any(tensor.dim() != 4 for tensor in tensors):
         return ()
-    return tuple((tuple(tensor.shape), tuple(tensor.stride())) for tensor in tensors)
+    return tuple((tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset())) for tensor in tensors)

@@ -25,7 +25,7 @@ class SiteFidelity:
     limit_reason: the explanation, as "rounding to bfloat16".
     bad_inputs: for "query", "key" and "value" the number of values that are not finite; only where there are any.
     run: 1 for the first run of the site, 2 for the second.
-    layouts: shape and strides of query, key and value; () if one of them is not of rank 4.
+    layouts: shape, strides and storage offset of query, key and value; () if one of them is not of rank 4.
     """
 
     site: Site
@@ -72,7 +72,7 @@ class SiteFidelity:
             "limit_reason": self.limit_reason,
             "bad_inputs": self.bad_inputs,
             "wrong": self.wrong,
-            "layouts": [[list(shape), list(strides)] for shape, strides in self.layouts],
+            "layouts": [[list(shape), list(strides), offset] for shape, strides, offset in self.layouts],
         }
 
 
@@ -85,6 +85,7 @@ class Outputs:
         first tensor that may be an image or a video (rank 4 or 5, latents too); None if there is none.
     bad: number of values that are not finite.
     bad_before: the same for the unchanged model.
+    limit: the largest relative error that rounding and the kernels' own errors explain.
     pictures: the first image of the unchanged model and that of the swapped model; () without images.
     """
 
@@ -92,7 +93,17 @@ class Outputs:
     psnr_db: float | None
     bad: int
     bad_before: int
+    limit: float = math.inf
     pictures: tuple[Tensor, ...] = field(default=(), compare=False, repr=False)
+
+    @property
+    def wrong(self) -> str:
+        """The reason why the output is wrong; "" if it is not."""
+        if self.bad > self.bad_before:
+            return f"{self.bad} values are not finite ({self.bad_before} of the unchanged model)"
+        if self.relative_error > self.limit:
+            return f"relative error {self.relative_error:.1e}, where rounding and the kernels explain {self.limit:.1e}"
+        return ""
 
     @staticmethod
     def of(expected: Sequence[Tensor], output: Sequence[Tensor]) -> Outputs:
@@ -110,7 +121,7 @@ class Outputs:
         bad, bad_before = (int((~each.isfinite()).sum()) for each in wide)
         psnr = None if image is None else _psnr(*image)
         pictures = () if image is None else (_picture(image[1]), _picture(image[0]))
-        return Outputs(relative_error(*wide), psnr, bad, bad_before, pictures)
+        return Outputs(relative_error(*wide), psnr, bad, bad_before, pictures=pictures)
 
     def __str__(self) -> str:
         parts = [f"relative error {self.relative_error:.2e} to the unchanged model"]
