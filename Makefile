@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # The torch version that the tests run with. The package itself works with any torch >= 2.9. Another version gets a virtual
-# environment of its own: `make test TORCH=torch==2.15.0`. Where pip's constraints hold an older one: PIP_CONSTRAINT=/dev/null.
+# environment of its own: `make test TORCH=torch==2.15.0` (CONTRIBUTING.md).
 TORCH ?= torch==2.13.0
 ifneq ($(TORCH),torch==2.13.0)
 VENV := .venv-$(subst =,,$(TORCH))

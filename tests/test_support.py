@@ -62,6 +62,21 @@ def test_info_for_another_machine(capsys):
 
 
 @pytest.mark.parametrize(
+    ("packages", "warned"),
+    [
+        ({"flash-attn-4": "4.0.0b36", "xformers": "0.0.35"}, True),
+        ({"flash-attn-4": "4.0.0b36", "xformers": "0.0.35", "flash-attn": "2.8.3"}, False),
+        ({"flash-attn-4": "4.0.0b36"}, False),
+        ({"xformers": "0.0.35"}, False),
+    ],
+)
+def test_info_names_packages_that_break_each_other(packages, warned):
+    """The import of xformers fails beside FlashAttention 4, and with it that of every model class of diffusers."""
+    said = info("0", attnrewrite.Machine("cuda", (9, 0), {"torch": "2.11.0", **packages}))
+    assert ("every model class of diffusers" in said, "pip uninstall" in said) == (warned, warned)
+
+
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("h200", "does not describe a machine"),

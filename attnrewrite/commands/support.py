@@ -107,7 +107,19 @@ def info(version: str, machine: Machine | None = None) -> str:
         elif isinstance(record.source, Hub):
             said += f" (loads {record.source} when a plan chooses it)"
         lines.append(f"{name:<{width}}  {'yes' if refused is None else 'no':<3}  {said}")
-    return "\n".join(lines)
+    return "\n".join(lines + conflicts(machine))
+
+
+def conflicts(machine: Machine) -> list[str]:
+    """What packages of the machine do to each other, with the remedy."""
+    installed = machine.packages
+    if {"flash-attn-4", "xformers"} <= set(installed) and "flash-attn" not in installed:
+        return [
+            "flash-attn-4 beside xformers: xformers looks for FlashAttention 2 in the package flash_attn, which is that of "
+            "FlashAttention 4, and its import fails; so does that of every model class of diffusers, which imports xformers "
+            "where it is installed (flash-attn-4 4.0.0b36, xformers 0.0.35, diffusers 0.42.1). pip uninstall one of the two"
+        ]
+    return []
 
 
 def _why_not(name: str, refused: Refused, machine: Machine) -> str:
