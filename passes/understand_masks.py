@@ -37,6 +37,7 @@ def understand_masks(graph_module: GraphModule, attentions: Sequence[Found]) -> 
     (1 - (lengths[:, None] > arange(S)).to(dtype))[:, None, None] * -10000  ->  key padding
     """
     reader: Reader | None = None
+    advisor: Reader | None = None
     understood = []
     for found in attentions:
         mask, operands = found.call.mask, found.operands
@@ -45,7 +46,13 @@ def understand_masks(graph_module: GraphModule, attentions: Sequence[Found]) -> 
             understood.append(found.then(Understood))
         else:
             reader = reader or Reader(graph_module)
-            understood.append(_understood(found, operands, reader))
+            each = _understood(found, operands, reader)
+            if each.call.mask.kind is MaskKind.ADDITIVE:
+                advisor = advisor or Reader(graph_module, zeros_and_ones=True)
+                advised = _understood(found, operands, advisor).call.mask
+                if advised.kind is not MaskKind.ADDITIVE:
+                    each = replace(each, call=replace(each.call, mask=replace(each.call.mask, if_boolean=advised.kind)))
+            understood.append(each)
     return tuple(understood)
 
 

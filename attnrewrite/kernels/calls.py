@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -39,6 +39,8 @@ class Mask:
     no_key: the output of a row that sees no key. "zeros": SDPA's output for a boolean mask and for -inf. An additive mask with
         a finite number shifts all scores of the row alike: "all keys", the output without a mask, or "mean", the mean of all
         values, where the number is so large that the scores vanish beside it.
+    if_boolean: the kind that the graph would prove of an additive mask if the inputs of the graph that it is computed from were
+        boolean. None: no other.
     """
 
     kind: MaskKind = MaskKind.NONE  # as proven by the graph
@@ -47,6 +49,7 @@ class Mask:
     needs_grad: bool = False  # the mask is learned
     window: tuple[Size | None, Size | None] | None = None
     no_key: str = "zeros"
+    if_boolean: MaskKind | None = field(default=None, compare=False)
 
     @property
     def is_tensor(self) -> bool:
@@ -132,7 +135,7 @@ class AttentionCall:
         window = tuple(mask["window"]) if mask.get("window") else None
         mask = Mask(
             MaskKind(mask["kind"]), mask["dtype"], tuple(mask["shape"]), mask["needs_grad"], window,
-            mask.get("no_key", "zeros"),
+            mask.get("no_key", "zeros"), MaskKind(mask["if_boolean"]) if mask.get("if_boolean") else None,
         )  # fmt: skip
         named = {OLD_NAMES.get(name, name): value for name, value in data.items()}
         return AttentionCall(**{**named, "mask": mask})

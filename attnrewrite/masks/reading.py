@@ -41,9 +41,13 @@ class Unstable(Exception):
 
 
 class Reader:
-    """Reads elements of the tensors of one graph. Equal values of all its masks are one object (`expressions`)."""
+    """Reads elements of the tensors of one graph. Equal values of all its masks are one object (`expressions`).
 
-    def __init__(self, graph_module: GraphModule) -> None:
+    zeros_and_ones: assumes that the graph's inputs hold only 0 and 1, as a mask does that should be boolean. Only for advice.
+    """
+
+    def __init__(self, graph_module: GraphModule, zeros_and_ones: bool = False) -> None:
+        self._zeros_and_ones = zeros_and_ones
         self.expressions = Expressions()
         self.homes: dict[Value, tuple[Node, tuple[Index, ...]]] = {}  # a tensor that holds the value, and its indices
         self._positions = {node: place for place, node in enumerate(graph_module.graph.nodes)}
@@ -93,7 +97,10 @@ class Reader:
             indices = tuple(
                 constant(0) if is_one(size) or always(stride == 0) else index for index, size, stride in places
             )
-            found = self.expressions.read(node, indices, value.dtype == torch.bool)
+            assumed = self._zeros_and_ones and node.op == "placeholder"
+            found = self.expressions.read(node, indices, assumed or value.dtype == torch.bool)
+            if value.dtype != torch.bool:
+                found = self.expressions.as_number(found)
         if found is not None and not writes and (found not in self.homes or not is_plain(*self.homes[found])):
             self.homes[found] = (node, indices)
         return found

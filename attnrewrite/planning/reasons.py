@@ -228,11 +228,10 @@ def _mask(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | 
         return None  # `_causal` compares the alignments last, because that is a question about sizes
     if kind not in backend.masks:
         taken = ", ".join(sorted(word.value for word in backend.masks if word is not MaskKind.NONE)) or "no mask"
-        return Refused(
-            Code.MASK,
-            f"{backend.name} takes {taken}, the call has a mask: {call.mask}",
-            "Add a kernel that takes this mask as the next choice",
-        )
+        fix = "Add a kernel that takes this mask as the next choice"
+        if call.mask.if_boolean in backend.masks:
+            fix = f"If the model's mask holds only 0 and 1, pass it as torch.bool: then it is {call.mask.if_boolean.value}"
+        return Refused(Code.MASK, f"{backend.name} takes {taken}, the call has a mask: {call.mask}", fix)
     dtype = call.mask.dtype
     if kind is MaskKind.ADDITIVE and dtype != call.dtype and dtype not in backend.mask_dtypes:
         return Refused(

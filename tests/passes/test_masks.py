@@ -425,6 +425,53 @@ def test_nothing_is_assumed_of_what_comes_from_outside(stand_ins, case):
         right(kernel, build, said, KV_LEN if "not of" in case else Q_LEN, m, chosen=taken)
 
 
+ADVISED = {
+    "int64": (lambda m, q: ((1 - m.to(q.dtype)) * -10000.0)[:, None, None], torch.int64),
+    "float32": (lambda m, q: ((1 - m.to(q.dtype)) * -10000.0)[:, None, None], torch.float32),
+    "its own dtype, over heads": (lambda m, q: over_heads((1.0 - m) * lowest(q), q), torch.bfloat16),
+    "uint8, added": (lambda m, q: ((m.to(q.dtype) - 1) * 10000.0).view(BATCH, 1, 1, -1), torch.uint8),
+}
+NOT_ADVISED = {
+    "a bias": (lambda m, q: m[:, None, None].to(q.dtype), torch.int64),
+    "near zero": (lambda m, q: ((1 - m.to(q.dtype)) * -10.0)[:, None, None], torch.int64),
+    "two inputs' worth": (
+        lambda m, q: ((1 - m.to(q.dtype)) * m * -10000.0)[:, None, None] + q[:, :1, :, :1],
+        torch.int64,
+    ),
+    "computed": (lambda m, q: ((1 - m.cumsum(-1).to(q.dtype)) * -10000.0)[:, None, None], torch.int64),
+}
+
+
+@pytest.mark.parametrize("case", [*ADVISED, *NOT_ADVISED])
+def test_a_mask_of_zeros_and_ones_is_to_be_boolean(stand_ins, case):
+    """Nothing is assumed of the numbers, and the refusal says which dtype proves more. It is true: right() says so."""
+    build, dtype = {**ADVISED, **NOT_ADVISED}[case]
+    backend, (q, k, v) = backend_of("flash_varlen"), tensors("flash_varlen")
+    step, _ = attention(build)
+    m = valid()
+    m[2, 1] = True
+    with torch.no_grad():
+        torch.compile(step, backend=backend, fullgraph=True)(q, k, v, m.to(dtype))
+    (site,) = backend.report.sites
+    ((_, refused),) = site.refusals
+    assert refused.code is attnrewrite.Code.MASK
+    assert site.call.mask.kind is MaskKind.ADDITIVE
+    assert refused.fix == (
+        "If the model's mask holds only 0 and 1, pass it as torch.bool: then it is key padding"
+        if case in ADVISED
+        else "Add a kernel that takes this mask as the next choice"
+    )
+    again = attnrewrite.Site.from_dict(site.to_dict())
+    assert again.call.mask.if_boolean is site.call.mask.if_boolean
+    if case in ADVISED:
+        right(
+            "flash_varlen",
+            lambda m, q: build(m.to(torch.int64) if case == "its own dtype, over heads" else m, q),
+            "key padding (3, 11)",
+            m=m,
+        )
+
+
 def test_nan_is_no_mask():
     """0 * -inf, where a key is to take part."""
     step, _ = attention(lambda m, q: (1 - m.float())[:, None, None] * -inf)
