@@ -106,6 +106,42 @@ def test_repeated_blocks_share_a_compilation():
     assert relative(model(x), expected) < 1e-5
     assert (inner.graphs, inner.ran) == (["flash"], ["flash"] * 4)
     assert sites(backend) == {"blocks.0": FLASH}
+    (graph,) = backend.report.graphs
+    assert graph.sharing == tuple(f"blocks.{index}" for index in range(4))
+    assert "block blocks.0, shared by 4 blocks\n" in str(backend.report)
+    assert str(attnrewrite.Report.from_json(backend.report.to_json())) == str(backend.report)
+
+
+def test_each_kind_of_block_is_counted_in_the_report():
+    """Kinds differ in their class, or in the rules for them."""
+
+    class TwoKinds(Model):
+        _repeated_blocks = ("Layer", "Outer")
+
+        def __init__(self):
+            super().__init__()
+            self.single = torch.nn.ModuleList([Outer() for _ in range(3)])
+            del self.refiner
+
+        def forward(self, x, timestep=None):
+            for block in [*self.blocks, *self.single]:
+                x = block(x)
+            return x
+
+    pipe = Pipeline(transformer=TwoKinds())
+    backend = set_attention_backend(pipe, FLASH, rules={"transformer.blocks.2": MATH}, inner="eager")
+    pipe.modules["transformer"](hidden())
+    pipe.modules["transformer"](hidden(9))  # a second graph of each kind
+    pipe.modules["transformer"](hidden(10))
+    assert len(backend.report.graphs) > 3
+    assert [line for line in str(backend.report).splitlines() if line.startswith("block ")] == [
+        "block transformer.blocks.0, shared by 3 blocks",
+        "block transformer.blocks.2, by itself",
+        "block transformer.single.0, shared by 3 blocks",
+    ]
+    backend = set_attention_backend(pipe, FLASH, regional=False, inner="eager")
+    pipe.modules["transformer"](hidden())
+    assert "shared by" not in str(backend.report)
 
 
 def test_a_model_without_blocks_is_compiled_as_a_whole():

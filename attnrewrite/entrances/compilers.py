@@ -56,6 +56,7 @@ class AttentionCompiler:
         prefix: str = "",
         report: Report | None = None,
         lenient: bool = False,
+        sharing: tuple[str, ...] = (),
     ) -> None:
         """policy: choices, rules and settings.
         inner: the compiler that gets the rewritten graph.
@@ -63,12 +64,14 @@ class AttentionCompiler:
         prefix: the path of the compiled module in its model; names of sites begin with it.
         report: a report that several compilers of one model share. None: a new one.
         lenient: strict and checks, of `policy` or of a context, raise nothing.
+        sharing: the paths of the repeated blocks that share what this object compiles; () for a module by itself.
         """
         self.policy = policy
         self.inner = inner
         self.machine = known_machine(machine)
         self.prefix = prefix
         self.lenient = lenient
+        self.sharing = sharing
         self.report = Report(str(policy)) if report is None else report
         self._warned: set[str] = set()
 
@@ -99,7 +102,7 @@ class AttentionCompiler:
             contexts.mark_used()
             guard_treatment(self.policy_now(), self.prefix)
         name, attempt = compilation() or (f"graph {len(self.report.graphs)}", None)
-        graph = GraphReport.of(name, outcome, str(override) if override else "")
+        graph = GraphReport.of(name, outcome, str(override) if override else "", self.sharing)
         self.report.add(graph, attempt)
         _log(graph)
         self._warn_of_stale(outcome.plan)

@@ -244,17 +244,19 @@ def _compiled(
 ) -> tuple[Callable[..., Any], list[tuple[Module, Any]]]:
     """Returns the function that the root is to call, and each block with the function that the block is to call."""
 
-    def part(prefix: str) -> AttentionCompiler:
+    def part(prefix: str, *sharing: str) -> AttentionCompiler:
         return AttentionCompiler(
-            compiler.policy, compiler.inner, compiler.machine, prefix=prefix, report=compiler.report
+            compiler.policy, compiler.inner, compiler.machine, prefix=prefix, report=compiler.report, sharing=sharing
         )
 
     if not blocks:
         return torch.compile(plain_call(root), backend=part(path) if path else compiler, **how), []
-    like: dict[Any, AttentionCompiler] = {}
-    made = []
+    alike: dict[Any, dict[str, Module]] = {}
     for name, block in blocks.items():
         full = _join(path, name)
-        backend = like.setdefault((type(block), treatment(compiler.policy, full, block)), part(full))
-        made.append((block, torch.compile(plain_call(block), backend=backend, **how)))
+        alike.setdefault((type(block), treatment(compiler.policy, full, block)), {})[full] = block
+    made = []
+    for members in alike.values():
+        backend = part(next(iter(members)), *members)
+        made += [(block, torch.compile(plain_call(block), backend=backend, **how)) for block in members.values()]
     return plain_call(root), made

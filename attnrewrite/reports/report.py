@@ -41,11 +41,21 @@ class GraphReport:
     unchanged: int  # attention calls that stand in the graph afterwards
     context: str = ""  # choices of the `attention_backend` in which the graph was compiled; "" outside of any
     near_misses: tuple[NearMiss, ...] = ()  # softmaxes that resemble an attention and were not recognised as one
+    sharing: tuple[
+        str, ...
+    ] = ()  # paths of the repeated blocks that run this graph; the sites are named after the first
 
     @staticmethod
-    def of(name: str, outcome: Outcome, context: str = "") -> GraphReport:
+    def of(name: str, outcome: Outcome, context: str = "", sharing: tuple[str, ...] = ()) -> GraphReport:
         return GraphReport(
-            name, outcome.plan, outcome.machine, outcome.seconds, outcome.unchanged, context, outcome.near_misses
+            name,
+            outcome.plan,
+            outcome.machine,
+            outcome.seconds,
+            outcome.unchanged,
+            context,
+            outcome.near_misses,
+            sharing,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -57,6 +67,7 @@ class GraphReport:
             "context": self.context,
             "sites": [site.to_dict() for site in self.plan.sites],
             "near_misses": [asdict(each) for each in self.near_misses],
+            "sharing": list(self.sharing),
         }
 
     @staticmethod
@@ -69,6 +80,7 @@ class GraphReport:
             data["unchanged"],
             data.get("context", ""),
             tuple(NearMiss(**each) for each in data.get("near_misses", ())),
+            tuple(data.get("sharing", ())),
         )
 
 
@@ -209,6 +221,8 @@ class Report:
         ]
         machines = dict.fromkeys(str(graph.machine) for graph in self.graphs if graph.machine)
         lines += [f"on {machine}" for machine in machines]
+        for sharing in dict.fromkeys(graph.sharing for graph in self.graphs if graph.sharing):
+            lines.append(f"block {sharing[0]}, " + (f"shared by {len(sharing)} blocks" if sharing[1:] else "by itself"))
         for context in dict.fromkeys(graph.context for graph in self.graphs):
             lines += [f"in attention_backend({context}):"] if context else []
             lines += _table(site for graph in self.graphs if graph.context == context for site in graph.plan.sites)
