@@ -12,9 +12,10 @@ endif
 .PHONY: demo test check clean
 
 $(VENV)/.installed: pyproject.toml
+	@echo "making $(VENV): PyTorch and the other packages are downloaded, which takes minutes"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q $(TORCH)
-	$(BIN)/pip install -q -e ".[dev]"
+	$(BIN)/pip install $(TORCH)
+	$(BIN)/pip install -e ".[dev]"
 	touch $@
 
 demo: $(VENV)/.installed

@@ -253,7 +253,10 @@ def test_models_kernels_json_and_picture(tmp_path, capsys):
     assert len(both["ceiling"]) == 4  # models: once a call; kernels: before and after
     assert all(rate > 0 for rate in both["ceiling"][0].values())
     assert [each.split()[:2] for each in both["commands"]] == [["attnrewrite", "bench"]] * 2
-    said = capsys.readouterr().out
+    said, progress = capsys.readouterr()
+    lines = [line for line in progress.splitlines() if line.startswith("attnrewrite bench: ")]
+    assert lines[0] == "attnrewrite bench: importing what is measured"
+    assert {"attnrewrite bench: flux: making the model", "attnrewrite bench: 16 of 16: native (1/2)"} <= set(lines)
     assert "FLUX.1, 1 + 1 of 19 + 38 blocks" in said
     assert "TFLOP/s" in said
 

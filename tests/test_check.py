@@ -458,6 +458,20 @@ def test_strict_raises_at_the_end(stack):
     assert checked(model, tokens, choices=("_native_cudnn",)).sites[0].kernel == "(unchanged)"
 
 
+def test_progress(stack, capsys):
+    with torch.no_grad():
+        check(*stack, backend=with_backend("native", inner="eager"))
+        assert capsys.readouterr().err.splitlines() == [
+            "attnrewrite.check: 1/3: the unchanged model",
+            "attnrewrite.check: 2/3: each attention beside float64",
+            "attnrewrite.check: 3/3: the compiled model",
+        ]
+        check(*stack, backend=with_backend("native", inner="eager"), progress=False)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(TypeError, match=r"progress is 0 \(int\): give True or False"):
+        check(*stack, backend="native", progress=0)
+
+
 def test_checks_do_not_raise(stack):
     model, tokens = stack
     found = checked(model, tokens * math.nan, checks=True)

@@ -269,6 +269,11 @@ def test_strict_and_wrong_arguments():
         attnrewrite.report_of(program)
     with pytest.raises(TypeError, match="program is Attend"):
         attnrewrite.save(Attend(), "x.pt2")
+    for load in (attnrewrite.load, attnrewrite.load_package):
+        with pytest.raises(TypeError, match=r"trust_remote_code is 'no' \(str\): give True or False"):
+            load("x.pt2", trust_remote_code="no")
+    with pytest.raises(TypeError, match="cpp is 'no'"):
+        attnrewrite.aot_compile(program, "x.pt2", cpp="no")
     with pytest.raises(TypeError, match="program is Attend"):
         attnrewrite.aot_compile(Attend(), "x.pt2")
 

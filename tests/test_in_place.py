@@ -632,6 +632,12 @@ BAD = {
         TypeError,
         r"model is the class Layer: give an object of it",
     ),
+    "regional is no flag": (
+        lambda: set_attention_backend(Model(), FLASH, regional="no"),
+        TypeError,
+        r"regional is 'no' \(str\): give True or False",
+    ),
+    "fullgraph is no flag": (lambda: set_attention_backend(Layer(), FLASH, fullgraph=1), TypeError, "fullgraph is 1"),
     "reset of no model": (lambda: reset_attention_backend("flux"), TypeError, "model is str"),
     "compiled": (
         lambda: set_attention_backend(torch.compile(Layer()), FLASH),

@@ -1,6 +1,7 @@
 """`attnrewrite.tune`, plans and `with_backend("tune")`: what is measured, what is dropped and why, what a plan does later."""
 
 import functools
+import io
 import json
 import math
 import os
@@ -998,12 +999,33 @@ def test_out_of_memory_on_a_gpu_is_dropped():
     assert plan.sites[0].chosen == "native"
 
 
-def test_a_progress_line(capsys):
-    tuned(attend, *qkv(), candidates=["native"], progress=True)
-    written = capsys.readouterr().err
-    assert "attnrewrite.tune: site 1" in written
-    assert "round 3/3" in written
-    tuned(attend, *qkv(), candidates=["native"])
+def test_progress(capsys):
+    """A line for each kernel, from the start; no rounds, of which a log would have hundreds."""
+    tuned(attend, *qkv(), candidates=["native", "_native_math"], progress=True)
+    assert capsys.readouterr().err.splitlines() == [
+        "attnrewrite.tune: running the model to its first attention",
+        "attnrewrite.tune: site 1, attend (2, 4, 7, 16): native (1/2)",
+        "attnrewrite.tune: site 1, attend (2, 4, 7, 16): _native_math (2/2)",
+    ]
+    tuned(attend, *qkv(), candidates=["native"], progress=False)
     assert capsys.readouterr().err == ""
-    attnrewrite.tune(attend, *qkv(), candidates=["native"], inner="eager", progress=True)
+    attnrewrite.tune(attend, *qkv(), candidates=["native"], inner="eager")
     assert "attnrewrite.tune: site 1" in capsys.readouterr().err
+    with pytest.raises(TypeError, match=r"progress is 'no' \(str\): give True or False"):
+        attnrewrite.tune(attend, *qkv(), progress="no")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_on_a_terminal_is_one_line_with_the_rounds(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    tuned(attend, *qkv(), candidates=["native"], progress=True)
+    written = terminal.getvalue()
+    assert "\n" not in written
+    assert "\rattnrewrite.tune: site 1, attend (2, 4, 7, 16): round 3/3" in written
+    assert written.rstrip(" \r").endswith("round 3/3")  # and at the end it is cleared
+    assert re.search(r"\r +\r$", written)

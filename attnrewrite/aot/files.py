@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import ExportedProgram
 
-from ..entrances.choices import Choice, Rules, Settings, make_policy
+from ..entrances.choices import Choice, Rules, Settings, are_flags, make_policy
 from ..files import whole
 from ..graphs.questions import noted
 from ..kernels.machines import Machine, known_machine
@@ -64,6 +64,7 @@ def load(path: Path_, device: str | torch.device | None = None, *, trust_remote_
     newer format; a kernel's library is missing or of another version; the kernels were chosen for another device or compute
     capability.
     """
+    are_flags(trust_remote_code=trust_remote_code)
     with opened(path) as archive:
         archive.program()
         manifest = _manifest(archive)

@@ -14,6 +14,7 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
+from ..entrances.choices import are_flags
 from ..files import whole
 from ..graphs.inductor_patches import failing_ops_end_the_call
 from ..graphs.operators import defined_in_python
@@ -76,6 +77,7 @@ def aot_compile(
         raise TypeError(
             f"program is {type(program).__name__}: give a torch.export.ExportedProgram, as attnrewrite.export returns it"
         )
+    are_flags(cpp=cpp, weights=weights)
     python = python_sites(program.graph_module)
     if cpp and python:
         raise NeedsPythonError(
@@ -138,6 +140,7 @@ def load_package(
     capability than the kernels were chosen for, a kernel's library that is missing or of another version, and `weights` that
     lack a tensor.
     """
+    are_flags(trust_remote_code=trust_remote_code)
     with opened(path) as archive:
         if not any(name.endswith(".so") for name in archive.entries):
             raise ProgramFileError(

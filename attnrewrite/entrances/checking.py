@@ -24,9 +24,10 @@ from ..planning.policies import Candidate
 from ..planning.sites import Site
 from ..planning.this_machine import machine_of
 from ..reports.fidelity import Fidelity
+from ..reports.progress_line import ProgressLine
 from ..reports.reproducing import layouts
 from ..reports.site_fidelity import Outputs, SiteFidelity
-from .choices import Choices, make_policy
+from .choices import Choices, are_flags, make_policy
 from .compilers import AttentionCompiler, compiler_of
 from .model_parts import can_run, has_values
 from .strictness import hold_strictly
@@ -41,6 +42,7 @@ def check(
     model: Callable[..., Any],
     *args: Any,
     backend: AttentionCompiler | Choices,
+    progress: bool = True,
     **kwargs: Any,
 ) -> Fidelity:
     """Runs `model(*args, **kwargs)` with the kernels of `backend`, and measures the error of each attention against float64
@@ -54,6 +56,7 @@ def check(
     args, kwargs: the inputs of the model.
     backend: the object from `with_backend`, or its choices: a name, a record, or several in order of preference. Its settings
         apply, except `checks`: no value raises an error.
+    progress: tells on stderr which of the three runs goes on. False: no progress.
 
     Returns a `Fidelity`. The model runs three or four times from the same random state. Afterwards the random state and the
     model's attributes are as before.
@@ -73,30 +76,43 @@ def check(
     """
     can_run(model)
     compiler = compiler_of(backend)
+    has_values(model, args, kwargs, "check")
+    are_flags(progress=progress)
+    with ProgressLine("attnrewrite.check", progress) as line:
+        return _three_runs(model, args, kwargs, compiler, line)
+
+
+def _three_runs(
+    model: Callable[..., Any], args: Any, kwargs: Any, compiler: AttentionCompiler, line: ProgressLine
+) -> Fidelity:
     strict = compiler.policy_now().strict
     lenient = AttentionCompiler(compiler.policy, compiler.inner, compiler.machine, prefix=compiler.prefix, lenient=True)
     policy = lenient.policy_now()
-    has_values(model, args, kwargs, "check")
 
     target = uncompiled(model)
+    line.say("1/3: the unchanged model")
     with _same_state(target), torch.compiler.set_stance("force_eager"):  # parts of the model may be compiled already
         expected = _tensors(target(*args, **kwargs))
 
     sites: list[SiteFidelity] = []
 
     def receive(captured: Captured) -> None:
+        line.say(f"2/3: site {len(sites) + 1}, {captured.call.site}", detail=True)
         sites.append(_site(captured, compiler.inner, sites))
 
+    line.say("2/3: each attention beside float64")
     with _same_state(target):
         uncompiled_run = _tensors(
             capture(model, args, kwargs, receive, policy, compiler.machine, aside=_needs_compiler)
         )
 
+    line.say("3/3: the compiled model")
     with _same_state(target):
         output = Outputs.of(expected, _tensors(traced(model, args, kwargs, lenient)))
     if not any(site.wrong for site in sites):
         output = replace(output, limit=FAR * _explained(expected, uncompiled_run, sites))
         if output.wrong:
+            line.say("the compiled model with native")
             unchanged = AttentionCompiler(make_policy(["native"]), compiler.inner, compiler.machine, lenient=True)
             with _same_state(target):
                 by_native = Outputs.of(expected, _tensors(traced(model, args, kwargs, unchanged)))

@@ -69,13 +69,20 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
             near = difflib.get_close_matches(name, SETTINGS, n=1, cutoff=0.5)
             hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(SETTINGS)}"
             raise TypeError(f"there is no argument {name!r}; {hint}")
-        if name in FLAGS and not isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r} ({type(value).__name__}): give True or False")
+        if name in FLAGS:
+            are_flags(**{name: value})
     if "numerics" in read:
         read["numerics"] = numerics_of(read["numerics"])
     if (cast := read.get("cast")) not in (None, *CASTS):
         raise ValueError(f"cast is {cast!r}: it is one of {', '.join(map(repr, CASTS))}, or None for no cast at all")
     return read
+
+
+def are_flags(**given: Any) -> None:
+    """Raises `TypeError` for a value that is neither True nor False: in a configuration "no" would count as True."""
+    for name, value in given.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} is {value!r} ({type(value).__name__}): give True or False")
 
 
 def checks_of_environment() -> bool:

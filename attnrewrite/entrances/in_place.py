@@ -19,7 +19,7 @@ from torch.nn import Module
 
 from ..graphs.inner_compilers import Inner
 from ..graphs.modules import drop_implementation, implementation_of, named, plain_call, set_implementation
-from .choices import Choice, CompileSettings, Rules
+from .choices import Choice, CompileSettings, Rules, are_flags
 from .compilers import AttentionCompiler, with_backend
 from .model_parts import _components, _join, _known, parts
 from .schedules import Progress, Schedule
@@ -109,6 +109,8 @@ def set_attention_backend(
     `regional=True` without repeated blocks, for a part of what was set as one and, under `strict`, for a rule that
     matches no module (without it, a warning), and the errors of `with_backend`. The model is then unchanged.
     """
+    given = {"regional": regional, "fullgraph": fullgraph, "dynamic": dynamic}
+    are_flags(**{name: value for name, value in given.items() if value is not None})
     plan = choices[0] if len(choices) == 1 and isinstance(choices[0], Schedule) else None
     if len(choices) == 1 and isinstance(choices[0], AttentionCompiler):
         compiler = choices[0]

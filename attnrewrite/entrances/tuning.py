@@ -21,8 +21,9 @@ from ..planning.policies import Candidate
 from ..planning.selectors import candidate, usual_candidates
 from ..planning.sites import Site
 from ..planning.this_machine import machine_of
+from ..reports.progress_line import ProgressLine
 from ..version import __version__
-from .choices import Choices, candidates_of, make_policy, numerics_of
+from .choices import Choices, are_flags, candidates_of, make_policy, numerics_of
 from .model_parts import can_run, has_values
 
 
@@ -35,7 +36,7 @@ def tune(
     min_gain: float = 0.02,
     inner: Inner = "inductor",
     time_limit: float = 60.0,
-    progress: bool | None = None,
+    progress: bool = True,
     **kwargs: Any,
 ) -> Plan:
     """Runs `model(*args, **kwargs)` once, and finds the fastest kernel for each attention site.
@@ -64,7 +65,8 @@ def tune(
     time_limit: seconds for each candidate at each site, compiling included. A candidate that takes longer, raises, or returns
         NaN, infinity or another shape is dropped, with the reason in the plan. One that hangs on the host is left running on
         its thread. A CUDA kernel that hangs cannot be ended: `RuntimeError` says so.
-    progress: True shows the progress in a line on stderr. None: True if stderr is a terminal.
+    progress: tells on stderr what runs: on a terminal in one line, elsewhere in a line for each kernel at each site. False: no
+        progress.
 
     Returns a `Plan`. Ctrl-C ends the run and returns the plan so far (`plan.tuning.complete` is False); before the first site
     is measured it raises `KeyboardInterrupt`.
@@ -74,6 +76,7 @@ def tune(
     """
     search = read_search(model, candidates, numerics, max_error, min_gain, inner, time_limit)
     has_values(model, args, kwargs, "tune")
+    are_flags(progress=progress)
     return search_model(model, args, kwargs, search, progress=progress)
 
 
@@ -83,11 +86,12 @@ def search_model(
     kwargs: Mapping[str, Any],
     search: Search,
     measure: Callable[..., Site] = measure_site,
-    progress: bool | None = None,
+    progress: bool = True,
 ) -> Plan:
     """`tune` with its arguments read. measure: what measures one site."""
     started = time.perf_counter()
-    line = _Line(sys.stderr.isatty() if progress is None else progress)
+    line = ProgressLine("attnrewrite.tune", progress)
+    line.say("running the model to its first attention")
     known: dict[tuple[Any, ...], Site] = {}  # by the call and how its tensors lie in memory
     sites: dict[str, Site] = {}
     machines: list[Machine] = []
@@ -100,7 +104,11 @@ def search_model(
         if kind not in known:
             machines.append(machine_of(captured.query.device))
             at = f"site {len(known) + 1}, {call.site} ({call.batch}, {call.heads}, {call.q_len}, {call.head_dim}): "
-            known[kind] = measure(captured, machines[-1], search, lambda text: line.say(at + text))
+
+            def say(text: str, detail: bool = False) -> None:
+                line.say(at + text, detail)
+
+            known[kind] = measure(captured, machines[-1], search, say)
         name = call.site
         while name in sites:  # the same name in another graph, or with other sizes
             name += "'"
@@ -113,7 +121,8 @@ def search_model(
         if not sites:
             raise
         complete = False
-        print("\nattnrewrite.tune: interrupted, returning the plan so far", file=sys.stderr)
+        line.end()
+        print("attnrewrite.tune: interrupted, returning the plan so far", file=sys.stderr)
     finally:
         line.end()
     return Plan(tuple(sites.values()), _tuning(model, machines, search, complete, time.perf_counter() - started))
@@ -161,23 +170,3 @@ def _tuning(model: Any, machines: list[Machine], search: Search, complete: bool,
         name, tuple({repr(each): each for each in machines}.values()), __version__, search.numerics.name.lower(),
         search.max_error, search.min_gain, complete, seconds,
     )  # fmt: skip
-
-
-class _Line:
-    """A line on the terminal that each text overwrites."""
-
-    def __init__(self, on: bool) -> None:
-        self._on = on
-        self._width = 0
-
-    def say(self, text: str) -> None:
-        if self._on:
-            text = f"attnrewrite.tune: {text}"[:118]
-            sys.stderr.write("\r" + text.ljust(self._width))
-            sys.stderr.flush()
-            self._width = len(text)
-
-    def end(self) -> None:
-        if self._on and self._width:
-            sys.stderr.write("\r" + " " * self._width + "\r")
-            sys.stderr.flush()

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -74,7 +74,15 @@ class Runner:
     samples: list[float] = field(default_factory=list)
 
 
-Say = Callable[[str], None]
+class Say(Protocol):
+    def __call__(self, text: str, detail: bool = False) -> None:
+        """Gets what is measured now. detail: too often for a log."""
+
+
+def silent(text: str, detail: bool = False) -> None:
+    return None
+
+
 Clock = Callable[[torch.device], Stopwatch]
 Free = Callable[[torch.device], int | None]
 
@@ -95,7 +103,7 @@ def measure_site(
     captured: Captured,
     machine: Machine,
     search: Search,
-    say: Say = lambda text: None,
+    say: Say = silent,
     clock: Clock = Stopwatch,
     free: Free = free_memory,
 ) -> Site:
@@ -272,7 +280,7 @@ class _Measuring:
         for number in range(-1, self.search.more * rounds):  # round -1 warms up
             if number >= rounds and not undecided([each.samples for each in near], self.search.min_gain):
                 break
-            self.say(f"round {number + 1}/{max(rounds, number + 1)}")
+            self.say(f"round {number + 1}/{max(rounds, number + 1)}", detail=True)
             order = list(near)
             shuffle(order)
             for each in order:

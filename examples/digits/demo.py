@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 import attnrewrite
+from attnrewrite.reports.progress_line import ProgressLine
 
 KERNELS = ("native", "_native_flash", "_native_efficient", "_native_cudnn", "_native_math", "flex")
 ZOOM = 8
@@ -50,10 +51,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/digits.png"))
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--quiet", action="store_true", help="no progress on stderr")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", category=FutureWarning)  # diffusers' own
     logging.getLogger("diffusers").setLevel(logging.ERROR)
 
+    line = ProgressLine("demo", not arguments.quiet)
+    line.say("eager")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = digits.load().to(device)
     labels = torch.arange(digits.CLASSES, device=device)
@@ -62,12 +66,13 @@ def main() -> None:
     eager, seconds = timed(model, labels, noise, arguments.steps)
     rows, lines, reports = {"eager": eager}, [f"{'eager':<17} {1000 * seconds:7.2f} ms a step"], []
     for kernel in KERNELS:
+        line.say(f"compiling and sampling with {kernel}")
         backend = attnrewrite.with_backend(kernel)
         with torch.no_grad():
             report = attnrewrite.explain(
                 model, noise, timestep=torch.zeros_like(labels), class_labels=labels, backend=backend
             )
-        if report.swapped == 0:
+        if report.left:
             lines.append(f"{kernel:<17} not on this machine: {report.sites[0].refusals[0][1]}")
             continue
         torch.compiler.reset()
@@ -79,6 +84,7 @@ def main() -> None:
         )
         reports.append(backend.report)
 
+    line.end()
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     picture(rows).save(arguments.out)
     print(*reports, sep="\n\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from ...graphs.inner_compilers import known_inner
 from ...planning.registry import names as all_kernels
 from ...planning.selectors import usual_candidates
 from ...reports import pictures as plotting
+from ...reports.progress_line import ProgressLine
 from . import model_level, op_level, plots, results
 from .denoisers import MODELS, Denoiser, Place, imported
 from .rounds import matmul_rate, words
@@ -75,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw the result to FILE: .png, .svg or .pdf (needs the extra 'plot')"
     )
+    made.add_argument("--quiet", action="store_true", help="no progress on stderr")
     made.add_argument(
         "--from", dest="source", type=Path, metavar="FILE", help="show or draw the result in FILE instead of measuring"
     )
@@ -85,14 +88,17 @@ def main(arguments: Sequence[str], builders: Builders = MODELS) -> None:
     """Runs the command. Wrong arguments are reported before anything is measured. builders: the models by name."""
     options = parser()
     given = options.parse_args(arguments)
+    line = ProgressLine("attnrewrite bench", not given.quiet)
     try:
         if given.source is not None:
             _show_earlier(given)
             return
+        line.say("importing what is measured")
         run = _checked(given, builders)
     except (ValueError, OSError, ImportError) as error:
         options.error(str(error))
-    _measure(given, *run, builders=builders, command=shlex.join(["attnrewrite", "bench", *arguments]))
+    with line:
+        _measure(given, *run, builders=builders, command=shlex.join(["attnrewrite", "bench", *arguments]), line=line)
 
 
 def _show_earlier(given: argparse.Namespace) -> None:
@@ -137,7 +143,7 @@ def _checked(
     known_inner(given.inner)
     peers = (given.peers or PEERS[kind]).split(",")
     candidates = _picked("--candidates", given.candidates, all_kernels()) or None
-    variants = {each.name: each for each in model_level.usual(peers, given.inner, candidates)}
+    variants = {each.name: each for each in model_level.usual(peers, given.inner, candidates, not given.quiet)}
     chosen = [variants[name] for name in _picked("--variants", given.variants or ALL, variants, ";")]
     if models:
         imported()
@@ -184,9 +190,12 @@ def _measure(
     result: dict[str, Any],
     builders: Builders,
     command: str,
+    line: ProgressLine,
 ) -> None:
     """Measures one shape or model after the other. Each record is written at once, so an interruption loses only the rest."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+
+    say = functools.partial(_say_behind, line)
 
     def keep(**found: Any) -> None:
         nonlocal result
@@ -194,22 +203,26 @@ def _measure(
         if given.out is not None:
             results.write(given.out, result)
 
-    print(f"attnrewrite bench on {result['device']}, torch {result['packages']['torch']}", flush=True)
+    say(f"attnrewrite bench on {result['device']}, torch {result['packages']['torch']}")
     keep(commands=[command])
     try:
         if kernels:
-            _kernels(given, device, dtype, kernels, shapes, keep)
+            _kernels(given, device, dtype, kernels, shapes, keep, line)
         rate, made = None, None
         if models:
+            line.say("matmuls")
             keep(ceiling=[matmul_rate(device, dtype)])
             rate = list(result["ceiling"][-1].values())[-1]
         for name in models:
             try:
+                line.say(f"{name}: making the model")
                 made = builders[name](Place(device, dtype, given.small))
-                found = model_level.measure(made, variants, given.rounds, _say, rate)
+                found = model_level.measure(
+                    made, variants, given.rounds, say, rate, functools.partial(_about, line, name)
+                )
             except torch.OutOfMemoryError as error:  # continue: the next model may be smaller
                 found = {"about": name, "variants": {}, "failed": {"all": words(error)}}
-                _say(f"{name}: {words(error)}")
+                say(f"{name}: {words(error)}")
             made = None  # frees its memory for the next model
             keep(models={name: found})
             if device.type == "cuda":
@@ -229,19 +242,33 @@ def _kernels(
     kernels: list[str],
     shapes: Mapping[str, op_level.Shape],
     keep: Callable[..., None],
+    line: ProgressLine,
 ) -> None:
     """Measures all shapes. The matmul rate is measured before and after: on a cold and on a hot GPU."""
+    say = functools.partial(_say_behind, line)
     here, missing = op_level.kernels(kernels, device)
     for name, why in missing.items():
-        _say(f"{name}: {why}")
+        say(f"{name}: {why}")
     if not here:
         raise SystemExit(f"attnrewrite bench: none of {', '.join(kernels)} runs on this machine")
+    line.say("matmuls")
     keep(ceiling=[matmul_rate(device, dtype)], missing=missing)
     for name, shape in shapes.items():
-        keep(kernels={name: op_level.measure(name, shape, here, device, dtype, given.inner, _say)})
+        about = functools.partial(_about, line, name)
+        found = op_level.measure(name, shape, here, device, dtype, given.inner, say, about)
+        keep(kernels={name: found})
     rates = matmul_rate(device, dtype)
     keep(ceiling=[rates])
-    _say("\nmatmul: " + ", ".join(f"{size}: {rate:.1f} TFLOP/s" for size, rate in rates.items()))
+    say("\nmatmul: " + ", ".join(f"{size}: {rate:.1f} TFLOP/s" for size, rate in rates.items()))
+
+
+def _about(line: ProgressLine, name: str, text: str, detail: bool = False) -> None:
+    line.say(f"{name}: {text}", detail)
+
+
+def _say_behind(line: ProgressLine, text: str) -> None:
+    line.end()
+    _say(text)
 
 
 def _say(line: str) -> None:

@@ -48,13 +48,14 @@ class Variant:
 
 
 def usual(
-    peers: Iterable[str], inner: str = "inductor", candidates: Sequence[str] | None = None
+    peers: Iterable[str], inner: str = "inductor", candidates: Sequence[str] | None = None, progress: bool = True
 ) -> tuple[Variant, ...]:
     """The variants of `attnrewrite bench`.
 
     peers: kernels of diffusers' dispatcher, one variant each; the fastest represents diffusers.
     candidates: kernels for `attnrewrite.tune`. It measures a model once for both tuned variants: where numerics are not
         "quantised", the quantised choices of its plan are refused and the plan's next choice takes the site.
+    progress: that of `attnrewrite.tune`.
     """
     plans: dict[int, Plan] = {}
 
@@ -68,6 +69,7 @@ def usual(
                 numerics="quantised",
                 candidates=candidates,
                 inner=inner,
+                progress=progress,
             )
         return with_backend(plans[id(denoiser)], inner=inner, numerics=numerics)
 
@@ -99,11 +101,13 @@ def measure(
     rounds: int,
     say: Callable[[str], object] = print,
     ceiling: float | None = None,
+    progress: Callable[[str], object] = lambda text: None,
 ) -> dict[str, Any]:
     """Measures all variants of one model and returns its record.
 
     say: gets the lines of the table at the end.
     ceiling: TFLOP/s of a matmul, for "limit".
+    progress: gets what is measured now.
 
     The record has, among others,
     "variants": name -> {"ms", "ratio", "error", ...}
@@ -121,8 +125,10 @@ def measure(
     plan: Plan | None = None
     # Where a variant raises while traced, Dynamo compiles parts of blocks, which share their code among all variants.
     with torch.no_grad(), recompilations(256):
+        progress("a step in float32, the reference")
         reference = exact(denoiser)
         for variant in variants:
+            progress(f"compiling {variant.name}")
             try:
                 _choose(denoiser, "native")
                 backend = variant.backend(denoiser)
@@ -140,8 +146,10 @@ def measure(
             # Where code raises while traced, Dynamo never compiles that frame again, for any backend. After a reset all other
             # variants are compiled again, as if nothing had failed.
             torch.compiler.reset()
+            progress("compiling all variants again, since one failed")
             for name, (step, peer) in steps.items():
                 _, rows[name]["graphs"] = _warm(denoiser, step, peer)
+        progress(f"{rounds} rounds of {len(steps)} variants")
         timed = {name: _timed(denoiser, device, *each) for name, each in steps.items()}
         in_turn(timed, 1)  # not counted: variants with common code may compile again in turn
         before = compiled_graphs()

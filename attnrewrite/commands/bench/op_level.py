@@ -26,7 +26,7 @@ from ...kernels.calls import AttentionCall, Mask, MaskKind
 from ...kernels.decisions import Refused
 from ...kernels.records import Numerics
 from ...measuring.example_tensors import example
-from ...measuring.measure_site import Search, measure_site
+from ...measuring.measure_site import Say, Search, measure_site, silent
 from ...planning.measurements import Measurement
 from ...planning.planner import make_plan
 from ...planning.registry import records_of
@@ -136,9 +136,9 @@ def kernels(names: Iterable[str], device: torch.device) -> tuple[list[str], dict
 
 def measure(
     name: str, shape: Shape, names: Sequence[str], device: torch.device, dtype: torch.dtype, inner: Inner = "inductor",
-    say: Callable[[str], object] = print,
+    say: Callable[[str], object] = print, progress: Say = silent,
 ) -> dict[str, Any]:  # fmt: skip
-    """Measures the kernels `names` at one shape and returns its record.
+    """Measures the kernels `names` at one shape and returns its record. progress: gets what is measured now.
 
     The record has
     "call": the attention call
@@ -155,7 +155,7 @@ def measure(
 
     def found(candidates: Iterable[str], numerics: Numerics) -> Site:
         ordered = candidates_of(list(dict.fromkeys(["native", *candidates])), "kernels")
-        return measure_site(captured, machine, Search(ordered, numerics, inner=inner))
+        return measure_site(captured, machine, Search(ordered, numerics, inner=inner), progress)
 
     with torch.no_grad():
         captured = example(call, device)
