@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import TOLERANCE, attend, check, compiled, doubled, qkv, relative, skip_if_fenced
+from parity import TOLERANCE, attend, check, compiled, doubled, qkv, relative, skip_if_fenced, windowed
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import attnrewrite
@@ -311,3 +311,19 @@ def test_what_reads_the_output_of_flex():
     (site,) = backend.report.sites
     assert site.chosen == "flex" or site.refusals[0][1].code is Code.VERSION  # before 2.13
     assert relative(output, step(*map(doubled, tensors), mask)) < 1e-5
+
+
+WINDOWS = [
+    ((100, 20), "inductor"),
+    ((100, 20), "eager"),
+    ((None, 130), "eager"),
+    ((200, None), "eager"),
+    ((0, 0), "eager"),
+]
+
+
+@pytest.mark.parametrize(("window", "inner"), WINDOWS)
+def test_flex_knows_a_window_by_its_size(window, inner):
+    """Its block lists and its mask are computed from the window; the mask tensor, of three blocks by three, is not read."""
+    site = check("flex", *qkv(q_len=300, kv_len=300), function=windowed(*window), inner=inner)
+    assert (site.call.mask.kind, site.call.mask.window) == (MaskKind.SLIDING_WINDOW, window)
