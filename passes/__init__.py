@@ -19,6 +19,7 @@ from .cancel_transposes import cancel_transposes
 from .drop_kernel_contexts import drop_kernel_contexts
 from .find_calls import find_calls
 from .open_fast_paths import open_fast_paths
+from .open_functions import open_functions
 from .open_multi_head_attention import open_multi_head_attention
 from .swap_kernels import swap_kernels
 from .understand_masks import understand_masks
@@ -27,7 +28,7 @@ from .understand_masks import understand_masks
 Opener = Callable[[GraphModule, Surroundings], int]
 Tidier = Callable[[GraphModule], int]
 
-OPENERS: tuple[Opener, ...] = (open_multi_head_attention, open_fast_paths)
+OPENERS: tuple[Opener, ...] = (open_functions, open_multi_head_attention, open_fast_paths)
 TIDIERS: tuple[Tidier, ...] = (cancel_transposes, drop_kernel_contexts)
 
 __all__ = ["OPENERS", "TIDIERS", "Opener", "Tidier", "find_calls", "swap_kernels", "understand_masks"]

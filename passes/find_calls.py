@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from ..graphs.inlining import inside_of
 from ..graphs.modules import ModulePaths
 from ..graphs.mutations import Writes, unread, unread_behind
 from ..graphs.nodes import (
@@ -29,11 +30,13 @@ from ..graphs.nodes import (
 from ..graphs.notes import is_ours
 from ..graphs.sizes import Size, always, holds
 from ..graphs.spellings import spelled
+from ..graphs.trees import leaves
 from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.shapes import lead_sizes
 from .found import Found, MaskTerm, Missed, Operand, Operands
 from .fused_kernels import FUSED_TARGETS, LOWER_RIGHT, fused_arguments
 from .masks import mask_of, tensor_mask
+from .opaque_functions import is_function, is_inside
 from .recognise import Recognised, recognise
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -64,12 +67,24 @@ def find_calls(
     thrown_away = unread(graph_module)
     spelled_out, missed = _spelled_out(graph_module, thrown_away)
     found: list[Found] = []
+    functions: dict[Any, bool] = {}  # whether there is an attention in it
 
     def unique(node: Node) -> str:
         """The site's name; the second call of one module is called name#2."""
         name = site_name(node, modules)
         names[name] = names.get(name, 0) + 1
         return name if names[name] == 1 else f"{name}#{names[name]}"
+
+    def hidden(node: Node, inside: Surroundings) -> list[AttentionCall]:
+        """The attentions inside a function that stands in the graph as one node."""
+        if inside.transform or not functions.get(node.target, True):
+            return []
+        traced = inside_of(node, inside)
+        calls = [] if traced is None else [each.call for each in find_calls(traced, inside, {}, modules).attentions]
+        functions[node.target] = bool(calls)
+        needs_grad = any(getattr(each, "requires_grad", False) for each in leaves(value_of(node)))
+        reason = is_inside(node)
+        return [replace(call, obstacle=reason, needs_grad=needs_grad, written_as="operations") for call in calls]
 
     for node, inside in with_surroundings(graph_module, surroundings):
         if node.op not in ("call_function", "call_method"):
@@ -83,6 +98,8 @@ def find_calls(
             found.append(_read_fused(node, inside, unique(node), origins, thrown_away))
         elif node.target in OPAQUE_TARGETS:
             found.append(Found(node, _read_opaque(node, inside, unique(node))))
+        elif is_function(node):
+            found += [Found(node, replace(call, site=unique(node))) for call in hidden(node, inside)]
     return Finds(tuple(found), tuple(missed.items()))
 
 

@@ -22,6 +22,7 @@ from ..graphs.sizes import UnbackedSizeError, always
 from ..graphs.spellings import argument, first, number, shown, spelled
 from .arrangements import Sides, arrange
 from .found import Missed, Operand, Operands
+from .opaque_functions import is_function
 from .operands import best, readables
 from .products import leads_to_product, mixes, operand_dims
 from .scores import Scores, find_scores
@@ -63,10 +64,11 @@ def recognise(softmax: Node, writes: Writes, unread: Set[Node]) -> Recognised | 
         near = isinstance(find_values(softmax, weights, axes, unread), Values) or leads_to_product(
             softmax, forward=True
         )
-        return scores if near and leads_to_product(source) else None
+        return scores if near and (leads_to_product(source) or is_function(scores.node)) else None
     values = find_values(softmax, weights, axes, unread)
     if isinstance(values, Missed):
-        return values if leads_to_product(softmax, forward=True) else None
+        hidden = is_function(values.node) and leads_to_product(source)
+        return values if hidden or leads_to_product(softmax, forward=True) else None
     return _Recogniser(softmax, weights, dim % value.dim(), scores, values, axes, writes, unread).read()
 
 
@@ -115,7 +117,7 @@ class _Recogniser:
         steps = Steps(
             self.scores, self.values.product.node, self.weights[self.dim], self.axes, self.writes, self.unread
         )
-        obstacle = self.scores.obstacle or self._read_elsewhere(steps.lost)
+        obstacle = self.scores.obstacle or self.values.obstacle or self._read_elsewhere(steps.lost)
         if (writer := self._writer()) is not None:
             return Missed(f"its scores or weights are written into by {shown(writer)}", writer)
         found = self._arranged(query_node, query, key_node, key, inner, steps, obstacle)

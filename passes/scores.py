@@ -25,6 +25,7 @@ from ..graphs.spellings import (
 )
 from .found import Missed
 from .moves import Cut, Part, Region, before
+from .opaque_functions import computed_by, is_function, of_one_shape
 from .products import Product, leads_to_product, read_product
 
 DEPTH = 40  # most operations between a product and the softmax
@@ -146,6 +147,8 @@ def _computed_by(
         return _then(back(copied, narrow(copied)), node)
     if name in SCATTERS:
         return _scattered(node, dims, axes, writes, seen, base)
+    if is_function(node):
+        return _opaque(node, dims, back)
     earlier = before(node, dims, axes)
     return _then(back(source, earlier), node) if earlier is not None else Missed(_computed(node), node)
 
@@ -247,6 +250,15 @@ def _in_part(found: Scores | Missed, earlier: Scores, region: Region) -> Scores 
         return Missed("a part of its scores is scaled", last)
     steps = tuple(replace(step, cuts=(*step.cuts, *region.cuts)) for step in steps)
     return replace(found, steps=found.steps[:count] + steps)
+
+
+def _opaque(node: Node, dims: Dims, back: Back) -> Scores | Missed:
+    """The scores are those that the function gets, changed in a way that is not known."""
+    reason = computed_by("scores", node)
+    for source in node.all_input_nodes:
+        if of_one_shape(source, node) and isinstance(found := back(source, dims), Scores):
+            return found.then(node, obstacle=reason)
+    return Missed(reason, node)
 
 
 def _computed(node: Node) -> str:

@@ -22,6 +22,7 @@ from ..graphs.spellings import (
 )
 from .found import Missed
 from .moves import after
+from .opaque_functions import computed_by, is_function, of_one_shape
 from .products import Product, leads_to_product, output_dims, read_product
 from .scores import DEPTH, MIXERS
 
@@ -38,6 +39,7 @@ class Values:
     width: Axis  # the last axis of the value
     dropout: Any = 0.0  # probability: a number, or a node that gives one
     nodes: tuple[Node, ...] = ()  # from after the softmax to the product
+    obstacle: str | None = None  # why the attention must stay as it is
 
 
 # Functions that read the shape, strides or dtype of a tensor, but not its values.
@@ -80,6 +82,12 @@ def _find_values(user: Node, node: Node, dims: Dims, axes: Axes, unread: Set[Nod
     if (emptied := _emptied(user, node)) is not None:
         found = find_values(user, dims, axes, unread, depth - 1)
         return replace(found, nodes=(*emptied, *found.nodes)) if isinstance(found, Values) else found
+    if is_function(user):
+        reason = computed_by("weights", user)
+        if not of_one_shape(node, user):
+            return Missed(reason, user)
+        found = find_values(user, dims, axes, unread, depth - 1)
+        return replace(found, obstacle=reason) if isinstance(found, Values) else Missed(reason, user)
     if node is not first(user):
         return Missed(f"its weights are read by {shown(user)}", user)
     name = spelled(user)

@@ -10,7 +10,7 @@ An exported program may hold only operators: there, any other call becomes the a
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch.fx.node import map_aggregate
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .nodes import INHERITED_META, value_key, value_of
+from .nodes import INHERITED_META, autocasting, value_key, value_of
 from .notes import mark_ours
 from .operators import is_higher_order, is_operator
 from .trees import leaves
@@ -30,11 +30,15 @@ Places = dict[Any, tuple[Node, int | None]]  # expression of sympy -> a tensor's
 
 
 class Emitter(TorchFunctionMode):
-    """Emits nodes into one graph. `tensor(node)` gives the fake tensor of a node, `node(tensor)` the node of a fake tensor."""
+    """Emits nodes into one graph. `tensor(node)` gives the fake tensor of a node, `node(tensor)` the node of a fake tensor.
 
-    def __init__(self, graph_module: GraphModule) -> None:
+    ours: whether emitted nodes are marked as put there by attnrewrite, or are the model's own (an opened function).
+    """
+
+    def __init__(self, graph_module: GraphModule, ours: bool = True) -> None:
         super().__init__()
         self.module = graph_module
+        self.ours = ours
         self.graph = graph_module.graph
         self.key = value_key(graph_module)
         self._nodes: dict[int, Node] = {}
@@ -53,10 +57,13 @@ class Emitter(TorchFunctionMode):
         return self._nodes[id(tensor)]
 
     @contextmanager
-    def before(self, node: Node, needs_grad: bool, value: torch.Tensor) -> Iterator[None]:
+    def before(
+        self, node: Node, needs_grad: bool, value: torch.Tensor, autocast: Mapping[str, torch.dtype] | None = None
+    ) -> Iterator[None]:
         """Emits the code inside before `node`, as part of the same module and source line.
 
-        needs_grad: whether autograd is on inside. value: a fake tensor of `node`, which gives the fake mode.
+        needs_grad: whether autograd is on inside. value: a fake tensor of `node`, which gives the fake mode. autocast: the
+        device types on which autocast is on around `node`, with the dtype, for code that autocast shall change; None: none.
         """
         self._meta = {key: node.meta[key] for key in INHERITED_META if key in node.meta}
         self._symbols = {}
@@ -64,7 +71,7 @@ class Emitter(TorchFunctionMode):
         with (
             self.graph.inserting_before(node),
             torch.set_grad_enabled(needs_grad),
-            torch._C._DisableAutocast(),
+            autocasting(autocast),
             enable_python_dispatcher(),  # symbolic sizes need the Python meta kernels
             _no_saved_tensors(),
             fake_mode,
@@ -113,7 +120,7 @@ class Emitter(TorchFunctionMode):
 
     def _describe(self, node: Node, value: Any) -> Node:
         node.meta |= {**self._meta, self.key: value}
-        return mark_ours(node)
+        return mark_ours(node) if self.ours else node
 
     def same(self, one: torch.Tensor, other: torch.Tensor) -> None:
         """Makes `other` a second fake tensor of the node of `one`."""

@@ -29,18 +29,7 @@ def inlined(
     function is traced under it, and the operators stand in the graph without its casts. needs_grad: whether the result needs a
     gradient.
     """
-    flat, structure = flattened((list(args), dict(kwargs)), is_leaf=lambda value: isinstance(value, Node))
-    inputs = list(dict.fromkeys(value for value in flat if isinstance(value, Node)))
-    fake = [value_of(value) for value in inputs]
-
-    def body(*tensors: Any) -> Any:
-        given = dict(zip(inputs, tensors, strict=True))
-        ours, theirs = unflattened([given[value] if isinstance(value, Node) else value for value in flat], structure)
-        return leaves(function(*ours, **theirs))
-
-    devices = {value.device.type for value in fake if isinstance(value, torch.Tensor)}
-    autocast = {device: dtype for device in devices if (dtype := inside.autocast_dtype(device)) is not None}
-    traced = traced_operators(body, fake, needs_grad, autocast)
+    traced, inputs = _traced(node, function, args, kwargs, inside, needs_grad)
     traced.graph.eliminate_dead_code()  # what the function computes and does not return
 
     key = value_key(graph_module)
@@ -66,6 +55,36 @@ def inlined(
                 copy.meta[key] = _differentiable(copy.meta[key], copy)
             copies[inner] = copy
     return [copies[each] if isinstance(each, Node) else each for each in results]
+
+
+def inside_of(node: Node, inside: Surroundings) -> GraphModule | None:
+    """A graph of the operators that the function of a node calls; None if it cannot run on the graph's fake tensors."""
+    assert callable(node.target)
+    try:
+        return _traced(node, node.target, node.args, node.kwargs, inside, False)[0]
+    except Exception:  # a function that nobody here knows may raise anything
+        return None
+
+
+def _traced(
+    node: Node,
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    inside: Surroundings,
+    needs_grad: bool,
+) -> tuple[GraphModule, list[Node]]:
+    """A graph of the operators that a function calls, and the nodes that are its inputs."""
+    flat, structure = flattened((list(args), dict(kwargs)), is_leaf=lambda value: isinstance(value, Node))
+    inputs = list(dict.fromkeys(value for value in flat if isinstance(value, Node)))
+
+    def body(*tensors: Any) -> Any:
+        given = dict(zip(inputs, tensors, strict=True))
+        ours, theirs = unflattened([given[value] if isinstance(value, Node) else value for value in flat], structure)
+        return leaves(function(*ours, **theirs))
+
+    fake = [value_of(value) for value in inputs]
+    return traced_operators(body, fake, needs_grad, inside.autocast_around(node)), inputs
 
 
 def _differentiable(value: Any, node: Node) -> Any:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,23 @@ class Surroundings:
             return said[-1]
         on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         return torch.get_autocast_dtype(device) if on else None
+
+    def autocast_around(self, node: Node) -> dict[str, torch.dtype]:
+        """The dtypes to which autocast casts the arguments of a node, by device type; empty where autocast is off."""
+        tensors = [value for each in node.all_input_nodes if isinstance(value := value_of(each), torch.Tensor)]
+        dtypes = {each.device.type: self.autocast_dtype(each.device.type) for each in tensors}
+        return {device: dtype for device, dtype in dtypes.items() if dtype is not None}
+
+
+@contextmanager
+def autocasting(dtypes: Mapping[str, torch.dtype] | None) -> Iterator[None]:
+    """Turns autocast on for these device types; without any, it is off inside."""
+    with ExitStack() as stack:
+        for device, dtype in (dtypes or {}).items():
+            stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))  # the cache would keep fake weights
+        if not dtypes:
+            stack.enter_context(torch._C._DisableAutocast())
+        yield
 
 
 def graphs_below(root: GraphModule) -> Iterator[tuple[GraphModule, Surroundings]]:

@@ -25,6 +25,13 @@ def is_pytorchs(target: Any) -> bool:
     return str(module).partition(".")[0] in _KNOWN_MODULES and not str(module).startswith("torch._dynamo")
 
 
+def is_opaque(target: Any) -> bool:
+    """Whether a target is a Python function of a user or a library, put into the graph as one node by
+    `torch.compiler.allow_in_graph`."""
+    known = is_operator(target) or is_packet(target) or is_higher_order(target) or is_pytorchs(target)
+    return callable(target) and not known
+
+
 def is_packet(target: Any) -> TypeGuard[torch._ops.OpOverloadPacket]:
     return isinstance(target, torch._ops.OpOverloadPacket)
 

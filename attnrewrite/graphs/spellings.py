@@ -194,8 +194,8 @@ def _constant(node: Node, depth: int) -> Any:
         literal = str(node.target).startswith(("_tensor_constant", "lifted_tensor", "_lifted_tensor"))
         return tensor.item() if literal and isinstance(tensor, torch.Tensor) and tensor.numel() == 1 else None
     name = spelled(node)
-    if name in ("tensor", "scalar_tensor"):
-        found = argument(node, 0, "data", "s")
+    if name in ("tensor", "scalar_tensor", "asarray", "as_tensor"):
+        found = argument(node, 0, "data", "s", "obj")
     elif name in ("full", "full_like", "new_full"):
         found = argument(node, 2 if name == "new_full" else 1, "fill_value")
     elif name == "new_tensor":

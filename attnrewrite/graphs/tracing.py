@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .modules import implementation_of, plain_call
-from .nodes import fake_mode_of
+from .nodes import autocasting, fake_mode_of
 from .trees import mapped
 
 
@@ -113,10 +113,7 @@ def traced_operators(
 
     with ExitStack() as stack:
         stack.enter_context(torch.set_grad_enabled(needs_grad))
-        for device, dtype in (autocast or {}).items():
-            stack.enter_context(torch.autocast(device, dtype, cache_enabled=False))  # the cache would keep fake weights
-        if not autocast:
-            stack.enter_context(torch._C._DisableAutocast())
+        stack.enter_context(autocasting(autocast))
         if (mode := next((mode for mode in map(fake_mode_of, fake) if mode is not None), None)) is not None:
             stack.enter_context(mode)
         module: GraphModule = make_fx(function, pre_dispatch=True, _allow_non_fake_inputs=True)(*fake)
