@@ -23,6 +23,8 @@ from .kernels.library_kernels import dense_kernel, packed_kernel
 from .kernels.machines import Machine
 from .kernels.records import Backend, HeadDim, Numerics, Tolerance
 from .kernels.sources import Hub, Package
+from .parallel.agreement import RanksDisagreeError
+from .parallel.settings import ContextParallel
 from .passes.check_values import AttentionCheckError
 from .planning.measurements import Measurement, Tuning
 from .planning.planner import AttentionRefusedError, make_plan
@@ -48,6 +50,7 @@ __all__ = [
     "Backend",
     "Code",
     "CompiledPackage",
+    "ContextParallel",
     "Decision",
     "Fidelity",
     "HeadDim",
@@ -63,6 +66,7 @@ __all__ = [
     "Plan",
     "Policy",
     "ProgramFileError",
+    "RanksDisagreeError",
     "Refused",
     "Report",
     "Schedule",

@@ -43,13 +43,28 @@ def explain(arguments: list[str]) -> None:
         "--backend",
         help="kernel names in order of preference: plan the program for these, instead of showing the plan in the file",
     )
+    parser.add_argument(
+        "--context-parallel",
+        type=int,
+        metavar="N",
+        help="plan the demo model for N devices that share it: what each of them has a part of, and what they exchange",
+    )
     given = parser.parse_args(arguments)
     names = given.backend.split(",") if given.backend else []
+    parallel = given.context_parallel
+    if parallel is not None and (parallel < 2 or given.file):
+        parser.error(
+            f"--context-parallel {parallel}: give 2 devices or more"
+            if parallel < 2
+            else f"--context-parallel plans a model, not a saved program ({given.file})"
+        )
     try:
         if given.file:
             print(explain_file(given.file, *names))
         else:
-            print(explained(Demo().eval(), *inputs(), backend=names or ["_native_flash", "flex"]))
+            # The weights of an inference: what is shared has no backward.
+            demo = Demo().eval().requires_grad_(parallel is None)
+            print(explained(demo, *inputs(), backend=names or ["_native_flash", "flex"], context_parallel=parallel))
     except ValueError as error:
         parser.error(f"--backend: {error}")
     except ProgramFileError as error:

@@ -596,7 +596,8 @@ def test_registered_name_with_mode_checks_and_inductors_options():
         ({"max_autotun": True}, "did you mean 'max_autotune'?"),
         (
             {"zzzzz": 1},
-            "attnrewrite's are attention, rules, inner, strict, numerics, cast, trust_remote_code, checks, mode; torch",
+            "attnrewrite's are attention, rules, inner, context_parallel, strict, numerics, cast, trust_remote_code, checks, "
+            "mode; torch",
         ),
         (
             {"numeric": "exact", "inner": "eager"},

@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Bottom first. A room may import the rooms before it in this list, itself, and nothing else of this package.
 ORDER = (
-    "version", "files", "graphs", "kernels", "backends", "masks", "planning", "passes", "pipeline", "measuring", "reports",
-    "entrances", "aot", "commands", "__init__", "__main__",
+    "version", "files", "graphs", "kernels", "backends", "masks", "planning", "passes", "parallel", "pipeline", "measuring",
+    "reports", "entrances", "aot", "commands", "__init__", "__main__",
 )  # fmt: skip
 # rglob does not follow the two links in attnrewrite/.
 FOLDERS = {

@@ -26,6 +26,7 @@ ROOMS = (
         "kernels",
         "masks",
         "measuring",
+        "parallel",
         "planning",
         "reports",
     ),

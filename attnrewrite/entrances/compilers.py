@@ -22,6 +22,9 @@ from ..graphs.inner_compilers import (
 )
 from ..graphs.tracing import as_itself, compilation
 from ..kernels.machines import Machine, known_machine
+from ..parallel.agreement import RanksDisagreeError, agree, give_up
+from ..parallel.settings import ContextParallel, Described, read_context_parallel
+from ..parallel.sharing import compared, share
 from ..pipeline import Target, rewrite_graph
 from ..planning.planner import AttentionRefusedError, Libraries
 from ..planning.plans import Plan
@@ -34,6 +37,7 @@ from .strictness import nearest, without_sites
 from .treatments import comes_later, guard_treatment
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Unpack
 
 logger = logging.getLogger("attnrewrite")
@@ -57,6 +61,7 @@ class AttentionCompiler:
         report: Report | None = None,
         lenient: bool = False,
         sharing: tuple[str, ...] = (),
+        context_parallel: ContextParallel | Described | None = None,
     ) -> None:
         """policy: choices, rules and settings.
         inner: the compiler that gets the rewritten graph.
@@ -65,6 +70,7 @@ class AttentionCompiler:
         report: a report that several compilers of one model share. None: a new one.
         lenient: strict and checks, of `policy` or of a context, raise nothing.
         sharing: the paths of the repeated blocks that share what this object compiles; () for a module by itself.
+        context_parallel: the ranks that share each graph. None: this process runs it alone.
         """
         self.policy = policy
         self.inner = inner
@@ -72,6 +78,7 @@ class AttentionCompiler:
         self.prefix = prefix
         self.lenient = lenient
         self.sharing = sharing
+        self.context_parallel = context_parallel
         self.report = Report(str(policy)) if report is None else report
         self._warned: set[str] = set()
 
@@ -94,15 +101,29 @@ class AttentionCompiler:
         """
         override = contexts.active()
         target = Target(self.machine, self.prefix, in_cuda_graph)
+        parallel = self.context_parallel
+        shared = None
         try:
+            if parallel is not None:
+                shared = share(graph_module, parallel.ranks, parallel.kind)
             outcome = rewrite_graph(graph_module, self.policy_now(), target, libraries)
-        except AttentionRefusedError as error:
-            raise as_itself(error) from None
+        except Exception as error:
+            if isinstance(parallel, ContextParallel):
+                give_up(parallel.ranks, error)
+            if isinstance(error, AttentionRefusedError):
+                raise as_itself(error) from None
+            raise
+        if isinstance(parallel, ContextParallel):
+            try:
+                plan = compared(graph_module, shared, outcome.plan)
+                agree(parallel.ranks, parallel.members, plan, parallel.timeout)
+            except RanksDisagreeError as error:
+                raise as_itself(error) from None
         if outcome.plan.sites:
             contexts.mark_used()
             guard_treatment(self.policy_now(), self.prefix)
         name, attempt = compilation() or (f"graph {len(self.report.graphs)}", None)
-        graph = GraphReport.of(name, outcome, str(override) if override else "", self.sharing)
+        graph = GraphReport.of(name, outcome, str(override) if override else "", self.sharing, shared)
         self.report.add(graph, attempt)
         _log(graph)
         self._warn_of_stale(outcome.plan)
@@ -159,14 +180,18 @@ class AttentionCompiler:
         return hash(self._identity())
 
     def _identity(self) -> tuple[Any, ...]:
-        return (type(self), self.policy, self.inner, self.machine, self.prefix, self.lenient)
+        return (type(self), self.policy, self.inner, self.machine, self.prefix, self.lenient, self.context_parallel)
 
     def __repr__(self) -> str:
         return f"attnrewrite.with_backend({self.policy}, inner={self.inner!r})"
 
 
 def with_backend(
-    *choices: Choice, rules: Rules | None = None, inner: Inner = "inductor", **settings: Unpack[CompileSettings]
+    *choices: Choice,
+    rules: Rules | None = None,
+    inner: Inner = "inductor",
+    context_parallel: ContextParallel | DeviceMesh | None = None,
+    **settings: Unpack[CompileSettings],
 ) -> AttentionCompiler:
     """Makes a torch.compile backend that gives each attention the first of `choices` that accepts its call.
 
@@ -183,6 +208,8 @@ def with_backend(
         site applies.
     inner: the compiler that gets the rewritten graph: a name from `torch._dynamo.list_backends(None)`, or a callable
         `(graph_module, example_inputs, **kwargs)`, which receives torch.compile's `mode` and `options`.
+    context_parallel: a `torch.distributed.DeviceMesh`, or a `ContextParallel` of it: its ranks share each graph, by the tokens
+        or the batch (docs/context-parallel.md). Every rank calls the model with the same inputs. None: no sharing.
     strict: True raises `AttentionRefusedError` for an attention that every choice refuses, at the compiled model's first
         call. `explain` and `check` raise it too, at their end, where they know the whole model; there also for a model without
         attention, and `ValueError` for a rule that matches no attention.
@@ -199,12 +226,14 @@ def with_backend(
 
     Returns an `AttentionCompiler`. Its `report` shows each attention, the kernel, and every refusal.
 
-    Raises `ValueError` for an unknown or repeated name, for no choice at all, and for an unknown `inner`, `numerics` or `cast`;
-    `TypeError` for a choice that is neither name, record nor plan, an unknown setting, and a flag that is not a bool.
+    Raises `ValueError` for an unknown or repeated name, for no choice at all, for an unknown `inner`, `numerics` or `cast`, and
+    for a mesh that cannot be used; `TypeError` for a choice that is neither name, record nor plan, an unknown setting, and a
+    flag that is not a bool.
     """
     if settings.get("checks") is None:
         settings["checks"] = checks_of_environment()
-    return AttentionCompiler(make_policy(choices, rules, **settings), known_inner(inner))
+    policy = make_policy(choices, rules, **settings)
+    return AttentionCompiler(policy, known_inner(inner), context_parallel=read_context_parallel(context_parallel))
 
 
 def compiler_of(backend: AttentionCompiler | Choices) -> AttentionCompiler:
@@ -212,7 +241,7 @@ def compiler_of(backend: AttentionCompiler | Choices) -> AttentionCompiler:
     return backend if isinstance(backend, AttentionCompiler) else with_backend(*several(backend))
 
 
-OPTIONS = ("attention", "rules", "inner", *SETTINGS, "mode")
+OPTIONS = ("attention", "rules", "inner", "context_parallel", *SETTINGS, "mode")
 
 
 def entry(
@@ -235,7 +264,7 @@ def entry(
     """
     rest = dict(options or {})
     choices = rest.pop("attention", "native")
-    own = {name: rest.pop(name) for name in ("rules", "inner", *SETTINGS) if name in rest}
+    own = {name: rest.pop(name) for name in OPTIONS[1:-1] if name in rest}
     mode = rest.pop("mode", mode)
     compiler = with_backend(*several(choices), **own)
     known_options(rest, compiler.inner, OPTIONS)

@@ -9,6 +9,7 @@ from torch.fx import GraphModule
 
 from ..graphs.tracing import AttributesOf, asks_for_values, predicted, told, traced, uncompiled
 from ..kernels.machines import Machine
+from ..parallel.settings import Described
 from ..planning.planner import Libraries
 from ..reports.report import Report
 from .choices import Choices
@@ -22,6 +23,7 @@ def explain(
     *args: Any,
     backend: AttentionCompiler | Choices,
     machine: Machine | None = None,
+    context_parallel: int | Described | None = None,
     **kwargs: Any,
 ) -> Report:
     """Traces `model(*args, **kwargs)` and reports what `backend` would do at each attention, without running a kernel.
@@ -33,6 +35,8 @@ def explain(
     args, kwargs: the inputs of the model.
     backend: the object from `with_backend`, or its choices: a name, a record, or several in order of preference.
     machine: a description of the machine to plan for, which may be elsewhere. None: the one that the tensors are on.
+    context_parallel: the number of devices that share the model, which may be elsewhere too: the report says what each of them
+        has a part of and what they exchange. None: as in `backend`.
 
     Returns a `Report`. No graph runs: each returns zeros of the right shape, so that tracing goes on after a graph break. Code
     outside of any graph does run, on those zeros. The model, its buffers and PyTorch's compile caches stay unchanged.
@@ -45,7 +49,9 @@ def explain(
     can_run(model)
     backend = compiler_of(backend)
     strict = backend.policy_now().strict
-    planner = AttentionCompiler(backend.policy, backend.inner, machine, lenient=True)
+    planner = AttentionCompiler(
+        backend.policy, backend.inner, machine, lenient=True, context_parallel=_described(context_parallel, backend)
+    )
 
     def plan_only(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         planner.rewrite(graph_module, Libraries.PLAN_ONLY)
@@ -72,3 +78,11 @@ def _not_on_meta(model: Any, error: RuntimeError) -> str:
         f"{name} does not trace on meta{at}: run it on CPU with machine=, which plans for a machine that is elsewhere. "
         f"PyTorch says: {what}"
     )
+
+
+def _described(given: int | Described | None, backend: AttentionCompiler) -> Described | None:
+    """The devices to plan for: explaining runs no exchange, so no rank waits for another."""
+    if given is None:
+        own = backend.context_parallel
+        return None if own is None else Described(own.ranks.size, own.kind)
+    return given if isinstance(given, Described) else Described(given)

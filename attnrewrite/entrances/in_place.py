@@ -19,6 +19,7 @@ from torch.nn import Module
 
 from ..graphs.inner_compilers import Inner
 from ..graphs.modules import drop_implementation, implementation_of, named, plain_call, set_implementation
+from ..parallel.settings import ContextParallel
 from .choices import Choice, CompileSettings, Rules, are_flags
 from .compilers import AttentionCompiler, with_backend
 from .model_parts import _components, _join, _known, parts
@@ -27,6 +28,7 @@ from .strictness import without_modules
 from .treatments import treatment
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
     from typing_extensions import Unpack
 
 
@@ -80,6 +82,7 @@ def set_attention_backend(
     regional: bool | None = None,
     rules: Rules | None = None,
     inner: Inner = "inductor",
+    context_parallel: ContextParallel | DeviceMesh | None = None,
     fullgraph: bool = False,
     dynamic: bool | None = None,
     mode: str | None = None,
@@ -96,9 +99,9 @@ def set_attention_backend(
         by its `encode` and `decode` (a VAE), its encoder and decoder are compiled.
     regional: True compiles the repeated blocks, which share one compilation, instead of the whole model: attention outside of
         the blocks stays unchanged. None: True for a model that declares `_repeated_blocks`, as diffusers' models do.
-    rules, inner, and the settings (strict, numerics, cast, trust_remote_code, checks): as in `with_backend`. Module paths
-        begin at `model`, also in regional compilation, and in a pipeline with the component's name. Blocks that the rules
-        treat alike share a compilation and are reported under the first block.
+    rules, inner, context_parallel, and the settings (strict, numerics, cast, trust_remote_code, checks): as in
+        `with_backend`. Module paths begin at `model`, also in regional compilation, and in a pipeline with the component's
+        name. Blocks that the rules treat alike share a compilation and are reported under the first block.
     fullgraph, dynamic, mode, options: as in torch.compile.
 
     Returns the backend object, whose `report` shows each attention and its kernel. Nothing is compiled before the first call.
@@ -114,14 +117,14 @@ def set_attention_backend(
     plan = choices[0] if len(choices) == 1 and isinstance(choices[0], Schedule) else None
     if len(choices) == 1 and isinstance(choices[0], AttentionCompiler):
         compiler = choices[0]
-        if rules is not None or inner != "inductor" or settings:
+        if rules is not None or inner != "inductor" or context_parallel is not None or settings:
             raise TypeError(
                 "set_attention_backend got a backend object and rules, inner or settings beside it: "
                 "give them to with_backend, which makes the object"
             )
     else:
         chosen: Any = choices if plan is None else plan.middle
-        compiler = with_backend(*chosen, rules=rules, inner=inner, **settings)
+        compiler = with_backend(*chosen, rules=rules, inner=inner, context_parallel=context_parallel, **settings)
     roots = parts(model, components)
     _refuse_inside(roots.values())
     progress = Progress(plan, None if isinstance(model, Module) else model) if plan is not None else None
@@ -248,7 +251,13 @@ def _compiled(
 
     def part(prefix: str, *sharing: str) -> AttentionCompiler:
         return AttentionCompiler(
-            compiler.policy, compiler.inner, compiler.machine, prefix=prefix, report=compiler.report, sharing=sharing
+            compiler.policy,
+            compiler.inner,
+            compiler.machine,
+            prefix=prefix,
+            report=compiler.report,
+            context_parallel=compiler.context_parallel,
+            sharing=sharing,
         )
 
     if not blocks:

@@ -47,6 +47,7 @@ class Emitter(TorchFunctionMode):
         self._modules: dict[int, str] = {}
         self._symbols: dict[str, Node] = {}
         self._shared: dict[Any, Any] = {}
+        self._quiet = False
 
     def tensor(self, node: Node) -> torch.Tensor:
         value: torch.Tensor = value_of(node)
@@ -79,6 +80,41 @@ class Emitter(TorchFunctionMode):
         ):
             yield
 
+    @contextmanager
+    def around(self, value: torch.Tensor, needs_grad: bool) -> Iterator[None]:
+        """Emits the code inside at the end of the graph, under the autocast that applies there. Arguments: as of `before`."""
+        with (
+            torch.set_grad_enabled(needs_grad),
+            enable_python_dispatcher(),
+            _no_saved_tensors(),
+            value.fake_mode,  # type: ignore[attr-defined]
+            self,
+        ):
+            yield
+
+    def attribute(self, source: Node) -> None:
+        """What is emitted from here on is part of the module and source line of `source`."""
+        self._meta = {key: source.meta[key] for key in INHERITED_META if key in source.meta}
+
+    def replay(self, source: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Writes the call of `source` with other arguments: fake tensors and sizes in the place of nodes. Returns the fake
+        result. The node is the graph's own, with the metadata of `source`."""
+        arguments = self._arguments(args), self._arguments(kwargs)
+        node = self.graph.call_function(target, *arguments)
+        self._quiet = True
+        try:
+            result = target(*args, **kwargs)
+        finally:
+            self._quiet = False
+        node.meta |= {**source.meta, self.key: result}
+        if isinstance(result, torch.Tensor):
+            self._know(result, node)
+        elif isinstance(result, tuple | list):
+            for position, member in enumerate(result):
+                if isinstance(member, torch.Tensor):
+                    self._finish(self.graph.call_function(operator.getitem, (node, position)), member)
+        return result
+
     def once(self, key: Any, build: Callable[[], Any]) -> Any:
         """Calls `build()` at the first use of `key` in this graph; later uses get the same result."""
         if key not in self._shared:
@@ -89,6 +125,8 @@ class Emitter(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if self._quiet:
+            return func(*args, **kwargs)
         if self.key == "val" and not (is_operator(func) or is_higher_order(func)):
             with _Operators(self):
                 return func(*args, **kwargs)

@@ -61,6 +61,11 @@ def is_one(size: Size) -> bool:
     return isinstance(size, int) and size == 1
 
 
+def has_no_hint(value: object) -> bool:
+    """Whether a value is a symbolic number that depends on data."""
+    return isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) and not value.node.has_hint()
+
+
 def described(size: Size | str) -> int | str:
     """A size for people and for files: the number, or the symbol with its value at tracing, as "s0 (77)"."""
     if isinstance(size, torch.SymInt):

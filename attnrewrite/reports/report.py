@@ -15,6 +15,7 @@ from typing import Any
 from ..files import writable, write_whole
 from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
+from ..parallel.plans import Sharing
 from ..pipeline import Outcome
 from ..planning.plans import Plan
 from ..planning.sites import NearMiss, Site
@@ -44,9 +45,16 @@ class GraphReport:
     sharing: tuple[
         str, ...
     ] = ()  # paths of the repeated blocks that run this graph; the sites are named after the first
+    parallel: Sharing | None = None  # how the ranks of a `context_parallel` share the graph; None without one
 
     @staticmethod
-    def of(name: str, outcome: Outcome, context: str = "", sharing: tuple[str, ...] = ()) -> GraphReport:
+    def of(
+        name: str,
+        outcome: Outcome,
+        context: str = "",
+        sharing: tuple[str, ...] = (),
+        parallel: Sharing | None = None,
+    ) -> GraphReport:
         return GraphReport(
             name,
             outcome.plan,
@@ -56,6 +64,7 @@ class GraphReport:
             context,
             outcome.near_misses,
             sharing,
+            parallel,
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -68,6 +77,7 @@ class GraphReport:
             "sites": [site.to_dict() for site in self.plan.sites],
             "near_misses": [asdict(each) for each in self.near_misses],
             "sharing": list(self.sharing),
+            "parallel": self.parallel.to_dict() if self.parallel else None,
         }
 
     @staticmethod
@@ -81,6 +91,7 @@ class GraphReport:
             data.get("context", ""),
             tuple(NearMiss(**each) for each in data.get("near_misses", ())),
             tuple(data.get("sharing", ())),
+            Sharing.from_dict(data["parallel"]) if data.get("parallel") else None,
         )
 
 
@@ -227,6 +238,10 @@ class Report:
             lines += [f"in attention_backend({context}):"] if context else []
             lines += _table(site for graph in self.graphs if graph.context == context for site in graph.plan.sites)
         lines += [] if sites else ["no attention found"]
+        for graph in self.graphs:
+            if graph.parallel is not None:
+                lines += [f"graph {graph.name}:"] if len(self.graphs) > 1 else []
+                lines += graph.parallel.lines()
         lines += [*near_miss_lines(self.near_misses), *rules]
         return "\n".join(lines)
 

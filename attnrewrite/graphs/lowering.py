@@ -1,0 +1,75 @@
+"""A graph of Dynamo as aten operators, above autograd: one spelling for each operation, with a schema that says what it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import Graph, GraphModule, Interpreter, Node
+
+from .nodes import fake_mode_of, is_fake, value_of
+
+_SOURCE = "_dynamo_source"  # AOTAutograd asks each input of a graph of Dynamo for the variable that it comes from
+
+
+def lowered(module: GraphModule) -> GraphModule | None:
+    """A new graph of the aten operators that a graph calls, with the same inputs and outputs. SDPA, linear, norms and other
+    composite operators stay whole. Nodes keep the modules and the source lines that they come from, and have their value
+    under "example_value". None for a graph without a tensor input.
+
+    Raises the errors of tracing, for a graph with an operation that cannot be traced.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+    from torch.fx.traceback import preserve_node_meta
+
+    inputs = module.graph.find_nodes(op="placeholder")
+    given = [value_of(node) for node in inputs]
+    mode = next((fake_mode_of(value) for value in given if fake_mode_of(value) is not None), None)
+    if mode is None:
+        return None
+
+    def run(*values: Any) -> Any:
+        with preserve_node_meta():
+            return Interpreter(module).run(*values)
+
+    with mode, enable_python_dispatcher():
+        result: GraphModule = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*given)
+    for node in result.graph.nodes:
+        node.meta["example_value"] = node.meta.pop("val", None)
+    for new, old in zip(result.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        new.meta = dict(old.meta)
+        new.meta["example_value"] = value_of(old)
+        new.target = old.name
+    for node in result.graph.find_nodes(op="get_attr"):
+        held = _held(result, node)
+        if isinstance(held, torch.Tensor) and not is_fake(held):
+            node.meta["example_value"] = mode.from_tensor(held, static_shapes=True)
+    return result
+
+
+def _held(module: GraphModule, node: Node) -> Any:
+    value: Any = module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return value
+
+
+def moved_into(module: GraphModule, graph: Graph, owner: GraphModule) -> None:
+    """Gives `module` the graph `graph`, whose constants are attributes of `owner`. What else PyTorch has noted at the module
+    stays."""
+    constants: dict[str, str] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            if node.target not in constants:
+                constants[node.target] = f"attnrewrite_constant_{len(constants)}"
+                setattr(module, constants[node.target], _held(owner, node))
+            node.target = constants[node.target]
+    old = module.graph.find_nodes(op="output")[0]
+    graph.find_nodes(op="output")[0].meta |= old.meta
+    for new, old in zip(graph.find_nodes(op="placeholder"), module.graph.find_nodes(op="placeholder"), strict=True):
+        if (source := getattr(old, _SOURCE, None)) is not None:
+            setattr(new, _SOURCE, source)
+    module.graph = graph
+    graph.lint()
+    module.recompile()

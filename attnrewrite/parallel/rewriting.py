@@ -1,0 +1,303 @@
+"""`part_of_graph`: the graph that one rank runs, after an analysis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from ..graphs.emitting import Emitter
+from ..graphs.mutations import storage_of, written_by, written_storages
+from ..graphs.nodes import value_of
+from ..graphs.operators import schema_of
+from ..graphs.sizes import Size, always
+from . import plans
+from .analysis import Analysis
+from .exchanges import by_rank, heads_to_tokens, in_order, part_of, summed, tokens_to_heads, whole
+from .following import is_member, is_size, member_of
+from .layouts import Placement, Ranks, Shard, same
+from .rows import ANY, VIEWS, Call
+from .steps import Attention, Step
+
+
+def part_of_graph(module: GraphModule, analysis: Analysis, ranks: Ranks) -> Graph:
+    """A new graph with the inputs and outputs of `module`, in which a rank computes its parts and the ranks exchange theirs.
+
+    Raises `RuntimeError` if a rank's tensor has another shape or dtype than the analysis says.
+    """
+    return _Rewriter(module, analysis, ranks).run()
+
+
+class _Rewriter:
+    def __init__(self, module: GraphModule, analysis: Analysis, ranks: Ranks) -> None:
+        self.module = module
+        self.analysis = analysis
+        self.ranks = ranks
+        self.graph = Graph()
+        self.emitter = Emitter(module)
+        self.emitter.graph = self.graph
+        self.written = written_storages(module)
+        self.held: dict[Node, list[tuple[Placement, Any]]] = {}  # the main value first
+        self.nodes: dict[Node, Node] = {}  # of values that are no tensors
+
+    def run(self) -> Graph:
+        first = next(value for node in self.module.graph.nodes if isinstance(value := value_of(node), torch.Tensor))
+        for node in self.module.graph.find_nodes(op="placeholder"):
+            self._input(node)
+        with self.emitter.around(first, torch.is_grad_enabled()):
+            for node in self.module.graph.nodes:
+                self._visit(node)
+        return self.graph
+
+    def _input(self, node: Node) -> None:
+        new = self.graph.node_copy(node)
+        value = value_of(node)
+        if isinstance(value, torch.Tensor):
+            self.emitter.tensor(new)
+        self.nodes[node] = new
+        self.held[node] = [(None, value)]
+
+    def _visit(self, node: Node) -> None:
+        self.emitter.attribute(node)
+        if node.op == "get_attr":
+            self._input(node)
+        elif node.op == "output":
+            self.graph.output(map_arg(node.args[0], self._result))
+        elif is_member(node):
+            source, index = member_of(node)
+            values, step = self.held[source][0][1], self.analysis.steps.get(source)
+            placement = step.output[index] if step is not None and isinstance(step.output, tuple) else None
+            self.held[node] = [(placement, values[index])]
+        elif node.op == "call_function" and is_size(node):
+            self.held[node] = [(None, value_of(node))]
+        elif node in self.analysis.steps:
+            self._call(Call(node), self.analysis.steps[node])
+        elif node.op == "call_function":
+            self._other(node)
+        shard = self.analysis.begins.get(node)
+        if shard is not None:
+            value = self.held[node][0][1]
+            self.held[node] = [(shard, part_of(value, shard, self.ranks)), (None, value)]
+
+    def _other(self, node: Node) -> None:
+        """A call of no operator: of a higher-order operator, or one that enters autocast."""
+        args: Any = map_arg(node.args, self._of_other)
+        kwargs: Any = map_arg(node.kwargs, self._of_other)
+        result = self.emitter.replay(node, node.target, args, kwargs)
+        self.held[node] = [(None, result)]
+
+    def _of_other(self, node: Node) -> Any:
+        return self._get(node, None)
+
+    def _result(self, node: Node) -> Any:
+        """The node of an output."""
+        value = value_of(node)
+        if isinstance(value, torch.Tensor):
+            return self.emitter.node(self._get(node, None))
+        if isinstance(value, torch.SymInt | torch.SymFloat):
+            return self.emitter.number(value)
+        return self.nodes[node]
+
+    def _get(self, node: Node, placement: Any) -> Any:
+        """The value of a node as a rank needs it."""
+        held = self.held[node]
+        main, value = held[0]
+        if not isinstance(value, torch.Tensor) or placement == ANY:
+            return value
+        for have, each in held:
+            if same(have, placement):
+                return each
+        full: Any = next((each for have, each in held if have is None), None)
+        if full is None and main is not None:
+            full = whole(value, main, self.ranks)
+            held.append((None, full))
+        if placement is None:
+            return full
+        part = part_of(full, placement, self.ranks)
+        held.append((placement, part))
+        return part
+
+    def _call(self, call: Call, step: Step) -> None:
+        node = call.node
+        if step.attention is not None and step.attention.exchange in (plans.ALL_TO_ALL, plans.KEYS_GATHERED):
+            result = self._attention(call, step, step.attention)
+        else:
+            result = self._plain(call, step)
+        if step.summed:
+            result = summed(result, self.ranks)
+            if step.summed == "mean":
+                result = result / self.ranks.size
+        self.held[node] = [(step.output, result)]
+        self._check(node, result, step.output)
+        for target in written_by(node):
+            storage = storage_of(value_of(target))
+            for other, held in self.held.items():
+                if storage is not None and storage_of(value_of(other)) == storage:
+                    del held[1:]
+
+    def _plain(self, call: Call, step: Step) -> Any:
+        """The same call, on what the rank has."""
+        node, places = call.node, iter(step.inputs)
+        target: Any = node.target
+
+        def local(each: Node) -> Any:
+            if isinstance(value_of(each), torch.Tensor):
+                return self._get(each, next(places))
+            return self._get(each, None)
+
+        # In the order of the schema, which is that of `Call.tensors`.
+        arguments = {name: map_arg(given, local) for name, given in call.arguments.items()}
+        arguments |= step.changed
+        if isinstance(step.output, Shard) and (call.name in VIEWS or call.name == "expand"):
+            return self._view(call, step, next(iter(arguments.values())))
+        args, kwargs = _as_given(node, arguments)
+        return self.emitter.replay(node, target, args, kwargs)
+
+    def _view(self, call: Call, step: Step, tensor: torch.Tensor) -> Any:
+        """A view to the shape of the rank's part."""
+        shape = list(call.output_shape)
+        shape[step.output.dim] = step.output.local(self.ranks.size)
+        if call.name == "expand":
+            return self.emitter.replay(call.node, torch.ops.aten.expand.default, (tensor, shape), {})
+        aliased = storage_of(value_of(call.node)) in self.written
+        target = torch.ops.aten.view.default if aliased else torch.ops.aten.reshape.default
+        return self.emitter.replay(call.node, target, (tensor, shape), {})
+
+    def _attention(self, call: Call, step: Step, how: Attention) -> torch.Tensor:
+        assert how.query is not None
+        assert how.key is not None
+        query, key, value, *masks = [
+            self._get(node, placement) for node, placement in zip(call.tensors, step.inputs, strict=True)
+        ]
+        exchange = self._all_to_all if how.exchange == plans.ALL_TO_ALL else self._gathered
+        return exchange(call, how, query, key, value, masks[0] if masks else None)
+
+    def _gathered(
+        self, call: Call, how: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
+    ) -> torch.Tensor:
+        """Each rank has a part of the queries, and gathers keys and values: together, if their shapes allow it."""
+        shard = how.key
+        assert shard is not None
+        if key.shape[:-1] == value.shape[:-1]:
+            both = whole(torch.cat([key, value], -1), shard, self.ranks)
+            key, value = both.narrow(-1, 0, key.shape[-1]), both.narrow(-1, key.shape[-1], value.shape[-1])
+        else:
+            key, value = (whole(each, shard, self.ranks) for each in (key, value))
+        return self._run(call, query, key, value, mask)
+
+    def _all_to_all(
+        self, call: Call, how: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
+    ) -> torch.Tensor:
+        assert how.query is not None
+        assert how.key is not None
+        lead = query.shape[:-3]
+        query, key, value = (_four(each) for each in (query, key, value))
+        if always(query.shape[2] == key.shape[2]) and always(query.shape[0] == key.shape[0]):
+            query, key, value = tokens_to_heads((query, key, value), self.ranks)
+        else:
+            (query,) = tokens_to_heads((query,), self.ranks)
+            key, value = tokens_to_heads((key, value), self.ranks)
+        if how.ordered:
+            query = _ordered(query, how.query, self.ranks.size)
+            key, value = (_ordered(each, how.key, self.ranks.size) for each in (key, value))
+        elif mask is not None:
+            mask = self._as_exchanged(mask, how)
+        if len(lead) != 1:
+            query, key, value = (each.unflatten(0, lead) if lead else each.squeeze(0) for each in (query, key, value))
+        result = _four(self._run(call, query, key, value, mask))
+        if how.ordered:
+            result = by_rank(result, 2, how.query.lengths, self.ranks.size)
+        result = heads_to_tokens(result, self.ranks)
+        if len(lead) != 1:
+            result = result.unflatten(0, lead) if lead else result.squeeze(0)
+        return result
+
+    def _as_exchanged(self, mask: torch.Tensor, how: Attention) -> torch.Tensor:
+        """The mask with its queries and keys in the order of ranks, built once for all attentions that read it."""
+        assert how.query is not None
+        assert how.key is not None
+        query, key = how.query.lengths, how.key.lengths
+
+        def build() -> torch.Tensor:
+            result = mask
+            if mask.dim() > 1 and not _is_one(mask.shape[-2]):
+                result = by_rank(result, result.dim() - 2, query, self.ranks.size)
+            if not _is_one(mask.shape[-1]):
+                result = by_rank(result, result.dim() - 1, key, self.ranks.size)
+            return result
+
+        return self.emitter.once(("exchanged", id(mask), query, key), build)  # type: ignore[no-any-return]
+
+    def _run(self, call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
+        arguments = dict(call.arguments) | {"query": query, "key": key, "value": value, "attn_mask": mask}
+        args, kwargs = _as_given(call.node, arguments)
+        target: Callable[..., Any] = call.node.target  # type: ignore[assignment]
+        result: torch.Tensor = self.emitter.replay(call.node, target, args, kwargs)
+        return result
+
+    def _check(self, node: Node, result: Any, placement: Any) -> None:
+        """Compares what a rank gets with what the analysis says that it gets."""
+        expected = value_of(node)
+        if not isinstance(expected, torch.Tensor):
+            places = placement if isinstance(placement, tuple) else (placement,) * len(expected)
+            for one, other, place in zip(result, expected, places, strict=True):
+                self._same(node, one, other, place)
+        else:
+            self._same(node, result, expected, placement)
+
+    def _same(self, node: Node, result: torch.Tensor, expected: torch.Tensor, placement: Placement) -> None:
+        shape: list[Size] = list(expected.shape)
+        if placement is not None:
+            shape[placement.dim] = placement.local(self.ranks.size)
+        equal = len(shape) == result.dim() and all(
+            always(one == other) for one, other in zip(result.shape, shape, strict=True)
+        )
+        if not equal or result.dtype != expected.dtype:
+            raise RuntimeError(
+                f"attnrewrite expected {tuple(shape)} of {expected.dtype} of {node.format_node()} on a rank, and got "
+                f"{tuple(result.shape)} of {result.dtype}; please report this graph"
+            )
+
+
+def _as_given(node: Node, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments by position and by name, as an operator's schema takes them. Defaults that the node leaves out stay out."""
+    schema = schema_of(node.target).arguments
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for each in schema:
+        given = arguments.get(each.name, each.default_value)
+        if each.kwarg_only:
+            if each.name in node.kwargs or given != each.default_value:
+                kwargs[each.name] = given
+        else:
+            args.append(given)
+    last = max([number for number, each in enumerate(args) if not _is_default(each, schema[number])], default=-1)
+    return tuple(args[: last + 1]), kwargs
+
+
+def _is_default(value: Any, argument: Any) -> bool:
+    if not argument.has_default_value() or isinstance(
+        value, torch.Tensor | torch.SymInt | torch.SymFloat | list | tuple
+    ):
+        return False
+    return bool(value == argument.default_value) and type(value) is type(argument.default_value)
+
+
+def _four(tensor: torch.Tensor) -> torch.Tensor:
+    """(batch, heads, length, dim) of a tensor of any rank from 3 on."""
+    if tensor.dim() == 3:
+        return tensor.unsqueeze(0)
+    return tensor if tensor.dim() == 4 else tensor.flatten(0, -4)
+
+
+def _ordered(tensor: torch.Tensor, shard: Shard, ranks: int) -> torch.Tensor:
+    if len(shard.lengths) == 1 and not shard.is_padded(ranks):
+        return tensor
+    return in_order(tensor.movedim(2, 0), shard.lengths, ranks).movedim(0, 2)
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1

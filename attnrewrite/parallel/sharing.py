@@ -1,0 +1,88 @@
+"""`share`: the graph of one rank in the place of the whole one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import Graph, GraphModule
+
+from ..graphs.lowering import lowered, moved_into
+from ..graphs.modules import compiled_paths
+from ..graphs.nodes import SDPA_TARGETS, Surroundings, value_of
+from ..graphs.sizes import described
+from ..passes.find_calls import find_calls
+from ..planning.plans import Plan
+from ..version import __version__
+from .analysis import Analysis, NotSharedError, analyse
+from .layouts import Ranks
+from .plans import Sharing
+from .rewriting import part_of_graph
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A graph of operators, and how ranks share it."""
+
+    plan: Sharing
+    graph: GraphModule | None = None  # of operators, the whole; None: nothing is shared
+    analysis: Analysis = field(default_factory=Analysis)
+
+    def part(self, ranks: Ranks) -> Graph:
+        """The graph that one rank runs."""
+        assert self.graph is not None
+        return part_of_graph(self.graph, self.analysis, ranks)
+
+
+def share(module: GraphModule, ranks: Ranks, kind: str = "auto") -> Sharing:
+    """Shares a graph among ranks: `module` becomes the graph that this rank runs, with the same inputs and outputs. Where the
+    graph can only run whole on every rank it stays unchanged, and the result says why."""
+    shared = planned(module, ranks.size, kind)
+    if shared.graph is not None:
+        moved_into(module, shared.part(ranks), shared.graph)
+    return shared.plan
+
+
+def planned(module: GraphModule, ranks: int, kind: str = "auto") -> Shared:
+    """How ranks share a graph. The graph stays unchanged."""
+    if any(_needs_grad(node) for node in module.graph.find_nodes(op="placeholder")):
+        return Shared(Sharing(ranks, refused="a gradient is needed, and the exchanges have no backward yet"))
+    try:
+        below = lowered(module)
+    except Exception as error:  # whatever PyTorch raises for an operation that it cannot trace
+        reason = f"it cannot be traced to operators ({type(error).__name__}: {_first(error)})"
+        return Shared(Sharing(ranks, refused=reason))
+    if below is None:
+        return Shared(Sharing(ranks))
+    modules = compiled_paths()
+    names = {
+        found.node: found.call.site
+        for found in find_calls(below, Surroundings(), {}, modules).attentions
+        if found.node.target in SDPA_TARGETS
+    }
+    try:
+        analysis = analyse(below, names, ranks, kind, modules=modules)
+    except NotSharedError as error:
+        return Shared(Sharing(ranks, refused=str(error)))
+    return Shared(analysis.plan, below if analysis.begins else None, analysis)
+
+
+def compared(module: GraphModule, sharing: Sharing | None, kernels: Plan) -> list[str]:
+    """What must be the same on every rank, line by line. module: the graph, whose inputs are those of the whole graph."""
+    inputs = [
+        f"input {node.target}: {tuple(described(size) for size in value.shape)} of {value.dtype}"
+        for node in module.graph.find_nodes(op="placeholder")
+        if isinstance(value := value_of(node), torch.Tensor)
+    ]
+    sites = [f"{site.name}: kernel {site.chosen}" for site in kernels.sites]
+    lines = [] if sharing is None else sharing.lines()
+    return [f"PyTorch {torch.__version__}, attnrewrite {__version__}", *inputs, *map(str.strip, lines), *sites]
+
+
+def _needs_grad(node: torch.fx.Node) -> bool:
+    value = value_of(node)
+    return torch.is_grad_enabled() and isinstance(value, torch.Tensor) and value.requires_grad
+
+
+def _first(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]

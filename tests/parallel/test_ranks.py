@@ -1,0 +1,135 @@
+"""Ranks that are processes, over gloo on the CPU: all cases of worker.py in one spawn for each number of ranks."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from attnrewrite.parallel import plans
+
+HERE = Path(__file__).parent
+
+
+# Starting a process and importing PyTorch takes a while: ATTNREWRITE_SLOW=1 runs three ranks too.
+SIZES = [2, 3] if os.environ.get("ATTNREWRITE_SLOW") else [2]
+
+
+@pytest.fixture(scope="module", params=SIZES, ids="{} ranks".format)
+def found(request, tmp_path_factory):
+    """What each rank found, case by case."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    places = os.pathsep.join([str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    running, logs = [], [(folder / f"{rank}.log").open("w") for rank in range(request.param)]
+    for rank in range(request.param):
+        known = {"RANK": str(rank), "WORLD_SIZE": str(request.param), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = {**os.environ, **known, "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
+        command = [sys.executable, str(HERE / "worker.py"), str(folder / f"{rank}.json")]
+        running.append(subprocess.Popen(command, env=environment, stdout=logs[rank], stderr=subprocess.STDOUT))
+    try:
+        codes = [each.wait(timeout=500) for each in running]
+    finally:
+        for each, log in zip(running, logs, strict=True):
+            each.kill()
+            each.wait()
+            log.close()
+    said = "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(request.param))
+    assert codes == [0] * request.param, said
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+
+
+def case(found, name):
+    """What the ranks found in one case."""
+    results = [each[name] for each in found]
+    for result in results:
+        assert "failed" not in result, result["failed"]
+    return results
+
+
+SHARED = {
+    "tokens": plans.ALL_TO_ALL,
+    "uneven": plans.ALL_TO_ALL,
+    "a_mask": plans.ALL_TO_ALL,
+    "gathered": plans.KEYS_GATHERED,
+    "batch": plans.BATCH,
+    "inductor": plans.ALL_TO_ALL,
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_every_rank_gets_what_one_process_gets(found, name):
+    for result in case(found, name):
+        assert result["error"] < 1e-12
+        assert result["exchanges"] == [SHARED[name]]
+        assert result["chosen"] == ["native"]
+        assert result["heads"] == [6 // len(found) if SHARED[name] == plans.ALL_TO_ALL else 6]
+        assert f"context parallelism over {len(found)} ranks" in result["text"]
+        assert result["round trip"]
+
+
+def test_symbolic_lengths_are_guarded(found):
+    for result in case(found, "dynamic"):
+        assert result["error"] < 1e-12
+        assert result["graphs"] > 1  # lengths that the ranks divide, and lengths that they do not
+
+
+def test_blocks_of_a_model(found):
+    for result in case(found, "regional"):
+        assert result["error"] < 1e-5
+        assert result["sharings"]
+
+
+@pytest.mark.parametrize("name", ["entry_point", "a_context"])
+def test_other_ways_in(found, name):
+    for result in case(found, name):
+        assert result["error"] < 1e-12
+
+
+def test_a_graph_with_a_gradient_runs_whole(found):
+    for result in case(found, "a_gradient"):
+        assert result["error"] < 1e-12
+        assert result["refused"] == "a gradient is needed, and the exchanges have no backward yet"
+
+
+def test_ranks_that_disagree_raise_on_all_of_them(found):
+    for result in case(found, "other_lengths"):
+        assert "RanksDisagreeError" in result["raised"]
+        assert "(1, 24, 24)" in result["raised"]  # the image of rank 1, or of another that has it longer
+    for result in case(found, "other_kernels"):
+        assert "RanksDisagreeError" in result["raised"]
+        assert "kernel native" in result["raised"]
+
+
+def test_a_rank_that_fails_ends_the_others(found):
+    first, second, *_ = case(found, "one_fails")
+    assert "AttentionRefusedError" in second["raised"]
+    assert "rank 1 could not compile this graph (context_parallel): AttentionRefusedError" in first["raised"]
+
+
+def test_a_rank_that_does_not_come_ends_the_wait(found):
+    first, *_ = case(found, "one_does_not_come")
+    assert "rank 1 has not compiled this graph within 2 s" in first["raised"]
+
+
+MESSAGES = {
+    "two dimensions": "ValueError: context_parallel got a mesh of 2 dimensions",
+    "one device": "ValueError: context_parallel got a mesh of one device: leave context_parallel out",
+    "no mesh": "TypeError: context_parallel got the mesh 'cuda' (str): give a DeviceMesh",
+    "kind": "ValueError: kind is 'sideways': it is one of 'auto', 'ulysses', 'gather'",
+    "timeout": "ValueError: timeout is 0: give a number of seconds above 0",
+    "beside an object": "TypeError: set_attention_backend got a backend object and",
+    "a part of a mesh": "",
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_a_mesh_that_cannot_be_used(found, name):
+    for result in case(found, "bad_meshes"):
+        assert result[name].startswith(MESSAGES[name])
+        assert MESSAGES[name] or not result[name]
