@@ -25,6 +25,7 @@ from ..entrances.strictness import without_sites
 from ..graphs.inner_compilers import NAME, known_compilers
 from ..graphs.modules import drop_implementation, implementation_of, plain_call, set_implementation
 from ..graphs.nodes import is_fake
+from ..parallel.settings import ContextParallel
 from ..planning.policies import Policy
 from ..planning.tables import count
 from ..reports.report import Report
@@ -43,6 +44,7 @@ class Interception:
     policy: Policy  # choices, rules and settings of the command line
     compile: str = "existing"
     inner: str = "inductor"  # the compiler for models of pipelines that the script does not compile
+    context_parallel: ContextParallel | None = None  # the processes that share each compiled model
     report: Report = field(init=False)  # of all compilations
     calls: int = 0  # torch.compile calls of the script
     parts: list[str] = field(default_factory=list)  # models of pipelines, compiled here at their first call
@@ -55,7 +57,9 @@ class Interception:
 
     def compiler(self, inner: Any) -> AttentionCompiler:
         if inner not in self._compilers:
-            self._compilers[inner] = AttentionCompiler(self.policy, inner, report=self.report)
+            self._compilers[inner] = AttentionCompiler(
+                self.policy, inner, report=self.report, context_parallel=self.context_parallel
+            )
         return self._compilers[inner]
 
     def install(self) -> None:

@@ -19,6 +19,7 @@ from ..entrances.choices import CASTS, SETTINGS
 from ..entrances.compilers import with_backend
 from ..kernels.records import Numerics
 from .interception import Interception
+from .ranks import joined_ranks
 
 BACKEND = "ATTNREWRITE_BACKEND"  # environment variable: the choices where --backend is not given
 
@@ -58,6 +59,11 @@ def parser() -> argparse.ArgumentParser:
         "--checks", action="store_true", default=None, help="check values before and after every swapped attention"
     )
     made.add_argument("--trust-remote-code", action="store_true")
+    made.add_argument(
+        "--context-parallel",
+        action="store_true",
+        help="the processes of torchrun share each compiled model (docs/context-parallel.md); rank 0 reports",
+    )
     made.add_argument("-m", action="store_true", dest="module", help="script is the name of a module, as for python -m")
     made.add_argument("script")
     made.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the script")
@@ -81,6 +87,10 @@ def main(arguments: Sequence[str]) -> NoReturn:
         if pattern in rules:
             options.error(f"--rule names {pattern!r} twice: {pattern}={rules[pattern]} and {rule}")
         rules[pattern] = chosen
+    if given.context_parallel and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        options.error(
+            "--context-parallel needs several processes: torchrun --nproc-per-node 2 -m attnrewrite run --context-parallel ..."
+        )
     try:
         backend = with_backend(
             *_names(choices),
@@ -94,10 +104,14 @@ def main(arguments: Sequence[str]) -> NoReturn:
     if not given.module and not os.path.isfile(given.script):
         options.error(f"there is no script {given.script!r}")
 
-    interception = Interception(backend.policy, given.compile, given.inner)
+    parallel = joined_ranks() if given.context_parallel else None
+    interception = Interception(backend.policy, given.compile, given.inner, parallel)
     interception.install()
     # Registered first, so that it runs last: after the script's threads and the script's own atexit functions.
-    atexit.register(_finish, interception, report, given.script)
+    if parallel is None or parallel.ranks.rank == 0:
+        atexit.register(_finish, interception, report, given.script)
+    else:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the script of every rank prints the same
     _run(given.script, given.module, given.arguments)
 
 

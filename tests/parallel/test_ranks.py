@@ -133,3 +133,29 @@ def test_a_mesh_that_cannot_be_used(found, name):
     for result in case(found, "bad_meshes"):
         assert result[name].startswith(MESSAGES[name])
         assert MESSAGES[name] or not result[name]
+
+
+@pytest.mark.skipif(
+    not os.environ.get("ATTNREWRITE_SLOW"), reason="two processes that import diffusers: ATTNREWRITE_SLOW=1"
+)
+def test_a_script_that_nobody_edits(tmp_path):
+    script = str(HERE.parents[1] / "examples" / "zero_code" / "plain_script.py")
+    alone = subprocess.run([sys.executable, script, "--steps", "2"], capture_output=True, text=True)
+    options = ["--backend", "native", "--context-parallel", "--inner", "eager", "--compile", "denoiser"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "attnrewrite", "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    ran = subprocess.run(
+        [sys.executable, *command, *options, script, "--steps", "2"], capture_output=True, text=True, env=environment
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout == alone.stdout  # by one rank
+    assert ran.stderr.count("context parallelism over 2 ranks, ") == 1
+
+
+def test_a_script_on_one_process_is_told_how_to_start_more(capsys, monkeypatch):
+    from attnrewrite.commands import run
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit):
+        run.main(["--backend", "native", "--context-parallel", "script.py"])
+    assert "--context-parallel needs several processes: torchrun --nproc-per-node 2" in capsys.readouterr().err

@@ -1,0 +1,142 @@
+"""Measures steps of denoisers that several GPUs share: one GPU, attnrewrite, diffusers' own Ulysses attention.
+
+    torchrun --nproc-per-node 2 bench/context_parallel.py [--models flux wan-14b] [--rounds 8] [--json FILE]
+
+Each step is timed with CUDA events behind a barrier; a row has the median, the error to one GPU's step, what a rank exchanges
+by the plan, and the peak of a rank's memory. `--small` runs the sizes of a test over gloo on CPUs, to try the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+import attnrewrite
+from attnrewrite.commands.bench import results
+from attnrewrite.commands.bench.denoisers import MODELS, Denoiser, Place
+
+ONE, PEER = "one GPU, torch.compile", "diffusers' Ulysses"
+DEFAULT = ("wan-14b", "hunyuan", "flux", "qwen-image", "sd3.5")
+
+
+def ours(*choices: str, mesh: DeviceMesh, whole: bool = False, kind: str = "auto") -> Callable[[Denoiser], Any]:
+    def prepared(denoiser: Denoiser) -> Any:
+        parallel = attnrewrite.ContextParallel(mesh, kind)
+        backend = attnrewrite.with_backend(*choices, context_parallel=parallel)
+        return replace(denoiser, blocks=() if whole else denoiser.blocks).compile(backend), backend
+
+    return prepared
+
+
+def peer(mesh: DeviceMesh, whole: bool) -> Callable[[Denoiser], Any]:
+    def prepared(denoiser: Denoiser) -> Any:
+        from diffusers import ContextParallelConfig
+
+        model: Any = denoiser.model
+        model.set_attention_backend("_native_cudnn" if mesh.device_type == "cuda" else "native")
+        model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=mesh.size()))
+        return replace(denoiser, blocks=() if whole else denoiser.blocks).compile("inductor"), None
+
+    return prepared
+
+
+def variants(mesh: DeviceMesh) -> dict[str, Callable[[Denoiser], Any]]:
+    return {
+        ONE: lambda denoiser: (denoiser.compile("inductor"), None),
+        "attnrewrite, native": ours("native", mesh=mesh),
+        "attnrewrite, native, ulysses": ours("native", mesh=mesh, kind="ulysses"),
+        "attnrewrite, auto": ours("auto", mesh=mesh),
+        "attnrewrite, auto, whole model": ours("auto", mesh=mesh, whole=True),
+        PEER: peer(mesh, whole=False),
+        f"{PEER}, whole model": peer(mesh, whole=True),
+    }
+
+
+def timed(step: Callable[[], torch.Tensor], device: torch.device, rounds: int) -> tuple[float, torch.Tensor]:
+    """The median duration of a step in ms, and its result in float32."""
+    found = []
+    with torch.no_grad():
+        for _ in range(3):
+            output = step()
+        for _ in range(rounds):
+            dist.barrier()
+            if device.type == "cuda":
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda.synchronize()
+                start.record()
+                step()
+                end.record()
+                end.synchronize()
+                found.append(start.elapsed_time(end))
+            else:
+                began = time.perf_counter()
+                step()
+                found.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(found), output.float()
+
+
+def measure(name: str, place: Place, mesh: DeviceMesh, rounds: int) -> dict[str, Any]:
+    """A row for each variant; each has a model of its own with the same weights."""
+    rows: dict[str, Any] = {}
+    reference: torch.Tensor | None = None
+    for label, prepared in variants(mesh).items():
+        torch._dynamo.reset()
+        if place.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            step, backend = prepared(MODELS[name](place))
+            milliseconds, output = timed(step, place.device, rounds)
+        except Exception as error:
+            rows[label] = {"error": f"{type(error).__name__}: {error}"[:400]}
+        else:
+            reference = output if reference is None else reference
+            rows[label] = {
+                "ms": round(milliseconds, 2),
+                "relative_error": ((output - reference).norm() / reference.norm()).item(),
+                "gib": torch.cuda.max_memory_allocated() / 2**30 if place.device.type == "cuda" else None,
+                "plan": [graph.parallel.lines() for graph in backend.report.graphs if graph.parallel]
+                if backend
+                else [],
+            }
+        step = backend = None
+        if dist.get_rank() == 0:
+            print(f"{name}: {label}: {json.dumps({**rows[label], 'plan': None})}", flush=True)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=DEFAULT, choices=tuple(MODELS))
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--small", action="store_true", help="sizes of a test, over gloo on CPUs")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE too")
+    options = parser.parse_args()
+    if not options.small and not torch.cuda.is_available():
+        raise SystemExit("bench/context_parallel.py needs CUDA GPUs: --small tries the script on CPUs")
+    kind = "cpu" if options.small else "cuda"
+    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    mesh = init_device_mesh(kind, (int(os.environ["WORLD_SIZE"]),))
+    place = Place(device, torch.float32 if options.small else torch.bfloat16, options.small)
+    result: dict[str, Any] = {**results.header(device, options.small), "ranks": mesh.size(), "rounds": options.rounds}
+    result["models"] = {name: measure(name, place, mesh, options.rounds) for name in options.models}
+    if options.json and dist.get_rank() == 0:
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
