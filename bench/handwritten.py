@@ -1,14 +1,21 @@
 """Hand-written attention (matmul and softmax), swapped and unswapped, on the CPU: seconds and peak memory.
 
-    python bench/handwritten.py [--rounds 5] [--backend _native_flash] [--json FILE]
+    python bench/handwritten.py [--model sd15 ...] [--rounds 5] [--backend _native_flash] [--json FILE]
 
-The model is the transformer block of SD 1.5's UNet at 64 x 64 latents (4,096 tokens, 8 heads of 40, a prompt of 77 tokens). Its
-attention is diffusers' `AttnProcessor`: baddbmm, softmax, bmm. Inductor compiles it twice, in float32 with batch 1: "swapped"
-with `with_backend(...)`, "unswapped" without. Both run in turn in one process.
+sd15            the transformer block of SD 1.5's UNet at 64 x 64 latents (4,096 tokens, 8 heads of 40, a prompt of 77 tokens)
+                with diffusers' `AttnProcessor`: baddbmm, softmax, bmm
+swin_v2_window  one window attention of Swin V2 (timm): 64 windows of 16 x 16 tokens, 3 heads of 32, a learned temperature and
+                a bias
+swin_v2         timm's swinv2_tiny_window16_256, two images
+xcit            timm's xcit_tiny_12_p16_224, four images: attention of channels, a learned temperature
+mvit_v2         timm's mvitv2_small_cls, two images: a bias that is written into a part of the scores
+
+The last four need timm. Weights are random, as drawn; all is float32. Inductor compiles each model twice: "swapped" with
+`with_backend(...)`, "unswapped" without. Both run in turn in one process.
 
 ratio    the median over rounds of unswapped / swapped
 peak     the growth of the process's largest resident size during a step, each variant in a process of its own
-scores   the size of a tensor of all scores
+scores   the size of the scores of the largest attention
 error    |output - exact| / |exact|, where exact is computed in float64, uncompiled
 """
 
@@ -23,6 +30,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.attention_processor import AttnProcessor
@@ -32,12 +40,11 @@ from step_ratio import processor
 import attnrewrite
 
 HEADS, DIM, SIDE, TEXT = 8, 40, 64, 77
-SCORES = HEADS * SIDE**4 * 4 / 2**20
+Model = tuple[torch.nn.Module, dict[str, torch.Tensor]]
 
 
-def block() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
-    torch.manual_seed(0)
-    module = Transformer2DModel(HEADS, DIM, in_channels=HEADS * DIM, cross_attention_dim=768).eval()
+def sd15() -> Model:
+    module = Transformer2DModel(HEADS, DIM, in_channels=HEADS * DIM, cross_attention_dim=768)
     for child in module.modules():
         if hasattr(child, "set_processor"):
             child.set_processor(AttnProcessor())
@@ -47,16 +54,57 @@ def block() -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     }
 
 
-def compiled(backend: str | None) -> tuple[Callable[[], torch.Tensor], attnrewrite.AttentionCompiler | None]:
-    module, inputs = block()
+def swin_v2_window() -> Model:
+    from timm.models.swin_transformer_v2 import WindowAttention
+
+    return WindowAttention(96, (16, 16), 3), {"x": torch.randn(64, 256, 96)}
+
+
+def images(name: str, count: int, side: int) -> Callable[[], Model]:
+    def build() -> Model:
+        import timm
+
+        module = timm.create_model(name)
+        for parameter in module.parameters():  # Swin V2 begins with blocks that add nothing
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, 1.0, 0.1)
+        return module, {"x": torch.randn(count, 3, side, side)}
+
+    return build
+
+
+MODELS: dict[str, Callable[[], Model]] = {
+    "sd15": sd15,
+    "swin_v2_window": swin_v2_window,
+    "swin_v2": images("swinv2_tiny_window16_256", 2, 256),
+    "xcit": images("xcit_tiny_12_p16_224", 4, 224),
+    "mvit_v2": images("mvitv2_small_cls", 2, 224),
+}
+
+
+def built(model: str) -> Model:
+    torch.manual_seed(0)
+    module, inputs = MODELS[model]()
+    return module.eval(), inputs
+
+
+def output_of(module: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    output = module(**inputs)
+    tensor: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return tensor
+
+
+def compiled(
+    model: str, backend: str | None
+) -> tuple[Callable[[], torch.Tensor], attnrewrite.AttentionCompiler | None]:
+    module, inputs = built(model)
     chosen = attnrewrite.with_backend(backend) if backend else None
 
     def step(**given: torch.Tensor) -> torch.Tensor:
-        output: torch.Tensor = module(**given, return_dict=False)[0]
-        return output
+        return output_of(module, given)
 
     # Dynamo keeps compiled code by code object, so each variant gets a code object of its own.
-    step.__code__ = step.__code__.replace(co_name=f"step_{backend}")
+    step.__code__ = step.__code__.replace(co_name=f"step_{model}_{backend}")
     run = torch.compile(step, backend=chosen or "inductor", fullgraph=True)
     return lambda: run(**inputs), chosen
 
@@ -67,75 +115,82 @@ def resident() -> float:
     return int(line.split()[1]) / 1024
 
 
-def peak(backend: str | None) -> float:
+def peak(model: str, backend: str | None) -> float:
     """Returns the MiB by which a step raises the largest resident size of this process."""
-    run, _ = compiled(backend)
-    module, inputs = block()
-    small = {**inputs, "hidden_states": inputs["hidden_states"][..., :8, :8]}
-    module(**small)  # libraries allocate memory at their first call
+    run, _ = compiled(model, backend)
+    if model == "sd15":  # libraries allocate memory at their first call
+        module, inputs = built(model)
+        output_of(module, {**inputs, "hidden_states": inputs["hidden_states"][..., :8, :8]})
     before = resident()
     run()
     return resident() - before
 
 
-def in_a_process(backend: str | None) -> float:
+def in_a_process(model: str, backend: str | None) -> float:
     """Runs `peak` in two processes, one after the other. Returns the second value: Inductor's cache is warm then, so that
     compiling allocates little."""
     for _ in range(2):
-        command = [sys.executable, __file__, "--peak", backend or "unswapped"]
+        command = [sys.executable, __file__, "--model", model, "--peak", backend or "unswapped"]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return float(output.split()[-1])
 
 
+def measured(model: str, backend: str, rounds: int) -> dict[str, Any]:
+    """Measures one model, and prints it."""
+    module, inputs = built(model)
+    exact = output_of(copy.deepcopy(module).double(), {name: value.double() for name, value in inputs.items()})
+    steps = {"unswapped": compiled(model, None)[0]}
+    steps["swapped"], chosen = compiled(model, backend)
+    errors = {name: ((step() - exact).norm() / exact.norm()).item() for name, step in steps.items()}
+    assert chosen is not None
+    sites = chosen.report.sites
+    print(f"{model}: {torch.get_num_threads()} threads, torch {torch.__version__}; {len(sites)} sites:")
+    print(chosen.report)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(rounds):
+        for name in list(steps)[:: 1 if turn % 2 else -1]:
+            started = time.perf_counter()
+            steps[name]()
+            times[name].append(time.perf_counter() - started)
+    peaks = {"unswapped": in_a_process(model, None), "swapped": in_a_process(model, backend)}
+    ratios = [one / other for one, other in zip(times["unswapped"], times["swapped"], strict=True)]
+    calls = [site.call for site in sites]
+    scores = max(int(call.batch * call.heads * call.q_len * call.kv_len) for call in calls) * 4 / 2**20
+    variants = {
+        name: {"seconds": statistics.median(times[name]), "peak_mib": peaks[name], "error": errors[name]}
+        for name in steps
+    }
+    for name, about in variants.items():
+        print("{:10} {seconds:7.3f} s  peak {peak_mib:6.0f} MiB  error {error:.1e}".format(name, **about))
+    ratio = statistics.median(ratios)
+    saved = peaks["unswapped"] - peaks["swapped"]
+    print(f"ratio {ratio:.2f}; peak lower by {saved:.0f} MiB, the scores take {scores:.0f} MiB", flush=True)
+    return {
+        "cpu": processor(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "backend": backend,
+        "ratio": ratio,
+        "scores_mib": scores,
+        "variants": variants,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", nargs="+", choices=MODELS, default=["sd15"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backend", default="_native_flash")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE too, by model")
     parser.add_argument("--peak", metavar="VARIANT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     with torch.no_grad():
         if options.peak:
-            print(peak(None if options.peak == "unswapped" else options.peak))
+            print(peak(options.model[0], None if options.peak == "unswapped" else options.peak))
             return
-        module, inputs = block()
-        exact = copy.deepcopy(module).double()(**{name: value.double() for name, value in inputs.items()})[0]
-        steps = {"unswapped": compiled(None)[0]}
-        steps["swapped"], chosen = compiled(options.backend)
-        errors = {name: ((step() - exact).norm() / exact.norm()).item() for name, step in steps.items()}
-        assert chosen is not None
-        print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; {len(chosen.report.sites)} sites:")
-        print(chosen.report)
-        times: dict[str, list[float]] = {name: [] for name in steps}
-        for turn in range(options.rounds):
-            for name in list(steps)[:: 1 if turn % 2 else -1]:
-                started = time.perf_counter()
-                steps[name]()
-                times[name].append(time.perf_counter() - started)
-    peaks = {"unswapped": in_a_process(None), "swapped": in_a_process(options.backend)}
-    ratios = [one / other for one, other in zip(times["unswapped"], times["swapped"], strict=True)]
-    result = {
-        "cpu": processor(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "backend": options.backend,
-        "ratio": statistics.median(ratios),
-        "scores_mib": SCORES,
-        "variants": {
-            name: {"seconds": statistics.median(times[name]), "peak_mib": peaks[name], "error": errors[name]}
-            for name in steps
-        },
-    }
-    for name in steps:
-        print(
-            "{:10} {seconds:7.3f} s  peak {peak_mib:6.0f} MiB  error {error:.1e}".format(
-                name, **result["variants"][name]
-            )
-        )  # type: ignore[index]
-    saved = peaks["unswapped"] - peaks["swapped"]
-    print(f"ratio {result['ratio']:.2f}; peak lower by {saved:.0f} MiB, the scores take {SCORES:.0f} MiB")
+        results = {model: measured(model, options.backend, options.rounds) for model in options.model}
     if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        options.json.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

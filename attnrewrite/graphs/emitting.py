@@ -136,8 +136,10 @@ class Emitter(TorchFunctionMode):
 
     def write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         """Writes the node of a call that returned `result`."""
-        made = [leaf for leaf in leaves(result) if isinstance(leaf, torch.Tensor) and id(leaf) not in self._nodes]
-        if not made:  # the call asked for a size, stride or dtype, or returned one of its arguments
+        given = [result] if isinstance(result, torch.Tensor) else leaves(result)
+        if not any(
+            isinstance(each, torch.Tensor) and id(each) not in self._nodes for each in given
+        ):  # the call asked for a size, stride or dtype, or returned one of its arguments
             return
         kind, target = _target(func)
         node = self.graph.create_node(kind, target, self._arguments(args), self._arguments(kwargs))

@@ -79,7 +79,9 @@ def unread(graph_module: GraphModule) -> frozenset[Node]:
     write nothing and draw no random numbers: without them the graph does the same."""
     found: set[Node] = set()
     for node in reversed(graph_module.graph.nodes):
-        if all(user in found or name_of(user) == CHECK for user in node.users) and _only_computes(node):
+        if all(user in found or (not user.users and name_of(user) == CHECK) for user in node.users) and _only_computes(
+            node
+        ):
             found.add(node)
     return frozenset(found)
 
@@ -145,6 +147,8 @@ class Writes:
 
 
 def _nodes(argument: Any) -> list[Node]:
+    if argument is None or isinstance(argument, Node):
+        return [] if argument is None else [argument]
     return [leaf for leaf in leaves(argument, is_leaf=lambda leaf: isinstance(leaf, Node)) if isinstance(leaf, Node)]
 
 

@@ -16,9 +16,10 @@ def before_views(tensor: torch.Tensor, views: Views, indices: tuple[Index, ...])
     """The indices in a (fake) tensor of the element that is at `indices` after `views`."""
     shapes = []
     with values_only(tensor):
-        for view in views:
+        for place, view in enumerate(views):
             shapes.append(tuple(map(index_of, tensor.shape)))
-            tensor = applied(tensor, (view,))
+            if place + 1 < len(views):
+                tensor = applied(tensor, (view,))
     for (name, arguments), shape in zip(reversed(views), reversed(shapes), strict=True):
         indices = _BEFORE[name](list(indices), shape, *arguments)
     return indices

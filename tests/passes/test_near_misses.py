@@ -54,6 +54,11 @@ def talking_heads(query, key, value):
     return mixed @ value
 
 
+def one_key(query, key, value):
+    """A sequence of one: each query's weight is 1."""
+    return (query @ key[:, :, :1].mT * SCALE).softmax(-1) @ value[:, :, :1]
+
+
 def twice_mixed(query, key, value):
     """vit-pytorch's CaiT."""
     scores = torch.einsum("bhij,hg->bgij", query @ key.mT * SCALE, torch.ones(4, 4))
@@ -93,6 +98,7 @@ MISSES = {
         Attention(lambda scores: torch.where(TRIANGLE, scores, scores.mT)),
         r"its scores are selected from two tensors \(where\)",
     ),
+    "one key": (Attention(whole=one_key), "it has a single key"),
     "heads are mixed": (Attention(whole=talking_heads), "its heads are mixed by einsum"),
     "heads are mixed twice": (Attention(whole=twice_mixed), "its heads are mixed by einsum"),
     "heads are mixed before": (Attention(whole=mixed_before), "its heads are mixed by einsum"),
