@@ -13,6 +13,35 @@ from ..graphs.sizes import always
 from ..kernels.calls import Mask, MaskKind
 from .found import MaskTerm, Operand
 
+# A finite fill becomes at most this bias. Any score added to it is lost in float32, so that a row with nothing but fills has
+# equal weights, as after the fill.
+LOWEST = -1e30
+# A score added to a number at or below this one is lost, even in float64: all hidden keys have equal scores then.
+VANISHING = -1e18
+
+
+def lowered(amount: float) -> float:
+    """The bias that stands for a fill with `amount`."""
+    return amount if amount == -math.inf else min(amount, LOWEST)
+
+
+def one_fill(terms: Sequence[MaskTerm]) -> bool:
+    """Whether a mask is nothing but fills with one finite number."""
+    amounts = {term.amount if term.how != "add" else math.nan for term in terms}
+    return len(amounts) == 1 and math.isfinite(*amounts)
+
+
+def rows_matter(terms: Sequence[MaskTerm], needs_grad: bool) -> bool:
+    """Whether no bias can stand for the fills of a row that has nothing but fills: a fill passes no gradient to the score that
+    it replaces, a bias does; fills with several numbers and biases on top of fills decide the row's weights."""
+    filled: set[float] = set()
+    for term in terms:
+        if term.how != "add":
+            filled |= {term.amount} - {-math.inf}
+        elif filled and max(filled) > VANISHING:
+            return True
+    return len(filled) > 1 or (bool(filled) and needs_grad)
+
 
 def mask_of(terms: Sequence[MaskTerm], dtype: torch.dtype, query: torch.Tensor, output: torch.Tensor) -> Mask:
     """The mask that all terms together make. dtype: that of the attention's products."""
@@ -70,8 +99,46 @@ def build_mask(
             bias = given if bias is None else bias + given
         else:
             rest = torch.zeros((), dtype=wanted, device=given.device) if bias is None else bias
-            bias = torch.where(given if term.how == "keep" else ~given, rest, term.amount)
+            bias = torch.where(given if term.how == "keep" else ~given, rest, lowered(term.amount))
     return bias  # type: ignore[no-any-return]
+
+
+def build_rows(
+    terms: Sequence[MaskTerm], dtype: torch.dtype, tensor: Callable[[Operand], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(an additive mask, False for each row that has nothing but fills), for terms whose `rows_matter`.
+
+    With a query of zeros, which passes no gradient either, the scores of such a row are the mask: the fills and what was added
+    to them since, less a number for the whole row. In other rows a fill hides the key.
+    """
+    wanted = _bias_dtype(terms, dtype)
+    amounts = {term.amount for term in terms if term.how != "add"} - {-math.inf}
+    top = max(amounts)
+    bias: Any = None
+    live: Any = None  # False: filled
+    deaf: Any = None  # True: filled with a number that a bias is lost in
+    for term in terms:
+        given = tensor(term.tensor)
+        if term.how == "add":
+            given = given.to(wanted) * term.amount
+            if deaf is not None:  # lost as a number, not as a gradient
+                given = torch.where(deaf, given - given.detach() if given.requires_grad else 0.0, given)
+            bias = given if bias is None else bias + given
+            continue
+        keep = given if term.how == "keep" else ~given
+        rest = torch.zeros((), dtype=wanted, device=given.device) if bias is None else bias
+        bias = torch.where(keep, rest, -math.inf if term.amount == -math.inf else term.amount - top)
+        live = keep if live is None else live & keep
+        if term.amount <= VANISHING:
+            deaf = ~keep if deaf is None else deaf | ~keep
+        elif deaf is not None:
+            deaf = deaf & keep
+    alive = live.any(-1, keepdim=True)
+    hidden = bias
+    if len(amounts) > 1:
+        level = bias.detach().amax(-1, keepdim=True)
+        hidden = bias - torch.where(level == -math.inf, 0.0, level)
+    return torch.where(alive, torch.where(live, bias, LOWEST), hidden), alive
 
 
 def _bias_dtype(terms: Sequence[MaskTerm], dtype: torch.dtype) -> torch.dtype:

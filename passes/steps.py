@@ -3,7 +3,6 @@ multiplied by tensors."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Set
 from dataclasses import dataclass, field, replace
 
@@ -23,9 +22,6 @@ from .scores import Scores, ScoreStep
 
 # A finite fill must not be above this number to count as a mask: weights of exp(-1e4) are zero in every dtype.
 LEAST_FILL = -1e4
-# A finite fill becomes at most this bias. Any score added to it is lost in float32, so that a row with nothing but fills has
-# equal weights, as after the fill.
-LOWEST = -1e30
 
 # Functions of the scores whose results lie between the least and the largest score, or hardly above.
 _LEVELS = frozenset({"amax", "amin", "max", "min", "mean", "median", "logsumexp"})
@@ -136,7 +132,6 @@ class Steps:
                 how = "keep" if how == "drop" else "drop"
             if done.scale <= 0 or not amount <= LEAST_FILL:
                 done.stays(f"it fills masked scores with {amount:g}")
-            amount = amount if amount == -math.inf else min(amount, LOWEST)
         operand = Operand(at.node, views)
         if step.cuts:
             operand = _padded(operand, arrangement.mask, cuts, how == "keep")

@@ -25,7 +25,7 @@ from ..kernels.shapes import lead_sizes, mask_rank4
 from ..masks.building import built
 from ..planning.reasons import cast_to
 from .found import Operand, Operands, Planned, Swapped
-from .masks import build_mask
+from .masks import build_mask, build_rows, rows_matter
 
 
 def swap_kernels(graph_module: GraphModule, attentions: Sequence[Planned]) -> tuple[Planned, ...]:
@@ -65,10 +65,16 @@ def _swap(
 
     with emitter.before(node, call.needs_grad, old):
         query, key, value = (tensor(each) for each in (operands.query, operands.key, operands.value))
-        given, shared = _mask(operands, call, tensor, emitter, written)
-        made = built(call, planned.proof, site.mask_as, given, shared, emitter)
-        if made.alive is not None:
-            query = zero_unless(made.alive, query)
+        # Where the kernel gets a boolean mask that is proven, `built` takes care of rows without a key.
+        proven = site.mask_as != "given" and planned.proof is not None and planned.proof.keep is not None
+        rows = not proven and rows_matter(operands.mask, call.needs_grad)
+        given, shared = _mask(operands, call, tensor, emitter, written, rows)
+        made = built(
+            call, None if rows else planned.proof, site.mask_as, given and (lambda: given()[0]), shared, emitter
+        )
+        alive = given()[1] if rows and given is not None else made.alive
+        if alive is not None:
+            query = zero_unless(alive, query)
         if backend.op is None:
             output = _native(made.call, query, key, value, made.mask, emitter)
         else:
@@ -94,10 +100,14 @@ def _swap(
     return outputs, new
 
 
+MaskAndRows = tuple[torch.Tensor, torch.Tensor | None]
+
+
 def _mask(
-    operands: Operands, call: AttentionCall, tensor: Any, emitter: Emitter, written: set[int]
-) -> tuple[Callable[[], torch.Tensor] | None, Any]:
-    """A function that returns the mask as one tensor, and the key under which sites share the tensor prepared from the mask."""
+    operands: Operands, call: AttentionCall, tensor: Any, emitter: Emitter, written: set[int], rows: bool
+) -> tuple[Callable[[], MaskAndRows] | None, Any]:
+    """A function that returns the mask as one tensor, and if `rows` the rows that see a key; and the key under which sites
+    share the tensor prepared from the mask."""
     if not operands.mask:
         return None, None
     nodes = [term.tensor.node for term in operands.mask]
@@ -105,19 +115,21 @@ def _mask(
         tuple(nodes),
         repr([(term.tensor.views, term.tensor.pads, term.how, term.amount) for term in operands.mask]),
         call.dtype,
+        rows,
     )
     # A mask that the graph writes into may have other values at the next site: it is not shared.
     if any(storage_of(value_of(node)) in written for node in nodes):
         shared = (shared, call.site)
     (first, *rest) = operands.mask
     if not rest and not first.tensor.views and not first.tensor.pads and call.written_as != "operations":
-        return lambda: emitter.tensor(first.tensor.node), shared
+        return lambda: (emitter.tensor(first.tensor.node), None), shared
+    dtype = getattr(torch, call.dtype)
 
-    def build() -> torch.Tensor:
-        mask: torch.Tensor = emitter.once(
-            ("mask", shared), lambda: build_mask(operands.mask, getattr(torch, call.dtype), tensor)
-        )
-        return mask
+    def build() -> MaskAndRows:
+        if rows:
+            made: MaskAndRows = emitter.once(("mask", shared), lambda: build_rows(operands.mask, dtype, tensor))
+            return made
+        return emitter.once(("mask", shared), lambda: build_mask(operands.mask, dtype, tensor)), None
 
     return build, shared
 

@@ -19,12 +19,11 @@ from ..masks.indices import Index, at_least_zero, axis, exchanged, index_of
 from ..masks.reading import Reader, Unstable, is_plain
 from ..masks.views import before_views
 from .found import Found, MaskTerm, Operand, Operands, Understood
+from .masks import VANISHING, lowered, one_fill, rows_matter
 
 # A number at or below this one hides a key. Models use -10000 (-9984 in bfloat16), -1e9 and finfo.min: a hidden key takes part
 # only if its score is larger than all others by about as much. Numbers nearer to zero are biases.
 FAR = -5000.0
-# A score added to a number at or below this one is lost, even in float64: all hidden keys have equal scores then.
-VANISHING = -1e18
 
 KEY, QUERY = -1, -2
 
@@ -43,6 +42,9 @@ def understand_masks(graph_module: GraphModule, attentions: Sequence[Found]) -> 
         mask, operands = found.call.mask, found.operands
         opaque = found.call.obstacle is not None or not mask.is_tensor or mask.needs_grad
         if opaque or operands is None or not operands.mask:
+            understood.append(found.then(Understood))
+        elif rows_matter(operands.mask, found.call.needs_grad) and not one_fill(operands.mask):
+            # No value stands for these fills.
             understood.append(found.then(Understood))
         else:
             reader = reader or Reader(graph_module)
@@ -63,11 +65,12 @@ def _understood(found: Found, operands: Operands, reader: Reader) -> Understood:
         value = None
     if value is None:
         return found.then(Understood)
-    facts = _facts(value, found.call, operands.query.value.dim(), reader)
+    call, filled = found.call, one_fill(operands.mask)
+    facts = _facts(value, call, operands.query.value.dim(), reader, filled)
+    if facts.mask is None and call.needs_grad:
+        facts = _for_gradients(value, call, reader, filled)
     proof = Proof(value, facts.keep, facts.keys, facts.queries)
-    if facts.mask is None or facts.mask.kind is found.call.mask.kind:
-        return found.then(Understood, proof=proof)
-    return found.then(Understood, proof=proof, call=replace(found.call, mask=facts.mask))
+    return found.then(Understood, proof=proof, call=replace(call, mask=facts.mask or call.mask))
 
 
 def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Value | None:
@@ -104,7 +107,7 @@ def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Valu
         if wanted == torch.bool:
             total = keep if total is None else make.and_(total, keep)
         else:
-            total = make.select(keep, total or make.constant(0.0), make.constant(rounded(term.amount, wanted)))
+            total = make.select(keep, total or make.constant(0.0), make.constant(rounded(lowered(term.amount), wanted)))
     return total
 
 
@@ -128,7 +131,8 @@ class Facts:
     queries: tuple[Home, ...] = ()  # as in `Proof`
 
 
-def _facts(value: Value, call: AttentionCall, rank: int, reader: Reader) -> Facts:
+def _facts(value: Value, call: AttentionCall, rank: int, reader: Reader, filled: bool) -> Facts:
+    """filled: the number of the mask fills scores and is not added to them."""
     make = reader.expressions
     fills: frozenset[float] = frozenset({-math.inf})
     if not value.boolean:
@@ -152,8 +156,8 @@ def _facts(value: Value, call: AttentionCall, rank: int, reader: Reader) -> Fact
     finite = fill != -math.inf
     no_key = "mean" if fill <= VANISHING else "all keys"
     no_key = no_key if finite else "zeros"
-    mask = replace(call.mask, no_key=no_key)
-    if not rest and not queries and no_key == "mean" and call.needs_grad:
+    mask = replace(call.mask, no_key=no_key, low_rows=finite and call.needs_grad and not filled)
+    if not rest and not queries and no_key == "mean" and call.needs_grad and not filled:
         return Facts()  # queries of zeros give the mean, but not SDPA's gradient
     if not rest and not queries:
         return Facts(replace(mask, kind=MaskKind.KEY_PADDING), value)
@@ -169,6 +173,22 @@ def _facts(value: Value, call: AttentionCall, rank: int, reader: Reader) -> Fact
         causal = kind in (MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT)
         return Facts(replace(mask, kind=MaskKind.CAUSAL_PADDING), value) if causal else Facts()
     return Facts(replace(call.mask, kind=kind, window=window), value)
+
+
+def _for_gradients(value: Value, call: AttentionCall, reader: Reader, filled: bool) -> Facts:
+    """What is known of an additive mask of no other kind, for the gradients of a row that it hides as a whole.
+
+    Fills: the mean of all values, and no gradient for the scores. One number that is added: it shifts all scores of the row
+    alike. Several numbers, or one that the scores vanish beside: only the weights themselves give the gradient."""
+    parts = None if value.boolean else hidden(value, reader.expressions)
+    if parts is None or not parts[1] or not min(parts[1]) <= FAR:
+        return Facts()
+    keep, numbers = parts
+    mask = replace(call.mask, low_rows=not filled and numbers != {-math.inf})
+    (number, *others) = numbers
+    if others or keep.kind == "constant" or number == -math.inf or not (filled or number > VANISHING):
+        return Facts(mask)
+    return Facts(replace(mask, kind=MaskKind.BOOLEAN, no_key="mean" if filled else "all keys"), keep)
 
 
 def hidden(value: Value, make: Expressions) -> tuple[Value, frozenset[float]] | None:

@@ -41,6 +41,7 @@ class Mask:
         values, where the number is so large that the scores vanish beside it.
     if_boolean: the kind that the graph would prove of an additive mask if the inputs of the graph that it is computed from were
         boolean. None: no other.
+    low_rows: an additive mask may hide a row as a whole by a number that the log-sum-exp of its scores is lost in.
     """
 
     kind: MaskKind = MaskKind.NONE  # as proven by the graph
@@ -50,6 +51,7 @@ class Mask:
     window: tuple[Size | None, Size | None] | None = None
     no_key: str = "zeros"
     if_boolean: MaskKind | None = field(default=None, compare=False)
+    low_rows: bool = False
 
     @property
     def is_tensor(self) -> bool:
@@ -65,7 +67,7 @@ class Mask:
         if self.dtype is None:
             return None
         kind = MaskKind.BOOLEAN if self.dtype == "bool" else MaskKind.ADDITIVE
-        return Mask(kind, self.dtype, self.shape, self.needs_grad)
+        return Mask(kind, self.dtype, self.shape, self.needs_grad, low_rows=self.low_rows)
 
     @property
     def bare(self) -> Mask:
@@ -136,6 +138,7 @@ class AttentionCall:
         mask = Mask(
             MaskKind(mask["kind"]), mask["dtype"], tuple(mask["shape"]), mask["needs_grad"], window,
             mask.get("no_key", "zeros"), MaskKind(mask["if_boolean"]) if mask.get("if_boolean") else None,
+            mask.get("low_rows", False),
         )  # fmt: skip
         named = {OLD_NAMES.get(name, name): value for name, value in data.items()}
         return AttentionCall(**{**named, "mask": mask})

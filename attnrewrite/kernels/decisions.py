@@ -61,7 +61,7 @@ class Accepted:
     """The kernel may take the call."""
 
     steps: tuple[Step, ...] = ()  # the operations that this needs around the kernel
-    mask_as: str = "proven"  # how the kernel receives the mask: "proven", "keys" or "given" (`reasons.masks_for`)
+    mask_as: str = "proven"  # how the kernel receives the mask, one of `reasons.masks_for`
 
     def described(self) -> Accepted:
         return Accepted(tuple(step.described() for step in self.steps), self.mask_as)

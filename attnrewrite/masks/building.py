@@ -68,7 +68,7 @@ def built(
     queries = None
     if mask_as == "keys":
         queries = emitter.once(("queries", shared), lambda: _all_of(proof.queries, rank, emitter))
-    kind = MaskKind.KEY_PADDING if mask_as == "keys" else mask.kind
+    kind = {"keys": MaskKind.KEY_PADDING, "boolean": MaskKind.BOOLEAN}.get(mask_as, mask.kind)
     seen = replace(mask.bare, kind=kind, shape=tuple(keep.shape))
     return Built(replace(call, mask=seen), keep, shared, alive, queries)
 

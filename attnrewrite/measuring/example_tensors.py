@@ -121,7 +121,8 @@ def _mask(call: AttentionCall, device: torch.device, draw: _Draw) -> tuple[Tenso
     if mask.dtype != "bool":
         bias = torch.zeros(given.shape, dtype=getattr(torch, str(mask.dtype)), device=device)
         given = bias.masked_fill(~given, -10000.0 if mask.no_key == "all keys" else -torch.inf)
-    keep = None if mask.kind is MaskKind.BOOLEAN or not mask.is_tensor else (keys if rows is not None else seen)
+    plain = not mask.is_tensor or (mask.kind is MaskKind.BOOLEAN and mask.dtype == "bool")
+    keep = None if plain else (keys if rows is not None else seen)
     keep = None if keep is None else keep.expand(shape[0] if len(shape) == 4 else 1, 1, *keep.shape).contiguous()
     return given, keep, None if rows is None else rows[None, None]
 

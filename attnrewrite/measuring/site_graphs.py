@@ -144,10 +144,8 @@ def _asked(captured: Captured, site: Site) -> tuple[AttentionCall, Tensor | None
         return replace(call, mask=mask if mask.kind is MaskKind.ADDITIVE else mask.bare), None, None
     if captured.keep is None:
         return call, given, None
-    if site.mask_as == "keys":
-        kind, rows = MaskKind.KEY_PADDING, captured.rows
-    else:
-        kind, rows = mask.kind, None
+    kinds = {"keys": MaskKind.KEY_PADDING, "boolean": MaskKind.BOOLEAN}
+    kind, rows = kinds.get(site.mask_as, mask.kind), captured.rows if site.mask_as == "keys" else None
     return replace(call, mask=replace(mask.bare, kind=kind, shape=tuple(captured.keep.shape))), captured.keep, rows
 
 

@@ -66,6 +66,7 @@ def masks_for(backend: Backend, mask: Mask) -> Iterator[tuple[str, Mask]]:
 
     "proven": the kind that the graph proves, with a boolean tensor if the kind needs one; an additive mask stays additive.
     "keys": padding of queries and keys as key padding; the output rows of padded queries are set to zero after the kernel.
+    "boolean": the proven keys as any boolean mask, where the model's additive tensor would lose gradients.
     "given": the model's own tensor.
     """
     has = backend.masks
@@ -74,6 +75,8 @@ def masks_for(backend: Backend, mask: Mask) -> Iterator[tuple[str, Mask]]:
         yield "proven", mask if mask.kind is MaskKind.ADDITIVE else mask.bare
     elif mask.kind is MaskKind.QUERY_KEY_PADDING and MaskKind.KEY_PADDING in has:
         yield "keys", replace(mask.bare, kind=MaskKind.KEY_PADDING)
+    elif mask.low_rows and mask.is_boolean and MaskKind.BOOLEAN in has:
+        yield "boolean", replace(mask.bare, kind=MaskKind.BOOLEAN)
     elif mask.given.kind not in has:
         yield "proven", mask  # the refusal then names the proven kind
     if mask.given is not None and mask.given.kind is not mask.kind and mask.given.kind in has:
@@ -243,6 +246,20 @@ def _mask(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | 
     return None
 
 
+def _low_rows(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    """A kernel's backward computes the weights of a row anew from the log-sum-exp of its scores, which is rounded beside a
+    large number: weights of 1 instead of 1 / kv_len."""
+    low = call.needs_grad and call.mask.low_rows and call.mask.kind is MaskKind.ADDITIVE
+    if not low or backend.all_scores or (backend.op is None and call.written_as != "operations"):
+        return None
+    return Refused(
+        Code.GRAD,
+        f"{backend.name} loses the gradient of a row that the additive mask hides as a whole: its backward has only the "
+        "log-sum-exp of the scores, not the weights",
+        "Pass the mask as torch.bool, or choose _native_math",
+    )
+
+
 def _value_dim(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
     if backend.value_dim or holds(call.value_dim == call.head_dim):
         return None
@@ -350,6 +367,7 @@ REASONS: tuple[Callable[[Backend, AttentionCall, Machine], Refused | None], ...]
     _dropout,
     _grad,
     _mask,
+    _low_rows,
     _scale,
     _value_dim,
     _gqa,
