@@ -46,6 +46,7 @@ def quick_with(builders, *arguments):
 # Sites in compiled blocks: of one class, all layers share a compilation. LTX-Video is one graph of two layers.
 SITES = {
     "hunyuan": 2, "qwen-image": 1, "wan-14b": 2, "wan-1.3b": 2, "sd3.5": 2, "flux": 2, "sdxl": 2, "ltx": 4, "lumina2": 3,
+    "svd": 8,
 }  # fmt: skip
 
 

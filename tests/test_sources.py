@@ -102,7 +102,7 @@ def test_a_build_without_this_kernel_is_a_refusal(stand_ins, monkeypatch, name, 
     flags = dict.fromkeys(("SM80_ENABLED", "SM89_ENABLED", "SM90_ENABLED"), True)
     monkeypatch.setattr(sageattention, "core", SimpleNamespace(**flags), raising=False)
     assert run(choices(record)).chosen == name
-    assert usable(name, machine_for(record))[0] is None
+    assert usable(name, replace(machine_for(record), here=True))[0] is None
     torch.compiler.reset()
     flags = {known: known != flag for known in flags} if flag else dict.fromkeys(flags, False)
     monkeypatch.setattr(sageattention, "core", SimpleNamespace(**flags))
@@ -112,12 +112,12 @@ def test_a_build_without_this_kernel_is_a_refusal(stand_ins, monkeypatch, name, 
         return
     assert (site.chosen, site.refusals[0][1].code) == ("native", Code.BROKEN)
     assert f"its core.{flag} is False" in site.refusals[0][1].detail
-    assert usable(name, machine_for(record))[0] == site.refusals[0][1]
+    assert usable(name, replace(machine_for(record), here=True))[0] == site.refusals[0][1]
 
 
 def test_info_survives_a_broken_package(broken):
     (record,) = records_of("flash")
-    refused, _ = usable("flash", machine_for(record))
+    refused, _ = usable("flash", replace(machine_for(record), here=True))
     assert (refused.code, broken in refused.detail) == (Code.BROKEN, True)
 
 

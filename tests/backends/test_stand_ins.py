@@ -268,9 +268,7 @@ def test_one_mask_and_two_scales(kernel):
 
     def step(q, k, v, mask):
         return (
-            attend(q, k, v, mask, scale=0.125)
-            + 2 * attend(q, k, v, mask, scale=1.0)
-            + attend(q, k, v, mask, scale=-0.3)
+            attend(q, k, v, mask, scale=0.125) + 2 * attend(q, k, v, mask, scale=1.0) + attend(q, k, v, mask, scale=0.3)
         )
 
     tensors = (*tensors_for(kernel), torch.randn(2, 1, 7, 11).bfloat16())
