@@ -85,6 +85,7 @@ class Emitter(TorchFunctionMode):
         """Emits the code inside at the end of the graph, under the autocast that applies there. Arguments: as of `before`."""
         with (
             torch.set_grad_enabled(needs_grad),
+            same_autocast(),
             enable_python_dispatcher(),
             _no_saved_tensors(),
             value.fake_mode,  # type: ignore[attr-defined]
@@ -96,10 +97,20 @@ class Emitter(TorchFunctionMode):
         """What is emitted from here on is part of the module and source line of `source`."""
         self._meta = {key: source.meta[key] for key in INHERITED_META if key in source.meta}
 
-    def replay(self, source: Node, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def replay(
+        self,
+        source: Node,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        written: tuple[Any, Any] | None = None,
+    ) -> Any:
         """Writes the call of `source` with other arguments: fake tensors and sizes in the place of nodes. Returns the fake
-        result. The node is the graph's own, with the metadata of `source`."""
-        arguments = self._arguments(args), self._arguments(kwargs)
+        result. The node is the graph's own, with the metadata of `source`.
+
+        written: the arguments as nodes, where they are no tensors and sizes alone.
+        """
+        arguments = (self._arguments(args), self._arguments(kwargs)) if written is None else written
         node = self.graph.call_function(target, *arguments)
         self._quiet = True
         try:
@@ -299,6 +310,19 @@ class _Arithmetic(torch.fx.proxy.GraphAppendingTracer):
         node = super().create_node(*args, **kwargs)
         self.made.append(node)
         return node
+
+
+@contextmanager
+def same_autocast() -> Iterator[None]:
+    """Restores autocast at its end: a graph whose nodes run may enter a region, and fail inside it."""
+    devices = [kind for kind in ("cpu", "cuda", "xpu") if torch.amp.is_autocast_available(kind)]
+    before = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in devices]
+    try:
+        yield
+    finally:
+        for kind, enabled, dtype in before:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
+from .emitting import same_autocast
 from .nodes import fake_mode_of, is_fake, value_of
 
 _SOURCE = "_dynamo_source"  # AOTAutograd asks each input of a graph of Dynamo for the variable that it comes from
@@ -33,7 +34,7 @@ def lowered(module: GraphModule) -> GraphModule | None:
         with preserve_node_meta():
             return Interpreter(module).run(*values)
 
-    with mode, enable_python_dispatcher():
+    with mode, enable_python_dispatcher(), same_autocast():
         result: GraphModule = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*given)
     for node in result.graph.nodes:
         node.meta["example_value"] = node.meta.pop("val", None)

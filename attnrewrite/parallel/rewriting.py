@@ -86,14 +86,17 @@ class _Rewriter:
         """A call of no operator: of a higher-order operator, or one that enters autocast."""
         args: Any = map_arg(node.args, self._of_other)
         kwargs: Any = map_arg(node.kwargs, self._of_other)
-        result = self.emitter.replay(node, node.target, args, kwargs)
+        written = map_arg(node.args, self._result), map_arg(node.kwargs, self._result)
+        result = self.emitter.replay(node, node.target, args, kwargs, written)
         self.held[node] = [(None, result)]
+        if not isinstance(result, torch.Tensor | tuple | list):
+            self.nodes[node] = next(iter(reversed(self.graph.nodes)))
 
     def _of_other(self, node: Node) -> Any:
         return self._get(node, None)
 
     def _result(self, node: Node) -> Any:
-        """The node of an output."""
+        """The node of a whole value."""
         value = value_of(node)
         if isinstance(value, torch.Tensor):
             return self.emitter.node(self._get(node, None))

@@ -4,7 +4,7 @@ the exchanges that the plan names and no other."""
 import pytest
 import torch
 import torch.nn.functional as F
-from lockstep import run, traced
+from lockstep import Shared, run, traced
 
 from attnrewrite.parallel import plans, rewriting
 from attnrewrite.parallel.analysis import analyse
@@ -234,6 +234,27 @@ def test_spatial_and_temporal_attention():
     for size in (2, 3, 4):
         for kind in ("ulysses", "auto"):
             check(function, [randn(2, 4, 9, WIDTH)], size, kind)
+
+
+def test_a_region_of_autocast():
+    """The products inside run in the dtype of the region, also on a part."""
+
+    backend = Shared(2, "ulysses")
+    tokens = torch.randn(2, 10, WIDTH)
+    weights = [each.float() for each in (QUERY, KEY, VALUE)]
+
+    def single(x, query, key, value):
+        with torch.autocast("cpu", torch.bfloat16):
+            parts = (F.linear(x, each).unflatten(-1, (-1, DIM)).transpose(1, 2) for each in (query, key, value))
+            return sdpa(*parts).transpose(1, 2).flatten(2)
+
+    with torch.no_grad():
+        expected = single(tokens, *weights)
+        result = torch.compile(single, backend=backend)(tokens, *weights)
+    assert result.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(result, expected)
+    assert backend.plans[0].sites[0].exchange == plans.ALL_TO_ALL
+    assert not torch.is_autocast_enabled("cpu")
 
 
 def test_dropout_runs_whole():

@@ -11,6 +11,11 @@ from parity import relative
 
 from attnrewrite.parallel import plans
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`FluxPosEmbed` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:In CPU autocast, but the target dtype is not supported:UserWarning"),
+]
+
 # ATTNREWRITE_SLOW=1 runs all of them: tracing takes seconds a model.
 # (model, ranks, kind): lengths and heads that divide and that do not, batches that do.
 QUICK = (("wan", 2, "ulysses"), ("qwen_image", 2, "ulysses"))
