@@ -209,6 +209,14 @@ def sizes(call: Call) -> list[tuple[int, int, int]]:
     return [first, (call.batch + 2, call.q_len + 4, call.kv_len + 4)] if call.dynamic else [first]
 
 
+def loses_scores(call: Call) -> bool:
+    """Whether some row may have nothing but keys that a finite number hides, added to their scores: the weights of such a row are
+    those of scores that rounding has taken digits from, or all, and any kernel may round them in its own way."""
+    added = call.hides != "boolean" and call.mask not in ("none", *ADDITIVE) and call.fill != "-torch.inf"
+    shorter = call.mask in ("lower_right", "window", "documents") and call.q_len > call.kv_len
+    return added and (shorter or call.least == 0 or call.mask in ("padding_both", "rows_without_a_key"))
+
+
 def written_out(call: Call, device: str) -> str:
     """The source of constants, of `tensors(BATCH, Q_LEN, KV_LEN)`, and of `attention`, which takes what `tensors` returns."""
     given, views = _memory(call)

@@ -13,6 +13,7 @@ import attnrewrite
 pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
+from fuzz import EveryKernel
 from model_zoo import MODELS, SETTINGS
 from parity import FLEX_TAKES_MASKS
 
@@ -126,12 +127,21 @@ def run_compiled(name, kernel, inner):
     return outputs, backend.report
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+def every_kernel():
+    """All kernels for one trace of Dynamo, which takes most of the time."""
+    return EveryKernel({kernel: attnrewrite.with_backend(kernel, inner="eager") for kernel in KERNELS})
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_every_attention_is_found_and_its_output_kept(name, kernel):
-    outputs, report = run_compiled(name, kernel, "eager")
-    check_sites(report, name, kernel)
-    check_outputs(outputs, name)
+def test_every_attention_is_found_and_its_output_kept(name):
+    every, (module, kwargs) = every_kernel(), MODELS[name]()
+    compiled = torch.compile(module, backend=every)
+    for kernel, backend in every.backends.items():
+        every.now = kernel
+        with torch.no_grad(), torch._dynamo.config.patch(SETTINGS.get(name, {})):
+            outputs = compiled(**kwargs)
+        check_sites(backend.report, name, kernel)
+        check_outputs(outputs, name)
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -197,18 +207,18 @@ def test_gradients(name, inner):
         assert (got[parameter] - gradient).norm() <= 3 * rounding + 1e-6 * gradient.norm() + 1e-8 * whole, parameter
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("name", REPEATED)
-def test_repeated_blocks(name, kernel):
-    module, kwargs = MODELS[name]()
-    backend = attnrewrite.with_backend(kernel, inner="eager")
-    module.compile_repeated_blocks(backend=backend, fullgraph=True)
-    with torch.no_grad():
-        outputs = module(**kwargs)
-    # Blocks of one class share a graph as long as their inputs look alike, so there are fewer sites than attentions.
-    # A graph that is compiled again for other sizes has symbolic ones, which a kernel may refuse.
-    assert 0 < len(backend.report.sites) < expected(name)[2]
-    if kernel != "flex" or FLEX_TAKES_MASKS:
-        assert backend.report.sites[0].chosen == kernel
-    assert all(site.chosen == kernel or str(site.refusals[0][1]) for site in backend.report.sites)
-    check_outputs(outputs, name)
+def test_repeated_blocks(name):
+    every, (module, kwargs) = every_kernel(), MODELS[name]()
+    module.compile_repeated_blocks(backend=every, fullgraph=True)
+    for kernel, backend in every.backends.items():
+        every.now = kernel
+        with torch.no_grad():
+            outputs = module(**kwargs)
+        # Blocks of one class share a graph as long as their inputs look alike, so there are fewer sites than attentions.
+        # A graph that is compiled again for other sizes has symbolic ones, which a kernel may refuse.
+        assert 0 < len(backend.report.sites) < expected(name)[2]
+        if kernel != "flex" or FLEX_TAKES_MASKS:
+            assert backend.report.sites[0].chosen == kernel
+        assert all(site.chosen == kernel or str(site.refusals[0][1]) for site in backend.report.sites)
+        check_outputs(outputs, name)

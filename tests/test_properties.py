@@ -6,11 +6,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from fuzz import EveryKernel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from parity import FLEX_TAKES_MASKS, TOLERANCE, compiled, doubled
 
-from attnrewrite import AttentionCall, Code, Machine, Report, make_plan, make_policy
+from attnrewrite import AttentionCall, Code, Machine, Report, make_plan, make_policy, with_backend
 from attnrewrite.reports.report import GraphReport
 
 modest = settings(deadline=None, derandomize=True, database=None, max_examples=150)
@@ -37,6 +38,7 @@ def strided(batch, heads, length, dim):
 
 
 LAYOUTS = {function.__name__: function for function in (bhsd, bshd, fused, strided)}
+KERNELS = ("_native_flash", "_native_math", "flex")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
 
 
@@ -130,40 +132,28 @@ def error(output, reference):
     return ((output.double() - reference).norm() / (norm or 1.0)).item()
 
 
-def holds_for(kernel, asked):
+@given(asked())
+@modest
+def test_every_kernel(asked):
+    """Dynamo traces the call once for all of them."""
     torch.compiler.reset()
     tensors = asked.tensors()
-    run, backend = compiled(lambda *given: asked(*given), kernel)
-    output, expected = run(*tensors), asked(*map(doubled, tensors))
-    (site,) = backend.report.sites
-    codes = {refused.code for _, refused in site.refusals}
-    possible = refusals_of(kernel, asked)
-    assert codes <= possible
-    assert bool(codes) == bool(possible) == (site.chosen is None)
-    assert (output.shape, output.dtype) == (expected.shape, DTYPES[asked.dtype])
-    assert error(output, expected) < TOLERANCE[output.dtype], (site, error(output, expected))
-    return tensors, output
+    every = EveryKernel({kernel: with_backend(kernel, inner="eager") for kernel in KERNELS})
+    run = torch.compile(lambda *given: asked(*given), backend=every, fullgraph=True, dynamic=False)
+    expected = asked(*map(doubled, tensors))
+    for kernel, backend in every.backends.items():
+        every.now = kernel
+        output = run(*tensors)
+        (site,) = backend.report.sites
+        codes = {refused.code for _, refused in site.refusals}
+        possible = refusals_of(kernel, asked)
+        assert codes <= possible
+        assert bool(codes) == bool(possible) == (site.chosen is None)
+        assert (output.shape, output.dtype) == (expected.shape, DTYPES[asked.dtype])
+        assert error(output, expected) < TOLERANCE[output.dtype], (site, error(output, expected))
 
 
-@given(asked())
-@modest
-def test_flash(asked):
-    holds_for("_native_flash", asked)
-
-
-@given(asked())
-@modest
-def test_math(asked):
-    holds_for("_native_math", asked)
-
-
-@given(asked())
-@modest
-def test_flex(asked):
-    holds_for("flex", asked)
-
-
-@pytest.mark.parametrize("kernel", ["_native_flash", "_native_math", "flex"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_float32_mask_for_float64(kernel):
     """PyTorch's CPU kernel reads such a mask as something else, from 16 keys on: no kernel may be given it."""
     query, key, value = (bhsd(1, 1, length, 8).double() for length in (3, 40, 40))
