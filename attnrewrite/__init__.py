@@ -5,6 +5,7 @@ from .aot.blocks import aot_compile_blocks, load_blocks
 from .aot.check_ops import AttentionAssertionError
 from .aot.files import explain_file, load, retarget, save
 from .aot.packages import CHECKS_HEADER, CompiledPackage, LoadedPackage, NeedsPythonError, aot_compile, load_package
+from .aot.portable import portable
 from .aot.programs import export, report_of, rewrite
 from .entrances.checking import check
 from .entrances.choices import make_policy
@@ -96,6 +97,7 @@ __all__ = [
     "names",
     "ops",
     "packed_kernel",
+    "portable",
     "records_of",
     "report_of",
     "reset_attention_backend",

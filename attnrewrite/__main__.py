@@ -99,7 +99,7 @@ def rewrite(arguments: list[str]) -> None:
         report = retarget(given.source, given.target, *names, machine=given.machine, strict=given.strict, **settings)
     except ValueError as error:
         parser.error(f"--backend: {error}")
-    except (ProgramFileError, AttentionRefusedError) as error:
+    except (ProgramFileError, AttentionRefusedError, OSError) as error:
         parser.error(str(error))
     print(report)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,25 +11,23 @@ from pathlib import Path
 
 
 @contextmanager
-def whole(path: str | os.PathLike[str], suffix: str = ".part") -> Iterator[Path]:
-    """A temporary file beside `path`, which replaces `path` at the end if the code inside raised nothing: a reader of `path`,
-    in this process or another, sees the old content or the new one. Raises `OSError`, and leaves the old file in place.
+def whole(path: str | os.PathLike[str], name: str = "part") -> Iterator[Path]:
+    """A temporary file, which replaces `path` at the end if the code inside raised nothing: a reader of `path`, in this process
+    or another, sees the old content or the new one. Raises `OSError`, which names `path`, and leaves the old file in place.
 
-    suffix: the end of the temporary file's name, where a writer requires one.
+    name: of the temporary file, in a folder of its own beside `path`. Archives of PyTorch have it, without its ending, in them.
     """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{path} cannot be written: there is no folder {target.parent}. Make it first")
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=suffix, dir=target.parent)
-    os.close(handle)
+    writable(target)
     try:
-        yield Path(name)
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp gives permissions to the owner only
-        os.replace(name, target)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise type(error)(error.errno, f"{target} cannot be written: {error.strerror}") from error
+    try:
+        yield folder / name
+        os.replace(folder / name, target)
     finally:
-        Path(name).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -40,8 +39,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def writable(path: Path) -> None:
     """Raises `OSError` if no file can be written at `path`, before the work that fills the file."""
     if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name a file in it")
+        raise IsADirectoryError(f"{path} cannot be written: it is a folder. Name a file in it")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is no folder: make it first")
+        raise FileNotFoundError(f"{path} cannot be written: {path.parent} is no folder. Make it first")
     if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path.parent} cannot be written to")
+        raise PermissionError(f"{path} cannot be written: no files may be made in {path.parent}")

@@ -16,6 +16,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 import attnrewrite
 from attnrewrite import Machine
+from attnrewrite.aot.layouts import without_overlaps
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning"),  # torch.export's own
@@ -51,11 +52,12 @@ def packaged(tmp_path_factory):
     """The model, its package for C++, and what compiling it returned."""
     torch.manual_seed(0)
     folder, model, batch = tmp_path_factory.mktemp("aot"), Step().eval().requires_grad_(False), Dim("batch", max=64)
+    images, times, labels = inputs(10)
+    example = images, times[:1].expand(10), labels  # as pipelines pass the time of a step
     program = attnrewrite.export(
-        model, inputs(10), backend="_native_flash", dynamic_shapes=({0: batch}, {0: batch}, {0: batch})
+        model, example, backend="_native_flash", dynamic_shapes=({0: batch}, {0: batch}, {0: batch})
     )
     package = attnrewrite.aot_compile(program, folder / "package.pt2", cpp=True)
-    images, times, labels = inputs(10)
     images.numpy().tofile(folder / "images.bin")
     model(images, times, labels).numpy().tofile(folder / "velocity.bin")
     return model, folder, package
@@ -121,6 +123,34 @@ def test_inputs_that_lie_otherwise(packaged):
     assert relative(step(turned, times, labels), model(images, times, labels)) < 1e-5
     sliced = torch.stack([images, images + 1])[:, 1:4].unbind()[0]
     assert relative(step(sliced, times[:3], labels[:3]), model(sliced, times[:3], labels[:3])) < 1e-5
+
+
+def test_the_example_was_expanded(packaged):
+    """AOTInductor's code would read one time for all."""
+    model, folder, _ = packaged
+    step = attnrewrite.load_package(folder / "package.pt2")
+    images, _, labels = inputs(5)
+    for times in (torch.arange(5) * 100, torch.tensor([300]).expand(5), torch.arange(15)[::3] * 50):
+        assert relative(step(images, times, labels), model(images, times, labels)) < 1e-5
+
+
+def test_a_program_with_overlaps_is_left_as_it_is():
+    class Add(torch.nn.Module):
+        def forward(self, a, b, c):
+            return a + b + c
+
+    a, b, c = torch.randn(3, 4), torch.randn(4).expand(3, 4), torch.randn(1, 4).expand(1, 4)
+    program = torch.export.export(Add(), (a, b, c), dynamic_shapes=({0: Dim("n")}, {0: Dim("n")}, None))
+    made = without_overlaps(program)
+
+    def strides(program):
+        return [node.meta["val"].stride() for node in program.graph.find_nodes(op="placeholder")]
+
+    assert (strides(program)[1], strides(made)[1]) == ((0, 1), (4, 1))
+    assert strides(made)[::2] == strides(program)[::2]
+    assert made.example_inputs[0][1].is_contiguous()
+    assert made.range_constraints == program.range_constraints
+    assert without_overlaps(made) is made
 
 
 def test_bad_packages(packaged, tmp_path):

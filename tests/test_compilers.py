@@ -6,6 +6,7 @@ import pickle
 import threading
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -698,7 +699,32 @@ BAD = {
     "a list": (
         lambda: with_backend(["flex", "native"]),
         TypeError,
-        "choices holds ['flex', 'native'] (list): give names or Backend records",
+        "choices holds a list: give its items one by one, *['flex', 'native']",
+    ),
+    "a tuple of records in a rule": (
+        lambda: with_backend("native", rules={"self": [(FLASH_CPU, "native")]}),
+        TypeError,
+        "rules['self'] holds a tuple: give its items one by one, *['_native_flash', 'native']",
+    ),
+    "names in one text": (
+        lambda: with_backend("_native_flash, native"),
+        ValueError,
+        "choices has '_native_flash, native', which is one text: give separate names, '_native_flash', 'native'",
+    ),
+    "a file of a plan": (
+        lambda: with_backend("plans/plan.json"),
+        ValueError,
+        "choices has 'plans/plan.json': a plan is read from its file first, attnrewrite.Plan.load('plans/plan.json')",
+    ),
+    "a path in a rule": (
+        lambda: with_backend("native", rules={"self": Path("plan.json")}),
+        TypeError,
+        "rules['self'] holds PosixPath('plan.json'): a plan is read from its file first, attnrewrite.Plan.load('plan.json')",
+    ),
+    "a path": (
+        lambda: with_backend(Path("plan.json"), "native"),
+        TypeError,
+        "choices holds PosixPath('plan.json'): a plan is read from its file first, attnrewrite.Plan.load('plan.json')",
     ),
     "a number in a rule": (
         lambda: with_backend("native", rules={"self": [None]}),

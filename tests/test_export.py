@@ -643,11 +643,14 @@ def test_weights_are_never_in_memory(tmp_path):
 def test_files_that_are_none(saved, tmp_path):
     path, *_ = saved
     whole = path.read_bytes()
-    (tmp_path / "cut.pt2").write_bytes(whole[: len(whole) // 2])
+    for part in (50, 75, 90, 98):
+        (tmp_path / f"cut{part}.pt2").write_bytes(whole[: len(whole) * part // 100])
+    (tmp_path / "text.pt2").write_text("no archive")
     with zipfile.ZipFile(tmp_path / "other.pt2", "w") as archive:
         archive.writestr("x/y", "z")
     for name, said in (
-        ("cut", "or an incomplete archive"),
+        *((f"cut{part}", "the archive is truncated: its end is missing") for part in (50, 75, 90, 98)),
+        ("text", "found another file"),
         ("other", "found another archive"),
         ("gone", "there is no such file"),
     ):
@@ -656,7 +659,7 @@ def test_files_that_are_none(saved, tmp_path):
             attnrewrite.explain_file,
             lambda file: attnrewrite.retarget(file, file, "native"),
         ):
-            with pytest.raises(attnrewrite.ProgramFileError, match=rf"{name}\.pt2: .*expected .*|.*{said}") as caught:
+            with pytest.raises(attnrewrite.ProgramFileError, match=rf"{name}\.pt2: .*{said}") as caught:
                 read(tmp_path / f"{name}.pt2")
             assert said in str(caught.value)
 
@@ -756,6 +759,48 @@ def test_made_on_a_cpu_for_this_gpu(tmp_path, kernel):
         assert "is on cpu, the program needs cuda" in violated(made, *tensors)
 
 
+def test_equal_programs_are_equal_files(saved, tmp_path):
+    path, made, *_ = saved
+    attnrewrite.save(made, tmp_path / "b.pt2")
+    assert (tmp_path / "b.pt2").read_bytes() == path.read_bytes()
+    for name in ("c", "d"):
+        attnrewrite.retarget(path, tmp_path / f"{name}.pt2", "native")
+    with zipfile.ZipFile(tmp_path / "c.pt2") as one, zipfile.ZipFile(tmp_path / "d.pt2") as other:
+        assert [(each.filename, each.date_time) for each in one.infolist()] == [
+            (each.filename, each.date_time) for each in other.infolist()
+        ]
+
+
+def folder_of(name):
+    return lambda saved, target: attnrewrite.retarget(saved, target, "native")
+
+
+def test_a_place_that_cannot_be_written_is_named(saved, tmp_path, capsys):
+    path, made, *_ = saved
+    folder = tmp_path / "folder.pt2"
+    folder.mkdir()
+    plan = attnrewrite.Plan(())
+    for target, kind, said in (
+        (tmp_path / "none" / "a.pt2", FileNotFoundError, f"{tmp_path / 'none'} is no folder. Make it first"),
+        (folder, IsADirectoryError, "it is a folder. Name a file in it"),
+    ):
+        for write in (
+            lambda target: attnrewrite.save(made, target),
+            lambda target: attnrewrite.retarget(path, target, "native"),
+            plan.save,
+        ):
+            with pytest.raises(kind) as caught:
+                write(target)
+            assert str(caught.value) == f"{target} cannot be written: {said}"
+        with pytest.raises(SystemExit):
+            command(["rewrite", str(path), str(target), "--backend", "native"])
+        assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {target} cannot be written: {said}")
+    with pytest.raises(SystemExit):
+        command(["rewrite", str(path) + "x", str(folder), "--backend", "native"])
+    assert "there is no such file" in capsys.readouterr().err
+    assert not list(folder.iterdir())
+
+
 def test_a_file_is_written_whole_or_not_at_all(saved, tmp_path, monkeypatch):
     path, made, _, _ = saved
     before = path.read_bytes()
@@ -770,7 +815,7 @@ def test_a_file_is_written_whole_or_not_at_all(saved, tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         attnrewrite.save(made, path)
     assert path.read_bytes() == before
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
+    with pytest.raises(FileNotFoundError, match=r"a\.pt2 cannot be written: .*none is no folder\. Make it first"):
         attnrewrite.save(made, tmp_path / "none" / "a.pt2")
     assert [each.name for each in path.parent.iterdir()] == [path.name]
 

@@ -32,6 +32,7 @@ MODEL = "models/model.json"
 CONFIG = "data/weights/model_weights_config.json"
 WEIGHTS = "data/weights/"
 EXTRA = "extra/"
+NAME = "program.pt2"  # of the temporary file: the archive's folder is called after it, so equal programs give equal bytes
 
 
 class ProgramFileError(RuntimeError):
@@ -47,12 +48,30 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Archive]:
     except FileNotFoundError:
         raise ProgramFileError(f"{path}: there is no such file; expected a .pt2 of torch.export.save") from None
     except (zipfile.BadZipFile, OSError) as error:
+        if isinstance(error, zipfile.BadZipFile) and _begins_as_archive(path):
+            raise _truncated(path) from error
         raise ProgramFileError(
-            f"{path}: expected the .pt2 archive of an exported program, found another file or an incomplete archive "
-            f"({error}). Copy or save it again"
+            f"{path}: expected the .pt2 archive of an exported program, found another file ({error}). Copy or save it again"
         ) from error
     with source:
+        # A program holds archives itself. In a truncated file Python finds the end of one of these, and takes that for the whole.
+        if _begins_as_archive(path) and all(info.header_offset for info in source.infolist()):
+            raise _truncated(path)
         yield Archive(Path(path), source)
+
+
+def _begins_as_archive(path: str | os.PathLike[str]) -> bool:
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def _truncated(path: str | os.PathLike[str]) -> ProgramFileError:
+    return ProgramFileError(f"{path}: the archive is truncated: its end is missing. Copy or save it again")
+
+
+def timeless(name: str) -> zipfile.ZipInfo:
+    """An entry to write, without the time of writing, so that equal contents give equal files."""
+    return zipfile.ZipInfo(name)
 
 
 class Archive:
@@ -107,11 +126,11 @@ class Archive:
                 if name not in changed and keep(name):
                     with (
                         self.source.open(info) as source,
-                        written.open(info.filename, "w", force_zip64=info.file_size > 1 << 30) as entry,
+                        written.open(timeless(info.filename), "w", force_zip64=info.file_size > 1 << 30) as copy,
                     ):
-                        shutil.copyfileobj(source, entry, 1 << 20)
+                        shutil.copyfileobj(source, copy, 1 << 20)
             for name, content in changed.items():
-                written.writestr(f"{folder}/{name}", content)
+                written.writestr(timeless(f"{folder}/{name}"), content)
 
 
 def loaded(file: Any, path: Any = None) -> ExportedProgram:

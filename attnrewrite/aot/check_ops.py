@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from ..graphs.exported import erased_by_onnx
 from ..kernels.ops import LIBRARY, NAMESPACE
 
 HOLDS = {
@@ -32,6 +33,10 @@ def is_assertion(node: Node) -> bool:
     return node.op == "call_function" and node.target in CHECKS
 
 
+LEFT_OUT = (
+    "an ONNX model has no checks of what the kernels of this program were chosen for, and not every kernel is right there: "
+    "attnrewrite.portable(program) gives a program for it"
+)
 REMEDY = "Call it as it was exported, or rewrite the program for such a call (attnrewrite.retarget)"
 
 
@@ -106,6 +111,7 @@ def _define(name: str, schema: str, real: Any) -> Any:
     torch.library.register_fake(f"{NAMESPACE}::{name}", _nothing, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     torch.fx.node.has_side_effect(op)
+    erased_by_onnx(op, LEFT_OUT)
     return op
 
 

@@ -17,7 +17,7 @@ from ..kernels.machines import Machine, known_machine
 from ..pipeline import Target, rewrite_graph
 from ..planning.planner import Libraries
 from ..reports.report import GraphReport, Report
-from .archives import EXTRA, MODEL, Archive, ProgramFileError, graph_text, loaded, opened, with_graph
+from .archives import EXTRA, MODEL, NAME, Archive, ProgramFileError, graph_text, loaded, opened, with_graph
 from .manifests import MANIFEST, ORIGINAL, Manifest, check_machine, manifest_of
 from .programs import RECORD, Record, copy_of, fingerprint, original_of, program_policy, record_of, rewrite_program
 
@@ -41,7 +41,7 @@ def save(program: ExportedProgram, path: Path_) -> None:
     if not isinstance(program, ExportedProgram):
         raise TypeError(f"program is {type(program).__name__}: give a torch.export.ExportedProgram")
     record, original = record_of(program), original_of(program)
-    with whole(path, ".pt2") as temporary, _without_record(program):
+    with whole(path, NAME) as temporary, _without_record(program):
         extras = _extras(record, None if original is program else original)
         extra = {name.removeprefix(EXTRA): text.decode() for name, text in extras.items()}
         torch.export.save(program, temporary, extra_files=extra)
@@ -114,7 +114,7 @@ def retarget(
         record = record_of(made)
         assert record is not None
         changed = {MODEL: graph_text(made), **_extras(record, program)}
-        with whole(target, ".pt2") as temporary:
+        with whole(target, NAME) as temporary:
             archive.copy(temporary, changed)
     return record.report
 

@@ -11,9 +11,11 @@ import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-from ..graphs.nodes import value_of
+from ..graphs.exported import updated
+from ..graphs.nodes import value_of, values_only
 from ..graphs.sizes import always
-from ..graphs.trees import flattened, in_order, structure_of, unflattened
+from ..graphs.trees import flattened, in_order, mapped, structure_of, unflattened
+from .programs import copy_of
 
 Layout = dict[str, list[int]]
 
@@ -25,6 +27,36 @@ def layouts_of(program: ExportedProgram) -> str:
     nodes = {node.name: node for node in program.graph.find_nodes(op="placeholder")}
     tensors = [(name, value_of(nodes[name])) for name in users if name in nodes]
     return json.dumps([_layout(name, value) for name, value in tensors if isinstance(value, torch.Tensor)])
+
+
+def without_overlaps(program: ExportedProgram) -> ExportedProgram:
+    """Returns the program for inputs that have memory of their own for each element, as `contiguous` gives them. AOTInductor's
+    code would read one element of an example made by `expand`, whatever a call gives."""
+    users = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind is InputKind.USER_INPUT}
+    module = copy_of(program.graph_module)
+    found = [
+        node for node in module.graph.find_nodes(op="placeholder")
+        if node.name in users and _overlaps(value_of(node))
+    ]  # fmt: skip
+    if not found:
+        return program
+    for node in found:
+        value = value_of(node)
+        with values_only(value):
+            node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
+    made = updated(program, module, program.graph_signature)
+    made.example_inputs = mapped(
+        lambda leaf: leaf.contiguous() if _overlaps(leaf) else leaf, program.example_inputs
+    )
+    return made
+
+
+def _overlaps(value: Any) -> bool:
+    """Whether several elements of a tensor lie at one place: those along an expanded dimension."""
+    return isinstance(value, torch.Tensor) and any(
+        isinstance(stride, int) and stride == 0 and not (isinstance(size, int) and size <= 1)
+        for size, stride in zip(value.shape, value.stride(), strict=True)
+    )
 
 
 def _layout(name: str, tensor: torch.Tensor) -> Layout:

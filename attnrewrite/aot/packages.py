@@ -19,9 +19,9 @@ from ..files import whole
 from ..graphs.inductor_patches import failing_ops_end_the_call
 from ..graphs.operators import defined_in_python
 from ..reports.report import Report
-from .archives import ProgramFileError, opened
+from .archives import NAME, ProgramFileError, opened, timeless
 from .check_ops import CHECKS, is_assertion
-from .layouts import Layouts, layouts_of
+from .layouts import Layouts, layouts_of, without_overlaps
 from .manifests import MANIFEST, Manifest, check_machine, manifest_of
 from .programs import record_of
 
@@ -84,17 +84,19 @@ def aot_compile(
             f"cpp=True, and {len(python)} of the program's kernels run in Python: {', '.join(python)}. Choose PyTorch's own "
             'kernels ("_native_flash", "_native_cudnn", "native") there, or load the package from Python'
         )
-    record, layouts = record_of(program), layouts_of(program)
+    record, program = record_of(program), without_overlaps(program)
+    layouts = layouts_of(program)
     settings = dict(options or {})
     if not weights:
         settings.setdefault("aot_inductor.package_constants_in_so", False)
-    with whole(path, ".pt2") as temporary, failing_ops_end_the_call(CHECKS):
+    with whole(path, NAME) as temporary, failing_ops_end_the_call(CHECKS):
         torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=settings)
         with zipfile.ZipFile(temporary, "a") as archive:
             folder = archive.namelist()[0].partition("/")[0]
-            archive.writestr(f"{folder}/{LAYOUTS}", layouts)
+            archive.writestr(timeless(f"{folder}/{LAYOUTS}"), layouts)
             if record is not None:
-                archive.writestr(f"{folder}/{MANIFEST}", manifest_of(record.report, record.checks, python).to_json())
+                text = manifest_of(record.report, record.checks, python).to_json()
+                archive.writestr(timeless(f"{folder}/{MANIFEST}"), text)
     return CompiledPackage(os.fspath(path), python, record.report if record else None)
 
 

@@ -18,12 +18,12 @@ from ..graphs.exported import copied, updated
 from ..graphs.notes import erase_notes, note_literal
 from ..graphs.questions import noted
 from ..kernels.machines import Machine, known_machine
-from ..pipeline import Target, rewrite_graph
+from ..pipeline import Outcome, Target, rewrite_graph
 from ..planning.planner import Libraries
 from ..planning.policies import Policy
 from ..reports.report import GraphReport, Report
 from .assertions import insert_assertions
-from .conditions import conditions
+from .conditions import Condition, conditions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -169,25 +169,46 @@ def fingerprint(module: GraphModule) -> int:
     )
 
 
+@dataclass(frozen=True)
+class Draft:
+    """The graph of a program with swapped kernels, before its checks."""
+
+    module: GraphModule
+    outcome: Outcome
+    needed: tuple[Condition, ...]  # what the swapped kernels need to hold at each call
+    outputs: list[Any]  # of the graph before the swap
+
+
 def rewrite_program(given: ExportedProgram, policy: Policy, machine: Machine | None) -> ExportedProgram:
     program = original_of(given)
+    draft = drafted(program, policy, machine)
+    device = machine.torch_device if machine is not None else None
+    checks = insert_assertions(
+        draft.module, program.graph_signature, draft.needed, draft.outcome.swapped, device, _trainable(program),
+        program.range_constraints,
+    )  # fmt: skip
+    return finished(program, draft, policy, checks)
+
+
+def drafted(program: ExportedProgram, policy: Policy, machine: Machine | None) -> Draft:
     module = copy_of(program.graph_module)
     _name_literals(module, program)
     before = _outputs(module)
     ranges = program.range_constraints
     with noted(module, ranges) as questions:
         outcome = rewrite_graph(module, policy, Target(machine, exported=True), _libraries(machine))
-        device = machine.torch_device if machine is not None else None
         needed = conditions(questions, outcome.swapped, ranges)
-    checks = insert_assertions(
-        module, program.graph_signature, needed, outcome.swapped, device, _trainable(program), ranges
-    )
-    erase_notes(module.graph)
-    signature = _renamed(program.graph_signature, before, _outputs(module))
+    return Draft(module, outcome, needed, before)
+
+
+def finished(program: ExportedProgram, draft: Draft, policy: Policy, checks: tuple[str, ...]) -> ExportedProgram:
+    """`program` with the graph of the draft. checks: a sentence for each check that was inserted."""
+    erase_notes(draft.module.graph)
+    signature = _renamed(program.graph_signature, draft.outputs, _outputs(draft.module))
     report = Report(str(policy))
-    report.add(GraphReport.of("program", outcome))
+    report.add(GraphReport.of("program", draft.outcome))
     _check(report, policy)
-    made = updated(program, module, signature)
+    made = updated(program, draft.module, signature)
     made.graph_module.meta[RECORD] = Record(report, checks, lambda: program, fingerprint(made.graph_module))
     return made
 

@@ -106,9 +106,9 @@ def candidates_of(choices: Any, argument: str) -> tuple[Candidate, ...]:
 
 
 def _chosen(choices: Any, argument: str) -> tuple[Chosen, ...]:
-    if not isinstance(choices, Choice | Iterable):
+    if not isinstance(choices, Choice | Iterable | os.PathLike):
         raise TypeError(f"{argument} is {choices!r} ({type(choices).__name__}): give names or Backend records")
-    given: list[Any] = [choices] if isinstance(choices, Choice) else list(choices)
+    given: list[Any] = [choices] if isinstance(choices, Choice | os.PathLike) else list(choices)
     if not given:
         raise ValueError(f"{argument} is empty: name at least one attention backend, as 'native'")
     found: list[Chosen] = []
@@ -126,13 +126,26 @@ def _one(choice: Any, argument: str) -> Chosen:
     if isinstance(choice, Plan):
         return Planned(choice)
     if isinstance(choice, str):
+        if "," in choice:
+            apart = ", ".join(repr(name.strip()) for name in choice.split(","))
+            raise ValueError(f"{argument} has {choice!r}, which is one text: give separate names, {apart}")
+        if choice.endswith(".json"):
+            raise ValueError(f"{argument} has {choice!r}: {_PLAN}, attnrewrite.Plan.load({choice!r})")
         try:
             return SELECTORS[choice] if choice in SELECTORS else Candidate(choice, records_of(choice))
         except ValueError as error:
             text = str(error) if argument == "choices" else f"{argument}: {error}"
             near = difflib.get_close_matches(choice, SELECTORS, n=1, cutoff=0.6)
             raise ValueError(f"{text} Or {near[0]!r}?" if near else text) from None
+    if isinstance(choice, os.PathLike):
+        raise TypeError(f"{argument} holds {choice!r}: {_PLAN}, attnrewrite.Plan.load({os.fspath(choice)!r})")
+    if isinstance(choice, list | tuple | set | frozenset):
+        items = [each.name if isinstance(each, Backend) else each for each in choice]
+        raise TypeError(f"{argument} holds a {type(choice).__name__}: give its items one by one, *{items!r}")
     raise TypeError(f"{argument} holds {choice!r} ({type(choice).__name__}): give names or Backend records")
+
+
+_PLAN = "a plan is read from its file first"
 
 
 def numerics_of(value: str | Numerics) -> Numerics:

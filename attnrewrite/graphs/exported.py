@@ -44,3 +44,13 @@ def _without_own_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)` is deprecated")  # 2.11 to 2.13
         yield
+
+
+def erased_by_onnx(operator: Any, text: str) -> None:
+    """Makes torch.onnx.export leave out an operator without outputs, with a warning. It decomposes by this table (2.9 to 2.15);
+    run_decompositions and Inductor do not."""
+
+    def nothing(*_: Any, **__: Any) -> None:
+        warnings.warn(text, stacklevel=2)
+
+    torch._decomp.decomposition_table[operator] = nothing
