@@ -33,6 +33,7 @@ class Target:
     machine: Machine | None = None  # None: the machine of the graph's own tensors
     prefix: str = ""  # the path of the compiled module in the whole model; site names begin with it
     in_cuda_graph: bool = False  # the compiler records a CUDA graph of the graph
+    as_it_stands: bool = False  # nothing compiles the graph: it runs as it is, under plain autograd
     exported: bool = False  # the graph belongs to an `ExportedProgram` that will be saved
 
 
@@ -95,7 +96,7 @@ def rewrite_graph(
     for module, attentions in understood:
         planned: Sequence[Planned] = [each.then(Planned, site=site) for each, site in (next(sites) for _ in attentions)]
         if attentions and libraries is not Libraries.PLAN_ONLY:
-            planned = _swap(module, planned, policy.checks, watch)
+            planned = _swap(module, planned, target, policy.checks, watch)
         swapped += [each for each in planned if isinstance(each, Swapped)]
         left += _stands(module, planned)
     if left != len(flat) - len(swapped):
@@ -107,12 +108,14 @@ def rewrite_graph(
     return Outcome(plan.described(), used, left, seconds, tuple(swapped), tuple(near_misses))
 
 
-def _swap(module: GraphModule, planned: Sequence[Planned], checks: bool, watch: Watch | None) -> Sequence[Planned]:
+def _swap(
+    module: GraphModule, planned: Sequence[Planned], target: Target, checks: bool, watch: Watch | None
+) -> Sequence[Planned]:
     if checks:
         planned = check_inputs(module, planned)
     if watch is not None:
         planned = watch.before(module, planned)
-    done = swap_kernels(module, planned)
+    done = swap_kernels(module, planned, target.as_it_stands)
     if checks:
         check_outputs(module, done)
     if watch is not None:

@@ -17,24 +17,30 @@ from ..graphs.questions import asking
 from ..graphs.sizes import always, holds
 from ..graphs.spellings import spelled
 from ..graphs.strides import restrided, same_strides, strides_matter
-from ..kernels.calls import AttentionCall, Mask
+from ..graphs.tracing import in_forward_mode
+from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.decisions import Accepted, Step
+from ..kernels.derivatives import differentiable, without_tangents
 from ..kernels.ops import Origin, zero_unless
 from ..kernels.records import Backend
 from ..kernels.shapes import lead_sizes, mask_rank4
-from ..masks.building import built
+from ..masks.building import Built, built
 from ..planning.reasons import cast_to
 from .found import Operand, Operands, Planned, Swapped
 from .masks import build_mask, build_rows, rows_matter
 
 
-def swap_kernels(graph_module: GraphModule, attentions: Sequence[Planned]) -> tuple[Planned, ...]:
+def swap_kernels(
+    graph_module: GraphModule, attentions: Sequence[Planned], as_it_stands: bool = False
+) -> tuple[Planned, ...]:
     """Replaces each call that has a chosen kernel. Returns all attentions in the same order, the replaced ones as `Swapped`.
 
     sdpa(q, k, v, boolean_mask)  ->  bias = where(mask, 0, -inf)  [once for all sites that read this mask]
                                      _scaled_dot_product_efficient_attention(q, k, v, bias, ...)[0]
 
     softmax(q @ k.mT * scale) @ v  ->  the same; `native` makes it scaled_dot_product_attention(q, k, v, scale=scale).
+
+    as_it_stands: the graph runs as it is, under plain autograd.
     """
     emitter = Emitter(graph_module)
     written = written_storages(graph_module)
@@ -46,14 +52,14 @@ def swap_kernels(graph_module: GraphModule, attentions: Sequence[Planned]) -> tu
             done.append(planned)
             continue
         with asking(planned.call.site, kernel.name):
-            old, new = _swap(planned, operands.moved(moved), kernel, emitter, written)
+            old, new = _swap(planned, operands.moved(moved), kernel, emitter, written, as_it_stands)
         moved |= dict.fromkeys(old, new)
         done.append(planned.then(Swapped, node=new))
     return tuple(done)
 
 
 def _swap(
-    planned: Planned, operands: Operands, backend: Backend, emitter: Emitter, written: set[int]
+    planned: Planned, operands: Operands, backend: Backend, emitter: Emitter, written: set[int], as_it_stands: bool
 ) -> tuple[list[Node], Node]:
     """Returns the nodes that gave the attention's output, and the node that gives it now."""
     node, call, site = planned.node, planned.call, planned.site
@@ -75,16 +81,23 @@ def _swap(
         alive = given()[1] if rows and given is not None else made.alive
         if alive is not None:
             query = zero_unless(alive, query)
-        if backend.op is None:
-            output = _native(made.call, query, key, value, made.mask, emitter)
+
+        def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, made: Built) -> torch.Tensor:
+            if backend.op is None:
+                return _native(made.call, query, key, value, made.mask, emitter)
+            accepted, shared = Accepted(site.steps, site.mask_as), made.shared
+            return launch(backend, made.call, accepted, site.source, query, key, value, made.mask, shared, emitter)
+
+        derived = as_it_stands and _loses_derivatives(call, backend)
+        if derived:
+            output = _with_derivatives(attend, query, key, value, made)
         else:
-            accepted = Accepted(site.steps, site.mask_as)
-            output = launch(
-                backend, made.call, accepted, site.source, query, key, value, made.mask, made.shared, emitter
-            )
+            output = attend(query, key, value, made)
         if made.queries is not None:
             output = zero_unless(made.queries, output)
         output = applied(output, operands.result)
+        if derived and storage_of(old) in written:
+            output = output.clone()  # kernels keep their output for the backward, the product with the values does not
         if not _are_alike(output, old):
             raise RuntimeError(
                 f"the op of attention backend {backend.name!r} returned {_about(output)} at site {call.site!r}, "
@@ -98,6 +111,25 @@ def _swap(
         each.replace_all_uses_with(new)
     _erase([node, *node.users, *planned.chain], emitter.graph)  # a fused kernel has other results, which nothing reads
     return outputs, new
+
+
+def _loses_derivatives(call: AttentionCall, backend: Backend) -> bool:
+    """Whether the model's operations may be asked, by plain autograd, for derivatives that the kernel lacks."""
+    asked = call.written_as == "operations" and (call.needs_grad or in_forward_mode())
+    return asked and call.dropout == 0 and not backend.all_scores
+
+
+def _with_derivatives(
+    attend: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, made: Built
+) -> torch.Tensor:
+    call, mask = made.call, made.mask
+    if mask is not None and mask.is_floating_point():
+        made = replace(made, mask=without_tangents(mask)[0], shared=(made.shared, call.site))
+    output = attend(*without_tangents(query, key, value), made)
+    query, key, value = (_cast(each, call.dtype) for each in (query, key, value))
+    causal = {MaskKind.CAUSAL_UPPER_LEFT: "upper", MaskKind.CAUSAL_LOWER_RIGHT: "lower"}.get(call.mask.kind)
+    grouped = query.dim() > 3 and not always(call.heads == call.kv_heads)
+    return differentiable(output, query, key, value, mask, causal, call.scale, grouped)
 
 
 MaskAndRows = tuple[torch.Tensor, torch.Tensor | None]

@@ -19,6 +19,7 @@ from ..graphs.inner_compilers import (
     records_cuda_graphs,
     register_objects,
     reset_compiler,
+    runs_as_it_stands,
 )
 from ..graphs.tracing import as_itself, compilation
 from ..kernels.machines import Machine, known_machine
@@ -100,7 +101,7 @@ class AttentionCompiler:
         in_cuda_graph: the inner compiler records a CUDA graph of this graph.
         """
         override = contexts.active()
-        target = Target(self.machine, self.prefix, in_cuda_graph)
+        target = Target(self.machine, self.prefix, in_cuda_graph, runs_as_it_stands(self.inner))
         parallel = self.context_parallel
         shared = None
         try:

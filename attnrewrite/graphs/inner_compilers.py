@@ -101,6 +101,11 @@ def records_cuda_graphs(inner: Inner, mode: str | None = None, options: dict[str
     return bool(settings.get("triton.cudagraphs", torch._inductor.config.triton.cudagraphs))
 
 
+def runs_as_it_stands(inner: Inner) -> bool:
+    """Whether the inner compiler compiles nothing: the graph runs as it is, under plain autograd."""
+    return inner in ("eager", "eager_noexcept")
+
+
 def compile_with(
     inner: Inner, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any
 ) -> Callable[..., Any]:

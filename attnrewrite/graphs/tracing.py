@@ -88,6 +88,11 @@ def compilation() -> tuple[str, Any] | None:
     return (str(context.compile_id), (context, context.attempt)) if context else None
 
 
+def in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open, in which tensors may be dual."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
 def without_modes() -> AbstractContextManager[Any]:
     """Keeps the code inside out of a graph that is being traced or written."""
     modes: AbstractContextManager[Any] = _disable_current_modes()

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..graphs.devices import on_device_of
+from .derivatives import once
 from .sources import library
 
 NAMESPACE = "attnrewrite"
@@ -129,15 +130,19 @@ def _with_autograd(name: str, schema: str, forward: Any, backward: Any) -> Any:
             ctx.places = [place for place, value in enumerate(args) if isinstance(value, Tensor)]
             ctx.strings = strings
             ctx.mark_non_differentiable(logsumexp)
+            ctx.set_materialize_grads(False)
             return output, logsumexp
 
         @staticmethod
-        def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
+        def backward(ctx: Any, grad: Tensor | None, _: Any) -> Any:
             output, logsumexp, *tensors = ctx.saved_tensors
             args = list(ctx.args)
+            if grad is None:  # the gradient goes another way (`derivatives.differentiable`)
+                return (None, *([None] * len(args)))
             for place, tensor in zip(ctx.places, tensors, strict=True):
                 args[place] = tensor
             grads = backward(grad, output, logsumexp, *args, **ctx.strings)
+            grads = once(ctx.strings["backend"], grads, (grad, *tensors))
             return (None, *grads, *([None] * (len(args) - 3)))
 
     def run(*args: Any, **strings: str) -> Any:
