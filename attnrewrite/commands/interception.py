@@ -58,7 +58,7 @@ class Interception:
     def compiler(self, inner: Any) -> AttentionCompiler:
         if inner not in self._compilers:
             self._compilers[inner] = AttentionCompiler(
-                self.policy, inner, report=self.report, context_parallel=self.context_parallel
+                self.policy, inner, report=self.report, context_parallel=self.context_parallel, watch=False
             )
         return self._compilers[inner]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..graphs.eager_calls import EagerCalls
 from ..graphs.inner_compilers import Inner, compile_with
 from ..graphs.tracing import AttributesOf, traced, uncompiled
 from ..graphs.trees import leaves
@@ -107,8 +108,9 @@ def _three_runs(
         )
 
     line.say("3/3: the compiled model")
-    with _same_state(target):
+    with _same_state(target), EagerCalls() as eager:
         output = Outputs.of(expected, _tensors(traced(model, args, kwargs, lenient)))
+    lenient.report.eager_calls[:] = eager.found
     if not any(site.wrong for site in sites):
         output = replace(output, limit=FAR * _explained(expected, uncompiled_run, sites))
         if output.wrong:
@@ -129,6 +131,7 @@ def _three_runs(
         missing,
         machines[0] if machines else "",
         tuple(lenient.report.near_misses),
+        tuple(eager.found),
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.fx import GraphModule
 
+from ..graphs.eager_calls import EagerCall, ends_in_a_break, watch_rest_of_call
 from ..graphs.inner_compilers import (
     NAME,
     Inner,
@@ -21,6 +22,7 @@ from ..graphs.inner_compilers import (
     reset_compiler,
     runs_as_it_stands,
 )
+from ..graphs.kernel_contexts import trace_kernel_contexts
 from ..graphs.tracing import as_itself, compilation
 from ..kernels.machines import Machine, known_machine
 from ..parallel.agreement import RanksDisagreeError, agree, give_up
@@ -63,6 +65,7 @@ class AttentionCompiler:
         lenient: bool = False,
         sharing: tuple[str, ...] = (),
         context_parallel: ContextParallel | Described | None = None,
+        watch: bool = True,
     ) -> None:
         """policy: choices, rules and settings.
         inner: the compiler that gets the rewritten graph.
@@ -72,6 +75,7 @@ class AttentionCompiler:
         lenient: strict and checks, of `policy` or of a context, raise nothing.
         sharing: the paths of the repeated blocks that share what this object compiles; () for a module by itself.
         context_parallel: the ranks that share each graph. None: this process runs it alone.
+        watch: after a graph break, look at the rest of the call for attention in no graph, and warn once.
         """
         self.policy = policy
         self.inner = inner
@@ -81,7 +85,9 @@ class AttentionCompiler:
         self.sharing = sharing
         self.context_parallel = context_parallel
         self.report = Report(str(policy)) if report is None else report
+        self.watch = watch and not lenient
         self._warned: set[str] = set()
+        trace_kernel_contexts()
 
     def __call__(self, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any) -> Callable[..., Any]:
         """Rewrites the graph in place and compiles it. kwargs: torch.compile's mode and options, for the inner compiler."""
@@ -89,6 +95,8 @@ class AttentionCompiler:
         if self.rewrite(graph_module, in_cuda_graph=records_cuda_graphs(self.inner, **kwargs)):
             contexts.guard_choice()
         self.check_rules()
+        if self.watch and ends_in_a_break(graph_module) and not self.report.eager_calls:
+            watch_rest_of_call(self._warn_of_eager)
         return compile_with(self.inner, graph_module, example_inputs, **kwargs)
 
     def rewrite(
@@ -154,6 +162,15 @@ class AttentionCompiler:
                 f"rules: {pattern!r} matches none of the {len(sites)} attention sites seen so far (one of them: {near!r}). "
                 "Under regional compile a path begins at the compiled block.",
                 stacklevel=2,
+            )
+
+    def _warn_of_eager(self, calls: list[EagerCall]) -> None:
+        """Warns once that a compiled model calls attention outside of its graphs."""
+        if calls and not self.report.eager_calls:
+            self.report.eager_calls += calls
+            places = "; ".join(map(str, calls[:5])) + (f"; and {len(calls) - 5} places more" if calls[5:] else "")
+            warnings.warn(
+                f"the compiled model called attention in no graph, where nothing is swapped: {places}", stacklevel=3
             )
 
     def _warn_of_stale(self, plan: Plan) -> None:

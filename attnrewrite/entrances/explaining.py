@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
+from ..graphs.eager_calls import EagerCalls
 from ..graphs.tracing import AttributesOf, asks_for_values, predicted, told, traced, uncompiled
 from ..kernels.machines import Machine
 from ..parallel.settings import Described
@@ -55,15 +56,22 @@ def explain(
 
     def plan_only(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         planner.rewrite(graph_module, Libraries.PLAN_ONLY)
-        return predicted(graph_module)
+        call = predicted(graph_module)
+
+        def uncounted(*inputs: Any) -> Any:
+            with eager.held():
+                return call(*inputs)
+
+        return uncounted
 
     try:
-        with AttributesOf(uncompiled(model)):
+        with AttributesOf(uncompiled(model)), EagerCalls() as eager:
             traced(model, args, kwargs, plan_only)
     except RuntimeError as error:
         if any(each.is_meta for each in tensors_of(model, args, kwargs)) and asks_for_values(error):
             raise RuntimeError(_not_on_meta(model, error)) from None
         raise
+    planner.report.eager_calls[:] = eager.found
     planner.check_rules()
     if strict:
         hold_strictly(planner.report)

@@ -56,7 +56,8 @@ def hold_strictly(report: Report) -> None:
     `ValueError` for a path of a rule that matches nothing. A kind ("cross") that the model does not have is no slip."""
     if not report.sites:
         near = "".join(f"\n  near miss: {each}" for each in report.near_misses)
-        raise AttentionRefusedError(f"strict=True, and no attention was found{near}")
+        eager = "".join(f"\n  in no graph: {each}" for each in report.eager_calls)
+        raise AttentionRefusedError(f"strict=True, and no attention was found{near}{eager}")
     refuse(report.sites)
     names = [site.name for site in report.sites]
     unmatched = [pattern for pattern in report.unmatched_rules if pattern not in KINDS]

@@ -6,6 +6,7 @@ import re
 import textwrap
 from collections.abc import Iterable, Sequence
 
+from ..graphs.eager_calls import EagerCall
 from ..kernels.calls import AttentionCall
 from .measurements import Measurement, Tuning
 from .sites import NearMiss, Site
@@ -119,6 +120,11 @@ def _ranges(numbers: list[int]) -> str:
 
 def count(number: int, noun: str) -> str:
     return f"{number} {noun}" + ("" if number == 1 else "s")
+
+
+def eager_lines(calls: Iterable[EagerCall]) -> list[str]:
+    """A line for each place that called attention outside of every graph."""
+    return [line for each in calls for line in textwrap.wrap(f"in no graph: {each}", 116, subsequent_indent="    ")]
 
 
 def near_miss_lines(near_misses: Iterable[NearMiss]) -> list[str]:

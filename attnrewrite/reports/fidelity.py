@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import writable, write_whole
+from ..graphs.eager_calls import EagerCall
 from ..planning.sites import NearMiss
-from ..planning.tables import cells, count, folded, near_miss_lines
+from ..planning.tables import cells, count, eager_lines, folded, near_miss_lines
 from ..version import __version__
 from .fidelity_picture import draw
 from .pictures import possible
@@ -40,6 +41,7 @@ class Fidelity:
     missing: names of sites that were not compared: torch.nn's fused layers, and sites inside torch.func transforms.
     machine: the machine of the first graph with attention; "" without one.
     near_misses: softmaxes that resemble an attention and were not recognised as one.
+    eager_calls: the places at which the compiled model called attention outside of every graph, where nothing is swapped.
     """
 
     policy: str
@@ -48,6 +50,7 @@ class Fidelity:
     missing: tuple[str, ...] = ()
     machine: str = ""
     near_misses: tuple[NearMiss, ...] = ()
+    eager_calls: tuple[EagerCall, ...] = ()
 
     @property
     def first_wrong(self) -> SiteFidelity | None:
@@ -68,7 +71,8 @@ class Fidelity:
         lines += [f"on {self.machine}"] if self.machine else []
         lines.append(f"output: {self.output}")
         if not self.sites and not self.missing:
-            return "\n".join([*lines, "no attention was found that could be looked at"])
+            rest = [*near_miss_lines(self.near_misses), *eager_lines(self.eager_calls)]
+            return "\n".join([*lines, "no attention was found that could be looked at", *rest])
         if (first := self.first_wrong) is not None:
             text = f"first site that goes wrong: {first.name} ({first.kernel}): {first.wrong}"
             lines += textwrap.wrap(text, 120, subsequent_indent="    ")
@@ -80,7 +84,7 @@ class Fidelity:
         if empty := [site.name for site in self.sites if not site.accuracy.rows]:
             lines.append(f"nothing to compare, no row sees a key: {folded(empty)}")
         lines += [f"not looked at: {', '.join(self.missing)}"] if self.missing else []
-        lines += near_miss_lines(self.near_misses)
+        lines += [*near_miss_lines(self.near_misses), *eager_lines(self.eager_calls)]
         return "\n".join(lines)
 
     def _table(self) -> list[str]:
@@ -130,6 +134,7 @@ class Fidelity:
             },
             "missing": list(self.missing),
             "near_misses": [asdict(each) for each in self.near_misses],
+            "eager_calls": [asdict(each) for each in self.eager_calls],
             "sites": [site.to_dict() for site in self.sites],
         }
 

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from ..files import writable, write_whole
+from ..graphs.eager_calls import EagerCall
 from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
 from ..parallel.plans import Sharing
 from ..pipeline import Outcome
 from ..planning.plans import Plan
 from ..planning.sites import NearMiss, Site
-from ..planning.tables import cells, count, folded, near_miss_lines
+from ..planning.tables import cells, count, eager_lines, folded, near_miss_lines
 from ..version import __version__
 from .reproducing import script
 
@@ -107,11 +108,14 @@ class Report:
     policy: the choices of kernels.
     graphs: a `GraphReport` for each graph, in the order of their compilation.
     unmatched_rules: patterns of `rules` that matched no site, or no module of a model that was set by its blocks.
+    eager_calls: the places at which the model called attention outside of every graph, where nothing is swapped: in the run
+        that `explain` traces, or in a compiled model's first call with a graph break.
     """
 
     policy: str = ""
     graphs: list[GraphReport] = field(default_factory=list)
     unmatched_rules: list[str] = field(default_factory=list)
+    eager_calls: list[EagerCall] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._lock = threading.Lock()
@@ -196,7 +200,13 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         graphs = [graph.to_dict() for graph in self.graphs]
-        return {"version": 1, "policy": self.policy, "unmatched_rules": self.unmatched_rules, "graphs": graphs}
+        return {
+            "version": 1,
+            "policy": self.policy,
+            "unmatched_rules": self.unmatched_rules,
+            "eager_calls": [asdict(each) for each in self.eager_calls],
+            "graphs": graphs,
+        }
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=1)
@@ -208,7 +218,8 @@ class Report:
             if data["version"] != 1:
                 raise ValueError(f"its version is {data['version']!r}")
             graphs = [GraphReport.from_dict(graph) for graph in data["graphs"]]
-            return Report(data["policy"], graphs, data["unmatched_rules"])
+            eager = [EagerCall(**each) for each in data.get("eager_calls", ())]
+            return Report(data["policy"], graphs, data["unmatched_rules"], eager)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(NO_REPORT) from error
 
@@ -224,7 +235,7 @@ class Report:
     def __str__(self) -> str:
         rules = [f"rule {pattern!r} matched none of these sites" for pattern in self.unmatched_rules]
         if not self.graphs:
-            return "\n".join([f"attnrewrite ({self.policy}): {NOTHING}", *rules])
+            return "\n".join([f"attnrewrite ({self.policy}): {NOTHING}", *eager_lines(self.eager_calls), *rules])
         sites = self.sites
         lines = [
             f"attnrewrite ({self.policy}): {count(len(sites), 'attention site')} in {count(len(self.graphs), 'graph')}: "
@@ -242,7 +253,7 @@ class Report:
             if graph.parallel is not None:
                 lines += [f"graph {graph.name}:"] if len(self.graphs) > 1 else []
                 lines += graph.parallel.lines()
-        lines += [*near_miss_lines(self.near_misses), *rules]
+        lines += [*near_miss_lines(self.near_misses), *eager_lines(self.eager_calls), *rules]
         return "\n".join(lines)
 
 

@@ -1,0 +1,187 @@
+"""Sees the calls of SDPA that run outside of every compiled graph: where they stand, and which graph break is the reason."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from .nodes import ENCODER_LAYER, NATIVE_MHA, OUR_FILES, SDPA
+
+_CALLED = {
+    SDPA: "scaled_dot_product_attention",
+    ENCODER_LAYER: "TransformerEncoderLayer",
+    NATIVE_MHA: "MultiheadAttention",
+}
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_GRAPHS = ("<eval_with_key>", os.path.join(_TORCH, "fx") + os.sep)  # files of graphs that run as Python code
+_RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_\d+")  # what Dynamo calls the rest of a function after a break
+MOST_EVENTS = 20_000_000  # of Python's profile hook; then it stops, a few seconds after it started
+
+
+@dataclass(frozen=True)
+class EagerCall:
+    """Calls of attention at one line of Python code that ran in no compiled graph."""
+
+    name: str  # "scaled_dot_product_attention", or the fused layer of torch.nn
+    file: str
+    line: int
+    function: str
+    calls: int
+    reason: str  # the graph break that took the line out of the graph, as Dynamo says it, with its place; "": not known
+
+    def __str__(self) -> str:
+        times = f"{self.calls} calls" if self.calls > 1 else "1 call"
+        why = self.reason or "no graph break is known here: code that is never compiled, or a limit of recompilations"
+        return f"{times} of {self.name} at {self.file}:{self.line} in {self.function} ({why})"
+
+
+class EagerCalls:
+    """Counts, on one thread, the calls of attention that run outside of compiled graphs.
+
+    Python's profile hook (`sys.setprofile`) sees each call of a C function with the function itself, under whatever name a
+    model has imported it, and nothing of PyTorch is changed. The hook is off while Dynamo compiles, since it slows Python down.
+    Nothing is counted where another profiler has the hook.
+    """
+
+    def __init__(
+        self, until: FrameType | None = None, then: Callable[[], None] | None = None, compiling: bool = False
+    ) -> None:
+        """until: counting stops when this frame returns, and `then` is called. compiling: Dynamo is compiling now: counting
+        starts at the end of it."""
+        self._until, self._then = until, then
+        self._found: dict[tuple[str, str, int, str], tuple[int, str]] = {}  # place -> calls, reason of the first
+        self._thread = threading.get_ident()
+        self._running = False
+        self._events = 0
+        self._holds = int(compiling)
+
+    def __enter__(self) -> EagerCalls:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    @property
+    def found(self) -> list[EagerCall]:
+        """The calls, in the order in which the first of each line ran."""
+        return [
+            EagerCall(name, file, line, function, calls, reason)
+            for (name, file, line, function), (calls, reason) in self._found.items()
+        ]
+
+    def start(self) -> None:
+        if sys.getprofile() is not None:
+            return
+        self._running = True
+        torch._dynamo.callback.callback_handler.register_start_callback(self._hold)
+        torch._dynamo.callback.callback_handler.register_end_callback(self._go_on)
+        self._hook()
+
+    def stop(self) -> None:
+        if not self._running:
+            return
+        self._running = False
+        with suppress(ValueError):  # torch._dynamo.reset() has removed them
+            torch._dynamo.callback.callback_handler.remove_start_callback(self._hold)
+        with suppress(ValueError):
+            torch._dynamo.callback.callback_handler.remove_end_callback(self._go_on)
+        self._unhook()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Counts nothing inside."""
+        self._hold()
+        try:
+            yield
+        finally:
+            self._go_on()
+
+    def _hold(self, *_: object) -> None:
+        if threading.get_ident() == self._thread:
+            self._holds += 1
+            self._unhook()
+
+    def _go_on(self, *_: object) -> None:
+        if threading.get_ident() == self._thread:
+            self._holds = max(0, self._holds - 1)
+            self._hook()
+
+    def _hook(self) -> None:
+        if self._running and not self._holds and sys.getprofile() is None:
+            sys.setprofile(self._event)
+
+    def _unhook(self) -> None:
+        if sys.getprofile() == self._event:
+            sys.setprofile(None)
+
+    def _event(self, frame: FrameType, event: str, arg: Any) -> None:
+        if event == "c_call":
+            if arg in _CALLED:
+                self._note(_CALLED[arg], frame)
+        elif event == "return":
+            self._events += 1
+            if frame is self._until or self._events > MOST_EVENTS:
+                self.stop()
+                if self._then is not None:
+                    self._then()
+
+    def _note(self, name: str, frame: FrameType | None) -> None:
+        stack = []
+        while frame is not None and frame is not self._until:
+            if frame.f_code.co_filename.startswith(_GRAPHS):
+                return
+            if not frame.f_code.co_filename.startswith((_TORCH, OUR_FILES)):
+                stack.append((frame.f_code.co_filename, _plain(frame.f_code.co_name), frame.f_lineno))
+            frame = frame.f_back
+        if stack:
+            file, function, line = stack[0]
+            calls, reason = self._found.get((name, file, line, function), (0, None))
+            self._found[name, file, line, function] = calls + 1, _reason(stack) if reason is None else reason
+
+
+def watch_rest_of_call(then: Callable[[list[EagerCall]], None]) -> None:
+    """Watches the rest of the call in which Dynamo is compiling now, on this thread, and calls `then` with what was found when
+    the compiled function returns. Does nothing outside of such a call."""
+    frame: FrameType | None = sys._getframe(1)
+    outermost = None
+    while frame is not None:
+        if frame.f_code.co_filename == torch._dynamo.eval_frame.__file__:
+            outermost = frame
+        frame = frame.f_back
+    if outermost is None:
+        return
+    calls = EagerCalls(outermost, lambda: then(calls.found), compiling=True)
+    calls.start()
+
+
+def ends_in_a_break(graph_module: GraphModule) -> bool:
+    """Whether Dynamo ended this graph before the code that it was compiling had ended."""
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    return bool(getattr(reason, "graph_break", False))
+
+
+def _reason(stack: list[tuple[str, str, int]]) -> str:
+    """The last graph break in one of the functions of a stack, the innermost function first."""
+    breaks = [each for each in torch._dynamo.utils.graph_break_reasons if each.user_stack]
+    for file, function, _ in stack:
+        for each in reversed(breaks):
+            place = each.user_stack[-1]
+            if (place.filename, _plain(place.name)) == (file, function):
+                at = f"line {place.lineno}" if file == stack[0][0] else f"{file}:{place.lineno}"
+                return f"graph break at {at}: {each.reason.strip().splitlines()[0]}"
+    return ""
+
+
+def _plain(function: str) -> str:
+    return _RESUMED.sub(r"\1", function)
