@@ -225,8 +225,8 @@ class Several(torch.nn.Module):
 
 
 class EveryKernel:
-    """A backend of torch.compile that gives a copy of each graph to the backend of each kernel: Dynamo traces a model once for all
-    of them. `now` names the kernel that runs."""
+    """A backend of torch.compile that gives a copy of each graph to the backend of each kernel: Dynamo traces a model once for
+    all of them. `now` names the kernel that runs."""
 
     def __init__(self, backends: dict[str, Any]) -> None:
         self.backends = backends

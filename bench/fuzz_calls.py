@@ -210,7 +210,7 @@ def sizes(call: Call) -> list[tuple[int, int, int]]:
 
 
 def loses_scores(call: Call) -> bool:
-    """Whether some row may have nothing but keys that a finite number hides, added to their scores: the weights of such a row are
+    """Whether some row may have nothing but keys that a finite number, added to their scores, hides: its weights are
     those of scores that rounding has taken digits from, or all, and any kernel may round them in its own way."""
     added = call.hides != "boolean" and call.mask not in ("none", *ADDITIVE) and call.fill != "-torch.inf"
     shorter = call.mask in ("lower_right", "window", "documents") and call.q_len > call.kv_len

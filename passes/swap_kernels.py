@@ -89,10 +89,7 @@ def _swap(
             return launch(backend, made.call, accepted, site.source, query, key, value, made.mask, shared, emitter)
 
         derived = as_it_stands and _loses_derivatives(call, backend)
-        if derived:
-            output = _with_derivatives(attend, query, key, value, made)
-        else:
-            output = attend(query, key, value, made)
+        output = _with_derivatives(attend, query, key, value, made) if derived else attend(query, key, value, made)
         if made.queries is not None:
             output = zero_unless(made.queries, output)
         output = applied(output, operands.result)

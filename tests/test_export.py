@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_map
 
 import attnrewrite
 from attnrewrite import HeadDim, Machine, MaskKind, holds, records_of
+from attnrewrite.__main__ import main as command
 from attnrewrite.aot import archives, manifests
 from attnrewrite.aot.check_ops import CHECK_INPUTS, CHECK_SIZE, is_assertion
 from attnrewrite.aot.programs import record_of
@@ -769,10 +770,6 @@ def test_equal_programs_are_equal_files(saved, tmp_path):
         assert [(each.filename, each.date_time) for each in one.infolist()] == [
             (each.filename, each.date_time) for each in other.infolist()
         ]
-
-
-def folder_of(name):
-    return lambda saved, target: attnrewrite.retarget(saved, target, "native")
 
 
 def test_a_place_that_cannot_be_written_is_named(saved, tmp_path, capsys):

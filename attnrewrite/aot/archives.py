@@ -32,7 +32,9 @@ MODEL = "models/model.json"
 CONFIG = "data/weights/model_weights_config.json"
 WEIGHTS = "data/weights/"
 EXTRA = "extra/"
-NAME = "program.pt2"  # of the temporary file: the archive's folder is called after it, so equal programs give equal bytes
+NAME = (
+    "program.pt2"  # of the temporary file: the archive's folder is called after it, so equal programs give equal bytes
+)
 
 
 class ProgramFileError(RuntimeError):
@@ -54,7 +56,7 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Archive]:
             f"{path}: expected the .pt2 archive of an exported program, found another file ({error}). Copy or save it again"
         ) from error
     with source:
-        # A program holds archives itself. In a truncated file Python finds the end of one of these, and takes that for the whole.
+        # A program holds archives itself: in a truncated file Python finds the end of one of these, and takes it for the whole.
         if _begins_as_archive(path) and all(info.header_offset for info in source.infolist()):
             raise _truncated(path)
         yield Archive(Path(path), source)

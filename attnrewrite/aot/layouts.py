@@ -45,9 +45,7 @@ def without_overlaps(program: ExportedProgram) -> ExportedProgram:
         with values_only(value):
             node.meta["val"] = torch.empty(value.shape, dtype=value.dtype, device=value.device)
     made = updated(program, module, program.graph_signature)
-    made.example_inputs = mapped(
-        lambda leaf: leaf.contiguous() if _overlaps(leaf) else leaf, program.example_inputs
-    )
+    made.example_inputs = mapped(lambda leaf: leaf.contiguous() if _overlaps(leaf) else leaf, program.example_inputs)
     return made
 
 
