@@ -89,8 +89,9 @@ def test_learned_temperatures(how):
     step, factor = temperature(how)
     tensors = [each.requires_grad_() for each in (*qkv(value_dim=24), factor)]
     site = swapped(step, tensors)
+    behind = {"a bias behind": MaskKind.ADDITIVE, "a fill behind": MaskKind.BOOLEAN}
     assert (site.call.mask.kind, site.call.scale) == (
-        MaskKind.ADDITIVE if "behind" in how else MaskKind.NONE,
+        behind.get(how, MaskKind.NONE),
         0.3 if how != "a number between" else pytest.approx(0.45),
     )
 
@@ -439,12 +440,12 @@ WRITES["of_windows"] = of_windows
 @pytest.mark.parametrize("kernel", ["_native_math", "native"])
 @pytest.mark.parametrize("how", WRITES)
 def test_writes_into_a_part_of_the_scores(how, kernel):
-    """An additive mask with zeros elsewhere, and its gradient."""
+    """An additive mask with zeros elsewhere, and its gradient; a fill, which passes no gradient, is a boolean mask."""
     bias = torch.randn(HEADS, 6, 7 if how == "of_windows" else 10)
     tensors = [*qkv(value_dim=24), bias]
     tensors = [each.requires_grad_(place < 3 or how not in ("masked", "kept")) for place, each in enumerate(tensors)]
     site = swapped(WRITES[how], tensors, kernel)
-    assert site.call.mask.kind is (MaskKind.BOOLEAN if how == "masked" else MaskKind.ADDITIVE)
+    assert site.call.mask.kind is (MaskKind.BOOLEAN if how in ("masked", "kept") else MaskKind.ADDITIVE)
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch.export's own
