@@ -18,6 +18,7 @@ from ..graphs.nodes import Surroundings
 from .cancel_transposes import cancel_transposes
 from .drop_kernel_contexts import drop_kernel_contexts
 from .find_calls import find_calls
+from .open_dtensors import open_dtensors
 from .open_fast_paths import open_fast_paths
 from .open_functions import open_functions
 from .open_multi_head_attention import open_multi_head_attention
@@ -28,7 +29,7 @@ from .understand_masks import understand_masks
 Opener = Callable[[GraphModule, Surroundings], int]
 Tidier = Callable[[GraphModule], int]
 
-OPENERS: tuple[Opener, ...] = (open_functions, open_multi_head_attention, open_fast_paths)
+OPENERS: tuple[Opener, ...] = (open_functions, open_multi_head_attention, open_fast_paths, open_dtensors)
 TIDIERS: tuple[Tidier, ...] = (cancel_transposes, drop_kernel_contexts)
 
 __all__ = ["OPENERS", "TIDIERS", "Opener", "Tidier", "find_calls", "swap_kernels", "understand_masks"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from ..graphs.dtensors import is_dtensor, why_not_local
 from ..graphs.inlining import inside_of
 from ..graphs.modules import ModulePaths
 from ..graphs.mutations import Writes, unread, unread_behind
@@ -140,7 +141,7 @@ def _read(node: Node, inside: Surroundings, site: str, origins: Origins) -> tupl
     given = arguments(node)
     query, key, value = (value_of(given[name]) for name in ("query", "key", "value"))
     mask = value_of(given["attn_mask"])
-    obstacle = inside.transform or _obstacle(given, query, key, value, mask)
+    obstacle = inside.transform or _obstacle(given, query, key, value, mask, value_of(node))
     terms: tuple[MaskTerm, ...] = ()
     if isinstance(given["attn_mask"], Node):
         boolean = mask.dtype == torch.bool
@@ -273,7 +274,7 @@ def _call(
     )
 
 
-def _obstacle(given: dict[str, Any], query: Any, key: Any, value: Any, mask: Any) -> str | None:
+def _obstacle(given: dict[str, Any], query: Any, key: Any, value: Any, mask: Any, output: Any) -> str | None:
     for name in ("dropout_p", "is_causal", "scale", "enable_gqa"):
         if isinstance(given[name], Node):
             return f"its {name} is computed in the graph"
@@ -281,6 +282,8 @@ def _obstacle(given: dict[str, Any], query: Any, key: Any, value: Any, mask: Any
         return "it has both attn_mask and is_causal=True"
     if given["enable_gqa"] is True and query.dim() == 3:
         return "it has enable_gqa=True with tensors of rank 3"
+    if any(map(is_dtensor, (query, key, value, mask))):
+        return why_not_local(query, key, value, mask, output) or "it has dropout on DTensors"
     return _subclass((query, key, value))
 
 
