@@ -159,11 +159,11 @@ def _machine(found: Understood) -> Machine:
 
 
 def _stands(module: GraphModule, attentions: Sequence[Planned]) -> int:
-    """Number of attentions left in the graph: SDPA calls, PyTorch's own kernels, and attention still in tensor operations."""
+    """Number of attentions left in the graph: SDPA calls, PyTorch's own kernels, and attention that is written otherwise."""
     calls = sum(
         node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS or node.target in FUSED_TARGETS
         for node in module.graph.nodes
         if node.op == "call_function" and not is_ours(node)
     )
-    spelled_out = [each.node for each in attentions if each.call.written_as == "operations"]
-    return calls + sum(not is_ours(node) for node in spelled_out)
+    others = [each.node for each in attentions if not each.call.is_sdpa]
+    return calls + sum(not is_ours(node) for node in others)

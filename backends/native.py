@@ -190,9 +190,9 @@ def cudnn_length(call: AttentionCall, machine: Machine) -> Refused | None:
 
 
 def what_sdpa_computes(call: AttentionCall, machine: Machine) -> Refused | None:
-    """Attention in tensor operations becomes one SDPA call. SDPA's `is_causal` is upper-left. With a scale of 0 or less SDPA's
+    """What is no SDPA yet becomes one SDPA call. SDPA's `is_causal` is upper-left. With a scale of 0 or less SDPA's
     kernels give NaN: on a CPU for causal, on a GPU always (cuDNN and FlashAttention)."""
-    if call.written_as != "operations":
+    if call.is_sdpa:
         return None
     if call.scale is not None and not call.scale > 0 and (call.mask.is_causal or call.device != "cpu"):
         return Refused(Code.SCALE, f"SDPA may give NaN with a scale of {call.scale:g}", "Choose _native_math")

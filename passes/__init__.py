@@ -1,6 +1,6 @@
 """The passes, one per file. Each reads or changes the graph, and returns what it found or did (found.py).
 
-    OPENERS             replace nodes that hide an attention
+    OPENERS             replace nodes that hide an attention, or read them
     find_calls          finds every attention of a graph
     understand_masks    proves from the graph what kind of mask each attention has
     [plan]              attnrewrite/pipeline.py
@@ -18,6 +18,7 @@ from ..graphs.nodes import Surroundings
 from .cancel_transposes import cancel_transposes
 from .drop_kernel_contexts import drop_kernel_contexts
 from .find_calls import find_calls
+from .flex_calls import drop_scratch, read_flex_calls
 from .open_dtensors import open_dtensors
 from .open_fast_paths import open_fast_paths
 from .open_functions import open_functions
@@ -29,7 +30,7 @@ from .understand_masks import understand_masks
 Opener = Callable[[GraphModule, Surroundings], int]
 Tidier = Callable[[GraphModule], int]
 
-OPENERS: tuple[Opener, ...] = (open_functions, open_multi_head_attention, open_fast_paths, open_dtensors)
-TIDIERS: tuple[Tidier, ...] = (cancel_transposes, drop_kernel_contexts)
+OPENERS: tuple[Opener, ...] = (open_functions, open_multi_head_attention, open_fast_paths, open_dtensors, read_flex_calls)
+TIDIERS: tuple[Tidier, ...] = (drop_scratch, cancel_transposes, drop_kernel_contexts)
 
 __all__ = ["OPENERS", "TIDIERS", "Opener", "Tidier", "find_calls", "swap_kernels", "understand_masks"]

@@ -34,6 +34,7 @@ from ..graphs.spellings import spelled
 from ..graphs.trees import leaves
 from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.shapes import lead_sizes
+from .flex_calls import FLEX, flex_reading, needs_grad
 from .found import Found, MaskTerm, Missed, Operand, Operands
 from .fused_kernels import FUSED_TARGETS, LOWER_RIGHT, fused_arguments
 from .masks import mask_of, tensor_mask
@@ -97,6 +98,8 @@ def find_calls(
             found.append(Found(node, call, operands))
         elif node.target in FUSED_TARGETS and not is_ours(node):
             found.append(_read_fused(node, inside, unique(node), origins, thrown_away))
+        elif node.target is FLEX and not is_ours(node):
+            found.append(_read_flex(node, inside, unique(node), origins, thrown_away))
         elif node.target in OPAQUE_TARGETS:
             found.append(Found(node, _read_opaque(node, inside, unique(node))))
         elif is_function(node):
@@ -184,7 +187,7 @@ def _read_spelled_out(site: Recognised, inside: Surroundings, name: str, origins
     tensors = [each.value for each in (operands.query, operands.key, operands.value)]
     query, key, _ = tensors
     head_dim = query.shape[-1]
-    standard = isinstance(head_dim, int) and head_dim > 0 and math.isclose(site.scale, head_dim**-0.5, rel_tol=1e-12)
+    standard = isinstance(head_dim, int) and is_standard(site.scale, head_dim)
     call = _call(
         name,
         tensors,
@@ -226,6 +229,37 @@ def _read_fused(node: Node, inside: Surroundings, site: str, origins: Origins, t
         obstacle=inside.transform or given["obstacle"] or _subclass((query, key, value)),
     )
     return Found(node, replace(call, written_as="kernel"), operands, unread_behind([node], thrown_away))
+
+
+def _read_flex(node: Node, inside: Surroundings, site: str, origins: Origins, thrown_away: Set[Node]) -> Found:
+    """A call of flex_attention, as the SDPA call that computes the same."""
+    reading = flex_reading(node)
+    tensors = [value_of(each) for each in node.args[:3]]
+    query, key, _ = tensors
+    output = value_of(node)[0]
+    head_dim = query.shape[-1]
+    standard = reading.scale is not None and isinstance(head_dim, int) and is_standard(reading.scale, head_dim)
+    of_query, of_key, of_value = (Operand(each) for each in node.args[:3])  # type: ignore[arg-type]
+    call = _call(
+        site,
+        tensors,
+        output,
+        output.dtype,
+        mask_of(reading.terms, output.dtype, query, output),
+        grouped=True,
+        scale=None if standard else reading.scale,
+        dropout=0.0,
+        role=_role(node.args[0], node.args[1], query, key, origins),
+        obstacle=inside.transform or reading.obstacle,
+    )
+    call = replace(call, needs_grad=needs_grad(node), written_as="flex")
+    operands = Operands(of_query, of_key, of_value, reading.terms, grouped=True)
+    return Found(node, call, operands, (*unread_behind([node], thrown_away), *reading.around))
+
+
+def is_standard(scale: float, head_dim: int) -> bool:
+    """Whether a scale is SDPA's own."""
+    return head_dim > 0 and math.isclose(scale, head_dim**-0.5, rel_tol=1e-12)
 
 
 def _call(

@@ -133,9 +133,9 @@ class Planned(Understood):
     @property
     def kernel(self) -> Backend | None:
         """The chosen kernel; None if the call stays as it is, because nothing was chosen, or `native` for a single call of
-        PyTorch. Under `native`, attention in tensor operations becomes a single call."""
+        PyTorch. Under `native`, attention that is written otherwise becomes a single call."""
         backend = self.site.backend
-        if backend is None or (backend.op is None and self.call.written_as != "operations"):
+        if backend is None or (backend.op is None and self.call.is_sdpa):
             return None
         return backend
 

@@ -63,7 +63,7 @@ def _swap(
 ) -> tuple[list[Node], Node]:
     """Returns the nodes that gave the attention's output, and the node that gives it now."""
     node, call, site = planned.node, planned.call, planned.site
-    fused = call.written_as == "kernel"
+    fused = isinstance(value_of(node), tuple)
     old: torch.Tensor = value_of(node)[0] if fused else value_of(node)
 
     def tensor(operand: Operand) -> torch.Tensor:
@@ -150,7 +150,7 @@ def _mask(
     if any(storage_of(value_of(node)) in written for node in nodes):
         shared = (shared, call.site)
     (first, *rest) = operands.mask
-    if not rest and not first.tensor.views and not first.tensor.pads and call.written_as != "operations":
+    if not rest and not first.tensor.views and not first.tensor.pads and call.is_sdpa:
         return lambda: (emitter.tensor(first.tensor.node), None), shared
     dtype = getattr(torch, call.dtype)
 
@@ -171,7 +171,7 @@ def _native(
     mask: torch.Tensor | None,
     emitter: Any,
 ) -> torch.Tensor:
-    """Attention in tensor operations as one SDPA call, for which PyTorch chooses the kernel."""
+    """Attention that is not SDPA yet as one SDPA call, for which PyTorch chooses the kernel."""
     query, key, value = (_cast(each, call.dtype) for each in (query, key, value))
     sdpa = SDPA if emitter.key == "example_value" else torch.ops.aten.scaled_dot_product_attention.default
     arguments: dict[str, Any] = {"dropout_p": call.dropout, "scale": call.scale}

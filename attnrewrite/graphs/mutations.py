@@ -36,6 +36,9 @@ RESHAPES = frozenset(
     }
 )
 
+# Higher-order operators that write into none of their arguments: flex refuses functions that would.
+_READERS = frozenset({torch.ops.higher_order.flex_attention})
+
 CHECK = "_assert_tensor_metadata"  # torch.export writes one after each cast
 
 
@@ -173,6 +176,8 @@ def _written_by_function(target: Any, args: tuple[Any, ...], kwargs: dict[str, A
     elif is_packet(target):
         for overload in target.overloads():
             yield from _written_by_schema(getattr(target, overload)._schema, args, kwargs)
+    elif target in _READERS:
+        return
     elif is_higher_order(target) or not is_pytorchs(target):  # it may write anywhere
         yield from (*args, *kwargs.values())
     else:

@@ -39,6 +39,8 @@ INHERITED_META = ("nn_module_stack", "source_fn_stack", "stack_trace", "torch_fn
 
 # Frames of this package name no site: under `attnrewrite run` a function of ours counts the calls of SDPA.
 OUR_FILES = str(Path(__file__).parents[1]) + os.sep
+# Neither do those of PyTorch's own functions of attention in Python.
+_ATTENTION_FILES = str(Path(torch.nn.attention.__file__).parent) + os.sep
 
 # A transform of torch.func becomes two calls in a Dynamo graph, which enter and leave a nesting level.
 _ENTERS = {"_vmap_increment_nesting": "vmap", "_grad_increment_nesting": "grad", "_jvp_increment_nesting": "jvp"}
@@ -200,7 +202,7 @@ def site_name(node: Node, modules: ModulePaths) -> str:
         kind = stack[-1][1]
         return str(getattr(kind, "__name__", kind)).rsplit(".", 1)[-1]
     frames = re.findall(r'File "([^"]*)", line (\d+), in (\S+)', node.meta.get("stack_trace") or "")
-    frames = [frame for frame in frames if not frame[0].startswith(OUR_FILES)]
+    frames = [frame for frame in frames if not frame[0].startswith((OUR_FILES, _ATTENTION_FILES))]
     # After a graph break, Dynamo names the rest of f torch_dynamo_resume_in_f_at_LINE.
     return re.sub(r"^torch_dynamo_resume_in_(.+)_at_(\d+)$", r"\1:\2", frames[-1][2]) if frames else "attention"
 

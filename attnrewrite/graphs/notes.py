@@ -8,6 +8,8 @@ from torch.fx import Graph, Node
 
 _OURS = "attnrewrite"
 _LITERAL = "attnrewrite_literal"
+_SCRATCH = "attnrewrite_scratch"
+_READING = "attnrewrite_reading"
 
 
 def mark_ours(node: Node) -> Node:
@@ -30,7 +32,26 @@ def literal_of(node: Node) -> Any:
     return node.meta.get(_LITERAL)
 
 
+def note_scratch(node: Node) -> None:
+    """Marks a node that was written for a kernel that may come, and goes if nothing reads it."""
+    node.meta[_SCRATCH] = True
+
+
+def is_scratch(node: Node) -> bool:
+    return _SCRATCH in node.meta
+
+
+def note_reading(node: Node, reading: Any) -> None:
+    """Notes what a pass has read of a call, for the passes behind it; None takes the note away."""
+    node.meta[_READING] = reading
+
+
+def reading_of(node: Node) -> Any:
+    """What was noted of a call; None where nothing was."""
+    return node.meta.get(_READING)
+
+
 def erase_notes(graph: Graph) -> None:
     for node in graph.nodes:
-        node.meta.pop(_OURS, None)
-        node.meta.pop(_LITERAL, None)
+        for note in (_OURS, _LITERAL, _SCRATCH, _READING):
+            node.meta.pop(note, None)

@@ -118,8 +118,14 @@ class AttentionCall:
     deterministic: bool = False  # torch.use_deterministic_algorithms(True) is on
     in_cuda_graph: bool = False  # the inner compiler records the call in a CUDA graph
     obstacle: str | None = None  # why the call must stay unchanged
-    written_as: str = "sdpa"  # "operations": matmul and softmax in the graph; "kernel": a kernel chosen by PyTorch
+    # "operations": matmul and softmax in the graph; "kernel": a kernel chosen by PyTorch; "flex": a call of flex_attention
+    written_as: str = "sdpa"
     exported: bool = False  # part of an exported program, which holds operators only and checks as nodes
+
+    @property
+    def is_sdpa(self) -> bool:
+        """Whether the model's call is SDPA, or the kernel that PyTorch has chosen for it: `native` leaves such a call."""
+        return self.written_as in ("sdpa", "kernel")
 
     def described(self) -> AttentionCall:
         """The same call with symbolic sizes as text, for reports: the copy keeps no tracing state alive."""

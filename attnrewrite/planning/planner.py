@@ -7,7 +7,7 @@ from enum import Enum
 
 from ..graphs.questions import asking
 from ..kernels.calls import AttentionCall
-from ..kernels.decisions import Accepted, Decision, Refused
+from ..kernels.decisions import Accepted, Code, Decision, Refused
 from ..kernels.machines import Machine
 from ..kernels.records import Backend
 from ..kernels.sources import Source, SourceError, library, load
@@ -73,6 +73,8 @@ def _site(
         backend = candidate.on(machine)
         with asking(call.site, candidate.name):
             decision = decide(backend, call, machine, policy.numerics, policy.cast)
+        if candidate.keeps is not None and isinstance(decision, Accepted):
+            decision = Refused(Code.CONTEXT, candidate.keeps, "Name a kernel to replace the call")
         source: str | None = None
         if isinstance(decision, Accepted) and backend.source is not None:
             if libraries is Libraries.NAME:

@@ -30,7 +30,7 @@ def decide(
     size becomes a guard (see `holds`).
     """
     numerics = backend.numerics
-    if call.written_as == "operations":
+    if not call.is_sdpa:
         numerics = max(numerics, Numerics.REORDERED)  # no kernel keeps the order of the model's operations
     if numerics > limit:
         return Refused(
@@ -153,8 +153,8 @@ def _capability(backend: Backend, call: AttentionCall, machine: Machine) -> Refu
 
 
 def _context(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
-    if call.obstacle is None or (backend.any_context and call.written_as != "operations"):
-        return None  # `native` leaves a call as it is, but it would replace attention in tensor operations
+    if call.obstacle is None or (backend.any_context and call.is_sdpa):
+        return None  # `native` leaves a call as it is, but it would replace any other attention
     return Refused(Code.CONTEXT, call.obstacle, "The call stays as it is in the model, and its result does not change")
 
 
@@ -250,7 +250,7 @@ def _low_rows(backend: Backend, call: AttentionCall, machine: Machine) -> Refuse
     """A kernel's backward computes the weights of a row anew from the log-sum-exp of its scores, which is rounded beside a
     large number: weights of 1 instead of 1 / kv_len."""
     low = call.needs_grad and call.mask.low_rows and call.mask.kind is MaskKind.ADDITIVE
-    if not low or backend.all_scores or (backend.op is None and call.written_as != "operations"):
+    if not low or backend.all_scores or (backend.op is None and call.is_sdpa):
         return None
     return Refused(
         Code.GRAD,

@@ -57,7 +57,12 @@ class Auto:
                     break
         except UnbackedSizeError:  # nothing is known about sizes that depend on data
             found = []
-        return (*found, candidate("native", "auto: no evidence that another is faster" if not found else None, stale))
+        native = candidate("native", "auto: no evidence that another is faster" if not found else None, stale)
+        if call.written_as == "flex" and call.mask.is_tensor:
+            native = replace(
+                native, keeps="auto: flex computes this mask in its kernel, SDPA would read it from memory"
+            )
+        return (*found, native)
 
     def _below(self, numerics: Numerics, call: AttentionCall, machine: Machine, stale: str | None) -> list[Candidate]:
         """The kernels to prefer if a quantised kernel refuses the call."""

@@ -46,8 +46,8 @@ class Site:
 
     @property
     def swapped(self) -> bool:
-        """Whether the graph gets another call. `native` changes only attention that is written in tensor operations."""
-        return self.chosen is not None and (self.chosen != "native" or self.call.written_as == "operations")
+        """Whether the graph gets another call. `native` changes only attention that is not SDPA."""
+        return self.chosen is not None and (self.chosen != "native" or not self.call.is_sdpa)
 
     @property
     def refusals(self) -> tuple[tuple[str, Refused], ...]:

@@ -138,6 +138,8 @@ def _notes(site: Site, cast: Step | None) -> str:
         lines.append(f"The kernel came from {site.source}.")
     if site.call.written_as == "operations":
         lines.append("The model spells the attention out in tensor operations.")
+    elif site.call.written_as == "flex":
+        lines.append("The model calls flex_attention.")
     if site.call.obstacle:
         lines.append(f"In the model no kernel may replace the call: {site.call.obstacle}.")
     if site.call.dropout:
