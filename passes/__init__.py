@@ -30,7 +30,13 @@ from .understand_masks import understand_masks
 Opener = Callable[[GraphModule, Surroundings], int]
 Tidier = Callable[[GraphModule], int]
 
-OPENERS: tuple[Opener, ...] = (open_functions, open_multi_head_attention, open_fast_paths, open_dtensors, read_flex_calls)
+OPENERS: tuple[Opener, ...] = (
+    open_functions,
+    open_multi_head_attention,
+    open_fast_paths,
+    open_dtensors,
+    read_flex_calls,
+)
 TIDIERS: tuple[Tidier, ...] = (drop_scratch, cancel_transposes, drop_kernel_contexts)
 
 __all__ = ["OPENERS", "TIDIERS", "Opener", "Tidier", "find_calls", "swap_kernels", "understand_masks"]

@@ -37,6 +37,7 @@ from ..kernels.shapes import lead_sizes
 from .flex_calls import FLEX, flex_reading, needs_grad
 from .found import Found, MaskTerm, Missed, Operand, Operands
 from .fused_kernels import FUSED_TARGETS, LOWER_RIGHT, fused_arguments
+from .library_calls import is_library_call, library_obstacle, library_sizes
 from .masks import mask_of, tensor_mask
 from .opaque_functions import is_function, is_inside
 from .recognise import Recognised, recognise
@@ -100,6 +101,8 @@ def find_calls(
             found.append(_read_fused(node, inside, unique(node), origins, thrown_away))
         elif node.target is FLEX and not is_ours(node):
             found.append(_read_flex(node, inside, unique(node), origins, thrown_away))
+        elif is_library_call(node) and not is_ours(node):
+            found.append(_read_library(node, inside, unique(node), origins))
         elif node.target in OPAQUE_TARGETS:
             found.append(Found(node, _read_opaque(node, inside, unique(node))))
         elif is_function(node):
@@ -255,6 +258,23 @@ def _read_flex(node: Node, inside: Surroundings, site: str, origins: Origins, th
     call = replace(call, needs_grad=needs_grad(node), written_as="flex")
     operands = Operands(of_query, of_key, of_value, reading.terms, grouped=True)
     return Found(node, call, operands, (*unread_behind([node], thrown_away), *reading.around))
+
+
+def _read_library(node: Node, inside: Surroundings, site: str, origins: Origins) -> Found:
+    """A call of a library's operator, which stays."""
+    (query, key, _), sizes = library_sizes(node)
+    asked, answered = [each for each in (*node.args, *node.kwargs.values()) if isinstance(each, Node)][:2]
+    call = AttentionCall(
+        site=site,
+        **sizes,
+        dtype=_name(query.dtype),
+        device=query.device.type,
+        needs_grad=torch.is_grad_enabled() and query.requires_grad,
+        role=_role(asked, answered, query, key, origins),
+        obstacle=inside.transform or library_obstacle(node),
+        written_as="function",
+    )
+    return Found(node, call)
 
 
 def is_standard(scale: float, head_dim: int) -> bool:

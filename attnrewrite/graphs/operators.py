@@ -51,6 +51,12 @@ def name_in_aten(target: Any) -> str | None:
     return name if space == "aten" else None
 
 
+def qualified_name(target: Any) -> str:
+    """ "flash_attn::_flash_attn_forward" for an operator, with any overload, or a packet; "" for another target."""
+    space, name = _name_of(target)
+    return f"{space}::{name}" if space else ""
+
+
 def draws_random_numbers(name: str) -> bool:
     """Whether the aten operators of a name draw random numbers, as "dropout" does."""
     packet = getattr(torch.ops.aten, name, None)

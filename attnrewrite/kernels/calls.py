@@ -118,7 +118,8 @@ class AttentionCall:
     deterministic: bool = False  # torch.use_deterministic_algorithms(True) is on
     in_cuda_graph: bool = False  # the inner compiler records the call in a CUDA graph
     obstacle: str | None = None  # why the call must stay unchanged
-    # "operations": matmul and softmax in the graph; "kernel": a kernel chosen by PyTorch; "flex": a call of flex_attention
+    # "operations": matmul and softmax in the graph; "kernel": a kernel chosen by PyTorch; "flex": a call of flex_attention;
+    # "function": a call of a library's operator
     written_as: str = "sdpa"
     exported: bool = False  # part of an exported program, which holds operators only and checks as nodes
 
