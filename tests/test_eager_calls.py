@@ -102,6 +102,31 @@ def test_check_and_json():
     assert attnrewrite.Report.from_dict(old).eager_calls == []
 
 
+LIBRARY = """
+def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
+    return flash_attn_varlen_func(q, k, v)
+
+def flash_attn_varlen_func(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
+"""
+
+
+@pytest.mark.parametrize(("module", "calls"), [("flash_attn.flash_attn_interface", [2]), ("somebody.elses", [])])
+def test_functions_of_libraries_are_counted_too(module, calls):
+    library = {"__name__": module}
+    exec(LIBRARY, library)  # its functions know their module by this name
+    attention = torch.compiler.disable(library["flash_attn_func"])
+
+    def function(query, key, value):
+        return attention(attention(query * 2, key, value), key, value)
+
+    report = explained(function)
+    assert [call.calls for call in report.eager_calls] == calls
+    for call in report.eager_calls:
+        assert (call.name, call.file, call.function) == ("flash_attn's flash_attn_func", HERE, "function")
+        assert "disable" in call.reason
+
+
 def test_strict_says_where_the_attention_is():
     with torch.no_grad(), pytest.raises(attnrewrite.AttentionRefusedError, match=r"no graph: 2 calls .* in hidden"):
         attnrewrite.explain(

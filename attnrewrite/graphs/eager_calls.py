@@ -1,4 +1,5 @@
-"""Sees the calls of SDPA that run outside of every compiled graph: where they stand, and which graph break is the reason."""
+"""Sees the calls of attention, SDPA or a library's, that run outside of every compiled graph: where they stand, and which graph
+break is the reason."""
 
 from __future__ import annotations
 
@@ -22,6 +23,22 @@ _CALLED = {
     ENCODER_LAYER: "TransformerEncoderLayer",
     NATIVE_MHA: "MultiheadAttention",
 }
+# Functions of Python that are attentions too, each with the packages that have it: they are known by name, since no library is
+# imported here.
+_FLASH = frozenset({"flash_attn", "flash_attn_interface", "flash_attn_3", "fa3_fwd_interface"})
+_PYTHON = {
+    "memory_efficient_attention": frozenset({"xformers"}),
+    "sageattn": frozenset({"sageattention"}),
+    "sageattn_varlen": frozenset({"sageattention"}),
+    "flash_attn_func": _FLASH,
+    "flash_attn_qkvpacked_func": _FLASH,
+    "flash_attn_kvpacked_func": _FLASH,
+    "flash_attn_varlen_func": _FLASH,
+    "flash_attn_varlen_qkvpacked_func": _FLASH,
+    "flash_attn_varlen_kvpacked_func": _FLASH,
+    "flash_attn_with_kvcache": _FLASH,
+}
+_PACKAGES = frozenset().union(*_PYTHON.values())
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _GRAPHS = ("<eval_with_key>", os.path.join(_TORCH, "fx") + os.sep)  # files of graphs that run as Python code
 _RESUMED = re.compile(r"torch_dynamo_resume_in_(.+)_at_\d+")  # what Dynamo calls the rest of a function after a break
@@ -32,7 +49,7 @@ MOST_EVENTS = 20_000_000  # of Python's profile hook; then it stops, a few secon
 class EagerCall:
     """Calls of attention at one line of Python code that ran in no compiled graph."""
 
-    name: str  # "scaled_dot_product_attention", or the fused layer of torch.nn
+    name: str  # "scaled_dot_product_attention", the fused layer of torch.nn, or "flash_attn's flash_attn_func"
     file: str
     line: int
     function: str
@@ -49,7 +66,8 @@ class EagerCalls:
     """Counts, on one thread, the calls of attention that run outside of compiled graphs.
 
     Python's profile hook (`sys.setprofile`) sees each call of a C function with the function itself, under whatever name a
-    model has imported it, and nothing of PyTorch is changed. The hook is off while Dynamo compiles, since it slows Python down.
+    model has imported it, and each call of a Python function with its code. Nothing of PyTorch is changed. The hook is off
+    while Dynamo compiles, since it slows Python down.
     Nothing is counted where another profiler has the hook.
     """
 
@@ -129,12 +147,21 @@ class EagerCalls:
         if event == "c_call":
             if arg in _CALLED:
                 self._note(_CALLED[arg], frame)
+        elif event == "call":
+            if (name := frame.f_code.co_name) in _PYTHON and _package(frame) in _PYTHON[name]:
+                self._note_library(f"{_package(frame)}'s {name}", frame.f_back)
         elif event == "return":
             self._events += 1
             if frame is self._until or self._events > MOST_EVENTS:
                 self.stop()
                 if self._then is not None:
                     self._then()
+
+    def _note_library(self, name: str, caller: FrameType | None) -> None:
+        """Notes a call, unless a kernel of ours or a function of such a library makes it."""
+        if caller is None or caller.f_code.co_filename.startswith(OUR_FILES) or _package(caller) in _PACKAGES:
+            return
+        self._note(name, caller)
 
     def _note(self, name: str, frame: FrameType | None) -> None:
         stack = []
@@ -181,6 +208,11 @@ def _reason(stack: list[tuple[str, str, int]]) -> str:
                 at = f"line {place.lineno}" if file == stack[0][0] else f"{file}:{place.lineno}"
                 return f"graph break at {at}: {each.reason.strip().splitlines()[0]}"
     return ""
+
+
+def _package(frame: FrameType) -> str:
+    """The package whose code a frame runs."""
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0]
 
 
 def _plain(function: str) -> str:
