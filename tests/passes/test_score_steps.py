@@ -14,7 +14,7 @@ from attnrewrite.pipeline import rewrite_graph
 BATCH, HEADS, Q_LEN, KV_LEN = 2, 4, 7, 11
 
 
-def swapped(function, tensors, kernel="_native_math", inner="aot_eager", dynamic=False, error=1e-5):
+def swapped(function, tensors, kernel="_native_math", inner="eager", dynamic=False, error=1e-5):
     """The one site of a function, which is swapped and right, as are the gradients of all tensors that need one."""
     given = [each.detach().clone().requires_grad_(each.requires_grad) for each in tensors]
     wanted = [doubled(each.detach()).requires_grad_(each.requires_grad) for each in tensors]
@@ -88,7 +88,7 @@ def test_learned_temperatures(how):
     """Swin V2, XCiT, LSA. The factor goes into the query or the key, and gets its gradient there."""
     step, factor = temperature(how)
     tensors = [each.requires_grad_() for each in (*qkv(value_dim=24), factor)]
-    site = swapped(step, tensors)
+    site = swapped(step, tensors, inner="aot_eager")
     behind = {"a bias behind": MaskKind.ADDITIVE, "a fill behind": MaskKind.BOOLEAN}
     assert (site.call.mask.kind, site.call.scale) == (
         behind.get(how, MaskKind.NONE),
