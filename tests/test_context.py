@@ -437,7 +437,7 @@ def test_a_context_that_is_left_elsewhere():
     [
         (["_native_mth"], {}, ValueError, "no attention backend is called '_native_mth'; did you mean '_native_math'"),
         ([], {}, ValueError, "choices is empty"),
-        ([["flex"]], {}, TypeError, r"choices holds \['flex'\] \(list\)"),
+        ([["flex"]], {}, TypeError, r"choices holds a list: give its items one by one, \*\['flex'\]"),
         (["flex"], {"numerics": "fast"}, ValueError, "numerics is 'fast'"),
         (["flex"], {"rules": {"self": "flx"}}, ValueError, r"rules\['self'\]: no attention backend is called 'flx'"),
     ],

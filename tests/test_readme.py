@@ -150,7 +150,7 @@ def test_the_readme_shows_nothing_that_does_not_run():
 
 def test_few_blocks_of_the_documents_do_not_run():
     skipped = [str(block) for block in ALL if block.is_python and not block.runs]
-    assert len(skipped) <= 4, skipped
+    assert len(skipped) <= 5, skipped
 
 
 @pytest.mark.parametrize("document", [README, ROOT / "docs" / "kernels.md"], ids=lambda path: path.name)

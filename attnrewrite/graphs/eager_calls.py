@@ -110,6 +110,7 @@ class EagerCalls:
         if not self._running:
             return
         self._running = False
+        self._until = None  # a frame holds its tensors
         with suppress(ValueError):  # torch._dynamo.reset() has removed them
             torch._dynamo.callback.callback_handler.remove_start_callback(self._hold)
         with suppress(ValueError):
@@ -136,6 +137,8 @@ class EagerCalls:
             self._hook()
 
     def _hook(self) -> None:
+        if self._until is not None and not _is_running(self._until):  # it returned while Dynamo was compiling
+            self.stop()
         if self._running and not self._holds and sys.getprofile() is None:
             sys.setprofile(self._event)
 
@@ -213,6 +216,14 @@ def _reason(stack: list[tuple[str, str, int]]) -> str:
 def _package(frame: FrameType) -> str:
     """The package whose code a frame runs."""
     return str(frame.f_globals.get("__name__", "")).partition(".")[0]
+
+
+def _is_running(sought: FrameType) -> bool:
+    """Whether this thread is still in a frame."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame is not sought:
+        frame = frame.f_back
+    return frame is not None
 
 
 def _plain(function: str) -> str:

@@ -48,9 +48,10 @@ def _without_own_warnings() -> Iterator[None]:
 
 def erased_by_onnx(operator: Any, text: str) -> None:
     """Makes torch.onnx.export leave out an operator without outputs, with a warning. It decomposes by this table (2.9 to 2.15);
-    run_decompositions and Inductor do not."""
+    run_decompositions and Inductor do not, and a fake call with symbolic sizes does, which leaves nothing out."""
 
     def nothing(*_: Any, **__: Any) -> None:
-        warnings.warn(text, stacklevel=2)
+        if torch.onnx.is_in_onnx_export():
+            warnings.warn(text, stacklevel=2)
 
     torch._decomp.decomposition_table[operator] = nothing

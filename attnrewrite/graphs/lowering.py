@@ -32,7 +32,7 @@ def lowered(module: GraphModule) -> GraphModule | None:
 
     def run(*values: Any) -> Any:
         with preserve_node_meta():
-            return Interpreter(module).run(*values)
+            return _Regions(module).run(*values)
 
     with mode, enable_python_dispatcher(), same_autocast():
         result: GraphModule = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*given)
@@ -47,6 +47,25 @@ def lowered(module: GraphModule) -> GraphModule | None:
         if isinstance(held, torch.Tensor) and not is_fake(held):
             node.meta["example_value"] = mode.from_tensor(held, static_shapes=True)
     return result
+
+
+class _Regions(Interpreter):
+    """Runs a graph in its regions of autocast. make_fx only notes where they begin and end (2.9 to 2.15), so that what is inside
+    would get the dtype that it has outside."""
+
+    def __init__(self, module: GraphModule) -> None:
+        super().__init__(module)
+        self._entered: list[torch.autocast] = []
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        result = super().call_function(target, args, kwargs)
+        if target is torch.amp.autocast_mode._enter_autocast:
+            with torch._C.DisableTorchFunction():
+                self._entered.append(torch.autocast(*args).__enter__())
+        elif target is torch.amp.autocast_mode._exit_autocast:
+            with torch._C.DisableTorchFunction():
+                self._entered.pop().__exit__(None, None, None)
+        return result
 
 
 def _held(module: GraphModule, node: Node) -> Any:
