@@ -187,6 +187,10 @@ def limits(call: Call, kernel: str, outputs: int) -> list[float]:
     record, rounding = attnrewrite.records_of(kernel)[0], ROUNDING[call.dtype]
     if record.numerics is attnrewrite.Numerics.QUANTISED:
         rounding = max(rounding, record.tolerance.error)
+    if call.dtype == "float64" and loses_scores(call) and call.fill in ("-1e4", "-1e9"):
+        rounding = max(
+            rounding, 2.0**-51 * abs(float(call.fill))
+        )  # of each score, and the exact function rounds as well
     found = [rounding, *[GRADIENT * rounding] * (outputs - 1)]
     if call.mask == "additive_float32" and call.learned_mask and outputs > 1:
         found[-1] = max(found[-1], GRADIENT * ROUNDING["float32"])

@@ -13,6 +13,7 @@ from parity import compiled, qkv, relative
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 import attnrewrite
+from attnrewrite.graphs.eager_calls import EagerCalls
 
 HERE = __file__
 
@@ -231,3 +232,20 @@ def test_native_keeps_the_kernel_context():
     place = targets.index(torch._C._nn.scaled_dot_product_attention)
     assert torch.nn.attention._sdpa_kernel in targets[:place]
     assert torch.nn.attention._sdpa_kernel in targets[place:]
+
+
+def test_counting_ends_with_a_call_that_returns_while_dynamo_compiles():
+    """torch.compiler.reset() inside a compilation drops the callback that tells of its end."""
+
+    def watched():
+        calls = EagerCalls(sys._getframe(), compiling=True)
+        calls.start()
+        return calls
+
+    calls = watched()
+    torch.compiler.reset()
+    with calls.held():  # the next compilation
+        pass
+    attend(*qkv())
+    assert sys.getprofile() is None
+    assert calls.found == []

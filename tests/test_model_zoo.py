@@ -159,7 +159,10 @@ def test_attention_that_dynamo_does_not_trace_is_left_alone():
     """
     backend = attnrewrite.with_backend("_native_flash", inner="eager")
     module, kwargs = MODELS["mochi"]()
-    with torch.no_grad(), pytest.warns(UserWarning, match=r"in no graph.*graph break at line \d+: Dynamic shape operator"):
+    with (
+        torch.no_grad(),
+        pytest.warns(UserWarning, match=r"in no graph.*graph break at line \d+: Dynamic shape operator"),
+    ):
         outputs = torch.compile(module, backend=backend)(**kwargs)
     assert [site.name for site in backend.report.sites] == ["time_embed.pooler"]
     assert backend.report.swapped == 1
