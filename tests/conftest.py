@@ -10,7 +10,7 @@ from attnrewrite.planning import registry
 # pytest >= 9.1 gives its handler to every logger that does not propagate, torch.__trace among them. PyTorch then prints each
 # graph and guard of each compilation for that handler, which takes longer than most tests.
 logging.getLogger("torch.__trace").propagate = True
-# After each compilation Dynamo empties the caches of the CPU and runs the guards once, to log their latency: a tenth of a second.
+# After each compilation Dynamo empties the CPU's caches and runs the guards once, to log their latency: a tenth of a second.
 torch._dynamo.guards.profile_guard_manager = lambda *arguments: 0.0
 
 

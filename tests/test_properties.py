@@ -127,8 +127,8 @@ def refusals_of(kernel, asked):
 
 
 def error(output, reference):
-    """Relative in the 2-norm; where nothing is to be seen, absolute. A head of few numbers may have a mean near zero, of which the
-    rounding of the values that were added up is more: it counts as a tenth of one value for each number."""
+    """Relative in the 2-norm. The mean of many values may be near zero, where the rounding of what was summed is more than it: a
+    number of the output counts at least as a tenth."""
     norm = max(reference.norm().item(), 0.1 * reference.numel() ** 0.5)
     return ((output.double() - reference).norm() / norm).item()
 
