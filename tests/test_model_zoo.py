@@ -34,7 +34,7 @@ pytestmark = [
 
 KERNELS = ("_native_flash", "_native_math", "flex")
 INDUCTOR = ("clip_text", "sana", "qwen_image")  # the smallest graphs (compiling takes most of the time), a mask in each
-BACKWARD = (("flux", "aot_eager"), ("pixart", "eager"), ("hunyuan_video", "aot_eager"), ("hunyuan_dit", "aot_eager"))
+BACKWARD = (("flux", "eager"), ("pixart", "eager"), ("hunyuan_video", "aot_eager"), ("hunyuan_dit", "eager"))
 NAMED = ("flux", "sdxl_unet", "wan", "z_image", "hunyuan_dit", "clip_text")
 REPEATED = ("flux", "qwen_image", "wan", "z_image", "sdxl_unet")
 
@@ -142,14 +142,8 @@ def test_every_attention_is_found_and_its_output_kept(name):
             outputs = compiled(**kwargs)
         check_sites(backend.report, name, kernel)
         check_outputs(outputs, name)
-
-
-@pytest.mark.parametrize("name", NAMED)
-def test_sites_have_the_paths_of_their_modules(name):
-    module, _ = MODELS[name]()
-    _, report = run_compiled(name, "_native_flash", "eager")
-    for site in report.sites:
-        assert site.name.partition("#")[0] in dict(module.named_modules())
+    if name in NAMED:  # sites have the paths of their modules
+        assert {site.name.partition("#")[0] for site in backend.report.sites} <= set(dict(module.named_modules()))
 
 
 def test_attention_that_dynamo_does_not_trace_is_left_alone():

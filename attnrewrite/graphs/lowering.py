@@ -50,8 +50,8 @@ def lowered(module: GraphModule) -> GraphModule | None:
 
 
 class _Regions(Interpreter):
-    """Runs a graph in its regions of autocast. make_fx only notes where they begin and end (2.9 to 2.15), so that what is inside
-    would get the dtype that it has outside."""
+    """Runs a graph in its regions of autocast. make_fx only notes where they begin and end (2.9 to 2.15), so that what is
+    inside would get the dtype that it has outside."""
 
     def __init__(self, module: GraphModule) -> None:
         super().__init__(module)
