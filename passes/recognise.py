@@ -196,7 +196,8 @@ class _Recogniser:
         extra = first(self.scores.product.node) if spelled(self.scores.product.node) == "baddbmm" else None
         nodes = (*self.scores.nodes, self.softmax, *self.values.nodes, *lost)
         nodes = (extra, *nodes) if isinstance(extra, Node) else nodes
-        return (*nodes, *unread_behind(nodes, self.unread))  # copies that are thrown away
+        lent = tuple(user for node in nodes for user in node.users if spelled(user) == "to")  # for their dtype
+        return (*nodes, *lent, *unread_behind(nodes, self.unread))  # copies that are thrown away
 
     def _read_elsewhere(self, lost: tuple[Node, ...]) -> str | None:
         scores, weights = set(self.scores.nodes), {self.softmax, *self.values.nodes}

@@ -55,8 +55,11 @@ def readers(node: Node, unread: Set[Node]) -> Iterator[Node]:
         if user in unread:
             continue
         like = spelled(user) in ("view", "expand", "to") and node not in (user.args[:1] or (None,))  # x.expand_as(node)
-        if spelled(user) not in _FORM and not like:
-            yield user
+        if spelled(user) in _FORM or like:
+            continue
+        if spelled(user) == "to" and user.users and not any(readers(user, unread)):
+            continue  # a copy that lends its dtype alone: y = x.type_as(scores); x.type_as(y)
+        yield user
 
 
 def find_values(node: Node, dims: Dims, axes: Axes, unread: Set[Node], depth: int = DEPTH) -> Values | Missed:

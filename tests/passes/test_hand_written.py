@@ -484,9 +484,17 @@ def second_product(q, k, v, thrown_away):
     return weights @ v
 
 
+def lent_dtype(q, k, v, thrown_away):
+    """ESM's: the second of two copies reads the dtype of the first."""
+    scores = q @ k.mT
+    weights = scores.float().softmax(-1)
+    copy = weights.type_as(scores)
+    return weights.type_as(copy) @ v
+
+
 @pytest.mark.parametrize("exported", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("function", [copied_scores, copied_weights, second_product])
+@pytest.mark.parametrize("function", [copied_scores, copied_weights, second_product, lent_dtype])
 def test_readers_that_nobody_reads(function, training, exported):
     """Whisper's and x-transformers' copies for a caller that throws them away. Nothing of them is left."""
 
@@ -524,6 +532,13 @@ def written_copy(q, k, v):
     return weights @ v
 
 
+def returned_copy(q, k, v):
+    scores = q @ k.mT
+    weights = scores.softmax(-1)
+    copy = weights.type_as(scores)
+    return weights.type_as(copy) @ v, copy
+
+
 def kept_in_a_buffer(q, k, v):
     kept = torch.zeros(2, 4, 7, 11)
     weights = (q @ k.mT).softmax(-1)
@@ -538,7 +553,9 @@ def random_reader(q, k, v):
     return weights @ v
 
 
-@pytest.mark.parametrize(("function", "reported"), [(written_copy, 0), (kept_in_a_buffer, 1), (random_reader, 1)])
+@pytest.mark.parametrize(
+    ("function", "reported"), [(written_copy, 0), (returned_copy, 1), (kept_in_a_buffer, 1), (random_reader, 1)]
+)
 def test_readers_without_readers_that_do_something(function, reported):
     torch.manual_seed(0)
     graphs = []
