@@ -151,12 +151,6 @@ PACKAGES: dict[str, tuple[Model, ...]] = {
     ),
     "kornia==0.9.0": (
         (
-            "VisionTransformer",
-            "kornia.models.VisionTransformer",
-            dict(image_size=64, patch_size=16, embed_dim=48, depth=2, num_heads=3),
-            image(64),
-        ),
-        (
             "LoFTR's encoder",
             "kornia.feature.loftr.loftr_module.transformer.LoFTREncoderLayer",
             dict(d_model=48, nhead=3, attention="full"),
@@ -168,20 +162,11 @@ PACKAGES: dict[str, tuple[Model, ...]] = {
     ),
     "tab-transformer-pytorch==0.6.1": (
         (
-            "TabTransformer",
-            "tab_transformer_pytorch.TabTransformer",
-            LAYERS | dict(categories=(5, 6, 7), num_continuous=4),
-            (("ids", 5, 2, 3), ("real", 2, 4)),
-        ),
-        (
             "FTTransformer",
             "tab_transformer_pytorch.FTTransformer",
             LAYERS | dict(categories=(5, 6, 7), num_continuous=4),
             (("ids", 5, 2, 3), ("real", 2, 4)),
         ),
-    ),
-    "x-unet==0.5.0": (
-        ("XUnet", "x_unet.XUnet", dict(dim=32, channels=3, dim_mults=(1, 2), num_self_attn_per_stage=(0, 1)), image(16)),
     ),
     "denoising-diffusion-pytorch==2.3.4": (
         (
