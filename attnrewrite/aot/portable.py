@@ -49,7 +49,8 @@ def portable(program: ExportedProgram, *choices: str, rules: Rules | None = None
             raise ValueError(f"portable takes {' or '.join(map(repr, PORTABLE))}, not {chosen.name!r}: others lack it")
     original = original_of(program)
     draft = drafted(original, policy, None)
-    lowered = {site.name: _MATH for site in draft.outcome.plan.sites if _stays_lowered(site)}
+    math = make_policy(["_native_math"]).choices
+    lowered = {site.name: math for site in draft.outcome.plan.sites if _stays_lowered(site)}
     if lowered:
         policy = replace(policy, rules=(*lowered.items(), *policy.rules))
         draft = drafted(original, policy, None)
@@ -59,9 +60,6 @@ def portable(program: ExportedProgram, *choices: str, rules: Rules | None = None
         draft = drafted(original, _without(policy, resting), None)
     _erase_checks(draft.module)
     return finished(original, _explained(draft, resting), policy, ())
-
-
-_MATH = make_policy(["_native_math"]).choices
 
 
 def _stays_lowered(site: Site) -> bool:
