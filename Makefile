@@ -21,8 +21,9 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python examples/digits/demo.py
 
+# One thread for each of the two processes: with more, they wait for each other.
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
