@@ -189,8 +189,6 @@ def _read_spelled_out(site: Recognised, inside: Surroundings, name: str, origins
         return Found(site.node, call)
     tensors = [each.value for each in (operands.query, operands.key, operands.value)]
     query, key, _ = tensors
-    head_dim = query.shape[-1]
-    standard = isinstance(head_dim, int) and is_standard(site.scale, head_dim)
     call = _call(
         name,
         tensors,
@@ -198,12 +196,18 @@ def _read_spelled_out(site: Recognised, inside: Surroundings, name: str, origins
         site.dtype,
         mask_of(operands.mask, site.dtype, query, output),
         grouped=operands.grouped,
-        scale=None if standard else site.scale,
+        scale=_scale(site.scale, query),
         dropout=site.dropout,
         role=_role(operands.query.node, operands.key.node, query, key, origins),
         obstacle=obstacle or _subclass(tensors),
     )
     return Found(site.node, replace(call, written_as="operations"), operands, site.chain)
+
+
+def _scale(scale: Any, query: torch.Tensor) -> Any:
+    """The scale as SDPA's argument: None where it is the one that SDPA takes by itself."""
+    head_dim = query.shape[-1]
+    return None if scale is not None and isinstance(head_dim, int) and is_standard(scale, head_dim) else scale
 
 
 def _read_fused(node: Node, inside: Surroundings, site: str, origins: Origins, thrown_away: Set[Node]) -> Found:
@@ -240,8 +244,6 @@ def _read_flex(node: Node, inside: Surroundings, site: str, origins: Origins, th
     tensors = [value_of(each) for each in node.args[:3]]
     query, key, _ = tensors
     output = value_of(node)[0]
-    head_dim = query.shape[-1]
-    standard = reading.scale is not None and isinstance(head_dim, int) and is_standard(reading.scale, head_dim)
     of_query, of_key, of_value = (Operand(each) for each in node.args[:3])  # type: ignore[arg-type]
     call = _call(
         site,
@@ -250,7 +252,7 @@ def _read_flex(node: Node, inside: Surroundings, site: str, origins: Origins, th
         output.dtype,
         mask_of(reading.terms, output.dtype, query, output),
         grouped=True,
-        scale=None if standard else reading.scale,
+        scale=_scale(reading.scale, query),
         dropout=0.0,
         role=_role(node.args[0], node.args[1], query, key, origins),
         obstacle=inside.transform or reading.obstacle,

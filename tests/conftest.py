@@ -32,6 +32,15 @@ def fresh_compiler():
 
 
 @pytest.fixture
+def one_rank(tmp_path):
+    """A mesh of one process, over gloo."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
 def plug_in(monkeypatch, tmp_path):
     """Installs a package of one module by hand: a plug-in, which the registry then finds."""
 

@@ -366,14 +366,6 @@ def test_diffusers_set_attention_backend(theirs):
 # -- distributed
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
 def test_ddp(one_rank):
     model, inner, x = Layer().requires_grad_(True), Counting(backward=True), torch.randn(2, 7, 24)
     wrapped = torch.nn.parallel.DistributedDataParallel(model)

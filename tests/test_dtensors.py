@@ -41,14 +41,6 @@ def two_ranks():
     torch.distributed.destroy_process_group()
 
 
-@pytest.fixture
-def one_rank(tmp_path):
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
 class Attention(torch.nn.Module):
     """Grouped heads: 4 of queries, 2 of keys. Values are as wide as keys: others take PyTorch's plain operations, which make a
     causal mask that is no DTensor (2.13)."""

@@ -166,14 +166,15 @@ class EagerCalls:
             return
         self._note(name, caller)
 
-    def _note(self, name: str, frame: FrameType | None) -> None:
+    def _note(self, name: str, caller: FrameType) -> None:
         stack = []
-        while frame is not None and frame is not self._until:
+        for frame in _stack(caller):
+            if frame is self._until:
+                break
             if frame.f_code.co_filename.startswith(_GRAPHS):
                 return
             if not frame.f_code.co_filename.startswith((_TORCH, OUR_FILES)):
                 stack.append((frame.f_code.co_filename, _plain(frame.f_code.co_name), frame.f_lineno))
-            frame = frame.f_back
         if stack:
             file, function, line = stack[0]
             calls, reason = self._found.get((name, file, line, function), (0, None))
@@ -183,15 +184,12 @@ class EagerCalls:
 def watch_rest_of_call(then: Callable[[list[EagerCall]], None]) -> None:
     """Watches the rest of the call in which Dynamo is compiling now, on this thread, and calls `then` with what was found when
     the compiled function returns. Does nothing outside of such a call."""
-    frame: FrameType | None = sys._getframe(1)
-    outermost = None
-    while frame is not None:
-        if frame.f_code.co_filename == torch._dynamo.eval_frame.__file__:
-            outermost = frame
-        frame = frame.f_back
-    if outermost is None:
+    compiling = [
+        each for each in _stack(sys._getframe(1)) if each.f_code.co_filename == torch._dynamo.eval_frame.__file__
+    ]
+    if not compiling:
         return
-    calls = EagerCalls(outermost, lambda: then(calls.found), compiling=True)
+    calls = EagerCalls(compiling[-1], lambda: then(calls.found), compiling=True)
     calls.start()
 
 
@@ -220,10 +218,14 @@ def _package(frame: FrameType) -> str:
 
 def _is_running(sought: FrameType) -> bool:
     """Whether this thread is still in a frame."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame is not sought:
+    return any(frame is sought for frame in _stack(sys._getframe(1)))
+
+
+def _stack(frame: FrameType | None) -> Iterator[FrameType]:
+    """A frame and those that called it, the innermost first."""
+    while frame is not None:
+        yield frame
         frame = frame.f_back
-    return frame is not None
 
 
 def _plain(function: str) -> str:
