@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ..graphs.exported import erased_by_onnx
+from ..graphs.exported import fake_of_check
 from ..kernels.ops import LIBRARY, NAMESPACE
 
 HOLDS = {
@@ -101,17 +101,12 @@ def _no_gradient(tensors: Sequence[Tensor], *, sites: str) -> None:
         )
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    return None
-
-
 def _define(name: str, schema: str, real: Any) -> Any:
     LIBRARY.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", _nothing, lib=LIBRARY)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake_of_check(op, LEFT_OUT), lib=LIBRARY)
     torch.fx.node.has_side_effect(op)
-    erased_by_onnx(op, LEFT_OUT)
     return op
 
 
