@@ -19,6 +19,7 @@ from .cancel_transposes import cancel_transposes
 from .drop_kernel_contexts import drop_kernel_contexts
 from .find_calls import find_calls
 from .flex_calls import drop_scratch, read_flex_calls
+from .library_calls import read_library_calls
 from .open_dtensors import open_dtensors
 from .open_fast_paths import open_fast_paths
 from .open_functions import open_functions
@@ -36,6 +37,7 @@ OPENERS: tuple[Opener, ...] = (
     open_fast_paths,
     open_dtensors,
     read_flex_calls,
+    read_library_calls,
 )
 TIDIERS: tuple[Tidier, ...] = (drop_scratch, cancel_transposes, drop_kernel_contexts)
 

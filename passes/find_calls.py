@@ -24,6 +24,8 @@ from ..graphs.nodes import (
     Surroundings,
     is_plain_tensor,
     is_transformed,
+    needs_grad,
+    number_of,
     site_name,
     value_of,
     with_surroundings,
@@ -34,10 +36,10 @@ from ..graphs.spellings import spelled
 from ..graphs.trees import leaves
 from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.shapes import lead_sizes
-from .flex_calls import FLEX, flex_reading, needs_grad
+from .flex_calls import FLEX, flex_reading
 from .found import Found, MaskTerm, Missed, Operand, Operands
 from .fused_kernels import FUSED_TARGETS, LOWER_RIGHT, fused_arguments
-from .library_calls import is_library_call, library_obstacle, library_sizes
+from .library_calls import TO_HEADS, is_library_call, library_reading, packed_sizes
 from .masks import mask_of, tensor_mask
 from .opaque_functions import is_function, is_inside
 from .recognise import Recognised, recognise
@@ -102,7 +104,7 @@ def find_calls(
         elif node.target is FLEX and not is_ours(node):
             found.append(_read_flex(node, inside, unique(node), origins, thrown_away))
         elif is_library_call(node) and not is_ours(node):
-            found.append(_read_library(node, inside, unique(node), origins))
+            found.append(_read_library(node, inside, unique(node), origins, thrown_away))
         elif node.target in OPAQUE_TARGETS:
             found.append(Found(node, _read_opaque(node, inside, unique(node))))
         elif is_function(node):
@@ -132,15 +134,7 @@ def arguments(node: Node) -> dict[str, Any]:
     """The arguments of an SDPA node by name, whether they were given by position or by name."""
     given = {**dict(zip(PARAMETERS, node.args, strict=False)), **node.kwargs}
     defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
-    return {**defaults, **{name: _number(value) for name, value in given.items()}}
-
-
-def _number(value: Any) -> Any:
-    """The number behind a symbol: under dynamic=True Dynamo makes symbols of a module's floats. SDPA has read their values
-    already (its schema says `float? scale`), so they are guarded, and reading them here adds no guard."""
-    symbol = value_of(value)
-    kinds = {torch.SymFloat: float, torch.SymBool: bool, torch.SymInt: int}
-    return kinds[type(symbol)](symbol) if type(symbol) in kinds else value
+    return {**defaults, **{name: number_of(value) for name, value in given.items()}}
 
 
 def _read(node: Node, inside: Surroundings, site: str, origins: Origins) -> tuple[AttentionCall, Operands | None]:
@@ -262,21 +256,42 @@ def _read_flex(node: Node, inside: Surroundings, site: str, origins: Origins, th
     return Found(node, call, operands, (*unread_behind([node], thrown_away), *reading.around))
 
 
-def _read_library(node: Node, inside: Surroundings, site: str, origins: Origins) -> Found:
-    """A call of a library's operator, which stays."""
-    (query, key, _), sizes = library_sizes(node)
-    asked, answered = [each for each in (*node.args, *node.kwargs.values()) if isinstance(each, Node)][:2]
-    call = AttentionCall(
-        site=site,
-        **sizes,
-        dtype=_name(query.dtype),
-        device=query.device.type,
-        needs_grad=torch.is_grad_enabled() and query.requires_grad,
-        role=_role(asked, answered, query, key, origins),
-        obstacle=inside.transform or library_obstacle(node),
-        written_as="function",
+def _read_library(node: Node, inside: Surroundings, site: str, origins: Origins, thrown_away: Set[Node]) -> Found:
+    """A call of a library's operator, as the SDPA call that computes the same."""
+    reading = library_reading(node)
+    of_query, of_key, of_value = reading.tensors
+    tensors = query, key, _ = [each.value for each in reading.tensors]
+    role = _role(of_query.node, of_key.node, query, key, origins)
+    if reading.obstacle:
+        call = AttentionCall(
+            site=site,
+            **packed_sizes(node),
+            dtype=_name(query.dtype),
+            device=query.device.type,
+            needs_grad=needs_grad(node),
+            role=role,
+            obstacle=reading.obstacle,
+            written_as="function",
+        )
+        return Found(node, call)
+    output = value_of(node)
+    several = not isinstance(output, torch.Tensor)
+    output = (output[0] if several else output).transpose(1, 2)
+    call = _call(
+        site,
+        tensors,
+        output,
+        output.dtype,
+        reading.causal or mask_of(reading.terms, output.dtype, query, output),
+        grouped=True,
+        scale=_scale(reading.scale, query),
+        dropout=reading.dropout,
+        role=role,
+        obstacle=_subclass(tensors),
     )
-    return Found(node, call)
+    call = replace(call, needs_grad=needs_grad(node), written_as="function")
+    operands = Operands(of_query, of_key, of_value, reading.terms, result=TO_HEADS, grouped=True)
+    return Found(node, call, operands, unread_behind([node], thrown_away) if several else ())
 
 
 def is_standard(scale: float, head_dim: int) -> bool:

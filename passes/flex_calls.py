@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ..graphs.emitting import Emitter
 from ..graphs.mutations import storage_of, written_storages
-from ..graphs.nodes import Surroundings, is_plain_tensor, is_transformed, value_of, with_surroundings
+from ..graphs.nodes import Surroundings, is_plain_tensor, is_transformed, needs_grad, value_of, with_surroundings
 from ..graphs.notes import is_ours, is_scratch, note_reading, note_scratch, reading_of
 from ..graphs.sizes import always
 from ..graphs.spellings import spelled
@@ -70,13 +70,13 @@ def read_flex_calls(graph_module: GraphModule, surroundings: Surroundings) -> in
 
 
 def drop_scratch(graph_module: GraphModule) -> int:
-    """Removes the nodes that `read_flex_calls` has written and nothing reads."""
+    """Removes the nodes that were written for a kernel that did not come."""
     dropped = 0
     for node in reversed(graph_module.graph.nodes):
         if is_scratch(node) and not node.users:
             graph_module.graph.erase_node(node)
             dropped += 1
-        elif node.target is FLEX:
+        elif reading_of(node) is not None:
             note_reading(node, None)  # it names nodes
     return dropped
 
@@ -178,12 +178,6 @@ def _graph(graph_module: GraphModule, node: Any) -> GraphModule | None:
         return None
     found = getattr(graph_module, str(node.target), None)
     return found if isinstance(found, GraphModule) else None
-
-
-def needs_grad(node: Node) -> bool:
-    """Whether the output needs a gradient: the fake value of a higher-order operator does not say so in each version."""
-    tensors = [value for each in node.all_input_nodes if isinstance(value := value_of(each), torch.Tensor)]
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _around(node: Node) -> tuple[Node, ...]:

@@ -36,9 +36,8 @@ def fused_arguments(node: Node, unread: Set[Node]) -> dict[str, Any]:
     given |= dict(zip(given, node.args, strict=False)) | dict(node.kwargs)
     bias = given.get("attn_mask") if "attn_mask" in given else given.get("attn_bias")
     obstacle = None
-    others = [user.name for user in node.users if not _is_output(user) and not (_is_member(user) and user in unread)]
-    if others:
-        obstacle = f"its kernel's other results are used ({others[0]})"
+    if results := obstacle_of_results(node, unread):
+        obstacle = results
     elif isinstance(bias, Node) and value_of(bias).dtype == torch.bool:
         obstacle = "its kernel adds a boolean mask as 1 and 0"
     elif any(isinstance(given.get(name), Node) for name in ("dropout_p", "is_causal", "scale")):
@@ -47,6 +46,12 @@ def fused_arguments(node: Node, unread: Set[Node]) -> dict[str, Any]:
         given |= {name: 0.0 for name in ("dropout_p",) if isinstance(given.get(name), Node)}
         given |= {name: None for name in ("is_causal", "scale") if isinstance(given.get(name), Node)}
     return {**given, "bias": bias, "obstacle": obstacle}
+
+
+def obstacle_of_results(node: Node, unread: Set[Node]) -> str | None:
+    """Why a node that returns a tuple must stay, if anything reads more than its first member."""
+    others = [user.name for user in node.users if not _is_output(user) and not (_is_member(user) and user in unread)]
+    return f"its kernel's other results are used ({others[0]})" if others else None
 
 
 def _is_member(user: Node) -> bool:

@@ -210,3 +210,17 @@ def site_name(node: Node, modules: ModulePaths) -> str:
 def kernels_now() -> list[str]:
     """The names of the kernels that SDPA may choose outside of the graph, sorted."""
     return sorted(backend.name for backend in torch.nn.attention._cur_sdpa_kernel_backends())
+
+
+def needs_grad(node: Node) -> bool:
+    """Whether the output needs a gradient: the fake value of a higher-order operator does not say so in each version."""
+    tensors = [value for each in node.all_input_nodes if isinstance(value := value_of(each), torch.Tensor)]
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
+def number_of(value: Any) -> Any:
+    """The number behind a symbol: under dynamic=True Dynamo makes symbols of a module's floats. SDPA has read their values
+    already (its schema says `float? scale`), so they are guarded, and reading them here adds no guard."""
+    symbol = value_of(value)
+    kinds = {torch.SymFloat: float, torch.SymBool: bool, torch.SymInt: int}
+    return kinds[type(symbol)](symbol) if type(symbol) in kinds else value
