@@ -66,7 +66,6 @@ def test_models_run_and_every_site_is_swapped(name):
     ("name", "query"),
     [
         ("flux", (1, 24, 4608, 128)),
-        ("sd3.5", (2, 38, 4429, 64)),
         ("wan-14b", (1, 40, 32760, 128)),
     ],
 )

@@ -30,11 +30,11 @@ RECORDS = (
 
 @pytest.mark.filterwarnings("ignore")
 def test_nothing_is_wrong():
-    """About twenty seconds on one core: static and dynamic sizes, with and without a gradient."""
-    counts = fuzz.search(1, ["native", "_native_math", "_native_flash", "flex"], fuzz.Setting(), calls=240, size=10)
+    """Static and dynamic sizes, with and without a gradient."""
+    counts = fuzz.search(1, ["native", "_native_math", "_native_flash", "flex"], fuzz.Setting(), calls=120, size=10)
     assert counts.wrong == []
-    assert counts.all >= 240
-    assert min(counts.swapped.values()) > 12, str(counts)
+    assert counts.all >= 120
+    assert min(counts.swapped.values()) > 6, str(counts)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -73,7 +73,9 @@ def on_this_machine(kernel, device):
     if device == "cuda" and kernel == "_native_flash":
         pytest.skip("takes no mask on CUDA: refused with MASK")
     if refused is None and (record.source is None or device == "cuda"):
-        return attnrewrite.with_backend(kernel, inner="inductor" if kernel == "flex" else "eager", numerics="quantised")
+        return attnrewrite.with_backend(
+            kernel, inner="inductor" if device == "cuda" and kernel == "flex" else "eager", numerics="quantised"
+        )
     if device == "cuda" or record.source is None:
         pytest.skip(f"{kernel}: {refused}")
     return compiler(record)

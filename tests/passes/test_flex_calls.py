@@ -105,8 +105,12 @@ READ = {
 }
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("score_mod", READ, ids=lambda each: each.__name__)
+SYMBOLIC = (lower_right, window, bias, relative_positions, documents)
+
+
+@pytest.mark.parametrize(
+    ("score_mod", "dynamic"), [*((each, False) for each in READ), *((each, True) for each in SYMBOLIC)]
+)
 def test_functions_of_the_score_become_masks(score_mod, dynamic):
     captured, kind, q_len = READ[score_mod]
     captured = torch.zeros(1) if captured is None else captured

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
 import transformers
+from fuzz import EveryKernel
 from hand_written_models import IDS, MODELS, PADDING, quiet
 from parity import TOLERANCE, compiled, doubled, qkv, relative, skip_if_fenced
 from torch import nn
@@ -38,24 +39,28 @@ def seen(graphs):
     return inner
 
 
-@pytest.mark.parametrize("kernel", ["_native_math", "native", "flex", "_native_flash"])
 @pytest.mark.parametrize("name", MODELS)
-def test_models(name, kernel):
+def test_models(name):
     module, arguments, calls = MODELS[name]()
-    graphs = []
-    run, backend = compiled(module, kernel, inner=seen(graphs))
+    graphs = {kernel: [] for kernel in ("_native_flash", "_native_math", "native", "flex")}
+    every = EveryKernel({kernel: attnrewrite.with_backend(kernel, inner=seen(kept)) for kernel, kept in graphs.items()})
+    run = torch.compile(module, backend=every)
     with torch.no_grad():
-        output, reference = run(*arguments), copy.deepcopy(module).double()(*map(doubled, arguments))
-    assert relative(output, reference) < 1e-5
-    assert [sizes(site) for site in backend.report.sites] == calls
-    if kernel == "_native_flash" and name == "grouped_attention":  # value_dim
-        return
-    for site in backend.report.sites:
-        skip_if_fenced(site)
-    assert {site.chosen for site in backend.report.sites} == {kernel}
-    assert [graph.unchanged for graph in backend.report.graphs] == [0]
-    assert softmaxes(graphs[0].graph) == []
-    assert not [node for node in graphs[0].graph.nodes if spells_scores(node, calls)]
+        reference = copy.deepcopy(module).double()(*map(doubled, arguments))
+    for kernel, backend in every.backends.items():
+        every.now = kernel
+        with torch.no_grad():
+            assert relative(run(*arguments), reference) < 1e-5
+        assert [sizes(site) for site in backend.report.sites] == calls
+        if kernel == "_native_flash" and name == "grouped_attention":  # value_dim
+            continue
+        for site in backend.report.sites:
+            skip_if_fenced(site)
+        assert {site.chosen for site in backend.report.sites} == {kernel}
+        assert [graph.unchanged for graph in backend.report.graphs] == [0]
+        (graph,) = (each.graph for each in graphs[kernel])
+        assert softmaxes(graph) == []
+        assert not [node for node in graph.nodes if spells_scores(node, calls)]
 
 
 def spells_scores(node, calls):
@@ -71,25 +76,24 @@ def spells_scores(node, calls):
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch.export's own
-@pytest.mark.parametrize("kernel", ["_native_math", "native", "flex"])
 @pytest.mark.parametrize("decomposed", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_exported_models(name, decomposed, kernel):
+def test_exported_models(name, decomposed):
     module, arguments, calls = MODELS[name]()
     with torch.no_grad():
         reference = copy.deepcopy(module).double()(*map(doubled, arguments))
         program = torch.export.export(module, arguments)
         program = program.run_decompositions() if decomposed else program
-        graph_module = program.module()
-        outcome = rewrite_graph(graph_module, attnrewrite.with_backend(kernel).policy)
-        output = graph_module(*arguments)
-    assert relative(output, reference) < 1e-5
-    assert [sizes(site) for site in outcome.plan.sites] == calls
-    for site in outcome.plan.sites:
-        skip_if_fenced(site)
-    assert {site.chosen for site in outcome.plan.sites} == {kernel}
-    assert outcome.unchanged == 0
-    assert softmaxes(graph_module.graph) == []
+        for kernel in ("_native_math", "native", "flex"):
+            graph_module = program.module()
+            outcome = rewrite_graph(graph_module, attnrewrite.with_backend(kernel).policy)
+            assert relative(graph_module(*arguments), reference) < 1e-5
+            assert [sizes(site) for site in outcome.plan.sites] == calls
+            for site in outcome.plan.sites:
+                skip_if_fenced(site)
+            assert {site.chosen for site in outcome.plan.sites} == {kernel}
+            assert outcome.unchanged == 0
+            assert softmaxes(graph_module.graph) == []
 
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "vocab_size": 50}

@@ -81,8 +81,15 @@ MULTI_HEAD = {
 }
 
 
-@pytest.mark.parametrize("how", ["plain", "dynamic", "training"])
-@pytest.mark.parametrize("case", MULTI_HEAD)
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [
+        *((case, "training") for case in MULTI_HEAD),
+        ("key padding", "dynamic"),
+        ("a bias by head", "dynamic"),
+        ("in float64", "plain"),
+    ],
+)
 def test_multi_head_attention_that_makes_tensors_itself(case, how):
     """`add_zero_attn` makes zeros for a key: they are made in the fake mode of the graph, as all that is traced."""
     options, masks = MULTI_HEAD[case]
