@@ -13,7 +13,7 @@ from ..graphs.mutations import written_by
 from ..graphs.nodes import value_of
 from ..graphs.sizes import Size, always
 from ..graphs.spellings import TURNS, argument, first, keeps_order, name_of, permutation, same_shape, spelled
-from ..masks.rules import items
+from ..masks.moving_rules import items
 
 
 def before(node: Node, dims: Dims, axes: Axes) -> Dims | None:

@@ -1,5 +1,5 @@
 """Reads one element of a tensor out of a graph, Dynamo's or exported, as an expression: through views, slices, concatenations,
-comparisons and arithmetic that have a rule in rules.py. The element of any other node is a read of that node's tensor.
+comparisons and arithmetic that have a rule (rules.py). The element of any other node is a read of that node's tensor.
 
 In-place writes: a tensor that the graph itself fills (`zeros(...).masked_fill_(...)`, `mask[:, :n] = True`) is followed write
 by write. Any other tensor that is written into can be read after its last write; an earlier read raises `Unstable`.
@@ -17,9 +17,10 @@ from ..graphs.mutations import RESHAPES, changed_in_place, storage_of, written_b
 from ..graphs.nodes import value_of
 from ..graphs.sizes import always, is_one
 from ..graphs.spellings import base_name, name_of
+from .elementwise_rules import ELEMENTWISE
 from .expressions import Expressions, Value, is_axis
 from .indices import Index, constant, index_of, within
-from .rules import ELEMENTWISE, MOVES, assigned
+from .moving_rules import MOVES, assigned
 
 DEEPEST, MOST_READS = 120, 4000  # limits for one mask; no mask that a kernel supports needs more
 

@@ -178,7 +178,7 @@ def _deterministic(backend: Backend, call: AttentionCall, machine: Machine) -> R
     )
 
 
-def _captured(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+def _in_cuda_graph(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
     if backend.capturable or not call.in_cuda_graph:
         return None
     return Refused(
@@ -362,7 +362,7 @@ REASONS: tuple[Callable[[Backend, AttentionCall, Machine], Refused | None], ...]
     _context,
     _exported,
     _deterministic,
-    _captured,
+    _in_cuda_graph,
     _dtype,
     _dropout,
     _grad,
