@@ -436,14 +436,76 @@ def test_lora(regional):
     assert {site.chosen for site in backend.report.sites} == {FLASH}
 
 
-def test_quantised_weights():
-    torchao = pytest.importorskip("torchao.quantization", reason="quantised weights need torchao")
-    model, x = Layer(), torch.randn(2, 7, 24)
+def quantised_by_torchao(model):
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
     torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    expected = model(x)
-    backend = set_attention_backend(model, FLASH, inner="eager")
-    assert relative(model(x), expected) < 1e-5
+
+
+def quantised_by_bitsandbytes(model):
+    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    for module, name, linear in linears(model):
+        made = bnb.nn.Linear4bit(linear.in_features, linear.out_features, compute_dtype=torch.float32, quant_type="nf4")
+        made.weight, made.bias = (
+            bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4"),
+            linear.bias,
+        )
+        setattr(module, name, made.to("cpu"))  # quantises
+
+
+def quantised_by_gguf(model):
+    gguf = pytest.importorskip("gguf", reason="needs gguf")
+    from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for module, name, linear in linears(model):
+        made = GGUFLinear(linear.in_features, linear.out_features, compute_dtype=torch.float32)
+        data = torch.from_numpy(gguf.quants.quantize(linear.weight.detach().numpy(), kind))
+        made.weight, made.bias = GGUFParameter(data, quant_type=kind), linear.bias
+        setattr(module, name, made)
+
+
+def linears(model):
+    """The linear layers of attentions, with the module and the name that hold each. Blocks of 32 weights are quantised."""
+    found = [(module, *each) for module in model.modules() for each in module.named_children()]
+    return [each for each in found if isinstance(each[2], torch.nn.Linear) and each[2].in_features % 32 == 0]
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+@pytest.mark.parametrize("quantised", [quantised_by_torchao, quantised_by_bitsandbytes, quantised_by_gguf])
+def test_quantised_weights(quantised):
+    pytest.importorskip("diffusers")
+    model, x = Layer(96), torch.randn(2, 7, 96)
+    with torch.no_grad():
+        exact = model(x)
+        quantised(model)
+        expected = model(x)
+        assert 1e-4 < relative(expected, exact) < 0.3
+        backend = set_attention_backend(model, FLASH, inner="eager")
+        assert relative(model(x), expected) < 1e-5
     assert [site.chosen for site in backend.report.sites] == [FLASH]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("first", ["cache", "kernel"])
+def test_cache_dit(first):
+    """It replaces the blocks by its own that skip some, before the model is set or after it."""
+    cache_dit = pytest.importorskip("cache_dit", reason="needs cache-dit")
+    model, given = small_flux()
+    blocks = [model.transformer_blocks, model.single_transformer_blocks]
+    adapter = cache_dit.BlockAdapter(
+        transformer=model, blocks=blocks, forward_pattern=[cache_dit.ForwardPattern.Pattern_1] * 2,
+        check_forward_pattern=False, auto=False,
+    )  # fmt: skip
+    settings = cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0, num_inference_steps=4)
+    with torch.no_grad():
+        expected = model(**given).sample
+        if first == "cache":
+            cache_dit.enable_cache(adapter, cache_config=settings)
+        backend = set_attention_backend(model, FLASH, inner="eager")
+        if first == "kernel":
+            cache_dit.enable_cache(adapter, cache_config=settings)
+        assert relative(model(**given).sample, expected) < 1e-5
+    assert {site.chosen for site in backend.report.sites} == {FLASH}
 
 
 # -- CUDA graphs and autotuning, on a GPU

@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 from diffusers.hooks import FirstBlockCacheConfig, apply_group_offloading
-from model_zoo import small_flux
+from model_zoo import MODELS, small_flux
 from parity import relative
 from test_context import FLASH, MATH, Counting, Layer
 
@@ -495,13 +495,17 @@ def hooks_of(kind, model):
     if kind == "offloading":
         pytest.importorskip("accelerate", reason="diffusers' group offloading needs accelerate")
         apply_group_offloading(model, onload_device=torch.device("cpu"), offload_type="leaf_level")
+    elif kind == "accelerate":
+        hooks = pytest.importorskip("accelerate.hooks")
+        for block in model.transformer_blocks:
+            hooks.add_hook_to_module(block, hooks.AlignDevicesHook("cpu", io_same_device=True))
     elif kind == "layerwise casting":
         model.enable_layerwise_casting(storage_dtype=torch.bfloat16, compute_dtype=torch.float32)
     else:
         model.enable_cache(FirstBlockCacheConfig(threshold=-1.0))
 
 
-@pytest.mark.parametrize("kind", ["offloading", "layerwise casting", "first block cache"])
+@pytest.mark.parametrize("kind", ["offloading", "accelerate", "layerwise casting", "first block cache"])
 @pytest.mark.filterwarnings("ignore")
 def test_hooks_of_diffusers(kind):
     model, given = small_flux()
@@ -514,6 +518,39 @@ def test_hooks_of_diffusers(kind):
         assert {site.chosen for site in backend.report.sites} == {FLASH}
         reset_attention_backend(model)
         assert torch.equal(model(**given).sample, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_perturbed_attention_guidance():
+    """Its processors give the values themselves for one part of the batch, and call SDPA for the other."""
+    from diffusers.models.attention_processor import PAGIdentitySelfAttnProcessor2_0
+
+    model, given = MODELS["sdxl_unet"]()
+    plain = model(**given)[0]
+    for name, module in model.named_modules():
+        if name.endswith("attn1"):
+            module.processor = PAGIdentitySelfAttnProcessor2_0()
+    expected = model(**given)[0]
+    assert relative(expected, plain) > 1e-2
+    backend = set_attention_backend(model, FLASH, inner="eager")
+    assert relative(model(**given)[0], expected) < 1e-5
+    assert {site.chosen for site in backend.report.sites} == {FLASH}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_smoothed_energy_guidance():
+    """Its hook blurs the queries of a layer."""
+    from diffusers.hooks import smoothed_energy_guidance_utils as seg
+
+    model, given = MODELS["wan"]()
+    plain = model(**given)[0]
+    layers = seg.SmoothedEnergyGuidanceConfig(indices=[0], fqn="blocks")
+    seg._apply_smoothed_energy_guidance_hook(model, layers, blur_sigma=2.0)
+    expected = model(**given)[0]
+    assert relative(expected, plain) > 1e-3
+    backend = set_attention_backend(model, FLASH, inner="eager")
+    assert relative(model(**given)[0], expected) < 1e-5
+    assert {site.chosen for site in backend.report.sites} == {FLASH}
 
 
 def test_a_context_holds_for_a_set_model_too():
