@@ -10,7 +10,8 @@ attention  softmaxes whose scores come from a batched product and whose weights 
            uncompiled run of the model (below the graph, by PyTorch's operators: nothing of attnrewrite is asked)
 found      attentions in the report, each times the runs of its graph
 swapped    the same for those that have `_native_flash`, or `native` in the place of operations
-error      |output - exact| / |exact|, the compiled model in float32, the unchanged one in float64
+error      |output - exact| / |exact|, the compiled model in float32, the unchanged one in float64 (in float32 where it does not
+           run in float64: the line says so)
 seconds    of the first compiled run (`inner="eager"`: what the passes and Dynamo take)
 """
 
@@ -209,6 +210,8 @@ def told(package: str, name: str, row: dict[str, Any]) -> str:
     if "failed" in row:
         return about + f"failed: {row['failed'][:120]}"
     line = about + "{attention:5} {found:5} {swapped:7}  {error:.1e}  {seconds:6.1f}".format(**row)
+    if row["exact"] != "float64":
+        line += f"  error to {row['exact']}"
     reasons = collections.Counter(reason.partition(": ")[2] or reason for reason in row["left"])
     return "\n".join([line, *(f"    {count} x {reason[:180]}" for reason, count in reasons.items())])
 
