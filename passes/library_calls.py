@@ -154,7 +154,10 @@ def _read(graph_module: GraphModule, node: Node, inside: Surroundings, thrown_aw
         return _stays(node, f"its {computed[0]} is computed in the graph")
     tensors = [value_of(each) for each in _tensors(node)]
     if any(tensor.dim() != 4 for tensor in tensors) or any(tensor.dtype not in _DTYPES for tensor in tensors):
-        return _stays(node, f"its query is {tuple(tensors[0].shape)} of {tensors[0].dtype}")
+        return _stays(node, f"its query is {tuple(tensors[0].shape)} of {_name(tensors[0].dtype)}")
+    autocast = inside.autocast_dtype(tensors[0].device.type)
+    if autocast not in (None, tensors[0].dtype):
+        return _stays(node, f"autocast to {_name(autocast)} is on around it and changes SDPA, not this operator")
     if isinstance(value_of(node), tuple | list) and (results := obstacle_of_results(node, thrown_away)):
         return _stays(node, results)
 
@@ -171,6 +174,10 @@ def _read(graph_module: GraphModule, node: Node, inside: Surroundings, thrown_aw
     return LibraryReading(
         (query, key, value), tuple(terms), causal, said.get("scale"), float(said.get("dropout") or 0.0)
     )
+
+
+def _name(dtype: torch.dtype | None) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

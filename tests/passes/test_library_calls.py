@@ -188,7 +188,7 @@ def test_pytorchs_own_kernels_below_sdpa(name, kind):
             lambda q, k, v: ops.flash_attn._flash_attn_forward(q, k, v, 0.0, 0.3, False, -1, -1, 0.0, None, False)[:2],
             "its kernel's other results are used",
         ),
-        (lambda q, k, v: f2(q.to(torch.float8_e4m3fn), k, v), "of torch.float8_e4m3fn"),
+        (lambda q, k, v: f2(q.to(torch.float8_e4m3fn), k, v), "of float8_e4m3fn"),
     ],
 )
 def test_what_sdpa_does_not_compute_stays(function, why):
@@ -202,6 +202,53 @@ def test_what_sdpa_does_not_compute_stays(function, why):
     assert why in site.call.obstacle
     assert site.call.obstacle.startswith("the model calls the operator flash_attn")
     torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("kernel", ["native", "_native_math"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_sdpa_and_no_operator_of_a_library(dtype, kernel):
+    """In float32 the model's call stays: SDPA in its place would be cast to bfloat16, and would return that."""
+
+    def function(*given):
+        with torch.autocast("cpu", torch.bfloat16):
+            return f2(*given)
+
+    inputs = [each.to(dtype) for each in fused(5, 7)]
+    backend = attnrewrite.with_backend(kernel, inner="eager")
+    with torch.no_grad():
+        wanted, found = function(*inputs), torch.compile(function, backend=backend, fullgraph=True)(*inputs)
+    (site,) = backend.report.sites
+    assert site.chosen == (None if dtype is torch.float32 else kernel)
+    assert "autocast to bfloat16 is on around it" in (site.call.obstacle or "autocast to bfloat16 is on around it")
+    assert found.dtype == dtype
+    assert relative(found, wanted) < (1e-5 if dtype is torch.float32 else 1e-2)
+
+
+def test_gradients():
+    """The model has them from the library's autograd function; here the operator itself has none."""
+    inputs = [each.detach().clone().requires_grad_() for each in fused(5, 7)]
+    exact = [each.detach().double().requires_grad_() for each in inputs]
+    backend = attnrewrite.with_backend("native", inner="aot_eager")
+    torch.compile(lambda *given: f2(*given, left=3, right=2), backend=backend)(*inputs).square().sum().backward()
+    attention(*exact, 0.3, left=3, right=2)[0].square().sum().backward()
+    assert backend.report.sites[0].chosen == "native"
+    for one, other in zip(inputs, exact, strict=True):
+        assert relative(one.grad, other.grad) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch.export's own
+def test_an_exported_program():
+    class Model(torch.nn.Module):
+        def forward(self, q, k, v):
+            return f2(q, k, v, causal=True)
+
+    inputs = fused(5, 7)
+    length = {1: torch.export.Dim("length", min=2, max=64)}
+    program = torch.export.export(Model(), inputs, dynamic_shapes=(None, length, length))
+    made = attnrewrite.rewrite(program, "_native_math")
+    assert attnrewrite.report_of(made).swapped == 1
+    for q, k, v in (inputs, fused(5, 11)):
+        assert relative(made.module()(q, k, v), attention(q, k, v, 0.3, causal=True)[0].double()) < 1e-5
 
 
 def test_packed_sequences_are_named():
