@@ -122,11 +122,13 @@ def doubled(tensor):
 
 def errors(found, exact):
     """|found - exact| / |exact| (2-norms) of the output and of each gradient, where `exact` is finite. A small gradient counts
-    relative to a hundredth of all gradients together."""
+    relative to a hundredth of all gradients together, and one that vanishes (those of query and key where there is one key)
+    relative to all: it is the difference of equal numbers, and nothing but their rounding."""
     known = [tensor.isfinite() for tensor in exact]
     apart = [(one.double() - two)[at].norm().item() for one, two, at in zip(found, exact, known, strict=True)]
     norms = [two[at].norm().item() for two, at in zip(exact, known, strict=True)]
-    least = [0.0, *[0.01 * math.hypot(*norms[1:])] * len(exact[1:])]
+    together = math.hypot(*norms[1:])
+    least = [0.0, *(together * (0.01 if norm > 1e-12 * together else 1.0) for norm in norms[1:])]
     return [error / max(norm, floor, 1e-30) for error, norm, floor in zip(apart, norms, least, strict=True)]
 
 
