@@ -82,6 +82,11 @@ class MaskTerm:
     amount: float  # a fill with -inf is a boolean mask
 
 
+# A score that is added to a number at or below this one is lost: in float64 below 64, in float32 below 16.
+VANISHING = -1e18
+VANISHING_IN_FLOAT32 = -5e8
+
+
 @dataclass(frozen=True)
 class Operands:
     """The tensors of an attention."""
@@ -92,6 +97,7 @@ class Operands:
     mask: tuple[MaskTerm, ...] = ()  # in the order in which the terms change the scores
     result: Views = ()  # from the kernel's output (..., heads, q_len, value_dim) to the value of the replaced node
     grouped: bool = False  # several query heads share a key head
+    vanishing: float = VANISHING  # scores are lost beside such a number, whatever dtype the model is in
 
     def moved(self, nodes: Mapping[Node, Node]) -> Operands:
         """The operands with each node of `nodes` replaced by its value there."""

@@ -11,13 +11,11 @@ import torch
 from ..graphs.nodes import value_of, values_only
 from ..graphs.sizes import always
 from ..kernels.calls import Mask, MaskKind
-from .found import MaskTerm, Operand
+from .found import MaskTerm, Operand, Operands
 
 # A finite fill becomes at most this bias. Any score added to it is lost in float32, so that a row with nothing but fills has
 # equal weights, as after the fill.
 LOWEST = -1e30
-# A score added to a number at or below this one is lost, even in float64: all hidden keys have equal scores then.
-VANISHING = -1e18
 
 
 def lowered(amount: float) -> float:
@@ -31,14 +29,14 @@ def one_fill(terms: Sequence[MaskTerm]) -> bool:
     return len(amounts) == 1 and math.isfinite(*amounts)
 
 
-def rows_matter(terms: Sequence[MaskTerm], needs_grad: bool) -> bool:
+def rows_matter(operands: Operands, needs_grad: bool) -> bool:
     """Whether no bias can stand for the fills of a row that has nothing but fills: a fill passes no gradient to the score that
     it replaces, a bias does; fills with several numbers and biases on top of fills decide the row's weights."""
     filled: set[float] = set()
-    for term in terms:
+    for term in operands.mask:
         if term.how != "add":
             filled |= {term.amount} - {-math.inf}
-        elif filled and max(filled) > VANISHING:
+        elif filled and max(filled) > operands.vanishing:
             return True
     return len(filled) > 1 or (bool(filled) and needs_grad)
 
@@ -104,13 +102,14 @@ def build_mask(
 
 
 def build_rows(
-    terms: Sequence[MaskTerm], dtype: torch.dtype, tensor: Callable[[Operand], torch.Tensor]
+    operands: Operands, dtype: torch.dtype, tensor: Callable[[Operand], torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(an additive mask, False for each row that has nothing but fills), for terms whose `rows_matter`.
+    """(an additive mask, False for each row that has nothing but fills), for a mask whose `rows_matter`.
 
     With a query of zeros, which passes no gradient either, the scores of such a row are the mask: the fills and what was added
     to them since, less a number for the whole row. In other rows a fill hides the key.
     """
+    terms = operands.mask
     wanted = _bias_dtype(terms, dtype)
     amounts = {term.amount for term in terms if term.how != "add"} - {-math.inf}
     top = max(amounts)
@@ -129,7 +128,7 @@ def build_rows(
         rest = torch.zeros((), dtype=wanted, device=given.device) if bias is None else bias
         bias = torch.where(keep, rest, -math.inf if term.amount == -math.inf else term.amount - top)
         live = keep if live is None else live & keep
-        if term.amount <= VANISHING:
+        if term.amount <= operands.vanishing:
             deaf = ~keep if deaf is None else deaf | ~keep
         elif deaf is not None:
             deaf = deaf & keep

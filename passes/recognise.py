@@ -21,7 +21,7 @@ from ..graphs.nodes import value_of
 from ..graphs.sizes import UnbackedSizeError, always
 from ..graphs.spellings import argument, first, number, shown, spelled
 from .arrangements import Sides, arrange
-from .found import Missed, Operand, Operands
+from .found import VANISHING, VANISHING_IN_FLOAT32, Missed, Operand, Operands
 from .opaque_functions import is_function
 from .operands import best, readables
 from .products import leads_to_product, mixes, operand_dims
@@ -186,11 +186,19 @@ class _Recogniser:
             tuple(reversed(read.terms)),
             result,
             bool(arrangement.shared),
+            self._vanishing(computed),
         )
         if not _fits(operands):
             return Missed("the sizes of its query, key and value are not known to match", product.node)
         chain = (*self._chain(steps.lost), *read.passed, *query_at.passed, *key_at.passed, *value_at.passed)
         return Recognised(end, self.softmax, operands, scale, dropout, dtype, obstacle, chain)
+
+    def _vanishing(self, computed: torch.dtype) -> float:
+        """Beside which numbers the scores are lost. A model may name float32 for its softmax: scores vanish beside -1e9 there,
+        also where the rest runs in float64."""
+        named = any(given is torch.float32 for given in (*self.softmax.args, *self.softmax.kwargs.values()))
+        narrow = value_of(self.softmax).dtype == torch.float32 and (named or computed in HALF)
+        return VANISHING_IN_FLOAT32 if narrow else VANISHING
 
     def _chain(self, lost: tuple[Node, ...]) -> tuple[Node, ...]:
         extra = first(self.scores.product.node) if spelled(self.scores.product.node) == "baddbmm" else None

@@ -73,7 +73,7 @@ def _swap(
         query, key, value = (tensor(each) for each in (operands.query, operands.key, operands.value))
         # Where the kernel gets a boolean mask that is proven, `built` takes care of rows without a key.
         proven = site.mask_as != "given" and planned.proof is not None and planned.proof.keep is not None
-        rows = not proven and rows_matter(operands.mask, call.needs_grad)
+        rows = not proven and rows_matter(operands, call.needs_grad)
         given, shared = _mask(operands, call, tensor, emitter, written, rows)
         made = built(
             call, None if rows else planned.proof, site.mask_as, given and (lambda: given()[0]), shared, emitter
@@ -145,6 +145,7 @@ def _mask(
         repr([(term.tensor.views, term.tensor.pads, term.how, term.amount) for term in operands.mask]),
         call.dtype,
         rows,
+        operands.vanishing,
     )
     # A mask that the graph writes into may have other values at the next site: it is not shared.
     if any(storage_of(value_of(node)) in written for node in nodes):
@@ -156,7 +157,7 @@ def _mask(
 
     def build() -> MaskAndRows:
         if rows:
-            made: MaskAndRows = emitter.once(("mask", shared), lambda: build_rows(operands.mask, dtype, tensor))
+            made: MaskAndRows = emitter.once(("mask", shared), lambda: build_rows(operands, dtype, tensor))
             return made
         return emitter.once(("mask", shared), lambda: build_mask(operands.mask, dtype, tensor)), None
 

@@ -19,7 +19,7 @@ from ..masks.indices import Index, at_least_zero, axis, exchanged, index_of
 from ..masks.reading import Reader, Unstable, is_plain
 from ..masks.views import before_views
 from .found import Found, MaskTerm, Operand, Operands, Understood
-from .masks import VANISHING, lowered, one_fill, rows_matter
+from .masks import lowered, one_fill, rows_matter
 
 # A number at or below this one hides a key. Models use -10000 (-9984 in bfloat16), -1e9 and finfo.min: a hidden key takes part
 # only if its score is larger than all others by about as much. Numbers nearer to zero are biases.
@@ -43,7 +43,7 @@ def understand_masks(graph_module: GraphModule, attentions: Sequence[Found]) -> 
         opaque = found.call.obstacle is not None or not mask.is_tensor or mask.needs_grad
         if opaque or operands is None or not operands.mask:
             understood.append(found.then(Understood))
-        elif rows_matter(operands.mask, found.call.needs_grad) and not one_fill(operands.mask):
+        elif rows_matter(operands, found.call.needs_grad) and not one_fill(operands.mask):
             # No value stands for these fills.
             understood.append(found.then(Understood))
         else:
@@ -66,9 +66,9 @@ def _understood(found: Found, operands: Operands, reader: Reader) -> Understood:
     if value is None:
         return found.then(Understood)
     call, filled = found.call, one_fill(operands.mask)
-    facts = _facts(value, call, operands.query.value.dim(), reader, filled)
+    facts = _facts(value, call, operands, reader, filled)
     if facts.mask is None and call.needs_grad:
-        facts = _for_gradients(value, call, reader, filled)
+        facts = _for_gradients(value, call, operands, reader, filled)
     proof = Proof(value, facts.keep, facts.keys, facts.queries)
     return found.then(Understood, proof=proof, call=replace(call, mask=facts.mask or call.mask))
 
@@ -131,7 +131,7 @@ class Facts:
     queries: tuple[Home, ...] = ()  # as in `Proof`
 
 
-def _facts(value: Value, call: AttentionCall, rank: int, reader: Reader, filled: bool) -> Facts:
+def _facts(value: Value, call: AttentionCall, operands: Operands, reader: Reader, filled: bool) -> Facts:
     """filled: the number of the mask fills scores and is not added to them."""
     make = reader.expressions
     fills: frozenset[float] = frozenset({-math.inf})
@@ -150,11 +150,11 @@ def _facts(value: Value, call: AttentionCall, rank: int, reader: Reader, filled:
     queries: list[Value] = []
     rest: list[Value] = []
     for part in value.parts if value.kind == "and" else (value,):
-        if rank > 3 and -3 in part.axes:
+        if operands.query.value.dim() > 3 and -3 in part.axes:
             return Facts()
         (rest if {KEY, QUERY} <= part.axes else queries if QUERY in part.axes else keys).append(part)
     finite = fill != -math.inf
-    no_key = "mean" if fill <= VANISHING else "all keys"
+    no_key = "mean" if fill <= operands.vanishing else "all keys"
     no_key = no_key if finite else "zeros"
     mask = replace(call.mask, no_key=no_key, low_rows=finite and call.needs_grad and not filled)
     if not rest and not queries and no_key == "mean" and call.needs_grad and not filled:
@@ -175,7 +175,7 @@ def _facts(value: Value, call: AttentionCall, rank: int, reader: Reader, filled:
     return Facts(replace(call.mask, kind=kind, window=window), value)
 
 
-def _for_gradients(value: Value, call: AttentionCall, reader: Reader, filled: bool) -> Facts:
+def _for_gradients(value: Value, call: AttentionCall, operands: Operands, reader: Reader, filled: bool) -> Facts:
     """What is known of an additive mask of no other kind, for the gradients of a row that it hides as a whole.
 
     Fills: the mean of all values, and no gradient for the scores. One number that is added: it shifts all scores of the row
@@ -186,7 +186,7 @@ def _for_gradients(value: Value, call: AttentionCall, reader: Reader, filled: bo
     keep, numbers = parts
     mask = replace(call.mask, low_rows=not filled and numbers != {-math.inf})
     (number, *others) = numbers
-    if others or keep.kind == "constant" or number == -math.inf or not (filled or number > VANISHING):
+    if others or keep.kind == "constant" or number == -math.inf or not (filled or number > operands.vanishing):
         return Facts(mask)
     return Facts(replace(mask, kind=MaskKind.BOOLEAN, no_key="mean" if filled else "all keys"), keep)
 

@@ -378,6 +378,44 @@ def test_rows_of_nothing_but_fills_are_the_mean(fill, kernel, dtype):
     assert relative(output[1, :, 3], value.double()[1].mean(-2)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("needs_grad", [False, True])
+@pytest.mark.parametrize("kernel", ["native", "_native_math"])
+@pytest.mark.parametrize(
+    ("dtype", "softmax"),
+    [
+        (torch.float32, lambda scores: F.softmax(scores, -1, dtype=torch.float32)),
+        (torch.float32, lambda scores: torch.softmax(scores, -1, torch.float32)),
+        (torch.bfloat16, lambda scores: scores.float().softmax(-1)),
+        (torch.bfloat16, lambda scores: F.softmax(scores, dim=-1, dtype=torch.float32)),
+    ],
+)
+def test_a_softmax_in_float32_loses_scores_beside_a_large_number(dtype, softmax, kernel, needs_grad):
+    """A row that -1e9 hides as a whole has equal weights there, in whatever dtype the model runs; without float32 it has the
+    weights of its scores in float64."""
+
+    def step(q, k, v, m):
+        scores = q @ k.mT * 0.3 + torch.where(m, 0.0, -1e9).to(q.dtype)
+        return softmax(scores).to(v.dtype) @ v
+
+    mask = keep(2, 1, 1, 11)
+    mask[1] = False
+    given = [each.requires_grad_(needs_grad) for each in qkv(dtype=dtype)]
+    exact = [each.detach().double().requires_grad_(needs_grad) for each in given]
+    run, backend = compiled(step, kernel)
+    output, reference = run(*given, mask), step(*exact, mask)
+    (site,) = backend.report.sites
+    # `native` has no gradient for a row that a finite number hides; the model's own operations stay.
+    assert site.chosen == (None if needs_grad and kernel == "native" else kernel), site.refusals
+    assert relative(output.detach(), reference.detach()) < TOLERANCE[dtype]
+    assert relative(output[1].detach(), exact[2][1].mean(-2, keepdim=True).detach()) < TOLERANCE[dtype]
+    if needs_grad:
+        found, wanted = (
+            torch.autograd.grad(each.double().sin().sum(), to) for each, to in ((output, given), (reference, exact))
+        )
+        for one, other in zip(found, wanted, strict=True):
+            assert relative(one, other) < 10 * TOLERANCE[dtype]
+
+
 def test_a_fill_and_a_bias():
     """GPT-2's: causal by a fill, padding by a bias, both as low as the dtype goes."""
     low = torch.finfo(torch.float32).min
