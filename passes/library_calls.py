@@ -155,6 +155,9 @@ def _read(graph_module: GraphModule, node: Node, inside: Surroundings, thrown_aw
     tensors = [value_of(each) for each in _tensors(node)]
     if any(tensor.dim() != 4 for tensor in tensors) or any(tensor.dtype not in _DTYPES for tensor in tensors):
         return _stays(node, f"its query is {tuple(tensors[0].shape)} of {_name(tensors[0].dtype)}")
+    bias = said.get("bias")
+    if bias is not None and not (isinstance(bias, Node) and value_of(bias).is_floating_point()):
+        return _stays(node, "its bias is no tensor of floating-point numbers")
     autocast = inside.autocast_dtype(tensors[0].device.type)
     if autocast not in (None, tensors[0].dtype):
         return _stays(node, f"autocast to {_name(autocast)} is on around it and changes SDPA, not this operator")
@@ -162,9 +165,7 @@ def _read(graph_module: GraphModule, node: Node, inside: Surroundings, thrown_aw
         return _stays(node, results)
 
     query, key, value = (Operand(each, TO_HEADS) for each in _tensors(node))
-    terms = []
-    if isinstance(said.get("bias"), Node):
-        terms.append(MaskTerm(Operand(said["bias"]), "add", 1.0))
+    terms = [] if bias is None else [MaskTerm(Operand(bias), "add", 1.0)]
     band, causal = _band(said), None
     square = always(query.value.shape[-2] == key.value.shape[-2])
     if (band.left, band.right) == (None, 0) and not terms and (square or not band.lower_right):
