@@ -17,8 +17,9 @@ from torch.fx import GraphModule
 from ..graphs.nodes import Surroundings
 from .cancel_transposes import cancel_transposes
 from .drop_kernel_contexts import drop_kernel_contexts
+from .drop_scratch import drop_scratch
 from .find_calls import find_calls
-from .flex_calls import drop_scratch, read_flex_calls
+from .flex_calls import read_flex_calls
 from .library_calls import read_library_calls
 from .open_dtensors import open_dtensors
 from .open_fast_paths import open_fast_paths

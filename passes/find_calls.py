@@ -22,6 +22,7 @@ from ..graphs.nodes import (
     OPAQUE_TARGETS,
     SDPA_TARGETS,
     Surroundings,
+    dtype_name,
     is_plain_tensor,
     is_transformed,
     needs_grad,
@@ -39,7 +40,7 @@ from ..kernels.shapes import lead_sizes
 from .flex_calls import FLEX, flex_reading
 from .found import Found, MaskTerm, Missed, Operand, Operands
 from .fused_kernels import FUSED_TARGETS, LOWER_RIGHT, fused_arguments
-from .library_calls import TO_HEADS, is_library_call, library_reading, packed_sizes
+from .library_calls import TO_HEADS, is_library_call, library_reading, library_sizes
 from .masks import mask_of, tensor_mask
 from .opaque_functions import is_function, is_inside
 from .recognise import Recognised, recognise
@@ -177,7 +178,7 @@ def _read_spelled_out(site: Recognised, inside: Surroundings, name: str, origins
             batch = batch * size
         heads: Size = scores.shape[-3] if scores.dim() > 2 else 1
         call = AttentionCall(
-            name, batch, heads, heads, scores.shape[-2], scores.shape[-1], *site.sizes, _name(site.dtype),
+            name, batch, heads, heads, scores.shape[-2], scores.shape[-1], *site.sizes, dtype_name(site.dtype),
             scores.device.type, needs_grad=output.requires_grad, obstacle=obstacle, written_as="operations",
         )  # fmt: skip
         return Found(site.node, call)
@@ -265,8 +266,8 @@ def _read_library(node: Node, inside: Surroundings, site: str, origins: Origins,
     if reading.obstacle:
         call = AttentionCall(
             site=site,
-            **packed_sizes(node),
-            dtype=_name(query.dtype),
+            **library_sizes(node),
+            dtype=dtype_name(query.dtype),
             device=query.device.type,
             needs_grad=needs_grad(node),
             role=role,
@@ -332,7 +333,7 @@ def _call(
         kv_len=key.shape[-2],
         head_dim=query.shape[-1],
         value_dim=value.shape[-1],
-        dtype=_name(dtype),
+        dtype=dtype_name(dtype),
         device=query.device.type,
         mask=mask,
         scale=scale,
@@ -379,10 +380,6 @@ def _mask(mask: Any, is_causal: Any, query: torch.Tensor, output: torch.Tensor, 
     cast = autocast and not {mask.dtype, output.dtype} & {torch.bool, torch.float64}
     dtype = output.dtype if cast else mask.dtype
     return tensor_mask(mask, dtype, query, mask.requires_grad and output.requires_grad)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _layout(query: torch.Tensor) -> str:
@@ -458,7 +455,7 @@ def _read_opaque(node: Node, inside: Surroundings, site: str) -> AttentionCall:
         kv_len=key.shape[length],
         head_dim=width // heads,
         value_dim=width // heads,
-        dtype=_name(query.dtype),
+        dtype=dtype_name(query.dtype),
         device=query.device.type,
         mask=Mask() if mask is None else tensor_mask(mask, mask.dtype, query, mask.requires_grad),
         needs_grad=torch.is_grad_enabled() and query.requires_grad,

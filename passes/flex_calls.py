@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from ..graphs.emitting import Emitter
 from ..graphs.mutations import storage_of, written_storages
 from ..graphs.nodes import Surroundings, is_plain_tensor, is_transformed, needs_grad, value_of, with_surroundings
-from ..graphs.notes import is_ours, is_scratch, note_reading, note_scratch, reading_of
+from ..graphs.notes import is_ours, note_reading, reading_of, scratch_before
 from ..graphs.sizes import always
 from ..graphs.spellings import spelled
 from .flex_mods import Mods, Term, Unread
@@ -58,27 +58,12 @@ def read_flex_calls(graph_module: GraphModule, surroundings: Surroundings) -> in
         return 0
     written = written_storages(graph_module)
     for node, inside in calls:
-        before = node.prev
         reading = FlexReading(None, obstacle=inside.transform or _obstacle(node, written))
         if reading.obstacle is None:
-            reading = _read(graph_module, node)
-        while before.next is not node:
-            before = before.next
-            note_scratch(before)
+            with scratch_before(node):
+                reading = _read(graph_module, node)
         note_reading(node, reading)
     return len(calls)
-
-
-def drop_scratch(graph_module: GraphModule) -> int:
-    """Removes the nodes that were written for a kernel that did not come."""
-    dropped = 0
-    for node in reversed(graph_module.graph.nodes):
-        if is_scratch(node) and not node.users:
-            graph_module.graph.erase_node(node)
-            dropped += 1
-        elif reading_of(node) is not None:
-            note_reading(node, None)  # it names nodes
-    return dropped
 
 
 def flex_reading(node: Node) -> FlexReading:

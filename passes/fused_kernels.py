@@ -9,7 +9,7 @@ import torch
 from torch.fx import Node
 
 from ..graphs.nodes import value_of
-from ..graphs.operators import schema_of
+from ..graphs.operators import arguments_of
 from ..graphs.spellings import name_of
 
 aten = torch.ops.aten
@@ -31,9 +31,7 @@ def fused_arguments(node: Node, unread: Set[Node]) -> dict[str, Any]:
     The node returns a tuple: the attention's output, then results for this kernel's backward (log-sum-exp, random state).
     unread: the nodes of the graph whose values nothing reads.
     """
-    wanted = schema_of(node.target).arguments
-    given: dict[str, Any] = {each.name: each.default_value if each.has_default_value() else None for each in wanted}
-    given |= dict(zip(given, node.args, strict=False)) | dict(node.kwargs)
+    given = arguments_of(node)
     bias = given.get("attn_mask") if "attn_mask" in given else given.get("attn_bias")
     obstacle = None
     if results := obstacle_of_results(node, unread):

@@ -13,9 +13,9 @@ from torch.fx import GraphModule, Node
 
 from ..graphs.emitting import Emitter
 from ..graphs.mutations import unread
-from ..graphs.nodes import Surroundings, number_of, value_of, with_surroundings
-from ..graphs.notes import is_ours, note_reading, note_scratch, reading_of
-from ..graphs.operators import qualified_name, schema_of
+from ..graphs.nodes import Surroundings, dtype_name, number_of, value_of, with_surroundings
+from ..graphs.notes import is_ours, note_reading, reading_of, scratch_before
+from ..graphs.operators import arguments_of, qualified_name
 from ..graphs.sizes import always
 from ..kernels.calls import Mask, MaskKind
 from .found import MaskTerm, Operand
@@ -93,11 +93,8 @@ def read_library_calls(graph_module: GraphModule, surroundings: Surroundings) ->
         return 0
     thrown_away = unread(graph_module)
     for node, inside in calls:
-        before = node.prev
-        note_reading(node, _read(graph_module, node, inside, thrown_away))
-        while before.next is not node:
-            before = before.next
-            note_scratch(before)
+        with scratch_before(node):
+            note_reading(node, _read(graph_module, node, inside, thrown_away))
     return len(calls)
 
 
@@ -111,7 +108,7 @@ def library_reading(node: Node) -> LibraryReading:
     return reading if isinstance(reading, LibraryReading) else _stays(node, "its arguments were not read")
 
 
-def packed_sizes(node: Node) -> dict[str, Any]:
+def library_sizes(node: Node) -> dict[str, Any]:
     """The sizes of a call that stays, by the names of `AttentionCall`; packed sequences are one batch."""
     query, key, value = (value_of(each) for each in _tensors(node))
     return {
@@ -142,10 +139,9 @@ def _read(graph_module: GraphModule, node: Node, inside: Surroundings, thrown_aw
         return _stays(node, inside.transform)
     if qualified_name(node.target) in _PACKED:
         return _stays(node, "its sequences are packed into one")
-    wanted = schema_of(node.target).arguments
-    given: dict[str, Any] = {each.name: each.default_value if each.has_default_value() else None for each in wanted}
-    given |= dict(zip(given, node.args, strict=False)) | dict(node.kwargs)
-    said = {_WORDS.get(name, name): number_of(value) for name, value in given.items() if name not in _ANY_VALUE}
+    said = {
+        _WORDS.get(name, name): number_of(value) for name, value in arguments_of(node).items() if name not in _ANY_VALUE
+    }
     others = [name for name, value in said.items() if name not in _READ and (isinstance(value, Node) or value)]
     if others:
         return _stays(node, f"its {others[0]} is set")
@@ -154,13 +150,13 @@ def _read(graph_module: GraphModule, node: Node, inside: Surroundings, thrown_aw
         return _stays(node, f"its {computed[0]} is computed in the graph")
     tensors = [value_of(each) for each in _tensors(node)]
     if any(tensor.dim() != 4 for tensor in tensors) or any(tensor.dtype not in _DTYPES for tensor in tensors):
-        return _stays(node, f"its query is {tuple(tensors[0].shape)} of {_name(tensors[0].dtype)}")
+        return _stays(node, f"its query is {tuple(tensors[0].shape)} of {dtype_name(tensors[0].dtype)}")
     bias = said.get("bias")
     if bias is not None and not (isinstance(bias, Node) and value_of(bias).is_floating_point()):
         return _stays(node, "its bias is no tensor of floating-point numbers")
     autocast = inside.autocast_dtype(tensors[0].device.type)
     if autocast not in (None, tensors[0].dtype):
-        return _stays(node, f"autocast to {_name(autocast)} is on around it and changes SDPA, not this operator")
+        return _stays(node, f"autocast to {dtype_name(autocast)} is on around it and changes SDPA, not this operator")
     if isinstance(value_of(node), tuple | list) and (results := obstacle_of_results(node, thrown_away)):
         return _stays(node, results)
 
@@ -175,10 +171,6 @@ def _read(graph_module: GraphModule, node: Node, inside: Surroundings, thrown_aw
     return LibraryReading(
         (query, key, value), tuple(terms), causal, said.get("scale"), float(said.get("dropout") or 0.0)
     )
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True)

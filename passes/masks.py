@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..graphs.nodes import value_of, values_only
+from ..graphs.nodes import dtype_name, value_of, values_only
 from ..graphs.sizes import always
 from ..kernels.calls import Mask, MaskKind
 from .found import MaskTerm, Operand, Operands
@@ -62,7 +62,7 @@ def tensor_mask(mask: torch.Tensor, dtype: torch.dtype, query: torch.Tensor, nee
     kind = MaskKind.ADDITIVE
     if mask.dtype == torch.bool:
         kind = MaskKind.KEY_PADDING if _is_key_padding(mask, query) else MaskKind.BOOLEAN
-    return Mask(kind, str(dtype).removeprefix("torch."), tuple(mask.shape), needs_grad)
+    return Mask(kind, dtype_name(dtype), tuple(mask.shape), needs_grad)
 
 
 def _is_key_padding(mask: torch.Tensor, query: torch.Tensor) -> bool:

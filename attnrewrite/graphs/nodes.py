@@ -224,3 +224,8 @@ def number_of(value: Any) -> Any:
     symbol = value_of(value)
     kinds = {torch.SymFloat: float, torch.SymBool: bool, torch.SymInt: int}
     return kinds[type(symbol)](symbol) if type(symbol) in kinds else value
+
+
+def dtype_name(dtype: torch.dtype | None) -> str:
+    """ "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")

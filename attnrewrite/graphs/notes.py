@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -32,9 +34,15 @@ def literal_of(node: Node) -> Any:
     return node.meta.get(_LITERAL)
 
 
-def note_scratch(node: Node) -> None:
-    """Marks a node that was written for a kernel that may come, and goes if nothing reads it."""
-    node.meta[_SCRATCH] = True
+@contextmanager
+def scratch_before(node: Node) -> Iterator[None]:
+    """Marks the nodes that are written in front of `node` inside: they are for a kernel that may come, and go if nothing reads
+    them."""
+    before = node.prev
+    yield
+    while before.next is not node:
+        before = before.next
+        before.meta[_SCRATCH] = True
 
 
 def is_scratch(node: Node) -> bool:

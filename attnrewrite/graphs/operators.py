@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any, TypeGuard
 
 import torch
+from torch.fx import Node
 
 _KNOWN_MODULES = frozenset({"torch", "_operator", "operator", "math", "builtins"})
 
@@ -43,6 +44,13 @@ def is_higher_order(target: Any) -> TypeGuard[torch._ops.HigherOrderOperator]:
 def schema_of(target: Any) -> Any:
     """The schema of an operator, or of a packet's default operator, with `.arguments` and `.returns`."""
     return (target if is_operator(target) else target.default)._schema
+
+
+def arguments_of(node: Node) -> dict[str, Any]:
+    """All arguments of an operator's node by the names of its schema, with the schema's defaults; None where it has none."""
+    wanted = schema_of(node.target).arguments
+    defaults = {each.name: each.default_value if each.has_default_value() else None for each in wanted}
+    return {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
 
 
 def name_in_aten(target: Any) -> str | None:

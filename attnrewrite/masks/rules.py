@@ -44,6 +44,7 @@ def tensor(node: Node) -> tuple[Node, torch.Tensor] | None:
 
 
 def number_as(reader: Reader, number: Any, dtype: torch.dtype) -> Value | None:
+    """A number as an element of a tensor of this dtype; None if it is no number or too large."""
     if not isinstance(number, bool | int | float):
         return None
     try:

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from ..graphs.axes import Axes, Dims
 from ..graphs.nodes import value_of
-from ..graphs.operators import is_operator, name_in_aten, schema_of
+from ..graphs.operators import arguments_of, is_operator, name_in_aten
 from ..graphs.sizes import Size, always, is_one
 from ..graphs.trees import leaves
 
@@ -45,13 +45,7 @@ class Call:
 
     @cached_property
     def arguments(self) -> dict[str, Any]:
-        schema = schema_of(self.node.target).arguments
-        given = {
-            **{each.name: each.default_value for each in schema if each.has_default_value()},
-            **dict(zip([each.name for each in schema], self.node.args, strict=False)),
-            **self.node.kwargs,
-        }
-        return {each.name: given[each.name] for each in schema if each.name in given}
+        return arguments_of(self.node)
 
     @cached_property
     def tensors(self) -> tuple[Node, ...]:
