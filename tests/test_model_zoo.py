@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import os
 
 import pytest
 import torch
@@ -34,7 +35,9 @@ pytestmark = [
 
 KERNELS = ("_native_flash", "_native_math", "flex")
 INDUCTOR = ("clip_text", "sana", "qwen_image")  # the smallest graphs (compiling takes most of the time), a mask in each
-BACKWARD = (("flux", "eager"), ("pixart", "aot_eager"), ("hunyuan_dit", "eager"))
+BACKWARD = (("flux", "eager"), ("pixart", "aot_eager"), ("hunyuan_dit", "eager")) + (
+    (("hunyuan_video", "aot_eager"),) if os.environ.get("ATTNREWRITE_SLOW") else ()
+)
 NAMED = ("flux", "sdxl_unet", "wan", "z_image", "hunyuan_dit", "clip_text")
 # The masks of each model that has some, and what the graph proves of them.
 MASKS = {
