@@ -159,12 +159,14 @@ def built(library: Any, call: AttentionCall, machine: Machine) -> Refused | None
 
 
 def _flags(library: Any) -> dict[str, bool]:
-    name = str(library.__name__).removesuffix("_interface") + "_config"
-    try:
-        config: dict[str, Any] = importlib.import_module(name).CONFIG
-    except (ImportError, AttributeError):
-        return {}
-    return dict(config.get("build_flags", {}))
+    """The switches of a build, by the module that defines its functions: a kernel of the hub may only import them."""
+    for module in (library.flash_attn_func.__module__, library.__name__):
+        try:
+            config: dict[str, Any] = importlib.import_module(module.removesuffix("_interface") + "_config").CONFIG
+        except (ImportError, AttributeError):
+            continue
+        return dict(config.get("build_flags", {}))
+    return {}
 
 
 FROM_SOURCE = Backend(

@@ -132,9 +132,11 @@ def main() -> None:
     mesh = init_device_mesh(kind, (int(os.environ["WORLD_SIZE"]),))
     place = Place(device, torch.float32 if options.small else torch.bfloat16, options.small)
     result: dict[str, Any] = {**results.header(device, options.small), "ranks": mesh.size(), "rounds": options.rounds}
-    result["models"] = {name: measure(name, place, mesh, options.rounds) for name in options.models}
-    if options.json and dist.get_rank() == 0:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    result["models"] = {}
+    for name in options.models:
+        result["models"][name] = measure(name, place, mesh, options.rounds)
+        if options.json and dist.get_rank() == 0:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
     dist.destroy_process_group()
 
 

@@ -17,10 +17,10 @@ def cancel_transposes(graph_module: GraphModule) -> int:
     cancelled = 0
     for node in list(graph_module.graph.nodes):
         first = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-        if first is None or not _swaps_heads_and_length(node) or not _swaps_heads_and_length(first):
+        if first is None or not (is_ours(node) or is_ours(first)):  # both are the model's own
             continue
-        if not is_ours(node) and not is_ours(first):
-            continue  # both are the model's own
+        if not _swaps_heads_and_length(node) or not _swaps_heads_and_length(first):
+            continue
         source = first.args[0]
         if isinstance(source, Node):
             node.replace_all_uses_with(source)

@@ -23,6 +23,7 @@ from ..graphs.nodes import (
     SDPA_TARGETS,
     Surroundings,
     dtype_name,
+    functions_in,
     is_plain_tensor,
     is_transformed,
     needs_grad,
@@ -32,6 +33,7 @@ from ..graphs.nodes import (
     with_surroundings,
 )
 from ..graphs.notes import is_ours
+from ..graphs.operators import is_opaque
 from ..graphs.sizes import Size, always, holds
 from ..graphs.spellings import spelled
 from ..graphs.trees import leaves
@@ -40,7 +42,7 @@ from ..kernels.shapes import lead_sizes
 from .flex_calls import FLEX, flex_reading
 from .found import Found, MaskTerm, Missed, Operand, Operands
 from .fused_kernels import FUSED_TARGETS, LOWER_RIGHT, fused_arguments
-from .library_calls import TO_HEADS, is_library_call, library_reading, library_sizes
+from .library_calls import TO_HEADS, is_library_call, is_library_function, library_reading, library_sizes
 from .masks import mask_of, tensor_mask
 from .opaque_functions import is_function, is_inside
 from .recognise import Recognised, recognise
@@ -92,11 +94,12 @@ def find_calls(
         reason = is_inside(node)
         return [replace(call, obstacle=reason, needs_grad=needs_grad, written_as="operations") for call in calls]
 
+    candidates = functions_in(graph_module, _may_attend)
     for node, inside in with_surroundings(graph_module, surroundings):
-        if node.op not in ("call_function", "call_method"):
-            continue
         if node in spelled_out:
             found.append(_read_spelled_out(spelled_out[node], inside, unique(node), origins))
+        elif node.op != "call_function" or node.target not in candidates:
+            continue
         elif node.target in SDPA_TARGETS and not is_ours(node):  # another swap has already chosen `native` there
             call, operands = _read(node, inside, unique(node), origins)
             found.append(Found(node, call, operands))
@@ -111,6 +114,11 @@ def find_calls(
         elif is_function(node):
             found += [Found(node, replace(call, site=unique(node))) for call in hidden(node, inside)]
     return Finds(tuple(found), tuple(missed.items()))
+
+
+def _may_attend(target: Any) -> bool:
+    known = target in SDPA_TARGETS or target in FUSED_TARGETS or target is FLEX or target in OPAQUE_TARGETS
+    return known or is_library_function(target) or is_opaque(target)
 
 
 def _spelled_out(

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from ..graphs.emitting import Emitter
 from ..graphs.mutations import storage_of, written_storages
-from ..graphs.nodes import Surroundings, is_plain_tensor, is_transformed, needs_grad, value_of, with_surroundings
+from ..graphs.nodes import Surroundings, calls_of, is_plain_tensor, is_transformed, needs_grad, value_of
 from ..graphs.notes import is_ours, note_reading, reading_of, scratch_before
 from ..graphs.sizes import always
 from ..graphs.spellings import spelled
@@ -51,8 +51,8 @@ def read_flex_calls(graph_module: GraphModule, surroundings: Surroundings) -> in
     """
     calls = [
         (node, inside)
-        for node, inside in with_surroundings(graph_module, surroundings)
-        if node.op == "call_function" and node.target is FLEX and not is_ours(node)
+        for node, inside in calls_of(graph_module, surroundings, lambda target: target is FLEX)
+        if not is_ours(node)
     ]
     if not calls:
         return 0

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from ..graphs.emitting import Emitter
 from ..graphs.mutations import unread
-from ..graphs.nodes import Surroundings, dtype_name, number_of, value_of, with_surroundings
+from ..graphs.nodes import Surroundings, calls_of, dtype_name, number_of, value_of
 from ..graphs.notes import is_ours, note_reading, reading_of, scratch_before
 from ..graphs.operators import arguments_of, qualified_name
 from ..graphs.sizes import always
@@ -86,7 +86,7 @@ def read_library_calls(graph_module: GraphModule, surroundings: Surroundings) ->
     """
     calls = [
         (node, inside)
-        for node, inside in with_surroundings(graph_module, surroundings)
+        for node, inside in calls_of(graph_module, surroundings, is_library_function)
         if is_library_call(node) and not is_ours(node)
     ]
     if not calls:
@@ -98,8 +98,12 @@ def read_library_calls(graph_module: GraphModule, surroundings: Surroundings) ->
     return len(calls)
 
 
+def is_library_function(target: Any) -> bool:
+    return qualified_name(target) in _DENSE | _PACKED
+
+
 def is_library_call(node: Node) -> bool:
-    return node.op == "call_function" and qualified_name(node.target) in _DENSE | _PACKED and len(_tensors(node)) == 3
+    return node.op == "call_function" and is_library_function(node.target) and len(_tensors(node)) == 3
 
 
 def library_reading(node: Node) -> LibraryReading:

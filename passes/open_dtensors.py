@@ -13,10 +13,10 @@ from ..graphs.nodes import (
     SDPA_TARGETS,
     Surroundings,
     autocasting,
+    calls_of,
     value_key,
     value_of,
     values_only,
-    with_surroundings,
 )
 from ..graphs.notes import is_ours
 from .find_calls import arguments
@@ -32,8 +32,8 @@ def open_dtensors(graph_module: GraphModule, surroundings: Surroundings) -> int:
     A call with dropout stays: each rank draws its own numbers there, and DTensor keeps their order.
     """
     opened = 0
-    for node, inside in list(with_surroundings(graph_module, surroundings)):
-        if node.target not in SDPA_TARGETS or is_ours(node) or inside.transform:
+    for node, inside in calls_of(graph_module, surroundings, SDPA_TARGETS.__contains__):
+        if is_ours(node) or inside.transform:
             continue
         given = arguments(node)
         query, key, value, mask = (value_of(given[name]) for name in ("query", "key", "value", "attn_mask"))

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..graphs.inlining import inlined
-from ..graphs.nodes import ENCODER_LAYER, NATIVE_MHA, Surroundings, value_of, with_surroundings
+from ..graphs.nodes import ENCODER_LAYER, NATIVE_MHA, Surroundings, calls_of, value_of
 
 
 def open_fast_paths(graph_module: GraphModule, surroundings: Surroundings) -> int:
@@ -23,8 +23,8 @@ def open_fast_paths(graph_module: GraphModule, surroundings: Surroundings) -> in
     the modules' slow path. Nested tensors stay; so does a node whose weights are read.
     """
     opened = 0
-    for node, inside in list(with_surroundings(graph_module, surroundings)):
-        if node.target not in (ENCODER_LAYER, NATIVE_MHA) or inside.transform:
+    for node, inside in calls_of(graph_module, surroundings, (ENCODER_LAYER, NATIVE_MHA).__contains__):
+        if inside.transform:
             continue
         if any(getattr(value_of(each), "is_nested", False) for each in node.all_input_nodes):
             continue

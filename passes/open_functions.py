@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_aggregate
 
 from ..graphs.emitting import Emitter
-from ..graphs.nodes import Surroundings, is_transformed, value_of, with_surroundings
+from ..graphs.nodes import Surroundings, calls_of, is_transformed, value_of
 from ..graphs.operators import is_opaque
 
 # einops until 0.8.1 and einx call torch.compiler.allow_in_graph for their functions of tensors. These compute the same at each
@@ -25,8 +25,8 @@ def open_functions(graph_module: GraphModule, surroundings: Surroundings) -> int
     A node that does not give one tensor stays, and so does one inside a torch.func transform.
     """
     opened = 0
-    for node, inside in list(with_surroundings(graph_module, surroundings)):
-        if node.op == "call_function" and _is_known(node.target) and not inside.transform:
+    for node, inside in calls_of(graph_module, surroundings, _is_known):
+        if not inside.transform:
             opened += _open(graph_module, node, inside)
     return opened
 

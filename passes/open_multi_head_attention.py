@@ -7,7 +7,7 @@ from typing import Any
 from torch.fx import GraphModule
 
 from ..graphs.inlining import inlined
-from ..graphs.nodes import MHA, Surroundings, value_of, with_surroundings
+from ..graphs.nodes import MHA, Surroundings, calls_of, value_of
 
 
 def open_multi_head_attention(graph_module: GraphModule, surroundings: Surroundings) -> int:
@@ -19,12 +19,8 @@ def open_multi_head_attention(graph_module: GraphModule, surroundings: Surroundi
     if the weights are read. A node inside a torch.func transform stays.
     """
     opened = 0
-    for node, inside in list(with_surroundings(graph_module, surroundings)):
-        if (
-            node.target is not MHA
-            or inside.transform
-            or any(user.target is not operator.getitem for user in node.users)
-        ):
+    for node, inside in calls_of(graph_module, surroundings, lambda target: target is MHA):
+        if inside.transform or any(user.target is not operator.getitem for user in node.users):
             continue
         read = {user.args[1]: user for user in node.users if user.users}  # 0 is the output, 1 the weights
         needs_grad = value_of(node)[0].requires_grad

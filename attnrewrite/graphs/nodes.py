@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -167,6 +167,23 @@ def with_surroundings(module: GraphModule, outer: Surroundings) -> Iterator[tupl
             transform = f"it stands inside torch.func.{transforms[-1]}" if transforms else outer.transform
             now = Surroundings(transform, (*outer.autocast, *regions.values()))
         yield node, now
+
+
+def calls_of(
+    module: GraphModule, outer: Surroundings, wanted: Callable[[Any], bool]
+) -> list[tuple[Node, Surroundings]]:
+    """The calls of every function that is `wanted`, in order, each with its surroundings."""
+    if not (functions := functions_in(module, wanted)):
+        return []
+    nodes = with_surroundings(module, outer)
+    return [(node, inside) for node, inside in nodes if node.op == "call_function" and node.target in functions]
+
+
+def functions_in(module: GraphModule, wanted: Callable[[Any], bool]) -> set[Any]:
+    """The functions that a graph calls and that are `wanted`. A graph has many nodes and few functions, of which each is asked
+    about once."""
+    functions = {node.target for node in module.graph.nodes if node.op == "call_function"}
+    return {function for function in functions if wanted(function)}
 
 
 def _around_the_call(graph: Node, inside: Surroundings) -> Surroundings:

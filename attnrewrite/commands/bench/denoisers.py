@@ -48,7 +48,8 @@ class Place:
         try:
             with self.device:
                 model: torch.nn.Module = getattr(diffusers, kind)(**configuration).eval()
-                return model
+            # Parameters made by torch.Tensor([...]) lie on the CPU whatever the default device is (SVD's mix_factor).
+            return model.to(self.device)
         finally:
             torch.set_default_dtype(before)
 
