@@ -203,6 +203,7 @@ class Spec:
     refused: dict  # name of a change -> (code, words of the detail)
     questions: int  # how many an accepted call asks about sizes, if every size is a symbol of its own
     not_unbacked: tuple = ()  # sizes that must not depend on data
+    call: dict = field(default_factory=dict)  # what an accepted call has otherwise than CALL
 
 
 LENGTHS = ("batch", "q_len", "kv_len")
@@ -299,6 +300,35 @@ SPECS = {
         },
         questions=3,  # heads == kv_heads, head_dim % 8, value_dim % 8
         not_unbacked=(*DIMS, *HEADS, *LENGTHS),
+    ),
+    "_native_folded on cuda": Spec(
+        gpu(9, 0),
+        {
+            **SWAPPED,
+            **NOT_CUDA,
+            **AMPERE_ON,
+            **EMPTY,
+            **dtypes("bfloat16, float16, float32", "float64", *NOT_REAL),
+            **NO_DROPOUT,
+            **dict.fromkeys(("4 key heads", "4 key heads and a gradient"), (Code.GQA, "are 4", "and 8")),
+            "4 key heads and a mask": (Code.MASK, "causal lower-right", "boolean"),
+            "1 key head": (Code.GQA, "there are 1", "and 8"),
+            "3 heads a key head": (Code.GQA, "there are 4", "and 12"),
+            **{name: (Code.MASK, "causal lower-right", name) for name in ("boolean", "key padding")},
+            **{name: (Code.MASK, "causal lower-right", "additive") for name in CHANGES if name.startswith("additive")},
+            **NO_LEARNED_BIAS,
+            "window": (Code.MASK, "causal lower-right", "sliding window (10, 0)"),
+            "batch 65,535": (Code.BATCH, "an even batch", "this is 65535"),
+            **dict.fromkeys(
+                ("batch 65,536 with dropout", "dim 256 with a gradient and dropout on sm_89"),
+                (Code.DROPOUT, "no dropout", "p=0.25"),
+            ),
+            **{f"{name}, more keys": (Code.LENGTH, "up to 32", "this is 96") for name in ("causal", "lower-right")},
+            "kv_len 77": (Code.LENGTH, "kv_len up to 32", "this is 77"),
+        },
+        questions=12,  # those of _native_efficient, q_len and kv_len <= 32, batch % 2, and the same for folds of 32, 16, 8, 4
+        not_unbacked=(*DIMS, *HEADS, *LENGTHS),
+        call={"batch": 4, "q_len": 16, "kv_len": 16},
     ),
     "_native_cudnn on cuda": Spec(
         gpu(9, 0),

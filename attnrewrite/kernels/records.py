@@ -74,6 +74,7 @@ class Backend:
     value_dim: bool = False  # value_dim may differ from head_dim
     any_scale: bool = False  # right for a scale of zero or less: most kernels give NaN
     max_batch: int | None = None  # of batch and of heads: both are dimensions of the kernel's grid
+    max_length: int | None = None  # of q_len and kv_len
     dropout: bool = False
     backward: bool = False
     always_differentiable: bool = False  # also in calls planned without a gradient: the backward needs nothing extra

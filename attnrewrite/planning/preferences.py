@@ -63,7 +63,8 @@ def _within(size: Size, limits: tuple[int, int | None]) -> bool:
 HOPPER = (9, 0)
 SHAPES = "bench/results/kernels_by_shape_h100.json"
 MODELS = "bench/results/masked_models_h200.json"
-SHORT = "bench/results/kernels_by_shape_h200.json"
+SHORT = "bench/results/short_sequences_h200.json"
+WINDOWS = "bench/results/kernels_by_shape_h200.json"
 
 ROWS: tuple[Row, ...] = (
     # -- quantised: only if the policy allows it
@@ -83,13 +84,20 @@ ROWS: tuple[Row, ...] = (
     Row(HOPPER, UNMASKED, (64, 64), (4096, 8191), 300_000, ("_flash_3", "flash_4"),
         f"FA3 1.29x at 2 x 4,429 tokens of 38 heads, 0.93x at 2 x 4,096 of 10: {SHAPES}"),
     # -- short sequences in large batches: temporal attention of video UNets
-    Row(HOPPER, UNMASKED, (40, 64), (8, 64), 64_000, ("_native_efficient",),
-        f"1.48x at 18,432 x 5 heads of 14, 1.46x of 32, 1.34x at 4,608 x 10 of 64, 0.43x of 65: {SHORT}", q_len=(8, 64)),
-    Row(HOPPER, UNMASKED, (160, 160), (8, 32), 64_000, ("_native_efficient",),
-        f"1.82x at 2,304 x 8 heads of 32, 1.80x at 512 x 8 of 16, 0.90x of 48: {SHORT}", q_len=(8, 32)),
+    Row(HOPPER, UNMASKED, (40, 64), (8, 32), 64_000, ("_native_folded", "_native_efficient"),
+        f"4.2x at 18,432 x 5 heads of 14, 2.0x of 32, 4.1x at 70,000 x 8 of 16, 8.2x at 300,000 x 8 of 8: {SHORT}",
+        q_len=(8, 32)),
+    Row(HOPPER, UNMASKED, (65, 128), (8, 16), 64_000, ("_native_folded",),
+        f"2.4x at 2,048 x 8 heads of 16, 80 wide and at 4,096 x 8, 128 wide: {SHORT}", q_len=(8, 16)),
+    Row(HOPPER, UNMASKED, (160, 160), (8, 16), 64_000, ("_native_folded", "_native_efficient"),
+        f"2.5x at 512 x 8 heads of 16: {SHORT}", q_len=(8, 16)),
+    Row(HOPPER, UNMASKED, (160, 160), (17, 32), 64_000, ("_native_efficient",),
+        f"1.82x at 2,304 x 8 heads of 32, where _native_folded is 1.46x; 0.90x of 48: {SHORT}", q_len=(17, 32)),
+    Row(HOPPER, UNMASKED, (40, 64), (33, 64), 64_000, ("_native_efficient",),
+        f"1.35x at 4,608 x 10 heads of 64, 0.43x of 65: {SHORT}", q_len=(33, 64)),
     # -- sliding windows: these kernels skip what is hidden, where SDPA computes all of it and reads a mask
     Row(HOPPER, WINDOW, (64, 128), (4096, None), 80_000, ("flash_4", "flex", "_native_varlen"),
-        f"1,024 of 32,760 tokens of 40 heads: FA4 57x, flex 30x, PyTorch's own 25x; 256 of 4,096: 8.7x, 6.6x, 4.7x: {SHORT}"),
+        f"1,024 of 32,760 tokens of 40 heads: FA4 57x, flex 30x, PyTorch's own 25x; 256 of 4,096: 8.7x, 6.6x, 4.7x: {WINDOWS}"),
     # -- key padding: these kernels get the keys in use in front of the others; a mask keeps SDPA from its fastest kernel
     Row(HOPPER, PADDING, (64, 256), (16384, None), 100_000, ("_flash_3", "flash_4"),
         f"FA3 and FA4 1.8x at 32,896 tokens of 24 heads, PyTorch's own 0.91x: {SHAPES}"),

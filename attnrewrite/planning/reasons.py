@@ -354,6 +354,16 @@ def _length(backend: Backend, call: AttentionCall, machine: Machine) -> Refused 
     return None
 
 
+def _short(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if backend.max_length is None:
+        return None
+    for name, size in (("q_len", call.q_len), ("kv_len", call.kv_len)):
+        if not holds(size <= backend.max_length):
+            detail = f"{backend.name} takes {name} up to {backend.max_length}, this is {described(size)}"
+            return Refused(Code.LENGTH, detail, "Choose native or _native_efficient")
+    return None
+
+
 # Static facts first, sizes last.
 REASONS: tuple[Callable[[Backend, AttentionCall, Machine], Refused | None], ...] = (
     _device,
@@ -374,4 +384,5 @@ REASONS: tuple[Callable[[Backend, AttentionCall, Machine], Refused | None], ...]
     _head_dim,
     _causal,
     _length,
+    _short,
 )

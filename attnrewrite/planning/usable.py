@@ -40,4 +40,5 @@ def probe_call(record: Backend, device: str) -> AttentionCall:
     mask = Mask(kind)
     if mask.is_tensor:
         mask = Mask(kind, dtype if kind is MaskKind.ADDITIVE else "bool", (1, 1, 1, 128))
-    return AttentionCall("", 1, 1, 1, 128, 128, size, size, dtype, device, mask)
+    length = min(128, record.max_length or 128)
+    return AttentionCall("", 2, 1, 1, length, length, size, size, dtype, device, mask)

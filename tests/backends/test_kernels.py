@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import attnrewrite
 from attnrewrite import Backend, Code, MaskKind, Numerics
+from attnrewrite.backends import native_folded
 
 KERNELS = ("native", "_native_flash", "_native_math", "flex")
 
@@ -327,3 +328,60 @@ def test_flex_knows_a_window_by_its_size(window, inner):
     """Its block lists and its mask are computed from the window; the mask tensor, of three blocks by three, is not read."""
     site = check("flex", *qkv(q_len=300, kv_len=300), function=windowed(*window), inner=inner)
     assert (site.call.mask.kind, site.call.mask.window) == (MaskKind.SLIDING_WINDOW, window)
+
+
+# -- _native_folded: its kernel runs on a GPU, what stands around it anywhere
+
+
+def lower_right(query, key, value):
+    hidden = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril(key.shape[-2] - query.shape[-2])
+    return F.scaled_dot_product_attention(query, key, value, hidden)
+
+
+@pytest.mark.parametrize(
+    ("function", "batch", "q_len", "kv_len", "fold"),
+    [
+        (attend, 12, 14, 14, 4),
+        (attend, 10, 14, 14, 2),
+        (attend, 64, 1, 2, 32),
+        (attend, 8, 3, 17, 2),
+        (attend, 4, 32, 9, 2),
+        (lambda *given: attend(*given, is_causal=True), 16, 8, 8, 8),
+        (lambda *given: attend(*given, is_causal=True), 4, 13, 11, 4),
+        (lower_right, 8, 5, 16, 4),
+        (lambda *given: attend(*given, scale=-0.3), 4, 7, 7, 4),
+    ],
+)
+def test_folded_sequences(function, batch, q_len, kv_len, fold, monkeypatch):
+    def sdpa(query, key, value, bias, *, call):
+        assert bias.stride(-2) % 16 == 0  # as the kernel needs it
+        assert query.shape[2] == fold * q_len
+        return F.scaled_dot_product_attention(query, key, value, bias.to(query.dtype), scale=call.scale)
+
+    monkeypatch.setattr(native_folded, "efficient", sdpa)
+    record = replace(
+        native_folded.NATIVE_FOLDED,
+        name="folded on a CPU",
+        devices=frozenset({"cpu"}),
+        capability=None,
+        dtypes=frozenset({"float64"}),
+    )
+
+    def projected(x):
+        query, key, value = (part.transpose(1, 2) for part in x.unbind(2))
+        output = function(query[:, :, :q_len], key[:, :, :kv_len], value[:, :, :kv_len, :5])
+        return output.transpose(1, 2).flatten(2)
+
+    x = torch.randn(batch + 2, max(q_len, kv_len), 3, 3, 8, dtype=torch.float64)[2:].requires_grad_()
+    run, backend = compiled(projected, record)
+    expected = projected(x)
+    (wanted,) = torch.autograd.grad(expected.square().sum(), x)
+    output = run(x)
+    (gradient,) = torch.autograd.grad(output.square().sum(), x)
+    (site,) = backend.report.sites
+    assert (site.chosen, str(site.steps[-1])) == (
+        record.name,
+        f"fold_batch: {kv_len} to {fold * kv_len}, {fold:.2f} times the products",
+    )
+    assert relative(output, expected) < 1e-12
+    assert relative(gradient, wanted) < 1e-12

@@ -140,7 +140,7 @@ def hand_written(query, key, value, scale, is_causal):
 
 
 @pytest.mark.parametrize("batch", [65_535, 65_536])
-@pytest.mark.parametrize("kernel", [*KERNELS, "_native_varlen"])
+@pytest.mark.parametrize("kernel", [*KERNELS, "_native_varlen", "_native_folded"])
 def test_large_batches(kernel, batch):
     """CUDA launches no grid that is wider: a record has the limit, or the kernel is right."""
     tensors = gpu(batch=batch, heads=2, q_len=3, kv_len=5, dim=16)
@@ -149,7 +149,71 @@ def test_large_batches(kernel, batch):
         assert relative(run(*tensors), attend(*map(doubled, tensors))) < 1.2e-2
     (site,) = backend.report.sites
     limited = (kernel in ("_native_flash", "_native_varlen") and batch > 65_535) or kernel == "flex"  # batch * heads
+    limited |= kernel == "_native_folded" and batch == 65_535  # odd
     assert (site.chosen, [why.code for _, why in site.refusals]) == ((None, [Code.BATCH]) if limited else (kernel, []))
+
+
+FRAMES = {
+    "dense": lambda x: [part.contiguous() for part in x.permute(2, 0, 3, 1, 4)],
+    "one projection": lambda x: [part.transpose(1, 2) for part in x.unbind(2)],
+    "a part of a batch": lambda x: [part[6:].transpose(1, 2) for part in x.unbind(2)],
+    "computed": lambda x: [2 * part.transpose(1, 2) + 1 for part in x.unbind(2)],
+    "more queries, narrower values": lambda x: [
+        part.transpose(1, 2)[..., :length, :width]
+        for part, length, width in zip(x.unbind(2), (14, 9, 9), (40, 40, 24), strict=True)
+    ],
+    "long": lambda x: [part.unflatten(0, (-1, 2)).flatten(1, 2).transpose(1, 2) for part in x.unbind(2)],
+}
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("layout", FRAMES)
+def test_frames(layout, dtype, inner):
+    """Temporal attention: short sequences in a large batch, as a projection lays them out; causal; any scale."""
+
+    def function(x):
+        tensors = FRAMES[layout](x)
+        plain = attend(*tensors).transpose(1, 2).flatten(2)
+        return plain, attend(*tensors, scale=-0.3), attend(*tensors, is_causal=True)
+
+    x = torch.randn(302, 14, 3, 5, 40, device="cuda", dtype=dtype)[:300]
+    run, backend = compiled(function, "_native_folded", inner)
+    with torch.no_grad():
+        outputs, exact = run(x), function(x.double())
+    folded = [(site.chosen, *map(str, site.steps)) for site in backend.report.sites]
+    assert all(kernel == "_native_folded" and step.startswith("fold_batch: ") for kernel, step in folded)
+    assert len(folded) == 3
+    for output, right in zip(outputs, exact, strict=True):
+        assert output.dtype == dtype
+        assert relative(output, right) < (2e-3 if dtype is torch.float32 else TOLERANCE[dtype])
+
+
+def test_gradients_of_frames():
+    def function(x):
+        return attend(*FRAMES["one projection"](x)).transpose(1, 2).flatten(2)
+
+    exact = torch.randn(36, 14, 3, 5, 40, device="cuda", dtype=torch.float64, requires_grad=True)
+    x = exact.detach().bfloat16().requires_grad_()
+    run, backend = compiled(function, "_native_folded", "inductor")
+    run(x).square().sum().backward()
+    function(exact).square().sum().backward()
+    assert backend.report.sites[0].chosen == "_native_folded"
+    assert relative(x.grad, exact.grad) < 3e-2
+
+
+def test_frames_of_any_batch():
+    """The number of sequences in one is a guard: a batch that it does not divide is folded otherwise, or refused."""
+    run, backend = compiled(attend, "_native_folded", "inductor")
+    for batch in (300, 302, 4096, 77):
+        tensors = gpu(batch=batch, q_len=14, kv_len=14, dim=40)
+        for tensor in tensors:
+            torch._dynamo.mark_dynamic(tensor, 0)
+        with torch.no_grad():
+            assert relative(run(*tensors), attend(*map(doubled, tensors))) < 1.2e-2
+    folds = [[step.after for step in site.steps] for site in backend.report.sites]
+    assert folds == [[56], [28], []]  # 4,096 runs what was compiled for 300
+    assert backend.report.sites[-1].refusals[0][1].code is Code.BATCH
 
 
 SHORT_QUERIES = {

@@ -92,6 +92,7 @@ NAMED = {
     "AnimateDiff, 40 wide": Shape(8192, 8, 16, 16, 40),
     "AnimateDiff, 80 wide": Shape(2048, 8, 16, 16, 80),
     "AnimateDiff, 160 wide": Shape(512, 8, 16, 16, 160),
+    "4,096 sequences of 16, 128 wide": Shape(4096, 8, 16, 16, 128),
     "70,000 sequences of 16": Shape(70000, 8, 16, 16, 64),
     "300,000 sequences of 8": Shape(300000, 8, 8, 8, 64),
     "1,000 sequences of 8": Shape(1000, 8, 8, 8, 64),
