@@ -14,7 +14,7 @@ since the guards of one kernel could hide that another lacks them.
 A call passes if its error is one that rounding explains (`ROUNDING`, the record's tolerance for a quantised kernel), or at most
 four times that of the unchanged function and ten times what rounding explains (more where rounding takes the scores: rows of
 keys that a finite number hides). Where PyTorch's kernel stayed, and the unchanged function is far off itself, the call
-counts as PyTorch's own.
+counts as PyTorch's own; so does one that nothing is swapped in and that the compiler gets wrong without attnrewrite.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class Setting:
 @dataclass(frozen=True)
 class Verdict:
     """What one kernel does with one call. wrong: what is wrong; "" if nothing is. chosen: None where the kernel was refused.
-    own: PyTorch's kernel stayed, and is wrong itself."""
+    own: PyTorch's kernel or compiler is wrong by itself."""
 
     wrong: str = ""
     chosen: str | None = None
@@ -290,9 +290,27 @@ def together(calls: Sequence[Call], kernels: Sequence[str], setting: Setting) ->
             sites = {site.call.site: site.chosen for site in backend.backends[kernel].report.sites}
             chosen = [sites.get(f"calls.{number}") for number in range(len(calls))]
             now = list(map(compared, calls, [kernel] * len(calls), chosen, given_back, exact, unchanged))
+            now = [
+                Verdict(own=True)
+                if verdict.wrong and verdict.chosen is None and compiler_alone(*rest, kernel, setting).wrong
+                else verdict
+                for verdict, *rest in zip(now, calls, model.calls, given, exact, unchanged, strict=True)
+            ]
             before = found.get(kernel, now)
             found[kernel] = [one if one.wrong else two for one, two in zip(before, now, strict=True)]
     return found
+
+
+def compiler_alone(
+    call: Call, one: One, given: Sequence[Any], exact: list[Any], unchanged: list[Any], kernel: str, setting: Setting
+) -> Verdict:
+    """The verdict on a call that nothing is swapped in, under the compiler without attnrewrite."""
+    torch._dynamo.reset()
+    try:
+        found = results(torch.compile(one.attention, backend=setting.inner, dynamic=call.dynamic), given)
+    except Exception as error:
+        return Verdict(f"{type(error).__name__}")
+    return compared(call, kernel, None, found, exact, unchanged)
 
 
 def compiled_results(compiled: Callable[..., Any], given: Sequence[Sequence[Any]]) -> list[list[Any]]:
