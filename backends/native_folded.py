@@ -14,7 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from ..graphs.sizes import described, holds
+from ..graphs.sizes import described, holds_if_guarded
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.decisions import Code, Refused, Step
 from ..kernels.machines import Machine
@@ -24,7 +24,7 @@ TILE = 64  # queries and keys
 
 
 def of_an_even_batch(call: AttentionCall, machine: Machine) -> Refused | None:
-    if holds(call.batch % 2 == 0):
+    if holds_if_guarded(call.batch % 2 == 0):  # an exported program should not be bound to even batches
         return None
     detail = f"_native_folded takes an even batch, this is {described(call.batch)}"
     return Refused(Code.BATCH, detail, "Choose _native_efficient")
@@ -33,8 +33,8 @@ def of_an_even_batch(call: AttentionCall, machine: Machine) -> Refused | None:
 def _fold(call: AttentionCall) -> int:
     """How many sequences make one: the largest power of 2 that fits into a tile and divides the batch."""
     for fold in (32, 16, 8, 4):
-        longest = TILE // fold
-        if holds(call.q_len <= longest) and holds(call.kv_len <= longest) and holds(call.batch % fold == 0):
+        lengths = all(holds_if_guarded(length <= TILE // fold) for length in (call.q_len, call.kv_len))
+        if lengths and holds_if_guarded(call.batch % fold == 0):
             return fold
     return 2
 

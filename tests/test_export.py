@@ -739,6 +739,17 @@ def test_another_machine(tmp_path):
         attnrewrite.load(nowhere)
 
 
+def test_no_program_is_bound_to_the_batches_that_fold():
+    """`_native_folded` puts 4 sequences into one where the program's batch is known to divide by 4, and nowhere else."""
+    x = torch.randn(64, 14, 24, dtype=torch.bfloat16)
+    for batch, chosen in ((torch.export.Dim("b", min=2), None), (4 * torch.export.Dim("b", min=2), "_native_folded")):
+        program = torch.export.export(Attend().bfloat16(), (x,), dynamic_shapes={"x": {0: batch}})
+        made = attnrewrite.rewrite(program, "_native_folded", machine=H200)
+        (site,) = attnrewrite.report_of(made).sites
+        assert (site.chosen, [step.after for step in site.steps]) == (chosen, [56] if chosen else [])
+        assert chosen or site.refusals[0][1].code is Code.BATCH
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     "kernel", ["_flash_3", "flash_4", "_native_cudnn", "_native_efficient", "_native_flash", "native"]
