@@ -16,9 +16,10 @@ from ..graphs.operators import schema_of
 from ..graphs.sizes import Size, always
 from . import plans
 from .analysis import Analysis
-from .exchanges import by_rank, heads_to_tokens, in_order, part_of, summed, tokens_to_heads, whole
+from .exchanges import heads_to_tokens, needs_gradient, part_of, summed, tokens_to_heads, used_for_parts, whole
 from .following import is_member, is_size, member_of
 from .layouts import Placement, Ranks, Shard, same
+from .orders import by_rank, in_order
 from .rows import ANY, VIEWS, Call
 from .steps import Attention, Step
 
@@ -41,6 +42,7 @@ class _Rewriter:
         self.emitter.graph = self.graph
         self.written = written_storages(module)
         self.held: dict[Node, list[tuple[Placement, Any]]] = {}  # the main value first
+        self.for_parts: dict[Node, torch.Tensor] = {}  # whole tensors, as each rank uses them for its own part
         self.nodes: dict[Node, Node] = {}  # of values that are no tensors
 
     def run(self) -> Graph:
@@ -104,24 +106,37 @@ class _Rewriter:
             return self.emitter.number(value)
         return self.nodes[node]
 
-    def _get(self, node: Node, placement: Any) -> Any:
-        """The value of a node as a rank needs it."""
+    def _get(self, node: Node, placement: Any, for_parts: bool = False) -> Any:
+        """The value of a node as a rank needs it. for_parts: for a result that differs on each rank."""
+        if for_parts and placement is None:
+            return self._for_parts(node)
         held = self.held[node]
         main, value = held[0]
         if not isinstance(value, torch.Tensor) or placement == ANY:
             return value
+        # What was made of it where autograd was off has no gradient.
+        held = [each for each in held if each[1].requires_grad or not needs_gradient(value)]
         for have, each in held:
             if same(have, placement):
                 return each
         full: Any = next((each for have, each in held if have is None), None)
         if full is None and main is not None:
             full = whole(value, main, self.ranks)
-            held.append((None, full))
+            self.held[node].append((None, full))
         if placement is None:
             return full
         part = part_of(full, placement, self.ranks)
-        held.append((placement, part))
+        self.held[node].append((placement, part))
         return part
+
+    def _for_parts(self, node: Node) -> Any:
+        """A whole tensor that each rank uses for its own part. Its gradient is added up once, for all that use it so."""
+        full = self._get(node, None)
+        if not isinstance(full, torch.Tensor) or not needs_gradient(full):
+            return full
+        if node not in self.for_parts:
+            self.for_parts[node] = used_for_parts(full, self.ranks)
+        return self.for_parts[node]
 
     def _call(self, call: Call, step: Step) -> None:
         node = call.node
@@ -140,6 +155,7 @@ class _Rewriter:
             for other, held in self.held.items():
                 if storage is not None and storage_of(value_of(other)) == storage:
                     del held[1:]
+                    self.for_parts.pop(other, None)
 
     def _plain(self, call: Call, step: Step) -> Any:
         """The same call, on what the rank has."""
@@ -148,7 +164,7 @@ class _Rewriter:
 
         def local(each: Node) -> Any:
             if isinstance(value_of(each), torch.Tensor):
-                return self._get(each, next(places))
+                return self._get(each, next(places), step.differs)
             return self._get(each, None)
 
         # In the order of the schema, which is that of `Call.tensors`.
@@ -173,7 +189,7 @@ class _Rewriter:
         assert how.query is not None
         assert how.key is not None
         query, key, value, *masks = [
-            self._get(node, placement) for node, placement in zip(call.tensors, step.inputs, strict=True)
+            self._get(node, placement, step.differs) for node, placement in zip(call.tensors, step.inputs, strict=True)
         ]
         exchange = self._all_to_all if how.exchange == plans.ALL_TO_ALL else self._gathered
         return exchange(call, how, query, key, value, masks[0] if masks else None)
@@ -185,10 +201,10 @@ class _Rewriter:
         shard = how.key
         assert shard is not None
         if key.shape[:-1] == value.shape[:-1]:
-            both = whole(torch.cat([key, value], -1), shard, self.ranks)
+            both = whole(torch.cat([key, value], -1), shard, self.ranks, for_parts=True)
             key, value = both.narrow(-1, 0, key.shape[-1]), both.narrow(-1, key.shape[-1], value.shape[-1])
         else:
-            key, value = (whole(each, shard, self.ranks) for each in (key, value))
+            key, value = (whole(each, shard, self.ranks, for_parts=True) for each in (key, value))
         return self._run(call, query, key, value, mask)
 
     def _all_to_all(
