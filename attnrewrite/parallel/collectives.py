@@ -65,6 +65,11 @@ def _summed_gradient(tensor: Tensor, ranks: Ranks) -> Tensor:
     return summed(tensor, ranks)
 
 
+def _summed_gradients(tensors: Sequence[Tensor], ranks: Ranks) -> list[Tensor]:
+    dense = [each.contiguous() for each in tensors]
+    return [_awaited(each) for each in functional.all_reduce_coalesced.default(dense, "sum", ranks.group)]
+
+
 def _awaited(result: Tensor) -> Tensor:
     ready: Tensor = functional.wait_tensor.default(result)
     return ready
@@ -120,3 +125,27 @@ part_op = _differentiable(
     lambda tensor, dim, lengths, ranks: own_part(tensor, Shard(dim, tuple(lengths)), ranks),
     _backward_of_part,
 )
+
+
+class _UsedForParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ranks: Ranks, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.ranks = ranks
+        ctx.set_materialize_grads(False)  # what has no gradient has none on any rank
+        return tuple(each.view_as(each) for each in tensors)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        found = iter(_summed_gradients([each for each in grads if each is not None], ctx.ranks))
+        return (None, *(None if each is None else next(found) for each in grads))
+
+
+def _all_used_for_parts(tensors: Sequence[Tensor], size: int, rank: int, group: str) -> list[Tensor]:
+    return list(_UsedForParts.apply(Ranks(size, rank, group), *tensors))  # type: ignore[no-untyped-call]
+
+
+# The same for several tensors of one dtype and device, whose gradients are added up together.
+LIBRARY.define("all_used_for_parts(Tensor[] tensors, int ranks, int rank, str group) -> Tensor[]", tags=TAGS)
+LIBRARY.impl("all_used_for_parts", _all_used_for_parts, "CompositeImplicitAutograd")
+all_used_for_parts_op = torch.ops.attnrewrite.all_used_for_parts.default

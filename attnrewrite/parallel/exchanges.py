@@ -48,6 +48,12 @@ def used_for_parts(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     return result
 
 
+def all_used_for_parts(tensors: Sequence[torch.Tensor], ranks: Ranks) -> list[torch.Tensor]:
+    """`used_for_parts` of tensors that need a gradient and have one dtype and device: one exchange for all of them."""
+    results: list[torch.Tensor] = collectives.all_used_for_parts_op(list(tensors), *_as_given(ranks))
+    return results
+
+
 def summed(part: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """The sum of a tensor over the ranks, which all ranks use alike: one all-reduce, and nothing in the backward."""
     if not needs_gradient(part):

@@ -12,11 +12,20 @@ from torch.fx.node import map_arg
 from ..graphs.emitting import Emitter
 from ..graphs.mutations import storage_of, written_by, written_storages
 from ..graphs.nodes import value_of
-from ..graphs.operators import schema_of
+from ..graphs.operators import as_given, draws_random_numbers
 from ..graphs.sizes import Size, always
-from . import plans
+from . import gradients, plans
 from .analysis import Analysis
-from .exchanges import heads_to_tokens, needs_gradient, part_of, summed, tokens_to_heads, used_for_parts, whole
+from .exchanges import (
+    all_used_for_parts,
+    heads_to_tokens,
+    needs_gradient,
+    part_of,
+    summed,
+    tokens_to_heads,
+    used_for_parts,
+    whole,
+)
 from .following import is_member, is_size, member_of
 from .layouts import Placement, Ranks, Shard, same
 from .orders import by_rank, in_order
@@ -50,6 +59,9 @@ class _Rewriter:
         for node in self.module.graph.find_nodes(op="placeholder"):
             self._input(node)
         with self.emitter.around(first, torch.is_grad_enabled()):
+            for inputs in gradients.buckets(gradients.used_for_parts(self.module, self.analysis)):
+                values = all_used_for_parts([self._get(node, None) for node in inputs], self.ranks)
+                self.for_parts |= dict(zip(inputs, values, strict=True))
             for node in self.module.graph.nodes:
                 self._visit(node)
         return self.graph
@@ -161,18 +173,21 @@ class _Rewriter:
         """The same call, on what the rank has."""
         node, places = call.node, iter(step.inputs)
         target: Any = node.target
+        draws = draws_random_numbers(call.name)
 
         def local(each: Node) -> Any:
-            if isinstance(value_of(each), torch.Tensor):
-                return self._get(each, next(places), step.differs)
-            return self._get(each, None)
+            if not isinstance(value_of(each), torch.Tensor):
+                return self._get(each, None)
+            tensor = self._get(each, next(places), step.differs)
+            # Random numbers are drawn in the order of memory, and what was gathered has another one.
+            return tensor.contiguous() if draws and needs_gradient(tensor) and value_of(each).is_contiguous() else tensor
 
         # In the order of the schema, which is that of `Call.tensors`.
         arguments = {name: map_arg(given, local) for name, given in call.arguments.items()}
         arguments |= step.changed
         if isinstance(step.output, Shard) and (call.name in VIEWS or call.name == "expand"):
             return self._view(call, step, next(iter(arguments.values())))
-        args, kwargs = _as_given(node, arguments)
+        args, kwargs = as_given(node, arguments)
         return self.emitter.replay(node, target, args, kwargs)
 
     def _view(self, call: Call, step: Step, tensor: torch.Tensor) -> Any:
@@ -252,7 +267,7 @@ class _Rewriter:
 
     def _run(self, call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
         arguments = dict(call.arguments) | {"query": query, "key": key, "value": value, "attn_mask": mask}
-        args, kwargs = _as_given(call.node, arguments)
+        args, kwargs = as_given(call.node, arguments)
         target: Callable[..., Any] = call.node.target  # type: ignore[assignment]
         result: torch.Tensor = self.emitter.replay(call.node, target, args, kwargs)
         return result
@@ -279,30 +294,6 @@ class _Rewriter:
                 f"attnrewrite expected {tuple(shape)} of {expected.dtype} of {node.format_node()} on a rank, and got "
                 f"{tuple(result.shape)} of {result.dtype}; please report this graph"
             )
-
-
-def _as_given(node: Node, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments by position and by name, as an operator's schema takes them. Defaults that the node leaves out stay out."""
-    schema = schema_of(node.target).arguments
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for each in schema:
-        given = arguments.get(each.name, each.default_value)
-        if each.kwarg_only:
-            if each.name in node.kwargs or given != each.default_value:
-                kwargs[each.name] = given
-        else:
-            args.append(given)
-    last = max([number for number, each in enumerate(args) if not _is_default(each, schema[number])], default=-1)
-    return tuple(args[: last + 1]), kwargs
-
-
-def _is_default(value: Any, argument: Any) -> bool:
-    if not argument.has_default_value() or isinstance(
-        value, torch.Tensor | torch.SymInt | torch.SymFloat | list | tuple
-    ):
-        return False
-    return bool(value == argument.default_value) and type(value) is type(argument.default_value)
 
 
 def _four(tensor: torch.Tensor) -> torch.Tensor:

@@ -35,7 +35,13 @@ def reduce_scatter_tensor(parts, how, size, group):
     return list(sum(parts).chunk(size))
 
 
+def all_reduce_coalesced(parts, how, group):
+    assert how == "sum"
+    return [[sum(each) for each in zip(*parts, strict=True)]] * len(parts)
+
+
 EXCHANGES = {
+    collectives.all_reduce_coalesced.default: all_reduce_coalesced,
     collectives.all_gather_into_tensor.default: all_gather_into_tensor,
     collectives.reduce_scatter_tensor.default: reduce_scatter_tensor,
     collectives.all_reduce.default: all_reduce,
@@ -77,7 +83,7 @@ class Lockstep:
         (target,) = {node.target for node in nodes}
         self.counts[target._opname] = self.counts.get(target._opname, 0) + 1
         given = [rank.fetch_args_kwargs_from_env(node)[0] for rank, node in zip(self.ranks, nodes, strict=True)]
-        assert len({args[0].shape for args in given}) == 1
+        assert len({str([each.shape for each in leaves(args[0])]) for args in given}) == 1
         assert all(args[1:] == given[0][1:] for args in given), f"unlike: {[args[1:] for args in given]}"
         results = EXCHANGES[target]([args[0] for args in given], *given[0][1:])
         for rank, node, result in zip(self.ranks, nodes, results, strict=True):
@@ -115,9 +121,10 @@ class Shared:
         return self._counts(self.runs)
 
     @property
-    def both_counts(self):
-        """The exchanges of all backwards, each with those of a forward that it runs anew."""
-        return self._counts(self.backwards)
+    def backward_counts(self):
+        """The exchanges of all backwards, without those of the forward that each of them runs anew."""
+        forward, both = self.counts, self._counts(self.backwards)
+        return {name: left for name, number in both.items() if (left := number - forward.get(name, 0))}
 
     def _counts(self, runs):
         total = {}
