@@ -54,7 +54,8 @@ def arguments_of(node: Node) -> dict[str, Any]:
 
 
 def as_given(node: Node, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The reverse of `arguments_of`: arguments by position and by name, as the schema takes them. Defaults that the node leaves out stay out."""
+    """The reverse of `arguments_of`: arguments by position and by name, as the schema takes them. Defaults that the node leaves
+    out stay out."""
     schema = schema_of(node.target).arguments
     args: list[Any] = []
     kwargs: dict[str, Any] = {}

@@ -5,8 +5,8 @@ Each exchange is a functional collective of PyTorch: `_c10d_functional.all_gathe
 have no gradient. Where one is needed a graph calls an op of this file instead, which decomposes at the dispatcher's autograd
 keys: a compiler that traces a backward sees the same collectives in both directions.
 
-Every rank computes the loss from the same outputs. So where a tensor is whole on every rank and is used by operations that every
-rank runs alike, its gradient is whole on every rank too, and is added up nowhere. Where each rank uses a whole tensor for
+Every rank computes the loss from the same outputs. So where a tensor is whole on every rank and is used by operations that
+every rank runs alike, its gradient is whole on every rank too, and is added up nowhere. Where each rank uses a whole tensor for
 its own part, each rank has one summand of the gradient, and the summands are added up once.
 """
 
@@ -92,7 +92,7 @@ def _differentiable(name: str, takes: str, forward: Callable[..., Tensor], backw
             return forward(tensor, *more)
 
         @staticmethod
-        @once_differentiable  # type: ignore[untyped-decorator]
+        @once_differentiable
         def backward(ctx: Any, grad: Tensor) -> Any:
             return (backward(grad, *ctx.more), *[None] * len(ctx.more))
 
@@ -107,7 +107,9 @@ def _differentiable(name: str, takes: str, forward: Callable[..., Tensor], backw
 
 
 def _backward_of_part(grad: Tensor, dim: int, lengths: Sequence[Size], ranks: Ranks) -> Tensor:
-    return _whole(grad, Shard(dim, tuple(lengths)), ranks)  # copies behind the end reach no result: their gradient is zero
+    return _whole(
+        grad, Shard(dim, tuple(lengths)), ranks
+    )  # copies behind the end reach no result: their gradient is zero
 
 
 # Read by operations that every rank runs alike: the gradient is whole, and a rank takes its own chunk of it.
@@ -117,7 +119,9 @@ gathered_for_parts_op = _differentiable("ranks_gathered_for_parts", "", gathered
 summed_op = _differentiable("ranks_summed", "", summed, lambda grad, ranks: grad)
 exchanged_op = _differentiable("ranks_exchanged", "SymInt rows, ", exchanged, exchanged)
 # A tensor that is whole on every rank, read by each for its own part.
-used_for_parts_op = _differentiable("used_for_parts", "", lambda tensor, ranks: tensor.view_as(tensor), _summed_gradient)
+used_for_parts_op = _differentiable(
+    "used_for_parts", "", lambda tensor, ranks: tensor.view_as(tensor), _summed_gradient
+)
 # A rank's part of a tensor that every rank has whole.
 part_op = _differentiable(
     "own_part",
@@ -135,7 +139,7 @@ class _UsedForParts(torch.autograd.Function):
         return tuple(each.view_as(each) for each in tensors)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         found = iter(_summed_gradients([each for each in grads if each is not None], ctx.ranks))
         return (None, *(None if each is None else next(found) for each in grads))

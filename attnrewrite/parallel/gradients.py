@@ -11,7 +11,6 @@ from torch.fx import GraphModule, Node
 from ..graphs.mutations import storage_of, written_storages
 from ..graphs.nodes import value_of
 from ..graphs.operators import is_higher_order, is_opaque
-from ..graphs.spellings import name_of
 from .analysis import Analysis
 from .rows import Call
 
@@ -30,9 +29,9 @@ def obstacle(module: GraphModule) -> str:
     its own gradient: what says otherwise would be lost."""
     for node in module.graph.nodes:
         name = getattr(node.target, "__name__", str(node.target))
-        if "checkpoint" in name:
-            return "it holds an activation checkpoint: compile the blocks inside of the checkpoint"
         if node.op == "call_function" and (is_higher_order(node.target) or is_opaque(node.target)):
+            if "checkpoint" in name:
+                return "it holds an activation checkpoint: compile the blocks inside of the checkpoint"
             return f"a gradient is needed, and {name} may define one of its own"
         if _is_autograds(node):
             return f"a gradient is needed, and {name} works on gradients itself"

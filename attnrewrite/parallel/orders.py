@@ -71,3 +71,10 @@ def by_rank(tensor: torch.Tensor, dim: int, lengths: Sequence[Size], ranks: int)
             return tensor
         return _padded(tensor, dim, chunk(lengths[0], ranks) * ranks - lengths[0])
     return torch.cat([own_part(tensor, Shard(dim, tuple(lengths)), Ranks(ranks, rank)) for rank in range(ranks)], dim)
+
+
+def in_own_order(tensor: torch.Tensor, shard: Shard, ranks: int) -> torch.Tensor:
+    """`in_order` along the tokens of a query, key or value, (batch, heads, length, dim)."""
+    if len(shard.lengths) == 1 and not shard.is_padded(ranks):
+        return tensor
+    return in_order(tensor.movedim(2, 0), shard.lengths, ranks).movedim(0, 2)

@@ -107,7 +107,9 @@ class Sharing:
         if self.summed:
             found.append(f"  {self.summed} sums over all ranks")
         if self.added:
-            found.append(f"  in the backward: each exchange the other way, and {self.added} gradients added up over all ranks")
+            found.append(
+                f"  in the backward: each exchange the other way, and {self.added} gradients added up over all ranks"
+            )
         return found
 
 

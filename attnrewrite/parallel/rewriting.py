@@ -28,7 +28,7 @@ from .exchanges import (
 )
 from .following import is_member, is_size, member_of
 from .layouts import Placement, Ranks, Shard, same
-from .orders import by_rank, in_order
+from .orders import by_rank, in_own_order
 from .rows import ANY, VIEWS, Call
 from .steps import Attention, Step
 
@@ -180,7 +180,9 @@ class _Rewriter:
                 return self._get(each, None)
             tensor = self._get(each, next(places), step.differs)
             # Random numbers are drawn in the order of memory, and what was gathered has another one.
-            return tensor.contiguous() if draws and needs_gradient(tensor) and value_of(each).is_contiguous() else tensor
+            return (
+                tensor.contiguous() if draws and needs_gradient(tensor) and value_of(each).is_contiguous() else tensor
+            )
 
         # In the order of the schema, which is that of `Call.tensors`.
         arguments = {name: map_arg(given, local) for name, given in call.arguments.items()}
@@ -235,8 +237,8 @@ class _Rewriter:
             (query,) = tokens_to_heads((query,), self.ranks)
             key, value = tokens_to_heads((key, value), self.ranks)
         if how.ordered:
-            query = _ordered(query, how.query, self.ranks.size)
-            key, value = (_ordered(each, how.key, self.ranks.size) for each in (key, value))
+            query = in_own_order(query, how.query, self.ranks.size)
+            key, value = (in_own_order(each, how.key, self.ranks.size) for each in (key, value))
         elif mask is not None:
             mask = self._as_exchanged(mask, how)
         if len(lead) != 1:
@@ -301,12 +303,6 @@ def _four(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dim() == 3:
         return tensor.unsqueeze(0)
     return tensor if tensor.dim() == 4 else tensor.flatten(0, -4)
-
-
-def _ordered(tensor: torch.Tensor, shard: Shard, ranks: int) -> torch.Tensor:
-    if len(shard.lengths) == 1 and not shard.is_padded(ranks):
-        return tensor
-    return in_order(tensor.movedim(2, 0), shard.lengths, ranks).movedim(0, 2)
 
 
 def _is_one(size: Any) -> bool:

@@ -108,7 +108,9 @@ class Shared:
         graphs = [shared.part(Ranks(self.size, rank, "group")) for rank in range(self.size)]
         modules = [GraphModule(shared.graph, graph) for graph in graphs]
         fakes = [node.meta["example_value"] for node in modules[0].graph.find_nodes(op="placeholder")]
-        if not torch.is_grad_enabled() or not any(isinstance(fake, torch.Tensor) and fake.requires_grad for fake in fakes):
+        if not torch.is_grad_enabled() or not any(
+            isinstance(fake, torch.Tensor) and fake.requires_grad for fake in fakes
+        ):
             self.runs.append(Lockstep(modules))
             return self.runs[-1]
         self.runs.append(Lockstep([traced_forward(module, fakes) for module in modules]))

@@ -1,5 +1,5 @@
-"""Gradients of shared graphs: those of all inputs and parameters are those of one process, on every rank. Ranks that run in lock
-step; test_ranks.py has processes."""
+"""Gradients of shared graphs: those of all inputs and parameters are those of one process, on every rank. The ranks run in
+lock step; test_ranks.py has processes."""
 
 import pytest
 import torch
@@ -21,13 +21,19 @@ def check(model, inputs, size, kind):
     error, name = worst(found, expected)
     assert error < 1e-10, name
     (plan,) = backend.plans
+    assert plan.begins
     return plan, backend
 
 
 @pytest.mark.parametrize(("size", "kind", "length"), [(2, "ulysses", 13), (3, "gather", 12)])
 def test_a_block(size, kind, length):
     torch.manual_seed(0)
-    inputs = [randn(2, length, WIDTH), randn(2, 7, TEXT), randn(2, 5), torch.arange(length) < torch.tensor([[length], [5]])]
+    inputs = [
+        randn(2, length, WIDTH),
+        randn(2, 7, TEXT),
+        randn(2, 5),
+        torch.arange(length) < torch.tensor([[length], [5]]),
+    ]
     plan, backend = check(Block(length), inputs, size, kind)
     assert [site.exchange for site in plan.sites] == [
         plans.ALL_TO_ALL if kind == "ulysses" else plans.KEYS_GATHERED,
@@ -36,11 +42,10 @@ def test_a_block(size, kind, length):
     assert plan.added == 16
     forward = {"all_to_all_single": 2, "all_gather_into_tensor": 1} if size == 2 else {"all_gather_into_tensor": 2}
     assert backend.counts == forward
-    # The tokens and the positions; with heads, a part of the bias as well. The modulation has six parts, the text keys and values.
-    of_parts = 3 if kind == "ulysses" else 2
+    # Gathered: the gradients of tokens, positions, bias. Added up: of six parts of the modulation, of keys and values of text.
     backward = {"all_reduce": 8, "all_reduce_coalesced": 1}
     if size == 2:
-        assert backend.backward_counts == {**backward, "all_to_all_single": 2, "all_gather_into_tensor": of_parts}
+        assert backend.backward_counts == {**backward, "all_to_all_single": 2, "all_gather_into_tensor": 3}
     else:
         assert backend.backward_counts == {**backward, "reduce_scatter_tensor": 1, "all_gather_into_tensor": 3}
 
@@ -122,7 +127,10 @@ def always_summed(part, shard, ranks, for_parts=False):
 ALL_USED, WHOLE = rewriting.all_used_for_parts, rewriting.whole
 WRONG = {
     "one weight is not added up": ("all_used_for_parts", lambda each, ranks: [each[0], *ALL_USED(each[1:], ranks)]),
-    "the weights are added up twice": ("all_used_for_parts", lambda each, ranks: ALL_USED(ALL_USED(each, ranks), ranks)),
+    "the weights are added up twice": (
+        "all_used_for_parts",
+        lambda each, ranks: ALL_USED(ALL_USED(each, ranks), ranks),
+    ),
     "the loss counts on each rank": ("whole", always_summed),
 }
 

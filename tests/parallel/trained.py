@@ -14,7 +14,9 @@ class Block(torch.nn.Module):
     def __init__(self, length, heads=HEADS):
         super().__init__()
         self.heads = heads
-        self.norms = torch.nn.ModuleList([torch.nn.LayerNorm(WIDTH), torch.nn.LayerNorm(WIDTH), torch.nn.RMSNorm(WIDTH)])
+        self.norms = torch.nn.ModuleList(
+            [torch.nn.LayerNorm(WIDTH), torch.nn.LayerNorm(WIDTH), torch.nn.RMSNorm(WIDTH)]
+        )
         self.qkv = torch.nn.Linear(WIDTH, 3 * WIDTH)
         self.query = torch.nn.Linear(WIDTH, WIDTH)
         self.of_text = torch.nn.Linear(TEXT, 2 * WIDTH)

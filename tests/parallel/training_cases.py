@@ -1,5 +1,7 @@
 """Cases of worker.py with a gradient."""
 
+import os
+
 import torch
 from torch.nn.functional import dropout
 from trained import WIDTH, Block, Joint, gradients, loss_of, randn, worst
@@ -44,6 +46,17 @@ def trained_joint(mesh):
     return compared(Joint(), [randn(2, 7, WIDTH), randn(2, 13, WIDTH), randn(2, 5)], backend)
 
 
+def trained_dynamic(mesh):
+    """Symbolic lengths, which the ranks divide and do not divide."""
+    torch.manual_seed(0)
+    model, found = Joint().double(), {"error": 0.0}
+    backend = with_backend("native", context_parallel=ContextParallel(mesh, "ulysses"), inner="aot_eager")
+    for lengths in ((6, 12), (12, 18), (7, 13)):
+        inputs = [*(randn(2, length, WIDTH) for length in lengths), randn(2, 5)]
+        found = max(found, compared(model, inputs, backend, dynamic=True), key=lambda each: each["error"])
+    return found
+
+
 def trained_by_inductor(mesh):
     torch.manual_seed(0)
     backend = with_backend("native", context_parallel=ContextParallel(mesh, "ulysses"))
@@ -86,7 +99,10 @@ def two_steps(mesh):
     def losses(compiled):
         torch.manual_seed(0)
         model = Block(13).double()
-        inputs, optimizer = [randn(2, 13, WIDTH), randn(2, 7, 10), randn(2, 5)], torch.optim.SGD(model.parameters(), 1e-2)
+        inputs, optimizer = (
+            [randn(2, 13, WIDTH), randn(2, 7, 10), randn(2, 5)],
+            torch.optim.SGD(model.parameters(), 1e-2),
+        )
 
         def loss():
             return dropout(model(*inputs), 0.3).square().mean()
@@ -101,7 +117,12 @@ def two_steps(mesh):
     backend = with_backend("native", context_parallel=ContextParallel(mesh, "ulysses"), inner="eager")
     error, name = worst(losses(True), losses(False))
     plan = backend.report.graphs[0].parallel
-    return {"error": error, "name": name, "exchanges": [site.exchange for site in plan.sites], "refused": [plan.refused]}
+    return {
+        "error": error,
+        "name": name,
+        "exchanges": [site.exchange for site in plan.sites],
+        "refused": [plan.refused],
+    }
 
 
 class Doubled(torch.autograd.Function):
@@ -133,7 +154,19 @@ def own_gradients(mesh):
     return found
 
 
+def other_gradients(mesh):
+    """One rank trains the weights, the others do not."""
+    model = Joint().double().requires_grad_(mesh.get_local_rank() == 0)
+    backend = with_backend("native", context_parallel=mesh, inner="eager")
+    try:
+        torch.compile(model, backend=backend)(randn(1, 6, WIDTH), randn(1, 12, WIDTH), randn(1, 5))
+    except Exception as error:
+        return {"raised": f"{type(error).__name__}: {error}"}
+    return {"raised": ""}
+
+
+SLOW = (trained_by_inductor, trained_flux, trained_wan, trained_sd3)
 CASES = (
-    trained_ulysses, trained_gather, trained_batch, trained_joint, trained_by_inductor, trained_flux, trained_wan, trained_sd3,
-    two_steps, own_gradients,
+    trained_ulysses, trained_gather, trained_batch, trained_joint, trained_dynamic, two_steps, own_gradients, other_gradients,
+    *(SLOW if os.environ.get("ATTNREWRITE_SLOW") else ()),
 )  # fmt: skip
