@@ -53,6 +53,31 @@ def arguments_of(node: Node) -> dict[str, Any]:
     return {**defaults, **dict(zip(defaults, node.args, strict=False)), **node.kwargs}
 
 
+def as_given(node: Node, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The reverse of `arguments_of`: arguments by position and by name, as the schema takes them. Defaults that the node leaves
+    out stay out."""
+    schema = schema_of(node.target).arguments
+    args: list[Any] = []
+    kwargs: dict[str, Any] = {}
+    for each in schema:
+        given = arguments.get(each.name, each.default_value)
+        if each.kwarg_only:
+            if each.name in node.kwargs or given != each.default_value:
+                kwargs[each.name] = given
+        else:
+            args.append(given)
+    last = max([number for number, each in enumerate(args) if not _is_default(each, schema[number])], default=-1)
+    return tuple(args[: last + 1]), kwargs
+
+
+def _is_default(value: Any, argument: Any) -> bool:
+    if not argument.has_default_value() or isinstance(
+        value, torch.Tensor | torch.SymInt | torch.SymFloat | list | tuple
+    ):
+        return False
+    return bool(value == argument.default_value) and type(value) is type(argument.default_value)
+
+
 def name_in_aten(target: Any) -> str | None:
     """ "mul" for the operators and the packet of aten.mul; None for targets outside of aten."""
     space, name = _name_of(target)

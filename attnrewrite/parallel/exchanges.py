@@ -1,7 +1,7 @@
-"""What a rank computes to get its part of a tensor, and what the ranks exchange, as plain PyTorch code.
+"""How a rank gets its part of a tensor, and the whole of a tensor of which each rank has a part.
 
-Every exchange is a functional collective of PyTorch: `_c10d_functional.all_gather_into_tensor`, `all_to_all_single` and
-`all_reduce`, each with its `wait_tensor`, which Inductor knows and overlaps with other work.
+Where autograd is on and the tensor needs a gradient, the exchange is an op that has one (collectives.py); elsewhere it is the
+collective itself.
 """
 
 from __future__ import annotations
@@ -11,87 +11,64 @@ from collections.abc import Sequence
 import torch
 
 from ..graphs.sizes import Size
-from .layouts import Ranks, Shard, chunk, divides, total
-
-collectives = torch.ops._c10d_functional
+from . import collectives
+from .layouts import Ranks, Shard
+from .orders import in_order, own_part
 
 
 def part_of(tensor: torch.Tensor, shard: Shard, ranks: Ranks) -> torch.Tensor:
-    """This rank's part of a tensor that it holds whole. No exchange."""
-    pieces: list[torch.Tensor] = []
-    start: Size = 0
-    for length in shard.lengths:
-        pieces.append(_chunk_of(tensor, shard.dim, start, length, ranks.size, ranks.rank))
-        start = start + length
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, shard.dim)
+    """This rank's part of a tensor that it holds whole. No exchange; one all-gather in the backward."""
+    if not needs_gradient(tensor):
+        return own_part(tensor, shard, ranks)
+    part: torch.Tensor = collectives.part_op(tensor, shard.dim, list(shard.lengths), *_as_given(ranks))
+    return part
 
 
-def _chunk_of(tensor: torch.Tensor, dim: int, start: Size, length: Size, ranks: int, rank: int) -> torch.Tensor:
-    """One rank's chunk of the segment that begins at `start`, with copies of its last element behind its end."""
-    size = chunk(length, ranks)
-    if divides(ranks, length):
-        return tensor.narrow(dim, start + rank * size, size)
-    if not isinstance(length, int) or not isinstance(size, int):
-        segment = _padded(tensor.narrow(dim, start, length), dim, size * ranks - length)
-        return segment.narrow(dim, rank * size, size)
-    held = min(max(length - rank * size, 0), size)
-    if held == 0:
-        last = tensor.narrow(dim, start + length - 1, 1)
-        return last.expand(*tensor.shape[:dim], size, *tensor.shape[dim + 1 :])
-    return _padded(tensor.narrow(dim, start + rank * size, held), dim, size - held)
+def whole(part: torch.Tensor, shard: Shard, ranks: Ranks, for_parts: bool = False) -> torch.Tensor:
+    """The whole tensor, of the parts of all ranks: one all-gather.
 
-
-def _padded(tensor: torch.Tensor, dim: int, more: Size) -> torch.Tensor:
-    """The tensor with `more` copies of its last element along `dim`."""
-    if isinstance(more, int) and more == 0:
-        return tensor
-    last = tensor.narrow(dim, tensor.shape[dim] - 1, 1)
-    return torch.cat([tensor, last.expand(*tensor.shape[:dim], more, *tensor.shape[dim + 1 :])], dim)
-
-
-def whole(part: torch.Tensor, shard: Shard, ranks: Ranks) -> torch.Tensor:
-    """The whole tensor, of the parts of all ranks: one all-gather."""
+    for_parts: whether each rank uses it for its own part, so that the gradients of the ranks are added up, by one
+    reduce-scatter in the backward. Otherwise all ranks do the same with it: nothing is exchanged in the backward.
+    """
     front = part.movedim(shard.dim, 0).contiguous()
-    gathered = collectives.wait_tensor.default(
-        collectives.all_gather_into_tensor.default(front, ranks.size, ranks.group)
-    )
+    if needs_gradient(part):
+        op = collectives.gathered_for_parts_op if for_parts else collectives.gathered_op
+        gathered = op(front, *_as_given(ranks))
+    else:
+        gathered = collectives.gathered(front, ranks)
     return in_order(gathered, shard.lengths, ranks.size).movedim(0, shard.dim)
 
 
+def used_for_parts(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
+    """A tensor that is whole on every rank, as each rank uses it for its own part: one all-reduce in the backward. Without a
+    gradient the tensor itself."""
+    if not needs_gradient(tensor):
+        return tensor
+    result: torch.Tensor = collectives.used_for_parts_op(tensor, *_as_given(ranks))
+    return result
+
+
+def all_used_for_parts(tensors: Sequence[torch.Tensor], ranks: Ranks) -> list[torch.Tensor]:
+    """`used_for_parts` of tensors that need a gradient and have one dtype and device: one exchange for all of them."""
+    results: list[torch.Tensor] = collectives.all_used_for_parts_op(list(tensors), *_as_given(ranks))
+    return results
+
+
 def summed(part: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """The sum of a tensor over the ranks: one all-reduce."""
-    result: torch.Tensor = collectives.all_reduce.default(part.contiguous(), "sum", ranks.group)
-    return _awaited(result)
+    """The sum of a tensor over the ranks, which all ranks use alike: one all-reduce, and nothing in the backward."""
+    if not needs_gradient(part):
+        return collectives.summed(part, ranks)
+    result: torch.Tensor = collectives.summed_op(part, *_as_given(ranks))
+    return result
 
 
-def in_order(tensor: torch.Tensor, lengths: Sequence[Size], ranks: int) -> torch.Tensor:
-    """Sorts dimension 0 from the order of ranks (part of rank 0, part of rank 1, ...) into the order of the whole tensor, and
-    drops the copies behind the ends."""
-    chunks = [chunk(length, ranks) for length in lengths]
-    if len(lengths) == 1:
-        return _cut(tensor, lengths[0], ranks)
-    by_rank = tensor.unflatten(0, (ranks, total(chunks)))
-    pieces: list[torch.Tensor] = []
-    start: Size = 0
-    for length, size in zip(lengths, chunks, strict=True):
-        piece = by_rank.narrow(1, start, size).flatten(0, 1)
-        pieces.append(_cut(piece, length, ranks))
-        start = start + size
-    return torch.cat(pieces)
+def needs_gradient(tensor: torch.Tensor) -> bool:
+    """Whether what is computed of a tensor here needs a gradient."""
+    return tensor.requires_grad and torch.is_grad_enabled()
 
 
-def _cut(tensor: torch.Tensor, length: Size, ranks: int) -> torch.Tensor:
-    """The first `length` elements of the chunks of a segment. A symbolic length gets its own symbol back."""
-    return tensor if isinstance(length, int) and divides(ranks, length) else tensor.narrow(0, 0, length)
-
-
-def by_rank(tensor: torch.Tensor, dim: int, lengths: Sequence[Size], ranks: int) -> torch.Tensor:
-    """The inverse of `in_order` along `dim`: the parts of rank 0, of rank 1, and so on."""
-    if len(lengths) == 1:
-        if divides(ranks, lengths[0]):
-            return tensor
-        return _padded(tensor, dim, chunk(lengths[0], ranks) * ranks - lengths[0])
-    return torch.cat([part_of(tensor, Shard(dim, tuple(lengths)), Ranks(ranks, rank)) for rank in range(ranks)], dim)
+def _as_given(ranks: Ranks) -> tuple[int, int, str]:
+    return ranks.size, ranks.rank, ranks.group
 
 
 def tokens_to_heads(tensors: Sequence[torch.Tensor], ranks: Ranks) -> list[torch.Tensor]:
@@ -126,11 +103,8 @@ def heads_to_tokens(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def _all_to_all(tensor: torch.Tensor, rows: Size, ranks: Ranks) -> torch.Tensor:
-    """Gives `rows` rows to each rank, and gets as many from each."""
-    split = [rows] * ranks.size
-    return _awaited(collectives.all_to_all_single.default(tensor, split, split, ranks.group))
-
-
-def _awaited(result: torch.Tensor) -> torch.Tensor:
-    ready: torch.Tensor = collectives.wait_tensor.default(result)
-    return ready
+    """Gives `rows` rows to each rank, and gets as many from each; in the backward too."""
+    if not needs_gradient(tensor):
+        return collectives.exchanged(tensor, rows, ranks)
+    result: torch.Tensor = collectives.exchanged_op(tensor, rows, *_as_given(ranks))
+    return result

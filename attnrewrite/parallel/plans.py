@@ -57,6 +57,7 @@ class Sharing:
     gathered: tuple[Gathered, ...] = ()
     summed: int = 0  # number of all-reduces
     refused: str = ""
+    added: int = 0  # number of inputs whose gradients are added up over the ranks
 
     @property
     def mib(self) -> float | None:
@@ -80,6 +81,7 @@ class Sharing:
             tuple(Gathered(**{**each, "shape": tuple(each["shape"])}) for each in data["gathered"]),
             data["summed"],
             data["refused"],
+            data["added"],
         )
 
     def lines(self) -> list[str]:
@@ -104,6 +106,10 @@ class Sharing:
             found += _wrapped(f"  gathered: {each.where} {_shape(each.shape)}, {_mib(each.mib)}: {each.reason}{count}")
         if self.summed:
             found.append(f"  {self.summed} sums over all ranks")
+        if self.added:
+            found.append(
+                f"  in the backward: each exchange the other way, and {self.added} gradients added up over all ranks"
+            )
         return found
 
 

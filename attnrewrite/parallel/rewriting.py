@@ -12,13 +12,23 @@ from torch.fx.node import map_arg
 from ..graphs.emitting import Emitter
 from ..graphs.mutations import storage_of, written_by, written_storages
 from ..graphs.nodes import value_of
-from ..graphs.operators import schema_of
+from ..graphs.operators import as_given, draws_random_numbers
 from ..graphs.sizes import Size, always
-from . import plans
+from . import gradients, plans
 from .analysis import Analysis
-from .exchanges import by_rank, heads_to_tokens, in_order, part_of, summed, tokens_to_heads, whole
+from .exchanges import (
+    all_used_for_parts,
+    heads_to_tokens,
+    needs_gradient,
+    part_of,
+    summed,
+    tokens_to_heads,
+    used_for_parts,
+    whole,
+)
 from .following import is_member, is_size, member_of
 from .layouts import Placement, Ranks, Shard, same
+from .orders import by_rank, in_own_order
 from .rows import ANY, VIEWS, Call
 from .steps import Attention, Step
 
@@ -41,6 +51,7 @@ class _Rewriter:
         self.emitter.graph = self.graph
         self.written = written_storages(module)
         self.held: dict[Node, list[tuple[Placement, Any]]] = {}  # the main value first
+        self.for_parts: dict[Node, torch.Tensor] = {}  # whole tensors, as each rank uses them for its own part
         self.nodes: dict[Node, Node] = {}  # of values that are no tensors
 
     def run(self) -> Graph:
@@ -48,6 +59,9 @@ class _Rewriter:
         for node in self.module.graph.find_nodes(op="placeholder"):
             self._input(node)
         with self.emitter.around(first, torch.is_grad_enabled()):
+            for inputs in gradients.buckets(gradients.used_for_parts(self.module, self.analysis)):
+                values = all_used_for_parts([self._get(node, None) for node in inputs], self.ranks)
+                self.for_parts |= dict(zip(inputs, values, strict=True))
             for node in self.module.graph.nodes:
                 self._visit(node)
         return self.graph
@@ -104,24 +118,37 @@ class _Rewriter:
             return self.emitter.number(value)
         return self.nodes[node]
 
-    def _get(self, node: Node, placement: Any) -> Any:
-        """The value of a node as a rank needs it."""
+    def _get(self, node: Node, placement: Any, for_parts: bool = False) -> Any:
+        """The value of a node as a rank needs it. for_parts: for a result that differs on each rank."""
+        if for_parts and placement is None:
+            return self._for_parts(node)
         held = self.held[node]
         main, value = held[0]
         if not isinstance(value, torch.Tensor) or placement == ANY:
             return value
+        # What was made of it where autograd was off has no gradient.
+        held = [each for each in held if each[1].requires_grad or not needs_gradient(value)]
         for have, each in held:
             if same(have, placement):
                 return each
         full: Any = next((each for have, each in held if have is None), None)
         if full is None and main is not None:
             full = whole(value, main, self.ranks)
-            held.append((None, full))
+            self.held[node].append((None, full))
         if placement is None:
             return full
         part = part_of(full, placement, self.ranks)
-        held.append((placement, part))
+        self.held[node].append((placement, part))
         return part
+
+    def _for_parts(self, node: Node) -> Any:
+        """A whole tensor that each rank uses for its own part. Its gradient is added up once, for all that use it so."""
+        full = self._get(node, None)
+        if not isinstance(full, torch.Tensor) or not needs_gradient(full):
+            return full
+        if node not in self.for_parts:
+            self.for_parts[node] = used_for_parts(full, self.ranks)
+        return self.for_parts[node]
 
     def _call(self, call: Call, step: Step) -> None:
         node = call.node
@@ -140,23 +167,29 @@ class _Rewriter:
             for other, held in self.held.items():
                 if storage is not None and storage_of(value_of(other)) == storage:
                     del held[1:]
+                    self.for_parts.pop(other, None)
 
     def _plain(self, call: Call, step: Step) -> Any:
         """The same call, on what the rank has."""
         node, places = call.node, iter(step.inputs)
         target: Any = node.target
+        draws = draws_random_numbers(call.name)
 
         def local(each: Node) -> Any:
-            if isinstance(value_of(each), torch.Tensor):
-                return self._get(each, next(places))
-            return self._get(each, None)
+            if not isinstance(value_of(each), torch.Tensor):
+                return self._get(each, None)
+            tensor = self._get(each, next(places), step.differs)
+            # Random numbers are drawn in the order of memory, and what was gathered has another one.
+            return (
+                tensor.contiguous() if draws and needs_gradient(tensor) and value_of(each).is_contiguous() else tensor
+            )
 
         # In the order of the schema, which is that of `Call.tensors`.
         arguments = {name: map_arg(given, local) for name, given in call.arguments.items()}
         arguments |= step.changed
         if isinstance(step.output, Shard) and (call.name in VIEWS or call.name == "expand"):
             return self._view(call, step, next(iter(arguments.values())))
-        args, kwargs = _as_given(node, arguments)
+        args, kwargs = as_given(node, arguments)
         return self.emitter.replay(node, target, args, kwargs)
 
     def _view(self, call: Call, step: Step, tensor: torch.Tensor) -> Any:
@@ -173,7 +206,7 @@ class _Rewriter:
         assert how.query is not None
         assert how.key is not None
         query, key, value, *masks = [
-            self._get(node, placement) for node, placement in zip(call.tensors, step.inputs, strict=True)
+            self._get(node, placement, step.differs) for node, placement in zip(call.tensors, step.inputs, strict=True)
         ]
         exchange = self._all_to_all if how.exchange == plans.ALL_TO_ALL else self._gathered
         return exchange(call, how, query, key, value, masks[0] if masks else None)
@@ -185,10 +218,10 @@ class _Rewriter:
         shard = how.key
         assert shard is not None
         if key.shape[:-1] == value.shape[:-1]:
-            both = whole(torch.cat([key, value], -1), shard, self.ranks)
+            both = whole(torch.cat([key, value], -1), shard, self.ranks, for_parts=True)
             key, value = both.narrow(-1, 0, key.shape[-1]), both.narrow(-1, key.shape[-1], value.shape[-1])
         else:
-            key, value = (whole(each, shard, self.ranks) for each in (key, value))
+            key, value = (whole(each, shard, self.ranks, for_parts=True) for each in (key, value))
         return self._run(call, query, key, value, mask)
 
     def _all_to_all(
@@ -204,8 +237,8 @@ class _Rewriter:
             (query,) = tokens_to_heads((query,), self.ranks)
             key, value = tokens_to_heads((key, value), self.ranks)
         if how.ordered:
-            query = _ordered(query, how.query, self.ranks.size)
-            key, value = (_ordered(each, how.key, self.ranks.size) for each in (key, value))
+            query = in_own_order(query, how.query, self.ranks.size)
+            key, value = (in_own_order(each, how.key, self.ranks.size) for each in (key, value))
         elif mask is not None:
             mask = self._as_exchanged(mask, how)
         if len(lead) != 1:
@@ -236,7 +269,7 @@ class _Rewriter:
 
     def _run(self, call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
         arguments = dict(call.arguments) | {"query": query, "key": key, "value": value, "attn_mask": mask}
-        args, kwargs = _as_given(call.node, arguments)
+        args, kwargs = as_given(call.node, arguments)
         target: Callable[..., Any] = call.node.target  # type: ignore[assignment]
         result: torch.Tensor = self.emitter.replay(call.node, target, args, kwargs)
         return result
@@ -265,41 +298,11 @@ class _Rewriter:
             )
 
 
-def _as_given(node: Node, arguments: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments by position and by name, as an operator's schema takes them. Defaults that the node leaves out stay out."""
-    schema = schema_of(node.target).arguments
-    args: list[Any] = []
-    kwargs: dict[str, Any] = {}
-    for each in schema:
-        given = arguments.get(each.name, each.default_value)
-        if each.kwarg_only:
-            if each.name in node.kwargs or given != each.default_value:
-                kwargs[each.name] = given
-        else:
-            args.append(given)
-    last = max([number for number, each in enumerate(args) if not _is_default(each, schema[number])], default=-1)
-    return tuple(args[: last + 1]), kwargs
-
-
-def _is_default(value: Any, argument: Any) -> bool:
-    if not argument.has_default_value() or isinstance(
-        value, torch.Tensor | torch.SymInt | torch.SymFloat | list | tuple
-    ):
-        return False
-    return bool(value == argument.default_value) and type(value) is type(argument.default_value)
-
-
 def _four(tensor: torch.Tensor) -> torch.Tensor:
     """(batch, heads, length, dim) of a tensor of any rank from 3 on."""
     if tensor.dim() == 3:
         return tensor.unsqueeze(0)
     return tensor if tensor.dim() == 4 else tensor.flatten(0, -4)
-
-
-def _ordered(tensor: torch.Tensor, shard: Shard, ranks: int) -> torch.Tensor:
-    if len(shard.lengths) == 1 and not shard.is_padded(ranks):
-        return tensor
-    return in_order(tensor.movedim(2, 0), shard.lengths, ranks).movedim(0, 2)
 
 
 def _is_one(size: Any) -> bool:

@@ -310,6 +310,9 @@ def complex_parts(call: Call) -> Iterator[Row]:
 
 
 def embedding(call: Call) -> Iterator[Row]:
+    # Such gradients of the table are no sum of what each element gives.
+    if torch.is_grad_enabled() and (call.arguments["scale_grad_by_freq"] or call.arguments["sparse"]):
+        return
     for dim in range(call.rank(1)):
         yield Row(dim, (WHOLE, dim))
 

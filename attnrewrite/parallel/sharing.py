@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch.fx import Graph, GraphModule
@@ -14,6 +14,7 @@ from ..graphs.sizes import described
 from ..passes.find_calls import find_calls
 from ..planning.plans import Plan
 from ..version import __version__
+from . import gradients
 from .analysis import Analysis, NotSharedError, analyse
 from .layouts import Ranks
 from .plans import Sharing
@@ -45,8 +46,9 @@ def share(module: GraphModule, ranks: Ranks, kind: str = "auto") -> Sharing:
 
 def planned(module: GraphModule, ranks: int, kind: str = "auto") -> Shared:
     """How ranks share a graph. The graph stays unchanged."""
-    if any(_needs_grad(node) for node in module.graph.find_nodes(op="placeholder")):
-        return Shared(Sharing(ranks, refused="a gradient is needed, and the exchanges have no backward yet"))
+    with_gradient = gradients.needs_gradient(module)
+    if with_gradient and (reason := gradients.obstacle(module)):
+        return Shared(Sharing(ranks, refused=reason))
     try:
         below = lowered(module)
     except Exception as error:  # whatever PyTorch raises for an operation that it cannot trace
@@ -64,24 +66,21 @@ def planned(module: GraphModule, ranks: int, kind: str = "auto") -> Shared:
         analysis = analyse(below, names, ranks, kind, modules=modules)
     except NotSharedError as error:
         return Shared(Sharing(ranks, refused=str(error)))
-    return Shared(analysis.plan, below if analysis.begins else None, analysis)
+    added = len(gradients.used_for_parts(below, analysis)) if analysis.begins else 0
+    return Shared(replace(analysis.plan, added=added), below if analysis.begins else None, analysis)
 
 
 def compared(module: GraphModule, sharing: Sharing | None, kernels: Plan) -> list[str]:
     """What must be the same on every rank, line by line. module: the graph, whose inputs are those of the whole graph."""
     inputs = [
         f"input {node.target}: {tuple(described(size) for size in value.shape)} of {value.dtype}"
+        + (", with a gradient" if torch.is_grad_enabled() and value.requires_grad else "")
         for node in module.graph.find_nodes(op="placeholder")
         if isinstance(value := value_of(node), torch.Tensor)
     ]
     sites = [f"{site.name}: kernel {site.chosen}" for site in kernels.sites]
     lines = [] if sharing is None else sharing.lines()
     return [f"PyTorch {torch.__version__}, attnrewrite {__version__}", *inputs, *map(str.strip, lines), *sites]
-
-
-def _needs_grad(node: torch.fx.Node) -> bool:
-    value = value_of(node)
-    return torch.is_grad_enabled() and isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _first(error: Exception) -> str:

@@ -44,6 +44,13 @@ class Step:
     then: Placement = None  # every rank has the whole result, and goes on with this part
     attention: Attention | None = None
 
+    @property
+    def differs(self) -> bool:
+        """Whether each rank computes something else, so that a gradient of a tensor that all of them read is one summand on
+        each rank."""
+        outputs = self.output if isinstance(self.output, tuple) else (self.output,)
+        return bool(self.summed) or any(each is not None for each in outputs)
+
 
 def by_row(call: Call, position: int, shard: Shard) -> Step | None:
     """The call treats each element along the shared dimension by itself."""

@@ -6,6 +6,7 @@ from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnrewrite.graphs.nodes import SDPA_TARGETS
+from attnrewrite.graphs.trees import leaves
 from attnrewrite.parallel.analysis import analyse
 from attnrewrite.parallel.layouts import Ranks
 from attnrewrite.parallel.rewriting import part_of_graph
@@ -29,8 +30,20 @@ def all_to_all_single(parts, received, sent, group):
     return [torch.cat([part[rank] for part in split]) for rank in range(len(parts))]
 
 
+def reduce_scatter_tensor(parts, how, size, group):
+    assert how == "sum"
+    return list(sum(parts).chunk(size))
+
+
+def all_reduce_coalesced(parts, how, group):
+    assert how == "sum"
+    return [[sum(each) for each in zip(*parts, strict=True)]] * len(parts)
+
+
 EXCHANGES = {
+    collectives.all_reduce_coalesced.default: all_reduce_coalesced,
     collectives.all_gather_into_tensor.default: all_gather_into_tensor,
+    collectives.reduce_scatter_tensor.default: reduce_scatter_tensor,
     collectives.all_reduce.default: all_reduce,
     collectives.all_to_all_single.default: all_to_all_single,
     collectives.wait_tensor.default: lambda parts: parts,
@@ -70,7 +83,7 @@ class Lockstep:
         (target,) = {node.target for node in nodes}
         self.counts[target._opname] = self.counts.get(target._opname, 0) + 1
         given = [rank.fetch_args_kwargs_from_env(node)[0] for rank, node in zip(self.ranks, nodes, strict=True)]
-        assert len({args[0].shape for args in given}) == 1
+        assert len({str([each.shape for each in leaves(args[0])]) for args in given}) == 1
         assert all(args[1:] == given[0][1:] for args in given), f"unlike: {[args[1:] for args in given]}"
         results = EXCHANGES[target]([args[0] for args in given], *given[0][1:])
         for rank, node, result in zip(self.ranks, nodes, results, strict=True):
@@ -85,6 +98,7 @@ class Shared:
         self.kind = kind
         self.plans = []
         self.runs = []
+        self.backwards = []
 
     def __call__(self, module, inputs):
         shared = planned(module, self.size, self.kind)
@@ -92,17 +106,95 @@ class Shared:
         if shared.graph is None:
             return module.forward
         graphs = [shared.part(Ranks(self.size, rank, "group")) for rank in range(self.size)]
-        self.runs.append(Lockstep([GraphModule(shared.graph, graph) for graph in graphs]))
-        return self.runs[-1]
+        modules = [GraphModule(shared.graph, graph) for graph in graphs]
+        fakes = [node.meta["example_value"] for node in modules[0].graph.find_nodes(op="placeholder")]
+        if not torch.is_grad_enabled() or not any(
+            isinstance(fake, torch.Tensor) and fake.requires_grad for fake in fakes
+        ):
+            self.runs.append(Lockstep(modules))
+            return self.runs[-1]
+        self.runs.append(Lockstep([traced_forward(module, fakes) for module in modules]))
+        self.backwards.append(Lockstep([traced_backward(module, fakes) for module in modules]))
+        return with_backward(self.runs[-1], self.backwards[-1])
 
     @property
     def counts(self):
+        """The exchanges of all forwards."""
+        return self._counts(self.runs)
+
+    @property
+    def backward_counts(self):
+        """The exchanges of all backwards, without those of the forward that each of them runs anew."""
+        forward, both = self.counts, self._counts(self.backwards)
+        return {name: left for name, number in both.items() if (left := number - forward.get(name, 0))}
+
+    def _counts(self, runs):
         total = {}
-        for run in self.runs:
+        for run in runs:
             for name, number in run.counts.items():
                 total[name] = total.get(name, 0) + number
         total.pop("wait_tensor", None)
         return total
+
+
+def traced_forward(module, fakes):
+    """The forward of a rank's graph, as the operators below autograd."""
+    with fakes_mode(fakes), torch.no_grad():
+        return make_fx(lambda *given: list(leaves(module(*given))), _allow_non_fake_inputs=True)(*fresh(fakes))
+
+
+def traced_backward(module, fakes):
+    """A graph of the inputs and of the outputs' gradients: the gradients of the inputs that need one, each a tensor."""
+
+    def both(inputs, gradients):
+        outputs = leaves(module(*inputs))
+        pairs = [(out, grad) for out, grad in zip(outputs, gradients, strict=True) if out.requires_grad]
+        wanted = [each for each in inputs if isinstance(each, torch.Tensor) and each.requires_grad]
+        found = torch.autograd.grad([out for out, _ in pairs], wanted, [grad for _, grad in pairs], allow_unused=True)
+        return [torch.zeros_like(each) if grad is None else grad for each, grad in zip(wanted, found, strict=True)]
+
+    with fakes_mode(fakes):
+        inputs = fresh(fakes)
+        with torch.no_grad():
+            gradients = [torch.ones_like(each) for each in leaves(module(*inputs))]
+        result = make_fx(both, _allow_non_fake_inputs=True)(inputs, gradients)
+    return flat(result)
+
+
+def fakes_mode(fakes):
+    return next(fake.fake_mode for fake in fakes if isinstance(fake, torch.Tensor))
+
+
+def fresh(fakes):
+    return [
+        fake.detach().requires_grad_(fake.requires_grad) if isinstance(fake, torch.Tensor) else fake for fake in fakes
+    ]
+
+
+def flat(module):
+    """The same graph with the code of plain arguments."""
+    module.graph.set_codegen(torch.fx.graph.CodeGen())
+    module.recompile()
+    return module
+
+
+def with_backward(forward, backward):
+    class Together(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *inputs):
+            ctx.inputs = inputs
+            with torch.no_grad():
+                return tuple(forward(*inputs))
+
+        @staticmethod
+        def backward(ctx, *gradients):
+            with torch.no_grad():
+                found = iter(backward(*ctx.inputs, *gradients))
+            return tuple(
+                next(found) if isinstance(each, torch.Tensor) and each.requires_grad else None for each in ctx.inputs
+            )
+
+    return Together.apply
 
 
 def traced(function, inputs):

@@ -281,6 +281,6 @@ def test_a_mask_in_the_wrong_order_would_be_seen(monkeypatch):
 
 def test_text_counted_twice_would_be_seen(monkeypatch):
     whole = rewriting.whole
-    monkeypatch.setattr(rewriting, "whole", lambda part, *more: torch.cat([whole(part, *more)] * 2, 1))
+    monkeypatch.setattr(rewriting, "whole", lambda part, *more, **how: torch.cat([whole(part, *more, **how)] * 2, 1))
     with pytest.raises((AssertionError, RuntimeError)):
         check(lambda x: attend(x), [randn(2, 20, WIDTH)], 3)

@@ -7,6 +7,7 @@ import traceback
 
 import torch
 import torch.distributed as dist
+import training_cases
 from model_zoo import small_flux
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -132,13 +133,6 @@ def a_context(mesh):
         return same(backend, *inputs())
 
 
-def a_gradient(mesh):
-    backend = with_backend("native", context_parallel=mesh, inner="eager")
-    with torch.enable_grad():
-        found = same(backend, *inputs())
-    return {**found, "refused": backend.report.graphs[0].parallel.refused}
-
-
 def raised(function):
     try:
         function()
@@ -185,8 +179,8 @@ def one_does_not_come(mesh):
 
 
 CASES = (
-    tokens, uneven, a_mask, gathered, batch, dynamic, regional, entry_point, a_context, a_gradient, other_lengths,
-    other_kernels, one_fails, bad_meshes, inductor, one_does_not_come,
+    tokens, uneven, a_mask, gathered, batch, dynamic, regional, entry_point, a_context, other_lengths,
+    other_kernels, one_fails, bad_meshes, inductor, *training_cases.CASES, one_does_not_come,
 )  # fmt: skip
 
 
@@ -199,7 +193,7 @@ def main(path, *names):
         torch.compiler.reset()
         print(case.__name__, flush=True)
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(case in training_cases.CASES):
                 found[case.__name__] = case(mesh)
         except Exception:
             found[case.__name__] = {"failed": traceback.format_exc()}
