@@ -5,6 +5,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Interpreter
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from attnrewrite.graphs.emitting import same_autocast
 from attnrewrite.graphs.nodes import SDPA_TARGETS
 from attnrewrite.graphs.trees import leaves
 from attnrewrite.parallel.analysis import analyse
@@ -61,6 +62,7 @@ class Lockstep:
         todo = []
         for rank in self.ranks:
             rank.env = {}
+            rank.autocast = torch.is_autocast_enabled("cpu")
             rank.args_iter = iter(inputs)
             todo.append(iter(rank.module.graph.nodes))
         while True:
@@ -74,10 +76,14 @@ class Lockstep:
         return first
 
     def _until_exchange(self, rank, nodes):
-        for node in nodes:
-            if node.target in EXCHANGES or node.op == "output":
-                return node
-            rank.env[node] = rank.run_node(node)
+        """Each rank has its own state of autocast, as in a process of its own: a region may hold an exchange."""
+        with same_autocast():
+            torch.set_autocast_enabled("cpu", rank.autocast)
+            for node in nodes:
+                if node.target in EXCHANGES or node.op == "output":
+                    rank.autocast = torch.is_autocast_enabled("cpu")
+                    return node
+                rank.env[node] = rank.run_node(node)
 
     def _exchange(self, nodes):
         (target,) = {node.target for node in nodes}
