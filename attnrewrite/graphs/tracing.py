@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import CodeType, TracebackType
 from typing import Any
 
@@ -66,6 +67,17 @@ def told(error: RuntimeError) -> tuple[str, str]:
     place = f"{places[-1][0]}:{places[-1][1]}" if places else ""
     said = inner[2] if inner else text.strip().splitlines()[0]
     return said if len(said) <= 160 else f"{said[:160]}...", place
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Keeps PyTorch from logging the errors of operators on fake tensors, for code that expects them."""
+    logger = logging.getLogger(torch._subclasses.fake_tensor.__name__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def recompilations(most: int) -> AbstractContextManager[Any]:
