@@ -45,7 +45,9 @@ def context_parallel_plan(
     can_run(model)
     owner = getattr(model, "_orig_mod", model)
     if not isinstance(owner, Module):
-        raise TypeError(f"model is {model!r} ({type(model).__name__}): give a torch.nn.Module, whose modules a plan names")
+        raise TypeError(
+            f"model is {model!r} ({type(model).__name__}): give a torch.nn.Module, whose modules a plan names"
+        )
     check_devices(ranks, "ranks")
     name = "given" if given is not None else "_cp_plan"
     given = getattr(owner, "_cp_plan", None) if given is None else given
@@ -124,9 +126,7 @@ def _failure(
 ) -> str:
     """Why the model's code does not run with its tensors cut as a plan says; "" where it runs."""
     cuts = {(each.module, each.argument, each.position): dim for each, dim in splits.items()}
-    joins = {
-        (each.module, each.argument, each.position): (dim, flow.shape(each)[dim]) for each, dim in gathers.items()
-    }
+    joins = {(each.module, each.argument, each.position): (dim, flow.shape(each)[dim]) for each, dim in gathers.items()}
     ranks = flow.ranks
 
     def change(tensor: torch.Tensor, module: str, argument: str, position: int) -> torch.Tensor:

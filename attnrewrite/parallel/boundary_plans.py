@@ -53,11 +53,11 @@ class BoundaryPlan:
         entries: dict[str, list[str]] = {}
         for each in self.splits:
             key = repr(each.at.position) if each.at.is_output else repr(each.at.argument)
-            value = (
-                f"ContextParallelInput(split_dim={each.dim}, expected_dims={each.dims}, split_output={each.at.is_output})"
-            )
+            value = f"ContextParallelInput(split_dim={each.dim}, expected_dims={each.dims}, split_output={each.at.is_output})"
             entries.setdefault(each.at.module, []).append(
-                f"{key}: {value}" if each.at.is_output or each.at.position < 0 else f"{key}[{each.at.position}]: {value}"
+                f"{key}: {value}"
+                if each.at.is_output or each.at.position < 0
+                else f"{key}[{each.at.position}]: {value}"
             )
         for module, found in entries.items():
             lines += [f"    {module!r}: {{", *(f"        {line}," for line in _lists(found)), "    },"]
@@ -126,7 +126,9 @@ def given_plan(model: Module, plan: Any) -> tuple[list[Cut], list[Cut], list[Dis
     Raises `TypeError` for a plan that has another form.
     """
     if not isinstance(plan, Mapping):
-        raise TypeError(f"given is {plan!r} ({type(plan).__name__}): give a dict of module paths, as _cp_plan of diffusers")
+        raise TypeError(
+            f"given is {plan!r} ({type(plan).__name__}): give a dict of module paths, as _cp_plan of diffusers"
+        )
     splits: list[Cut] = []
     gathers: list[Cut] = []
     wrong: list[Disagreement] = []

@@ -14,6 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..graphs.boundaries import Boundary, boundary_of
+from ..graphs.mutations import storage_of, written_storages
 from ..graphs.nodes import SDPA_TARGETS, value_of
 from ..graphs.operators import is_operator
 from ..graphs.sizes import Size, always, is_one
@@ -62,6 +63,7 @@ class Flow:
         self.ranks = ranks
         self.paths = paths
         self.calls = Calls()
+        self.written = written_storages(module)
         self.nodes = list(module.graph.nodes)
         self.order = {node: place for place, node in enumerate(self.nodes)}
         self.boundaries: dict[Boundary, list[Node]] = {}
@@ -101,12 +103,22 @@ class Flow:
 
     def is_filled(self, node: Node) -> bool:
         """Whether a tensor is made of one number, with a length that the model's code reads from other tensors."""
-        if node.op != "call_function":
+        if node.op != "call_function" or storage_of(value_of(node)) in self.written:
             return False
         call = self.calls[node]
         if call.name in FILLS:
             return True
-        shaped = call.name in ("expand", "alias", "to", "_to_copy", "unsqueeze", "view", "clone", "slice", "bitwise_not")
+        shaped = call.name in (
+            "expand",
+            "alias",
+            "to",
+            "_to_copy",
+            "unsqueeze",
+            "view",
+            "clone",
+            "slice",
+            "bitwise_not",
+        )
         return shaped and bool(call.tensors) and self.is_filled(call.tensors[0])
 
 
@@ -158,6 +170,8 @@ class _Carrier:
         if not is_operator(node.target) or not call.tensors:
             for each in node.all_input_nodes:
                 self._need(each, None, node)
+            return None
+        if call.name in FILLS:  # new_ones(...) reads the dtype of its tensor
             return None
         if call.name == ATTENTION:
             return self._attention(call)

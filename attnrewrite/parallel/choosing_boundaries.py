@@ -35,9 +35,13 @@ class Completed:
 
     splits: dict[Boundary, int]
     gathers: dict[Boundary, int]
-    added: list[tuple[Fault, Boundary, int]] = field(default_factory=list)  # what was not given, and the fault without it
+    added: list[tuple[Fault, Boundary, int]] = field(
+        default_factory=list
+    )  # what was not given, and the fault without it
     faults: list[Fault] = field(default_factory=list)  # for which no boundary helps
-    needs: dict[Boundary, set[int]] = field(default_factory=dict)  # the dimension to share, at each boundary that was seen
+    needs: dict[Boundary, set[int]] = field(
+        default_factory=dict
+    )  # the dimension to share, at each boundary that was seen
 
 
 def completed(
@@ -58,7 +62,7 @@ def completed(
         whole = [fault for fault in carried.faults if fault.kind == WHOLE and flow.order[fault.at] > last]
         for fault in unshared[:1] or missing:
             _add_splits(flow, preference, found, fault)
-        if not unshared and not missing:
+        if len(found.added) == before:
             for fault in whole:
                 _add_gather(flow, found, fault, carried.held)
         if len(found.added) == before:
@@ -75,9 +79,8 @@ def _add_splits(flow: Flow, preference: Preference, found: Completed, fault: Fau
     for marks in _marks(flow, trail, dominating=fault.kind == UNSHARED):
         inside = [mark for mark in marks if mark[0].module]
         marks = (inside or marks) if how == INSIDE else marks
-        if not marks:
-            return  # without one of several sequences the others are no help
-        chosen.append(marks[-1 if how == LAST else 0])
+        if marks:  # what begins elsewhere is the next fault
+            chosen.append(marks[-1 if how == LAST else 0])
     for boundary, dim in chosen:
         if boundary not in found.splits:
             found.splits[boundary] = dim
@@ -171,4 +174,3 @@ def _add_gather(flow: Flow, found: Completed, fault: Fault, held: Mapping[Node, 
     if best is not None and (boundary := boundary_of(best)) is not None and boundary not in found.gathers:
         found.gathers[boundary] = held[best].dim
         found.added.append((fault, boundary, held[best].dim))
-

@@ -17,7 +17,9 @@ from .layouts import Shard, divides
 from .rows import JOINS
 
 Splits = Mapping[Boundary, int]
-Runs = Callable[[Splits, Splits], str]  # why the model's code does not run with these splits and gathers; "" where it does
+Runs = Callable[
+    [Splits, Splits], str
+]  # why the model's code does not run with these splits and gathers; "" where it does
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ def plan_of_graph(flow: Flow, runs: Runs) -> Chosen:
     tried: list[tuple[Completed, Preference, tuple[str, ...]]] = []
     for preference in PREFERENCES:
         found = completed(flow, preference)
-        wrong = _distinct(said(flow, fault) for fault in found.faults if fault.kind != KEYS)
+        wrong = _distinct(_unsaid(flow, fault) for fault in found.faults if fault.kind != KEYS)
         if any(found.splits == each.splits and found.gathers == each.gathers for each, _, _ in tried):
             continue
         if not wrong and found.splits:
@@ -45,6 +47,13 @@ def plan_of_graph(flow: Flow, runs: Runs) -> Chosen:
         tried.append((found, preference, wrong))
     best = min(tried, key=lambda each: len(each[2]))
     return Chosen(Completed({}, {}, needs=best[0].needs), best[1], best[2] or ("no self attention is in the graph",))
+
+
+def _unsaid(flow: Flow, fault: Fault) -> str:
+    beyond = (
+        "; no input or output of a module is that tensor with one sequence to split" if fault.kind == MISSING else ""
+    )
+    return f"{said(flow, fault)}{beyond}"
 
 
 def remarks_on(flow: Flow, plan: Completed) -> tuple[str, ...]:
@@ -58,6 +67,11 @@ def remarks_on(flow: Flow, plan: Completed) -> tuple[str, ...]:
             found.append(
                 f"{flow.name(node)} has {described(call.shape()[-3])} heads, which {flow.ranks} ranks do not divide: Ulysses "
                 "attention of diffusers raises there, ring attention does not"
+            )
+        if len(call.tensors) > 3:  # TemplatedRingAttention of diffusers 0.42
+            found.append(
+                f"{flow.name(node)} has a mask: Ulysses attention of diffusers gathers it, ring attention takes each rank's own "
+                "part of it for the keys of all ranks"
             )
     return _distinct(found)
 
