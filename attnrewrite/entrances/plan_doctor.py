@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -15,9 +16,8 @@ from ..graphs.modules import ModulePaths
 from ..graphs.nodes import SDPA_TARGETS, module_of
 from ..graphs.tracing import AttributesOf, predicted, told, traced, uncompiled, unlogged
 from ..graphs.trees import leaves
-from ..parallel.boundary_plans import BoundaryPlan, Cut, given_plan, starred
+from ..parallel.boundary_plans import BoundaryPlan, Cut, Disagreement, given_plan, starred
 from ..parallel.carrying import Flow
-from ..parallel.choosing_boundaries import Completed
 from ..parallel.disagreements import disagreements, plan_of_graph, remarks_on, undivided
 from ..parallel.settings import check_devices
 from .model_parts import can_run
@@ -37,7 +37,7 @@ def context_parallel_plan(
     given: a plan in the form of diffusers, to compare with the graph. None: the model's own `_cp_plan`, if it has one.
 
     Returns a `BoundaryPlan`. No graph runs and nothing is exchanged: the code of the model runs on tensors without values, once
-    whole and once for each plan that is tried, with the tensors split.
+    whole and once for each plan that is tried, with the tensors split. A model in several graphs is traced whole only.
 
     Raises `TypeError` for a model that is no module, for `ranks` that is no number, and for a given plan of another form;
     `ValueError` for fewer than 2 ranks; the errors of the model.
@@ -52,100 +52,123 @@ def context_parallel_plan(
     name = "given" if given is not None else "_cp_plan"
     given = getattr(owner, "_cp_plan", None) if given is None else given
     read = None if given is None else given_plan(owner, given)
-    flows, shapes = _flows(owner, args, kwargs, ranks)
+    code = _Code(owner, args, kwargs)
+    found = code.read(ranks)
     kind = type(owner).__name__
-    if len(flows) != 1:
-        reason = "no attention is in a graph" if not flows else f"its attention is in {len(flows)} graphs, not in one"
-        return BoundaryPlan(kind, ranks, unsaid=(f"anything: {reason}",))
-    flow = flows[0]
+    if found.flow is None:
+        return BoundaryPlan(kind, ranks, unsaid=(f"anything: {found.reason}",))
+    flow = found.flow
 
-    def runs(splits: Mapping[Boundary, int], gathers: Mapping[Boundary, int]) -> str:
-        return _failure(owner, args, kwargs, flow, splits, gathers, shapes)
+    def runs(splits: Places, gathers: Places) -> str:
+        return code.failure(flow, splits, gathers, found.shapes) if found.graphs == 1 else ""
 
     chosen = plan_of_graph(flow, runs)
     plan = chosen.plan
     remarks = [*remarks_on(flow, plan), *map(str, undivided(flow, plan.splits))]
-    wrong = []
+    wrong: list[Disagreement] = []
     if read is not None:
-        splits, gathers, wrong = read
-        found, remarks = disagreements(flow, chosen, splits, gathers, runs)
-        wrong += found
+        splits, gathers, unknown = read
+        differing, remarks = disagreements(flow, chosen, splits, gathers, runs)
+        wrong = unknown + differing
+    if found.graphs > 1:
+        remarks.append(f"the model breaks into {found.graphs} graphs: its code was not run with the tensors split")
     return BoundaryPlan(
         kind,
         ranks,
-        *_cuts(flow, plan, owner),
-        unsaid=chosen.refused,
-        given=name if read is not None else "",
-        disagreements=tuple(wrong),
-        remarks=tuple(dict.fromkeys(remarks)),
+        _cuts(flow, plan.splits, owner),
+        _cuts(flow, plan.gathers, owner),
+        chosen.refused,
+        name if read is not None else "",
+        tuple(wrong),
+        tuple(dict.fromkeys(remarks)),
     )
 
 
-def _cuts(flow: Flow, plan: Completed, model: Module) -> tuple[tuple[Cut, ...], ...]:
-    found = []
-    for places in (plan.splits, plan.gathers):
-        order = sorted(places, key=lambda boundary: flow.order[flow.boundaries[boundary][0]])
-        found.append(starred([Cut(each, places[each], len(flow.shape(each))) for each in order], model))
-    return tuple(found)
+Places = Mapping[Boundary, int]  # with the dimension
 
 
-def _flows(model: Module, args: Any, kwargs: Any, ranks: int) -> tuple[list[Flow], list[tuple[int, ...]]]:
-    """The graphs that have attention, and the shapes of the model's outputs."""
-    flows: list[Flow] = []
-
-    def backend(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        graph = lowered(graph_module)
-        if graph is not None:
-            read_marks(graph)
-            if any(node.target in SDPA_TARGETS for node in graph.graph.nodes):
-                paths = {node: module_of(node, ModulePaths()) for node in graph.graph.nodes}
-                flows.append(Flow(graph, ranks, paths))
-        return predicted(graph_module)
-
-    return flows, _shapes(_run(model, args, kwargs, mark, backend))
+def _cuts(flow: Flow, places: Places, model: Module) -> tuple[Cut, ...]:
+    order = sorted(places, key=lambda boundary: flow.order[flow.boundaries[boundary][0]])
+    return starred([Cut(each, places[each], len(flow.shape(each))) for each in order], model)
 
 
-def _run(model: Module, args: Any, kwargs: Any, change: Change, backend: Callable[..., Any]) -> Any:
-    call = uncompiled(model)
+@dataclass(frozen=True)
+class _Read:
+    """The graph of a model. flow: None where there is none to share, for a reason."""
 
-    def whole(*args: Any, **kwargs: Any) -> Any:  # so that the model's own inputs and outputs are in its graph
-        return call(*args, **kwargs)
+    flow: Flow | None
+    reason: str
+    graphs: int
+    shapes: list[tuple[int, ...]]  # of the model's outputs
 
-    with torch.no_grad(), AttributesOf(model), changed_at_boundaries(model, change):
-        return traced(whole, args, kwargs, backend)
 
+@dataclass(frozen=True)
+class _Code:
+    """A model and its inputs."""
 
-def _failure(
-    model: Module,
-    args: Any,
-    kwargs: Any,
-    flow: Flow,
-    splits: Mapping[Boundary, int],
-    gathers: Mapping[Boundary, int],
-    shapes: list[tuple[int, ...]],
-) -> str:
-    """Why the model's code does not run with its tensors cut as a plan says; "" where it runs."""
-    cuts = {(each.module, each.argument, each.position): dim for each, dim in splits.items()}
-    joins = {(each.module, each.argument, each.position): (dim, flow.shape(each)[dim]) for each, dim in gathers.items()}
-    ranks = flow.ranks
+    model: Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
 
-    def change(tensor: torch.Tensor, module: str, argument: str, position: int) -> torch.Tensor:
-        place = (module, argument, position)
-        if place in cuts:
-            tensor = tensor.narrow(cuts[place], 0, -(-tensor.shape[cuts[place]] // ranks))
-        if place in joins:
-            dim, size = joins[place]
-            tensor = torch.cat([tensor] * ranks, dim).narrow(dim, 0, size)
-        return tensor
+    def read(self, ranks: int) -> _Read:
+        """Traces the model whole."""
+        flows: list[Flow] = []
+        reasons: list[str] = []
+        graphs = 0
 
-    try:
-        with unlogged():
-            result = _run(model, args, kwargs, change, lambda graph_module, example_inputs: predicted(graph_module))
-    except Exception as error:  # whatever a model raises for a size that it does not expect
-        what, place = told(error)
-        return f"{what} ({place})" if place else what
-    found = _shapes(result)
-    return "" if found == shapes else f"its outputs are {found} instead of {shapes}"
+        def backend(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            nonlocal graphs
+            graphs += 1
+            try:
+                graph = lowered(graph_module)
+            except Exception as error:  # whatever PyTorch raises for an operation that it cannot trace
+                reasons.append(f"a graph cannot be traced to operators ({type(error).__name__}: {error})")
+                graph = None
+            if graph is not None:
+                read_marks(graph)
+                if any(node.target in SDPA_TARGETS for node in graph.graph.nodes):
+                    paths = {node: module_of(node, ModulePaths()) for node in graph.graph.nodes}
+                    flows.append(Flow(graph, ranks, paths))
+            return predicted(graph_module)
+
+        shapes = _shapes(self._traced(mark, backend))
+        if len(flows) > 1:
+            reasons.append(f"its attention is in {len(flows)} graphs, not in one")
+        elif not flows:
+            reasons.append("no scaled_dot_product_attention is in a graph")
+        return _Read(flows[0] if not reasons else None, "; ".join(reasons), graphs, shapes)
+
+    def failure(self, flow: Flow, splits: Places, gathers: Places, shapes: list[tuple[int, ...]]) -> str:
+        """Why the model's code does not run with its tensors split as a plan says; "" where it runs."""
+        cuts = {astuple(each): dim for each, dim in splits.items()}
+        joins = {astuple(each): (dim, flow.shape(each)[dim]) for each, dim in gathers.items()}
+        ranks = flow.ranks
+
+        def change(tensor: torch.Tensor, *place: str | int) -> torch.Tensor:
+            if place in cuts:
+                tensor = tensor.narrow(cuts[place], 0, -(-tensor.shape[cuts[place]] // ranks))
+            if place in joins:
+                dim, size = joins[place]
+                tensor = torch.cat([tensor] * ranks, dim).narrow(dim, 0, size)
+            return tensor
+
+        try:
+            with unlogged():
+                result = self._traced(change, lambda module, example_inputs: predicted(module), fullgraph=True)
+        except Exception as error:  # whatever a model raises for a size that it does not expect
+            what, place = told(error)
+            return f"{what} ({place})" if place else what
+        found = _shapes(result)
+        return "" if found == shapes else f"its outputs are {found} instead of {shapes}"
+
+    def _traced(self, change: Change, backend: Callable[..., Any], fullgraph: bool = False) -> Any:
+        call = uncompiled(self.model)
+
+        def whole(*args: Any, **kwargs: Any) -> Any:  # so that the model's own inputs and outputs are in its graph
+            return call(*args, **kwargs)
+
+        with torch.no_grad(), AttributesOf(self.model), changed_at_boundaries(self.model, change):
+            return traced(whole, self.args, self.kwargs, backend, fullgraph)
 
 
 def _shapes(result: Any) -> list[tuple[int, ...]]:

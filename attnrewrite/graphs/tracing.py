@@ -22,11 +22,16 @@ from .trees import mapped
 
 
 def traced(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], backend: Callable[..., Any]
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    backend: Callable[..., Any],
+    fullgraph: bool = False,
 ) -> Any:
     """The result of the model compiled by `backend`, even if the model is set to another compiler. Sizes are static. Drops
-    the compiled code afterwards."""
-    compiled: Any = torch.compile(uncompiled(model), backend=backend, dynamic=False)
+    the compiled code afterwards. fullgraph: raises an error of the model, where Dynamo would leave its code alone from then on.
+    """
+    compiled: Any = torch.compile(uncompiled(model), backend=backend, dynamic=False, fullgraph=fullgraph)
     with CompiledCode(), recompilations(10_000):
         return compiled(*args, **kwargs)
 
@@ -58,7 +63,7 @@ def asks_for_values(error: RuntimeError) -> bool:
     return any(words in str(error) for words in VALUES)
 
 
-def told(error: RuntimeError) -> tuple[str, str]:
+def told(error: Exception) -> tuple[str, str]:
     """The first sentences of an error in one line, and the place in the user's code ("file.py:12"; "" if not known). Dynamo
     wraps the error of an operator in a page of its own."""
     text = str(error)

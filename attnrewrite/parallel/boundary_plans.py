@@ -1,5 +1,7 @@
-"""`BoundaryPlan`: a plan of diffusers (`_cp_plan`) as plain data, and `given_plan`, which reads one. diffusers is not imported: a
-given plan is read by the names of its attributes."""
+"""`BoundaryPlan`: a plan of diffusers (`_cp_plan`) as plain data, and `given_plan`, which reads one.
+
+diffusers is not imported: a given plan is read by the names of its attributes.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ class Disagreement:
 
 @dataclass(frozen=True)
 class BoundaryPlan:
-    """What `_cp_plan` of diffusers would be for a model. `str()` prints it as Python code, with what is wrong with a given plan."""
+    """What `_cp_plan` of diffusers would be for a model. `str()` prints it as Python code, and what a given plan has wrong."""
 
     model: str  # the name of its class
     ranks: int

@@ -134,6 +134,8 @@ class _Carrier:
         for node in self.flow.nodes:
             self.held[node] = self._placement(node)
             boundary = boundary_of(node)
+            if boundary is None:
+                continue
             if boundary in self.splits:
                 self._cut(node, self.splits[boundary])
             if boundary in self.gathers:
@@ -204,8 +206,9 @@ class _Carrier:
             self.faults.append(Fault(MISSING, node, at, placement))
 
     def _attention(self, call: Call) -> Placement:
-        """An exchange gives each query all keys. A mask of the keys is gathered as they are (attention_dispatch.py of diffusers),
-        so that a mask which is whole has another order of tokens than joint keys."""
+        """An exchange gives each query all keys. A mask of the keys is gathered as they are (attention_dispatch.py of
+        diffusers), so that a mask which is whole has another order of tokens than joint keys."""
+        query: Placement
         query, key, value = (self.held[each] for each in call.tensors[:3])
         tokens = call.rank() - 2
         node = call.node

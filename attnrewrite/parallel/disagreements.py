@@ -70,8 +70,8 @@ def remarks_on(flow: Flow, plan: Completed) -> tuple[str, ...]:
             )
         if len(call.tensors) > 3:  # TemplatedRingAttention of diffusers 0.42
             found.append(
-                f"{flow.name(node)} has a mask: Ulysses attention of diffusers gathers it, ring attention takes each rank's own "
-                "part of it for the keys of all ranks"
+                f"{flow.name(node)} has a mask: Ulysses attention of diffusers gathers it, ring attention takes each rank's "
+                "own part of it for the keys of all ranks"
             )
     return _distinct(found)
 

@@ -204,7 +204,7 @@ def test_a_model_stays_as_it_is():
 
 def test_nothing_to_share():
     plan = attnrewrite.context_parallel_plan(torch.nn.Linear(3, 3), torch.ones(2, 3))
-    assert "no attention is in a graph" in str(plan)
+    assert "no scaled_dot_product_attention is in a graph" in str(plan)
 
 
 @pytest.mark.parametrize(
