@@ -64,7 +64,7 @@ def context_parallel_plan(
 
     chosen = plan_of_graph(flow, runs)
     plan = chosen.plan
-    remarks = [*remarks_on(flow, plan), *map(str, undivided(flow, plan.splits))]
+    remarks = [] if chosen.refused else [*remarks_on(flow, plan), *map(str, undivided(flow, plan.splits))]
     wrong: list[Disagreement] = []
     if read is not None:
         splits, gathers, unknown = read

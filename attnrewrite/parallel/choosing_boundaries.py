@@ -158,19 +158,19 @@ def _sources(flow: Flow, node: Node, trail: Trail) -> Iterator[Node]:
 
 
 def _add_gather(flow: Flow, found: Completed, fault: Fault, held: Mapping[Node, Any]) -> None:
-    """Gathers at the output of the module that comes last before the tensor is needed whole."""
-    waiting, seen, best = [fault.tensor], set(), None
-    while waiting:
-        node = waiting.pop()
-        if node in seen or not isinstance(held.get(node), Shard):
-            continue
-        seen.add(node)
+    """Gathers at the output of the module that comes last before the tensor is needed whole, if the tensor is computed of this
+    output alone."""
+    node = fault.tensor
+    while True:
         boundary = boundary_of(node)
         if boundary is not None and boundary.is_output and boundary.module and len(held[node].lengths) == 1:
-            if best is None or flow.order[node] > flow.order[best]:
-                best = node
-        else:
-            waiting += node.all_input_nodes
-    if best is not None and (boundary := boundary_of(best)) is not None and boundary not in found.gathers:
-        found.gathers[boundary] = held[best].dim
-        found.added.append((fault, boundary, held[best].dim))
+            break
+        shared = [each for each in node.all_input_nodes if isinstance(held.get(each), Shard | tuple)]
+        if len(shared) != 1:
+            return
+        node = shared[0]
+        if not isinstance(held[node], Shard):
+            return
+    if boundary not in found.gathers:
+        found.gathers[boundary] = held[node].dim
+        found.added.append((fault, boundary, held[node].dim))

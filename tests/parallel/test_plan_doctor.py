@@ -199,6 +199,8 @@ def test_a_model_stays_as_it_is():
     before = model(**tensors)
     attnrewrite.context_parallel_plan(model, **tensors)
     assert torch.equal(model(**tensors), before)
+    # A plan that fails was tried: Dynamo must not have given up on the model's code.
+    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(**tensors), before)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
