@@ -14,6 +14,7 @@ from .entrances.contexts import attention_backend
 from .entrances.explaining import explain
 from .entrances.in_place import reset_attention_backend, set_attention_backend
 from .entrances.inductor_pass import inductor_pass
+from .entrances.plan_doctor import context_parallel_plan
 from .entrances.schedules import Schedule, schedule
 from .entrances.tuning import tune
 from .graphs.sizes import UnbackedSizeError, holds
@@ -25,6 +26,7 @@ from .kernels.machines import Machine
 from .kernels.records import Backend, HeadDim, Numerics, Tolerance
 from .kernels.sources import Hub, Package
 from .parallel.agreement import RanksDisagreeError
+from .parallel.boundary_plans import BoundaryPlan
 from .parallel.settings import ContextParallel
 from .passes.check_values import AttentionCheckError
 from .planning.measurements import Measurement, Tuning
@@ -49,6 +51,7 @@ __all__ = [
     "AttentionCompiler",
     "AttentionRefusedError",
     "Backend",
+    "BoundaryPlan",
     "Code",
     "CompiledPackage",
     "ContextParallel",
@@ -81,6 +84,7 @@ __all__ = [
     "aot_compile_blocks",
     "attention_backend",
     "check",
+    "context_parallel_plan",
     "decide",
     "dense_kernel",
     "explain",

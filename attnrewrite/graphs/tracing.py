@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import CodeType, TracebackType
 from typing import Any
 
@@ -21,11 +22,16 @@ from .trees import mapped
 
 
 def traced(
-    model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], backend: Callable[..., Any]
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    backend: Callable[..., Any],
+    fullgraph: bool = False,
 ) -> Any:
     """The result of the model compiled by `backend`, even if the model is set to another compiler. Sizes are static. Drops
-    the compiled code afterwards."""
-    compiled: Any = torch.compile(uncompiled(model), backend=backend, dynamic=False)
+    the compiled code afterwards. fullgraph: raises an error of the model, where Dynamo would leave its code alone from then on.
+    """
+    compiled: Any = torch.compile(uncompiled(model), backend=backend, dynamic=False, fullgraph=fullgraph)
     with CompiledCode(), recompilations(10_000):
         return compiled(*args, **kwargs)
 
@@ -57,7 +63,7 @@ def asks_for_values(error: RuntimeError) -> bool:
     return any(words in str(error) for words in VALUES)
 
 
-def told(error: RuntimeError) -> tuple[str, str]:
+def told(error: Exception) -> tuple[str, str]:
     """The first sentences of an error in one line, and the place in the user's code ("file.py:12"; "" if not known). Dynamo
     wraps the error of an operator in a page of its own."""
     text = str(error)
@@ -66,6 +72,17 @@ def told(error: RuntimeError) -> tuple[str, str]:
     place = f"{places[-1][0]}:{places[-1][1]}" if places else ""
     said = inner[2] if inner else text.strip().splitlines()[0]
     return said if len(said) <= 160 else f"{said[:160]}...", place
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Keeps PyTorch from logging the errors of operators on fake tensors, for code that expects them."""
+    logger = logging.getLogger(torch._subclasses.fake_tensor.__name__)
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
 
 
 def recompilations(most: int) -> AbstractContextManager[Any]:

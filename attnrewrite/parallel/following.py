@@ -27,9 +27,9 @@ class Calls:
         return self._known[node]
 
 
-def followed(start: Place, calls: Calls, ranks: int) -> set[Place]:
+def followed(start: Place, calls: Calls, ranks: int | None) -> set[Place]:
     """Every tensor whose dimension the dimension of `start` is, back to where it begins, with `start` itself. A dimension that
-    is merged of several is that of the outermost one, if the ranks divide it."""
+    is merged of several is that of the outermost one, if the ranks divide it; ranks=None: it begins there."""
     found: set[Place] = set()
     waiting = [start]
     while waiting:
@@ -40,7 +40,7 @@ def followed(start: Place, calls: Calls, ranks: int) -> set[Place]:
     return found
 
 
-def _before(place: Place, calls: Calls, ranks: int) -> Iterator[Place]:
+def _before(place: Place, calls: Calls, ranks: int | None) -> Iterator[Place]:
     """The same dimension in the tensors of which a tensor is computed."""
     node, dim = place
     if node.op != "call_function":
@@ -58,9 +58,9 @@ def _before(place: Place, calls: Calls, ranks: int) -> Iterator[Place]:
     for row in call.rows:
         if row.output == dim:
             for each, of_input in zip(call.tensors, row.inputs, strict=True):
-                if of_input is not None and of_input >= 0 and _is_main(call, each):
+                if of_input is not None and of_input >= 0 and is_main(call, each):
                     yield each, of_input
-    if call.name in VIEWS:
+    if call.name in VIEWS and ranks is not None:
         before, after, _ = atoms_of(call)
         for of_input, axis in enumerate(before):
             mine = after[dim]
@@ -70,7 +70,7 @@ def _before(place: Place, calls: Calls, ranks: int) -> Iterator[Place]:
                     yield call.tensors[0], of_input
 
 
-def _is_main(call: Call, tensor: Node) -> bool:
+def is_main(call: Call, tensor: Node) -> bool:
     """Not a table that broadcasts, as the cosines of a rotary embedding: a rank cuts its part of it where it is used."""
     value = value_of(tensor)
     if torch.Tag.pointwise not in call.node.target.tags or len(call.tensors) == 1:  # type: ignore[union-attr]

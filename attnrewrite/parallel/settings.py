@@ -86,16 +86,19 @@ class Described:
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
-        if not isinstance(self.size, int) or isinstance(self.size, bool):
-            raise TypeError(
-                f"context_parallel is {self.size!r} ({type(self.size).__name__}): give the number of devices"
-            )
-        if self.size < 2:
-            raise ValueError(f"context_parallel is {self.size}: give the number of devices, 2 or more")
+        check_devices(self.size)
 
     @property
     def ranks(self) -> Ranks:
         return Ranks(self.size)
+
+
+def check_devices(number: Any, argument: str = "context_parallel") -> None:
+    """Raises `TypeError` and `ValueError` for a number of devices that is not above 1."""
+    if not isinstance(number, int) or isinstance(number, bool):
+        raise TypeError(f"{argument} is {number!r} ({type(number).__name__}): give the number of devices")
+    if number < 2:
+        raise ValueError(f"{argument} is {number}: give the number of devices, 2 or more")
 
 
 def check_kind(kind: Any) -> None:
