@@ -1,5 +1,7 @@
 """`context_parallel_plan` of diffusers' own models, and of the plans that diffusers ships."""
 
+import os
+
 import pytest
 import torch
 from diffusers.models._modeling_parallel import ContextParallelInput, ContextParallelOutput
@@ -8,6 +10,10 @@ from model_zoo import MODELS
 import attnrewrite
 from attnrewrite.commands.bench import denoisers
 
+slow = pytest.mark.skipif(
+    not os.environ.get("ATTNREWRITE_SLOW"),
+    reason="a plan takes up to half a minute: ATTNREWRITE_SLOW=1 runs all models",
+)
 AT = denoisers.Place(torch.device("cpu"), torch.float32, small=True)
 
 
@@ -60,11 +66,11 @@ def shipped(model, *without):
 @pytest.mark.parametrize(
     ("build", "without"),
     [
-        (flux, ()),
+        pytest.param(flux, (), marks=slow),
         (wan, ("timestep",)),  # of one dimension: a plan for Wan 2.2, which has a time for each token
         (qwen_image, ("modulate_index",)),
         # Text stays whole, as every rank's queries need all of it. diffusers shares it and exchanges it at each block.
-        (ltx, ("encoder_hidden_states", "encoder_attention_mask")),
+        pytest.param(ltx, ("encoder_hidden_states", "encoder_attention_mask"), marks=slow),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -76,6 +82,7 @@ def test_shipped_plans(build, without):
     assert not plan.disagreements
 
 
+@slow
 def test_models_without_a_plan():
     model, inputs = small("sd3.5", encoder_hidden_states=(1, 6))
     plan = attnrewrite.context_parallel_plan(model, **inputs)
@@ -105,6 +112,7 @@ def test_a_mask_that_no_plan_can_split():
     )
 
 
+@slow
 def test_the_mask_of_qwen_image():
     """Split at the model's inputs, as in an old plan, the text has positions of half its length."""
     model, inputs = qwen_image()
