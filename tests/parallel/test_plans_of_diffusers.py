@@ -68,7 +68,7 @@ def shipped(model, *without):
     [
         pytest.param(flux, (), marks=slow),
         (wan, ("timestep",)),  # of one dimension: a plan for Wan 2.2, which has a time for each token
-        (qwen_image, ("modulate_index",)),
+        pytest.param(qwen_image, ("modulate_index",), marks=slow),
         # Text stays whole, as every rank's queries need all of it. diffusers shares it and exchanges it at each block.
         pytest.param(ltx, ("encoder_hidden_states", "encoder_attention_mask"), marks=slow),
     ],
