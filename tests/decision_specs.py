@@ -185,6 +185,11 @@ NO_DROPOUT = {
     "dropout": (Code.DROPOUT, "no dropout", "p=0.25"),
     "dropout of 0.1": (Code.DROPOUT, "no dropout", "p=0.1"),
 }
+NO_GQA = {
+    **dict.fromkeys(("4 key heads", "4 key heads and a gradient"), (Code.GQA, "are 4", "and 8")),
+    "1 key head": (Code.GQA, "there are 1", "and 8"),
+    "3 heads a key head": (Code.GQA, "there are 4", "and 12"),
+}
 NO_LEARNED_BIAS = {"learned bias": (Code.GRAD, "no gradient to the mask", "needs one")}
 UPPER_LEFT_ONLY = {
     "lower-right, more keys": (Code.CAUSAL, "causal upper-left", "lower-right", "q_len is 64", "kv_len 96")
@@ -291,11 +296,8 @@ SPECS = {
             **UPPER_LEFT_ONLY,
             **dtypes("bfloat16, float16, float32", "float64", *NOT_REAL),
             **mask_dtypes("float16", "float32", "float64", "int64"),
-            **dict.fromkeys(
-                ("4 key heads", "4 key heads and a gradient", "4 key heads and a mask"), (Code.GQA, "are 4", "and 8")
-            ),
-            "1 key head": (Code.GQA, "there are 1", "and 8"),
-            "3 heads a key head": (Code.GQA, "there are 4", "and 12"),
+            **NO_GQA,
+            "4 key heads and a mask": (Code.GQA, "are 4", "and 8"),
             "batch 65,536 with dropout": (Code.BATCH, "batches up to 65,535", "this is 65536"),
         },
         questions=3,  # heads == kv_heads, head_dim % 8, value_dim % 8
@@ -310,10 +312,8 @@ SPECS = {
             **EMPTY,
             **dtypes("bfloat16, float16, float32", "float64", *NOT_REAL),
             **NO_DROPOUT,
-            **dict.fromkeys(("4 key heads", "4 key heads and a gradient"), (Code.GQA, "are 4", "and 8")),
+            **NO_GQA,
             "4 key heads and a mask": (Code.MASK, "causal lower-right", "boolean"),
-            "1 key head": (Code.GQA, "there are 1", "and 8"),
-            "3 heads a key head": (Code.GQA, "there are 4", "and 12"),
             **{name: (Code.MASK, "causal lower-right", name) for name in ("boolean", "key padding")},
             **{name: (Code.MASK, "causal lower-right", "additive") for name in CHANGES if name.startswith("additive")},
             **NO_LEARNED_BIAS,

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..graphs.emitting import Emitter
-from ..graphs.nodes import value_of
+from ..graphs.nodes import dtype_name, value_of
 from ..graphs.notes import is_ours
 from ..graphs.operators import is_operator, name_in_aten, schema_of
 from ..graphs.questions import hints_of, least_of
@@ -78,7 +78,7 @@ def _check_inputs(
     sites: str,
 ) -> str:
     names = [str(node.name) for node in watched]
-    dtypes = [str(value_of(node).dtype).removeprefix("torch.") if _counts(node) else "" for node in watched]
+    dtypes = [dtype_name(value_of(node).dtype) if _counts(node) else "" for node in watched]
     devices = [device or value_of(node).device.type for node in watched]
     devices = ["" if value_of(node).dim() == 0 else kind for node, kind in zip(watched, devices, strict=True)]
     rows = [

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..graphs.exported import fake_of_check
+from ..graphs.nodes import dtype_name
 from ..kernels.ops import LIBRARY, NAMESPACE
 
 HOLDS = {
@@ -61,7 +62,7 @@ def _inputs_are(
     lows, highs = iter(least), iter(most)
     for tensor, name, dtype, kind, row, rank in zip(inputs, names, dtypes, kinds, rows, ranks, strict=True):
         if dtype and tensor.dtype is not getattr(torch, dtype):
-            found = str(tensor.dtype).removeprefix("torch.")
+            found = dtype_name(tensor.dtype)
             raise AttentionAssertionError(f"{sites}: input {name!r} is {found}, the program needs {dtype}. {REMEDY}")
         if kind and tensor.device.type != kind:
             raise AttentionAssertionError(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..graphs.eager_calls import EagerCalls
 from ..graphs.inner_compilers import Inner, compile_with
+from ..graphs.nodes import dtype_name
 from ..graphs.tracing import AttributesOf, traced, uncompiled
 from ..graphs.trees import leaves
 from ..kernels.records import Backend, Numerics, Tolerance
@@ -138,7 +139,7 @@ def _three_runs(
 def _explained(expected: list[Tensor], output: list[Tensor], sites: list[SiteFidelity]) -> float:
     """A relative error of the whole output that the kernels explain: that of the uncompiled run with them, the largest limit of
     a site, and rounding to the output's dtypes."""
-    dtypes = [str(each.dtype).removeprefix("torch.") for each in expected]
+    dtypes = [dtype_name(each.dtype) for each in expected]
     rounding = [ROUNDING.get(dtype, Tolerance().error) for dtype in dtypes]
     return max(_number(Outputs.of(expected, output).relative_error), *(site.limit for site in sites), *rounding, 0.0)
 

@@ -52,17 +52,17 @@ class BoundaryPlan:
     def code(self) -> str:
         """The plan as Python code; it needs `ContextParallelInput` and `ContextParallelOutput` of diffusers."""
         lines = ["{"]
-        entries: dict[str, list[str]] = {}
+        entries: dict[str, dict[int | str, list[Cut]]] = {}
         for each in self.splits:
-            key = repr(each.at.position) if each.at.is_output else repr(each.at.argument)
-            value = f"ContextParallelInput(split_dim={each.dim}, expected_dims={each.dims}, split_output={each.at.is_output})"
-            entries.setdefault(each.at.module, []).append(
-                f"{key}: {value}"
-                if each.at.is_output or each.at.position < 0
-                else f"{key}[{each.at.position}]: {value}"
-            )
-        for module, found in entries.items():
-            lines += [f"    {module!r}: {{", *(f"        {line}," for line in _lists(found)), "    },"]
+            key = each.at.position if each.at.is_output else each.at.argument
+            entries.setdefault(each.at.module, {}).setdefault(key, []).append(each)
+        for module, arguments in entries.items():
+            lines.append(f"    {module!r}: {{")
+            # An argument that is a tuple has one list, behind the arguments that are tensors.
+            for key, cuts in sorted(arguments.items(), key=lambda item: _is_tuple(item[1])):
+                values = ", ".join(map(_split, cuts))
+                lines.append(f"        {key!r}: {f'[{values}]' if _is_tuple(cuts) else values},")
+            lines.append("    },")
         for each in self.gathers:
             lines.append(
                 f"    {each.at.module!r}: ContextParallelOutput(gather_dim={each.dim}, expected_dims={each.dims}),"
@@ -108,18 +108,13 @@ def starred(cuts: Iterable[Cut], model: Module) -> tuple[Cut, ...]:
     return tuple(found)
 
 
-def _lists(entries: list[str]) -> Iterator[str]:
-    """The parts of an argument that is a tuple, as one list."""
-    lists: dict[str, list[str]] = {}
-    for entry in entries:
-        key, _, value = entry.partition(": ")
-        name, bracket, _ = key.partition("[")
-        if bracket:
-            lists.setdefault(name, []).append(value)
-        else:
-            yield entry
-    for name, values in lists.items():
-        yield f"{name}: [{', '.join(values)}]"
+def _is_tuple(cuts: list[Cut]) -> bool:
+    """Whether these are parts of an argument that is a tuple."""
+    return not cuts[0].at.is_output and cuts[0].at.position >= 0
+
+
+def _split(cut: Cut) -> str:
+    return f"ContextParallelInput(split_dim={cut.dim}, expected_dims={cut.dims}, split_output={cut.at.is_output})"
 
 
 def given_plan(model: Module, plan: Any) -> tuple[list[Cut], list[Cut], list[Disagreement]]:

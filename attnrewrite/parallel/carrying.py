@@ -17,7 +17,7 @@ from ..graphs.boundaries import Boundary, boundary_of
 from ..graphs.mutations import storage_of, written_storages
 from ..graphs.nodes import SDPA_TARGETS, value_of
 from ..graphs.operators import is_operator
-from ..graphs.sizes import Size, always, is_one
+from ..graphs.sizes import Size, is_one
 from ..graphs.trees import leaves
 from . import steps
 from .following import Calls, followed, is_member, is_size, member_of
@@ -246,16 +246,3 @@ class _Carrier:
             self._need(mask, None, at)
         else:
             self._need(mask, key.along(len(shape) - 1), at)
-
-
-def fits(lengths: tuple[Any, ...], sizes: list[Any]) -> list[tuple[Any, ...]] | None:
-    """The segments of each tensor that is joined, of the segments of the whole; None where they do not fit."""
-    found, rest = [], list(lengths)
-    for size in sizes:
-        mine: list[Any] = []
-        while rest and not always(sum(mine) == size):
-            mine.append(rest.pop(0))
-        if not always(sum(mine) == size):
-            return None
-        found.append(tuple(mine))
-    return found if not rest else None

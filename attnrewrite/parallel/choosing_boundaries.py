@@ -9,7 +9,8 @@ from typing import Any
 from torch.fx import Node
 
 from ..graphs.boundaries import Boundary, boundary_of
-from .carrying import MISSING, UNSHARED, WHOLE, Fault, Flow, fits
+from ..graphs.sizes import always
+from .carrying import MISSING, UNSHARED, WHOLE, Fault, Flow
 from .following import is_main, is_member, member_of
 from .layouts import Shard
 from .rows import CUTS, JOINS
@@ -117,7 +118,7 @@ def _before(flow: Flow, node: Node, dim: int, lengths: Any, tables: bool = True)
     call = flow.calls[node]
     if call.name in JOINS and dim == call.dim():
         sizes = [call.shape(position)[dim] for position in range(len(call.tensors))]
-        parts = [None] * len(sizes) if lengths is None else fits(lengths, sizes)
+        parts = [None] * len(sizes) if lengths is None else _segments(lengths, sizes)
         yield from ((each, dim, part) for each, part in zip(call.tensors, parts or (), strict=False))
         return
     if call.name in CUTS and dim == call.dim():
@@ -129,12 +130,26 @@ def _before(flow: Flow, node: Node, dim: int, lengths: Any, tables: bool = True)
                     yield each, of_input, lengths
 
 
+def _segments(lengths: tuple[Any, ...], sizes: list[Any]) -> list[tuple[Any, ...]] | None:
+    """The segments of each tensor that is joined, of the segments of the whole; None where they do not fit."""
+    found, rest = [], list(lengths)
+    for size in sizes:
+        mine: list[Any] = []
+        while rest and not always(sum(mine) == size):
+            mine.append(rest.pop(0))
+        if not always(sum(mine) == size):
+            return None
+        found.append(tuple(mine))
+    return found if not rest else None
+
+
 def _marks(flow: Flow, trail: Trail, dominating: bool) -> Iterator[list[tuple[Boundary, int]]]:
     """For each tensor at which the trail ends: the boundaries behind it, in order. dominating: those through which it
     reaches all its uses."""
     nodes = sorted(trail, key=flow.order.__getitem__)
     for origin in nodes:
-        if any(True for each in _sources(flow, origin, trail)) or (not dominating and flow.is_filled(origin)):
+        computed = any(node in trail for node, _, _ in _before(flow, origin, *trail[origin]))
+        if computed or (not dominating and flow.is_filled(origin)):
             continue
         reached = {origin}
         furthest = -1
@@ -150,11 +165,6 @@ def _marks(flow: Flow, trail: Trail, dominating: bool) -> Iterator[list[tuple[Bo
                 marks.append((boundary, dim))
             furthest = max([furthest, *(flow.order[user] for user in node.users)])
         yield marks
-
-
-def _sources(flow: Flow, node: Node, trail: Trail) -> Iterator[Node]:
-    dim, lengths = trail[node]
-    yield from (each for each, _, _ in _before(flow, node, dim, lengths) if each in trail)
 
 
 def _add_gather(flow: Flow, found: Completed, fault: Fault, held: Mapping[Node, Any]) -> None:

@@ -98,11 +98,11 @@ def disagreements(
     remarks: list[str] = []
     cuts: dict[Boundary, int] = {}
     for each in splits:
-        at = _boundary(flow, each)
-        if at is None:
-            if _is_tuple(flow, each.at):
+        at = each.at
+        if at not in flow.boundaries:
+            if _is_tuple(flow, at):
                 text = "it is a tuple, for which the plan needs a list with an entry for each tensor"
-                wrong.append(Disagreement(str(each.at), text))
+                wrong.append(Disagreement(str(at), text))
             continue
         shape = flow.shape(at)
         if each.dims is not None and each.dims != len(shape):
@@ -135,10 +135,6 @@ def disagreements(
         wrong.append(Disagreement("the model", f"its code does not run with the tensors split so: {failed}"))
     wrong += undivided(flow, cuts)
     return list(dict.fromkeys(wrong)), [*remarks, *remarks_on(flow, found)]
-
-
-def _boundary(flow: Flow, cut: Cut) -> Boundary | None:
-    return cut.at if cut.at in flow.boundaries else None
 
 
 def _is_tuple(flow: Flow, at: Boundary) -> bool:

@@ -12,6 +12,7 @@ from ..graphs.mutations import storage_of, written_storages
 from ..graphs.nodes import value_of
 from ..graphs.operators import is_higher_order, is_opaque
 from .analysis import Analysis
+from .exchanges import needs_gradient
 from .rows import Call
 
 # The inputs whose gradients are added up in one exchange have at most so many bytes together: the exchange of some runs while
@@ -19,7 +20,7 @@ from .rows import Call
 BUCKET = 32 * 1024**2
 
 
-def needs_gradient(module: GraphModule) -> bool:
+def is_needed(module: GraphModule) -> bool:
     """Whether some input of the graph needs a gradient."""
     return any(_needs(node) for node in module.graph.find_nodes(op="placeholder"))
 
@@ -77,4 +78,4 @@ def buckets(inputs: list[Node]) -> Iterator[list[Node]]:
 
 def _needs(node: Node) -> bool:
     value = value_of(node)
-    return torch.is_grad_enabled() and isinstance(value, torch.Tensor) and value.requires_grad
+    return isinstance(value, torch.Tensor) and needs_gradient(value)

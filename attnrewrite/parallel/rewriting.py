@@ -13,7 +13,7 @@ from ..graphs.emitting import Emitter
 from ..graphs.mutations import storage_of, written_by, written_storages
 from ..graphs.nodes import value_of
 from ..graphs.operators import as_given, draws_random_numbers
-from ..graphs.sizes import Size, always
+from ..graphs.sizes import Size, always, is_one
 from . import gradients, plans
 from .analysis import Analysis
 from .exchanges import (
@@ -259,9 +259,9 @@ class _Rewriter:
 
         def build() -> torch.Tensor:
             result = mask
-            if mask.dim() > 1 and not _is_one(mask.shape[-2]):
+            if mask.dim() > 1 and not is_one(mask.shape[-2]):
                 result = by_rank(result, result.dim() - 2, query, self.ranks.size)
-            if not _is_one(mask.shape[-1]):
+            if not is_one(mask.shape[-1]):
                 result = by_rank(result, result.dim() - 1, key, self.ranks.size)
             return result
 
@@ -303,7 +303,3 @@ def _four(tensor: torch.Tensor) -> torch.Tensor:
     if tensor.dim() == 3:
         return tensor.unsqueeze(0)
     return tensor if tensor.dim() == 4 else tensor.flatten(0, -4)
-
-
-def _is_one(size: Any) -> bool:
-    return isinstance(size, int) and size == 1

@@ -16,6 +16,7 @@ from ..planning.plans import Plan
 from ..version import __version__
 from . import gradients
 from .analysis import Analysis, NotSharedError, analyse
+from .exchanges import needs_gradient
 from .layouts import Ranks
 from .plans import Sharing
 from .rewriting import part_of_graph
@@ -46,8 +47,7 @@ def share(module: GraphModule, ranks: Ranks, kind: str = "auto") -> Sharing:
 
 def planned(module: GraphModule, ranks: int, kind: str = "auto") -> Shared:
     """How ranks share a graph. The graph stays unchanged."""
-    with_gradient = gradients.needs_gradient(module)
-    if with_gradient and (reason := gradients.obstacle(module)):
+    if gradients.is_needed(module) and (reason := gradients.obstacle(module)):
         return Shared(Sharing(ranks, refused=reason))
     try:
         below = lowered(module)
@@ -74,7 +74,7 @@ def compared(module: GraphModule, sharing: Sharing | None, kernels: Plan) -> lis
     """What must be the same on every rank, line by line. module: the graph, whose inputs are those of the whole graph."""
     inputs = [
         f"input {node.target}: {tuple(described(size) for size in value.shape)} of {value.dtype}"
-        + (", with a gradient" if torch.is_grad_enabled() and value.requires_grad else "")
+        + (", with a gradient" if needs_gradient(value) else "")
         for node in module.graph.find_nodes(op="placeholder")
         if isinstance(value := value_of(node), torch.Tensor)
     ]

@@ -22,6 +22,7 @@ import torch
 
 from ...entrances.choices import candidates_of, make_policy
 from ...graphs.inner_compilers import Inner
+from ...graphs.nodes import dtype_name
 from ...kernels.calls import AttentionCall, Mask, MaskKind
 from ...kernels.decisions import Refused
 from ...kernels.records import Numerics
@@ -150,7 +151,7 @@ def measure(
     """
     torch.compiler.reset()
     machine = machine_of(device)
-    call = shape.call(name, device.type, str(dtype).removeprefix("torch."))
+    call = shape.call(name, device.type, dtype_name(dtype))
     inexact = [name for name in names if quantised(name)]
     exact = [name for name in names if not quantised(name)]
 
