@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,44 +28,58 @@ from attnrewrite.commands.bench import results
 from attnrewrite.commands.bench.denoisers import MODELS, Denoiser, Place
 
 ONE, PEER = "one GPU, torch.compile", "diffusers' Ulysses"
+WHOLE, GRAPHS = ", whole model", ", whole model, CUDA graphs"
 DEFAULT = ("wan-14b", "hunyuan", "flux", "qwen-image", "sd3.5")
 
 
-def ours(*choices: str, mesh: DeviceMesh, whole: bool = False) -> Callable[[Denoiser], Any]:
+def plain(how: str) -> Callable[[Denoiser], Any]:
+    return lambda denoiser: (parts(denoiser, how).compile("inductor", mode_of(how)), None)
+
+
+def ours(choice: str, mesh: DeviceMesh, how: str) -> Callable[[Denoiser], Any]:
     def prepared(denoiser: Denoiser) -> Any:
-        backend = attnrewrite.with_backend(*choices, context_parallel=mesh)
-        return replace(denoiser, blocks=() if whole else denoiser.blocks).compile(backend), backend
+        backend = attnrewrite.with_backend(choice, context_parallel=mesh)
+        return parts(denoiser, how).compile(backend, mode_of(how)), backend
 
     return prepared
 
 
-def peer(mesh: DeviceMesh, whole: bool) -> Callable[[Denoiser], Any]:
+def parts(denoiser: Denoiser, how: str) -> Denoiser:
+    return replace(denoiser, blocks=()) if how else denoiser
+
+
+def mode_of(how: str) -> str | None:
+    return "reduce-overhead" if how == GRAPHS else None
+
+
+def peer(mesh: DeviceMesh, how: str) -> Callable[[Denoiser], Any]:
     def prepared(denoiser: Denoiser) -> Any:
         from diffusers import ContextParallelConfig
 
         model: Any = denoiser.model
         model.set_attention_backend("_native_cudnn" if mesh.device_type == "cuda" else "native")
         model.enable_parallelism(config=ContextParallelConfig(ulysses_degree=mesh.size()))
-        if not whole:
-            return denoiser.compile("inductor"), None
-        # Its hooks stand in front of the model's own forward, which `Denoiser.compile` compiles.
-        compiled = torch.compile(model, dynamic=False)
-        return lambda: compiled(**denoiser.inputs, return_dict=False)[0], None
+        # Its hooks stand in front of the modules' own forwards, which `Denoiser.compile` compiles.
+        regions = [module for module in model.modules() if type(module).__name__ in parts(denoiser, how).blocks]
+        for region in regions or [model]:
+            region.compile(dynamic=False, mode=mode_of(how))
+        return denoiser.step, None
 
     return prepared
 
 
-def variants(mesh: DeviceMesh) -> dict[str, Callable[[Denoiser], Any]]:
-    return {
-        ONE: lambda denoiser: (denoiser.compile("inductor"), None),
-        f"{ONE}, whole model": lambda denoiser: (replace(denoiser, blocks=()).compile("inductor"), None),
-        "attnrewrite, native": ours("native", mesh=mesh),
-        "attnrewrite, native, whole model": ours("native", mesh=mesh, whole=True),
-        "attnrewrite, auto": ours("auto", mesh=mesh),
-        "attnrewrite, auto, whole model": ours("auto", mesh=mesh, whole=True),
-        PEER: peer(mesh, whole=False),
-        f"{PEER}, whole model": peer(mesh, whole=True),
-    }
+def variants(mesh: DeviceMesh, cuda_graphs: bool) -> dict[str, Callable[[Denoiser], Any]]:
+    """What is measured, by its label. The first is what the others are compared with."""
+    found: dict[str, Callable[[Denoiser], Any]] = {}
+    for label, prepared in (
+        (ONE, plain),
+        ("attnrewrite, native", partial(ours, "native", mesh)),
+        ("attnrewrite, auto", partial(ours, "auto", mesh)),
+        (PEER, partial(peer, mesh)),
+    ):
+        for how in ("", WHOLE, *((GRAPHS,) if cuda_graphs else ())):
+            found[label + how] = prepared(how)
+    return found
 
 
 def timed(step: Callable[[], torch.Tensor], device: torch.device, rounds: int) -> tuple[float, torch.Tensor]:
@@ -72,7 +87,7 @@ def timed(step: Callable[[], torch.Tensor], device: torch.device, rounds: int) -
     found = []
     with torch.no_grad():
         for _ in range(3):
-            output = step()
+            output = step().float()  # a copy: a CUDA graph writes each step's output to the same place
         for _ in range(rounds):
             dist.barrier()
             if device.type == "cuda":
@@ -87,14 +102,14 @@ def timed(step: Callable[[], torch.Tensor], device: torch.device, rounds: int) -
                 began = time.perf_counter()
                 step()
                 found.append((time.perf_counter() - began) * 1e3)
-    return statistics.median(found), output.float()
+    return statistics.median(found), output
 
 
-def measure(name: str, place: Place, mesh: DeviceMesh, rounds: int) -> dict[str, Any]:
+def measure(name: str, place: Place, mesh: DeviceMesh, rounds: int, cuda_graphs: bool) -> dict[str, Any]:
     """A row for each variant; each has a model of its own with the same weights."""
     rows: dict[str, Any] = {}
     reference: torch.Tensor | None = None
-    for label, prepared in variants(mesh).items():
+    for label, prepared in variants(mesh, cuda_graphs).items():
         torch._dynamo.reset()
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -125,6 +140,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=DEFAULT, choices=tuple(MODELS))
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--cuda-graphs", action="store_true", help="measure whole models in CUDA graphs too")
     parser.add_argument("--small", action="store_true", help="sizes of a test, over gloo on CPUs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE too")
     options = parser.parse_args()
@@ -139,7 +155,7 @@ def main() -> None:
     result: dict[str, Any] = {**results.header(device, options.small), "ranks": mesh.size(), "rounds": options.rounds}
     result["models"] = {}
     for name in options.models:
-        result["models"][name] = measure(name, place, mesh, options.rounds)
+        result["models"][name] = measure(name, place, mesh, options.rounds, options.cuda_graphs)
         if options.json and dist.get_rank() == 0:
             options.json.write_text(json.dumps(result, indent=1) + "\n")
     dist.destroy_process_group()

@@ -41,8 +41,14 @@ def summed(tensor: Tensor, ranks: Ranks) -> Tensor:
 
 def exchanged(tensor: Tensor, rows: Size, ranks: Ranks) -> Tensor:
     """Gives `rows` rows to each rank, and gets as many from each."""
+    return all_exchanged([tensor], rows, ranks)[0]
+
+
+def all_exchanged(tensors: Sequence[Tensor], rows: Size, ranks: Ranks) -> list[Tensor]:
+    """`exchanged` of each tensor; all begin before the first is waited for."""
     split = [rows] * ranks.size
-    return _awaited(functional.all_to_all_single.default(tensor, split, split, ranks.group))
+    begun = [functional.all_to_all_single.default(each, split, split, ranks.group) for each in tensors]
+    return [_awaited(each) for each in begun]
 
 
 def _whole(part: Tensor, shard: Shard, ranks: Ranks) -> Tensor:

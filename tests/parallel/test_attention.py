@@ -4,9 +4,9 @@ the exchanges that the plan names and no other."""
 import pytest
 import torch
 import torch.nn.functional as F
-from lockstep import Shared, run, traced
+from lockstep import EXCHANGES, Shared, run, traced
 
-from attnrewrite.parallel import plans, rewriting
+from attnrewrite.parallel import exchanges, plans, rewriting
 from attnrewrite.parallel.analysis import analyse
 
 WIDTH, DIM = 24, 6
@@ -81,6 +81,27 @@ def test_self_attention(mask, size, length):
         assert site.exchange == plans.ALL_TO_ALL
         assert counts == {"all_to_all_single": 2, "all_gather_into_tensor": 1}
     assert len(plan.gathered) == 1
+
+
+@pytest.mark.parametrize("mask", ["none", "key padding", "bias of each head"])
+@pytest.mark.parametrize("length", [20, 21])
+def test_large_tensors_are_exchanged_one_by_one(mask, length, monkeypatch):
+    own = -(-length // 2) * WIDTH * 8 * 2  # bytes of a rank's tokens, batch 2
+    tokens, mask = randn(2, length, WIDTH), MASKS[mask](2, length)
+    inputs = [tokens] if mask is None else [tokens, mask]
+    for large, together in ((own + 1, 2), (own, 4)):
+        monkeypatch.setattr(exchanges, "LARGE", large)
+        _, counts = check(lambda x, m=None: attend(x, mask=m), inputs, 2)
+        assert counts == {"all_to_all_single": together, "all_gather_into_tensor": 1}
+
+
+def test_large_tensors_are_on_their_way_at_the_same_time(monkeypatch):
+    monkeypatch.setattr(exchanges, "LARGE", 0)
+    shared = Shared(2)
+    module = traced(attend, [randn(1, 20, WIDTH)])
+    shared(module, [])
+    names = [node.target._opname for node in shared.runs[0].ranks[0].module.graph.nodes if node.target in EXCHANGES]
+    assert names[:6] == ["all_to_all_single"] * 3 + ["wait_tensor"] * 3
 
 
 @pytest.mark.parametrize(("size", "length"), [(2, 20), (4, 21)])

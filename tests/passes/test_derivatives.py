@@ -105,7 +105,7 @@ def test_derivatives(form, derivative):
         return lambda *inputs: runs[now[-1]](*inputs)
 
     run = torch.compile(function, backend=every, fullgraph=True, dynamic=False)
-    if derivative is forward and satisfies(torch.__version__, ">=2.15"):
+    if derivative is forward and satisfies(torch.__version__, ">=2.14"):
         with pytest.raises(torch._dynamo.exc.Unsupported, match="dual tensor"):  # Dynamo leaves it to eager code
             derivative(run, given, *more)
         return

@@ -67,11 +67,14 @@ class Denoiser:
         output: torch.Tensor = self.model(**self.inputs, return_dict=False)[0]
         return output
 
-    def compile(self, backend: Any) -> Callable[[], torch.Tensor]:
-        """Returns a function that runs one step compiled with `backend`. Steps of several backends can run in turn."""
+    def compile(self, backend: Any, mode: str | None = None) -> Callable[[], torch.Tensor]:
+        """Returns a function that runs one step compiled with `backend`. Steps of several backends can run in turn.
+
+        mode: torch.compile's, for example "reduce-overhead".
+        """
         regions = [module for module in self.model.modules() if type(module).__name__ in self.blocks] or [self.model]
         codes: dict[type, CodeType] = {}
-        calls = [torch.compile(_own(module, codes), backend=backend, dynamic=False) for module in regions]
+        calls = [torch.compile(_own(module, codes), backend=backend, dynamic=False, mode=mode) for module in regions]
 
         def step() -> torch.Tensor:
             for module, call in zip(regions, calls, strict=True):
