@@ -105,11 +105,13 @@ def timed(step: Callable[[], torch.Tensor], device: torch.device, rounds: int) -
     return statistics.median(found), output
 
 
-def measure(name: str, place: Place, mesh: DeviceMesh, rounds: int, cuda_graphs: bool) -> dict[str, Any]:
-    """A row for each variant; each has a model of its own with the same weights."""
+def measure(
+    name: str, place: Place, mesh: DeviceMesh, rounds: int, chosen: dict[str, Callable[[Denoiser], Any]]
+) -> dict[str, Any]:
+    """A row for each of the chosen variants; each has a model of its own with the same weights."""
     rows: dict[str, Any] = {}
     reference: torch.Tensor | None = None
-    for label, prepared in variants(mesh, cuda_graphs).items():
+    for label, prepared in chosen.items():
         torch._dynamo.reset()
         if place.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -140,6 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=DEFAULT, choices=tuple(MODELS))
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--only", nargs="+", metavar="LABEL", help="of the variants those with these labels, and the first")
     parser.add_argument("--cuda-graphs", action="store_true", help="measure whole models in CUDA graphs too")
     parser.add_argument("--small", action="store_true", help="sizes of a test, over gloo on CPUs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE too")
@@ -154,8 +157,13 @@ def main() -> None:
     place = Place(device, torch.float32 if options.small else torch.bfloat16, options.small)
     result: dict[str, Any] = {**results.header(device, options.small), "ranks": mesh.size(), "rounds": options.rounds}
     result["models"] = {}
+    chosen = variants(mesh, options.cuda_graphs)
+    if options.only:
+        if unknown := set(options.only) - set(chosen):
+            raise SystemExit(f"--only has {sorted(unknown)}; the labels are {list(chosen)}")
+        chosen = {label: each for label, each in chosen.items() if label == ONE or label in options.only}
     for name in options.models:
-        result["models"][name] = measure(name, place, mesh, options.rounds, options.cuda_graphs)
+        result["models"][name] = measure(name, place, mesh, options.rounds, chosen)
         if options.json and dist.get_rank() == 0:
             options.json.write_text(json.dumps(result, indent=1) + "\n")
     dist.destroy_process_group()

@@ -97,7 +97,8 @@ class AttentionCompiler:
         self.check_rules()
         if self.watch and ends_in_a_break(graph_module) and not self.report.eager_calls:
             watch_rest_of_call(self._warn_of_eager)
-        return compile_with(self.inner, graph_module, example_inputs, **kwargs)
+        in_order = self.context_parallel is not None
+        return compile_with(self.inner, graph_module, example_inputs, in_order, **kwargs)
 
     def rewrite(
         self, graph_module: GraphModule, libraries: Libraries = Libraries.LOAD, in_cuda_graph: bool = False

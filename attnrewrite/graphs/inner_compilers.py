@@ -107,12 +107,19 @@ def runs_as_it_stands(inner: Inner) -> bool:
 
 
 def compile_with(
-    inner: Inner, graph_module: GraphModule, example_inputs: list[Any], **kwargs: Any
+    inner: Inner, graph_module: GraphModule, example_inputs: list[Any], in_order: bool = False, **kwargs: Any
 ) -> Callable[..., Any]:
-    """Calls the inner compiler as torch.compile would."""
+    """Calls the inner compiler as torch.compile would.
+
+    in_order: the operations of the graph keep their order. Inductor would reorder them for a lower peak of memory, and put each
+        wait behind its exchange: nothing would run while an exchange is under way (torch 2.9 to 2.15).
+    """
     if inner == "inductor":
+        options = {"reorder_for_peak_memory": False} if in_order else {}
         # The object that torch.compile(backend="inductor") makes: it applies mode and options for this one compilation.
-        compiler = torch._TorchCompileInductorWrapper(kwargs.get("mode"), kwargs.get("options"), None)
+        compiler = torch._TorchCompileInductorWrapper(
+            kwargs.get("mode"), {**options, **(kwargs.get("options") or {})}, None
+        )
         compiled: Callable[..., Any] = compiler(graph_module, example_inputs)
         return compiled
     function = torch._dynamo.lookup_backend(inner) if isinstance(inner, str) else inner

@@ -124,8 +124,8 @@ def heads_to_tokens(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
 
 
 def _all_to_all(tensors: Sequence[torch.Tensor], rows: Size, ranks: Ranks) -> list[torch.Tensor]:
-    """Gives `rows` rows of each tensor to each rank, and gets as many from each; in the backward too. All exchanges begin before
-    the first is waited for."""
+    """Gives `rows` rows of each tensor to each rank, and gets as many from each; in the backward too. All exchanges begin
+    before the first is waited for."""
     dense = [tensor.contiguous() for tensor in tensors]
     if any(needs_gradient(tensor) for tensor in dense):
         return [collectives.exchanged_op(tensor, rows, *_as_given(ranks)) for tensor in dense]
