@@ -142,7 +142,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=DEFAULT, choices=tuple(MODELS))
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--only", nargs="+", metavar="LABEL", help="of the variants those with these labels, and the first")
+    parser.add_argument(
+        "--only", nargs="+", metavar="LABEL", help="of the variants those with these labels, and the first"
+    )
     parser.add_argument("--cuda-graphs", action="store_true", help="measure whole models in CUDA graphs too")
     parser.add_argument("--small", action="store_true", help="sizes of a test, over gloo on CPUs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE too")

@@ -1,0 +1,84 @@
+"""Prints and draws what bench/context_parallel.py measured: ratios to one GPU, within each run.
+
+    python bench/context_parallel_table.py bench/results/context_parallel_2xh200.json [--draw docs/context_parallel_2xh200.png]
+
+The file has {"runs": [...]}: one or several results that bench/context_parallel.py wrote with `--json`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from attnrewrite.reports.pictures import COLOURS, figure, save
+
+ONE = "one GPU, torch.compile"
+VARIANTS = [
+    f"{who}{how}"
+    for who in (ONE, "diffusers' Ulysses", "attnrewrite, native", "attnrewrite, auto")
+    for how in ("", ", whole model", ", whole model, CUDA graphs")
+]
+
+
+def rows(runs: list[dict[str, Any]]) -> list[tuple[str, dict[str, dict[str, Any]]]]:
+    """(model, its variants) of each run; a model that several runs measured is there several times."""
+    return [(model, run["models"][model]) for run in runs for model in run["models"]]
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    lines = ["| model | variant | ms | ratio | error to one GPU | GiB a rank |", "|---|---|---|---|---|---|"]
+    for model, found in rows(runs):
+        for label in VARIANTS:
+            row = found.get(label)
+            if row is None:
+                continue
+            if "ms" not in row:
+                lines.append(f"| {model} | {label} | | | {row['error'].splitlines()[0][:90]} | |")
+                continue
+            ratio = found[ONE]["ms"] / row["ms"]
+            lines.append(
+                f"| {model} | {label} | {row['ms']:.1f} | {ratio:.2f}x | {row['relative_error']:.1e} | {row['gib']:.1f} |"
+            )
+    return "\n".join(lines)
+
+
+def draw(runs: list[dict[str, Any]], title: str, path: Path) -> None:
+    """One group of bars a model: the ratio of each variant to one GPU's regional compilation."""
+    groups = rows(runs)
+    made = figure(12, 4.5)
+    axis = made.subplots()
+    width = 0.85 / len(VARIANTS)
+    for place, label in enumerate(VARIANTS):
+        colour, hatch = COLOURS[place // 3 % len(COLOURS)], ("", "//", "xx")[place % 3]
+        points = [
+            (number + place * width, found[ONE]["ms"] / found[label]["ms"])
+            for number, (_, found) in enumerate(groups)
+            if "ms" in found.get(label, {})
+        ]
+        if points:
+            axis.bar(*zip(*points, strict=True), width, color=colour, hatch=hatch, edgecolor="white", label=label)
+    axis.set_xticks([number + 0.4 for number in range(len(groups))], [model for model, _ in groups])
+    axis.set_ylabel("times as fast as one GPU with torch.compile")
+    axis.axhline(2.0, color="#999999", linewidth=1)
+    axis.legend(fontsize=7, ncols=2)
+    axis.set_title(title)
+    save(made, path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--draw", type=Path, metavar="PICTURE")
+    options = parser.parse_args()
+    runs = json.loads(options.results.read_text())["runs"]
+    print(table(runs))
+    if options.draw:
+        first, packages = runs[0], runs[0]["packages"]
+        title = f"{first['ranks']} x {first['device']}, torch {packages['torch']}, diffusers {packages['diffusers']}"
+        draw(runs, title, options.draw)
+
+
+if __name__ == "__main__":
+    main()
