@@ -47,7 +47,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 def draw(runs: list[dict[str, Any]], title: str, path: Path) -> None:
     """One group of bars a model: the ratio of each variant to one GPU's regional compilation."""
     groups = rows(runs)
-    made = figure(12, 4.5)
+    made = figure(12, 5)
     axis = made.subplots()
     width = 0.85 / len(VARIANTS)
     for place, label in enumerate(VARIANTS):
@@ -62,7 +62,7 @@ def draw(runs: list[dict[str, Any]], title: str, path: Path) -> None:
     axis.set_xticks([number + 0.4 for number in range(len(groups))], [model for model, _ in groups])
     axis.set_ylabel("times as fast as one GPU with torch.compile")
     axis.axhline(2.0, color="#999999", linewidth=1)
-    axis.legend(fontsize=7, ncols=2)
+    made.legend(loc="outside lower center", fontsize=8, ncols=4)
     axis.set_title(title)
     save(made, path)
 
