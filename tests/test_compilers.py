@@ -366,11 +366,17 @@ def test_model_moves_to_another_dtype_after_compiling():
     backend = with_backend("_native_flash", inner="aot_eager")
     assert backend.__name__ == "attnrewrite"
     model, x, memory = Model(), hidden(), hidden(11)
+    plain = Model()
+    torch.compile(plain, backend="aot_eager")(x, memory)
     run = torch.compile(model, backend=backend)
     run(x, memory)
     before = torch.__future__.get_swap_module_params_on_conversion()
     torch.__future__.set_swap_module_params_on_conversion(True)
     try:
+        try:
+            plain.to(torch.float64)
+        except RuntimeError as error:
+            pytest.skip(f"torch {torch.__version__} moves no compiled model this way: {error}")
         model.to(torch.float64)
     finally:
         torch.__future__.set_swap_module_params_on_conversion(before)

@@ -523,6 +523,8 @@ def test_the_smaller_code_does_not_bind_a_program():
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_checks_survive_compilation(compiler, monkeypatch):
+    if compiler == "inductor" and not satisfies(torch.__version__, ">=2.11"):
+        pytest.skip("before torch 2.11 Inductor removes ops without a result (docs/aot.md)")
     # On machines with this variable Inductor calls no operator that has a decomposition (torch/_inductor/lowering.py).
     monkeypatch.setenv("CI", "true")
     monkeypatch.setattr(torch._inductor.lowering, "FALLBACK_ALLOW_LIST", set())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import TracingContext
 from torch.fx import Graph, GraphModule, Interpreter, Node
 
 from .emitting import same_autocast
@@ -34,7 +37,7 @@ def lowered(module: GraphModule) -> GraphModule | None:
         with preserve_node_meta():
             return _Regions(module).run(*values)
 
-    with mode, enable_python_dispatcher(), same_autocast():
+    with mode, enable_python_dispatcher(), same_autocast(), _traced_by(mode):
         result: GraphModule = make_fx(run, pre_dispatch=True, _allow_non_fake_inputs=True)(*given)
     for node in result.graph.nodes:
         node.meta["example_value"] = node.meta.pop("val", None)
@@ -47,6 +50,21 @@ def lowered(module: GraphModule) -> GraphModule | None:
         if isinstance(held, torch.Tensor) and not is_fake(held):
             node.meta["example_value"] = mode.from_tensor(held, static_shapes=True)
     return result
+
+
+@contextmanager
+def _traced_by(mode: Any) -> Iterator[None]:
+    """Dynamo gives a backend a fake mode of its own beside that of the graph's values. Torch 2.9 refuses to make a tensor of numbers
+    where the two differ."""
+    context = TracingContext.try_get()
+    if context is None:
+        yield
+        return
+    before, context.fake_mode = context.fake_mode, mode
+    try:
+        yield
+    finally:
+        context.fake_mode = before
 
 
 class _Regions(Interpreter):

@@ -9,6 +9,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 import attnrewrite
 from attnrewrite.graphs.notes import is_ours
+from attnrewrite.kernels.machines import satisfies
 
 BATCH, HEADS, Q_LEN, KV_LEN, DIM = 2, 6, 5, 11, 8
 INF = math.inf
@@ -205,6 +206,8 @@ LEFT = {
 @pytest.mark.parametrize("name", LEFT)
 def test_what_is_not_a_mask_is_reported_and_stays(name):
     function, reason = LEFT[name]
+    if name == "log_sum_exp" and satisfies(torch.__version__, "<2.10"):
+        pytest.skip("it warns in a way that Dynamo of torch 2.9 does not trace")
     site, error = run(function, tensors())
     assert site.chosen is None
     assert site.call.obstacle.startswith(reason)
