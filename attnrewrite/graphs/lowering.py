@@ -54,8 +54,8 @@ def lowered(module: GraphModule) -> GraphModule | None:
 
 @contextmanager
 def _traced_by(mode: Any) -> Iterator[None]:
-    """Dynamo gives a backend a fake mode of its own beside that of the graph's values. Torch 2.9 refuses to make a tensor of numbers
-    where the two differ."""
+    """Dynamo gives a backend a fake mode of its own beside that of the graph's values. Torch 2.9 refuses to make a tensor of
+    numbers where the two differ."""
     context = TracingContext.try_get()
     if context is None:
         yield
