@@ -11,6 +11,7 @@ from typing import Any
 from .commands import run as launching
 from .commands import support
 from .kernels.machines import Machine, known_machine
+from .kernels.records import Numerics
 from .version import __version__
 
 
@@ -85,7 +86,7 @@ def rewrite(arguments: list[str]) -> None:
     )
     parser.add_argument("--strict", action="store_true", help="fail if none of the kernels may take an attention")
     parser.add_argument(
-        "--numerics", choices=("exact", "reordered", "quantised"), help="how far results may differ from SDPA's"
+        "--numerics", choices=[each.word for each in Numerics], help="how far results may differ from SDPA's"
     )
     parser.add_argument(
         "--machine",

@@ -173,8 +173,8 @@ sys.exit(wrong)
 
 def script(call: Call, kernel: str, said: str, setting: Setting) -> str:
     """A stand-alone script of one call."""
-    quantised = attnrewrite.records_of(kernel)[0].numerics is attnrewrite.Numerics.QUANTISED
-    options = ', numerics="quantised"' if quantised else ""
+    numerics = attnrewrite.records_of(kernel)[0].numerics
+    options = f', numerics="{numerics.word}"' if numerics.is_inexact else ""
     options += f", inner={setting.inner!r}" if setting.inner != "inductor" else ""
     helpers = "\n\n".join(inspect.getsource(each) for each in (results, weighted, doubled, errors))
     return TEMPLATE.format(
@@ -187,7 +187,7 @@ def script(call: Call, kernel: str, said: str, setting: Setting) -> str:
 def limits(call: Call, kernel: str, outputs: int) -> list[float]:
     """The largest relative errors of the output and of each gradient."""
     record, rounding = attnrewrite.records_of(kernel)[0], ROUNDING[call.dtype]
-    if record.numerics is attnrewrite.Numerics.QUANTISED:
+    if record.numerics.is_inexact:
         rounding = max(rounding, record.tolerance.error)
     if call.dtype == "float64" and loses_scores(call) and call.fill in ("-1e4", "-1e9"):
         rounding = max(

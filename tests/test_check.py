@@ -420,17 +420,24 @@ def test_no_attention_at_all():
             {"numerics": attnrewrite.Numerics.QUANTISED, "tolerance": attnrewrite.Tolerance(0.04, "int8")},
             0.04,
         ),
+        (
+            "float32",
+            {"numerics": attnrewrite.Numerics.SPARSE, "tolerance": attnrewrite.Tolerance(0.03, "far keys by one term")},
+            0.03,
+        ),
     ],
 )
 def test_limits_by_the_class_of_numerics(dtype, limits, limit):
     tensors = qkv(dtype=getattr(torch, dtype))
     record = kernel(lambda output: output, dtypes=frozenset({dtype}), **limits)
-    found = checked(F.scaled_dot_product_attention, *tensors, choices=(record,), numerics="quantised")
-    assert found.sites[0].kernel == "changed"
+    found = checked(F.scaled_dot_product_attention, *tensors, choices=(record,), numerics="sparse")
+    word = f" ({record.numerics.word})" if limits else ""
+    assert found.sites[0].kernel == f"changed{word}"
+    assert f"changed{word}" in str(found)
     assert found.sites[0].limit == limit
     assert found.ok
     off = kernel(lambda output: output * (1 + 2 * limit), dtypes=frozenset({dtype}), **limits)
-    wrong = checked(F.scaled_dot_product_attention, *tensors, choices=(off,), numerics="quantised")
+    wrong = checked(F.scaled_dot_product_attention, *tensors, choices=(off,), numerics="sparse")
     assert not wrong.ok
 
 

@@ -613,7 +613,17 @@ def test_retarget_there_and_back(saved, tmp_path, capsys):
     assert attnrewrite.explain_file(tmp_path / "strange.pt2").sites[0].chosen == "native"
     from attnrewrite.__main__ import main
 
-    main(["rewrite", str(tmp_path / "strange.pt2"), str(tmp_path / "c.pt2"), "--backend", "_native_math"])
+    main(
+        [
+            "rewrite",
+            str(tmp_path / "strange.pt2"),
+            str(tmp_path / "c.pt2"),
+            "--backend",
+            "_native_math",
+            "--numerics",
+            "sparse",
+        ]
+    )
     main(["explain", str(tmp_path / "c.pt2")])
     first, second = capsys.readouterr().out.split("attnrewrite (")[1:]
     assert first == second

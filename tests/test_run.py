@@ -165,7 +165,7 @@ def test_settings_and_rules(tmp_path):
         "--rule",
         "cross=_native_math",
         "--numerics",
-        "quantised",
+        "sparse",
         "--checks",
         "--strict",
     )

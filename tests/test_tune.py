@@ -527,6 +527,35 @@ def test_quantised_kernels_take_part_where_they_are_asked_for():
     assert "error" not in (by_name(site)["quantised"].dropped or "")  # it is within twice what the record states
 
 
+@pytest.mark.parametrize("numerics", ["quantised", "sparse"])
+def test_a_plan_and_its_reports_name_the_measured_error_of_a_kernel_that_does_more_than_round(numerics, tmp_path):
+    tensors = qkv(kv_len=7)
+
+    class SecondIsFaster(Stopwatch):
+        """Runs nothing. It sees `native` first."""
+
+        first = None
+
+        def sample(self, call, calls):
+            self.first = self.first or call
+            return 2e-3 if call is self.first else 1e-3
+
+    coarse = kernel("coarse", WRONG, numerics=Numerics[numerics.upper()])
+    measure = functools.partial(measure_site, clock=SecondIsFaster)
+    plan = tuned(attend, *tensors, candidates=[coarse], numerics=numerics, measure=measure)
+    (site,) = plan.sites
+    assert site.chosen == "coarse"
+    assert (site.inexact.numerics, site.inexact.measured) == (numerics, True)
+    assert site.inexact.error == pytest.approx(0.01, rel=1e-3)
+    said = f"{numerics}, error 1.0e-02 measured"
+    assert f"coarse is {said}" in str(plan)
+    plan.save(tmp_path / "plan.json")
+    assert str(Plan.load(tmp_path / "plan.json")) == str(plan)
+    backend = attnrewrite.with_backend(plan, inner="eager", numerics=numerics)
+    torch.compile(attend, backend=backend)(*tensors)
+    assert f"coarse: {said}; plan: 1 ms, native 2 ms" in str(backend.report)
+
+
 def test_ctrl_c_leaves_the_plan_so_far(capsys):
     plan = tuned(Demo().eval(), *inputs(), candidates=[kernel("interrupted", INTERRUPTED)])
     assert [site.name for site in plan.sites] == ["causal", "prompt", "spelled_out", "joint", "outer", "positions"]

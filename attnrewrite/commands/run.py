@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--strict", action="store_true", help="raise an error for an attention that none of the kernels may take"
     )
-    made.add_argument("--numerics", choices=[each.name.lower() for each in Numerics], default="reordered")
+    made.add_argument("--numerics", choices=[each.word for each in Numerics], default="reordered")
     made.add_argument("--cast", choices=CASTS)
     made.add_argument(
         "--checks", action="store_true", default=None, help="check values before and after every swapped attention"

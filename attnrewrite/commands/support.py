@@ -52,7 +52,7 @@ def _row(record: Backend) -> tuple[str, ...]:
         yes[record.value_dim],
         yes[record.dropout],
         yes[record.backward],
-        record.numerics.name.lower(),
+        record.numerics.word,
         f"{record.tolerance.error:g}",
         _needs(record),
         record.tested,

@@ -16,7 +16,7 @@ from ..graphs.inner_compilers import Inner, compile_with
 from ..graphs.nodes import dtype_name
 from ..graphs.tracing import AttributesOf, traced, uncompiled
 from ..graphs.trees import leaves
-from ..kernels.records import Backend, Numerics, Tolerance
+from ..kernels.records import Backend, Tolerance
 from ..kernels.shapes import rank4
 from ..measuring.accuracy import accuracy
 from ..measuring.capturing import Captured, capture
@@ -153,7 +153,7 @@ def limit_of(site: Site) -> tuple[float, str]:
     record = site.backend
     tolerance = record.tolerance if record is not None else Tolerance()
     dtype = site.call.dtype
-    if record is not None and record.numerics is Numerics.QUANTISED:
+    if record is not None and record.numerics.is_inexact:
         return tolerance.error, tolerance.reason
     if dtype not in ROUNDING or any(step.name == "cast" for step in site.steps):
         return tolerance.error, tolerance.reason

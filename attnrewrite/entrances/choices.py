@@ -151,7 +151,7 @@ _PLAN = "a plan is read from its file first"
 def numerics_of(value: str | Numerics) -> Numerics:
     if isinstance(value, Numerics):
         return value
-    known = {limit.name.lower(): limit for limit in Numerics}
+    known = {limit.word: limit for limit in Numerics}
     if not isinstance(value, str) or value not in known:
         raise ValueError(f"numerics is {value!r}: it is one of {', '.join(map(repr, known))}")
     return known[value]

@@ -233,7 +233,8 @@ def with_backend(
         call. `explain` and `check` raise it too, at their end, where they know the whole model; there also for a model without
         attention, and `ValueError` for a rule that matches no attention.
     numerics: how far results may lie from SDPA's: "exact" (the same kernel), "reordered" (rounding, the default) or
-        "quantised" (some products in int8 or fp8).
+        "quantised" (some products in int8 or fp8), or "sparse" (some products are left out, which is right only where the data
+        has structure). Each accepts the ones before it.
     cast: "bfloat16" or "float16": casts query, key, value and bias to this dtype for a kernel that does not take theirs, and
         casts the output back. None, the default: such a kernel is refused.
     trust_remote_code: True loads kernels whose publisher the kernels hub does not vouch for; they run the publisher's code in

@@ -55,10 +55,10 @@ def tune(
     args, kwargs: the inputs of the model.
     candidates: names or `Backend` records. None: all kernels of this machine, except those of the kernels hub, which would be
         downloaded: name them to include them. `native` always takes part.
-    numerics: "exact", "reordered" (rounding) or "quantised". A plan with quantised choices needs
-        `with_backend(plan, numerics="quantised")`: otherwise they are refused, and the next kernel takes the site.
+    numerics: "exact", "reordered" (rounding), "quantised" or "sparse". A plan with quantised or sparse choices needs
+        `with_backend(plan, numerics=...)` with that word: otherwise they are refused, and the next kernel takes the site.
     max_error: the largest relative error |out - ref| / |ref| that is allowed. None: 10 times the error of `native`, which
-        rounding explains, and for a quantised kernel twice its stated error.
+        rounding explains, and for a quantised or sparse kernel twice its stated error.
     min_gain: the least gain as a fraction (0.02: 2 %). Only a kernel that is faster by more than this, and by more than the
         noise, replaces a simpler one; `native` is the simplest, then comes the order of `candidates`.
     inner: the compiler, as in `with_backend`.
@@ -167,6 +167,6 @@ def _tuning(model: Any, machines: list[Machine], search: Search, complete: bool,
     plain = getattr(model, "_orig_mod", model)
     name = getattr(plain, "__qualname__", None) or type(plain).__name__
     return Tuning(
-        name, tuple({repr(each): each for each in machines}.values()), __version__, search.numerics.name.lower(),
+        name, tuple({repr(each): each for each in machines}.values()), __version__, search.numerics.word,
         search.max_error, search.min_gain, complete, seconds,
     )  # fmt: skip

@@ -22,6 +22,17 @@ class Numerics(IntEnum):
     EXACT = 0  # the very same kernel call
     REORDERED = 1  # the same arithmetic in another order: differences of rounding
     QUANTISED = 2  # some products in int8 or fp8
+    SPARSE = 3  # some products are left out: right only where the data has structure
+
+    @property
+    def word(self) -> str:
+        """The class as users write it: "sparse"."""
+        return self.name.lower()
+
+    @property
+    def is_inexact(self) -> bool:
+        """Whether more than rounding lies between a result and SDPA's: the class must be asked for, and reports name it."""
+        return self >= Numerics.QUANTISED
 
 
 @dataclass(frozen=True)

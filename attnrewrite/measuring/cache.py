@@ -86,7 +86,7 @@ def _key(call: AttentionCall, machine: Machine, search: Search) -> dict[str, Any
         "inner": inner_name(search.inner),
         "attnrewrite": __version__,
         "machine": machine.to_dict(),
-        "numerics": search.numerics.name.lower(),
+        "numerics": search.numerics.word,
         "candidates": [each.name for each in search.candidates],
         "call": call.to_dict(),
     }

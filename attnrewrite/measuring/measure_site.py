@@ -22,7 +22,7 @@ from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
 from ..kernels.records import Backend, Numerics
 from ..kernels.shapes import rank4
-from ..planning.measurements import Measurement
+from ..planning.measurements import Inexact, Measurement
 from ..planning.policies import Candidate
 from ..planning.sites import Site
 from .capturing import Captured
@@ -165,9 +165,11 @@ class _Measuring:
         taken = [each for _, site in planned if site is not None for each in site.decisions]
         decisions = tuple(sorted(taken, key=lambda each: each[0] == chosen))  # the choice comes last, as in every plan
         of_chosen = next((site for candidate, site in accepted if candidate.name == chosen), None)
+        record = of_chosen.backend if of_chosen else None
+        error = next((each.error for each in measured if each.name == chosen), None)
         return Site(
             replace(call), decisions, chosen, source=of_chosen.source if of_chosen else None,
-            backend=of_chosen.backend if of_chosen else None, measured=measured,
+            backend=record, measured=measured, inexact=Inexact.of(record, error) if record else None,
         )  # fmt: skip
 
     def _planned(self, candidate: Candidate) -> Site | None:
@@ -301,13 +303,13 @@ class _Measuring:
 
     def _too_inexact(self, runner: Runner) -> str | None:
         """Why the error is not known or above the limit, or None. The limit: `max_error`; without it `WRONG` times native's
-        error, and for a quantised kernel twice its stated error."""
+        error, and for a quantised or sparse kernel twice its stated error."""
         if runner.error is not None and math.isnan(runner.error):
             return None if runner.name == "native" else f"nothing was compared: {self.nothing}"
         limit, why = self.search.max_error, "max_error"
         if limit is None:
             record = next(each for each in self.search.candidates if each.name == runner.name).on(self.machine)
-            if record.numerics is Numerics.QUANTISED:
+            if record.numerics.is_inexact:
                 limit, why = 2 * record.tolerance.error, "twice its stated error"
             elif self.of_native is not None and runner.name != "native":
                 last_bits = (

@@ -77,7 +77,7 @@ def site_graph(captured: Captured, site: Site, candidate: Candidate, machine: Ma
     build.graph.output((output,))
     module = GraphModule(torch.nn.Module(), build.graph)
 
-    asked = plan_site(call, candidate, machine, Numerics.QUANTISED)
+    asked = plan_site(call, candidate, machine, max(Numerics))
     if asked.chosen is None:  # where a tensor stands for a proof, the mask's kind differs from the model's
         raise RuntimeError(f"{candidate.name} accepts the site, but refuses its copy: {asked.refusals[0][1]}")
     term = (

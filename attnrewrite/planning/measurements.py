@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..kernels.machines import Machine
+from ..kernels.records import Backend
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,28 @@ class Measurement:
         parts += [] if self.error is None else [f"error {self.error:.1e}"]
         parts += [] if self.dropped is None else [self.dropped]
         return f"{self.name}: {', '.join(parts)}"
+
+
+@dataclass(frozen=True)
+class Inexact:
+    """The class and the error of a kernel that is quantised or sparse, as reports name them."""
+
+    numerics: str  # "quantised" or "sparse"
+    error: float  # |out - ref| / |ref|
+    measured: bool  # True: measured at the site against float64; False: the tolerance that the record states
+
+    @staticmethod
+    def of(record: Backend, error: float | None) -> Inexact | None:
+        """None for a kernel that only rounds. error: the measured error; None or NaN if nothing was compared."""
+        if not record.numerics.is_inexact:
+            return None
+        measured = error is not None and not math.isnan(error)
+        return Inexact(
+            record.numerics.word, error if error is not None and measured else record.tolerance.error, measured
+        )
+
+    def __str__(self) -> str:
+        return f"{self.numerics}, error {self.error:.1e} {'measured' if self.measured else 'stated, not measured'}"
 
 
 @dataclass(frozen=True)

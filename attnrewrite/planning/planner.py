@@ -11,6 +11,7 @@ from ..kernels.decisions import Accepted, Code, Decision, Refused
 from ..kernels.machines import Machine
 from ..kernels.records import Backend
 from ..kernels.sources import Source, SourceError, library, load
+from .measurements import Inexact
 from .plans import Plan
 from .policies import Policy
 from .reasons import decide
@@ -86,7 +87,10 @@ def _site(
                 source = None if refused is not None else str(found)
         taken.append((candidate.name, decision))
         if isinstance(decision, Accepted):
-            return Site(call, tuple(taken), candidate.name, rule, source, backend, candidate.note, candidate.stale)
+            return Site(
+                call, tuple(taken), candidate.name, rule, source, backend, candidate.note, candidate.stale,
+                inexact=Inexact.of(backend, candidate.error),
+            )  # fmt: skip
     return Site(call, tuple(taken), None, rule)
 
 

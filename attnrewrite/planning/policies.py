@@ -21,6 +21,7 @@ class Candidate:
     records: tuple[Backend, ...]  # one for each group of devices or versions
     note: str | None = None  # the evidence by which a selector named the kernel
     stale: str | None = None  # why a plan does not cover the call, so that "auto" named the kernel
+    error: float | None = None  # its relative error at the site, if a plan measured it
     keeps: str | None = None  # why the model's own call stays, though the kernel could take it
 
     def on(self, machine: Machine) -> Backend:

@@ -35,8 +35,8 @@ def decide(
     if numerics > limit:
         return Refused(
             Code.NUMERICS,
-            f"{backend.name} is {numerics.name.lower()}, the limit is {limit.name.lower()}",
-            f'Pass numerics="{numerics.name.lower()}" if that is acceptable',
+            f"{backend.name} is {numerics.word}, the limit is {limit.word}",
+            f'Pass numerics="{numerics.word}" if that is acceptable',
         )
     steps: tuple[Step, ...] = ()
     if cast in backend.dtypes and call.dtype in CASTABLE - backend.dtypes:

@@ -129,14 +129,15 @@ def measured_candidates(site: Site, by: str) -> tuple[Candidate, ...]:
 def _known(order: list[str], site: Site, by: str) -> Iterator[Candidate]:
     native = next((each.milliseconds for each in site.measured if each.name == "native"), None)
     timed = {each.name: each.milliseconds for each in site.measured}
+    errors = {each.name: each.error for each in site.measured}
     for name in order:
         note = f"{by}: {_milliseconds(timed.get(name))}"
         note += "" if name == "native" else f", native {_milliseconds(native)}"
         if name == site.chosen and site.backend is not None:  # the registry may not have this record
-            yield Candidate(name, (site.backend,), note)
+            yield Candidate(name, (site.backend,), note, error=errors.get(name))
             continue
         try:
-            yield candidate(name, note)
+            yield replace(candidate(name, note), error=errors.get(name))
         except ValueError:  # a kernel of a plug-in that is not installed here
             continue
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..kernels.calls import AttentionCall
 from ..kernels.decisions import Accepted, Decision, Refused, Step, decision_from_dict
 from ..kernels.records import Backend
-from .measurements import Measurement
+from .measurements import Inexact, Measurement
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class Site:
     note: str | None = None  # the evidence by which "auto", "tune" or a plan chose
     stale: str | None = None  # why a plan could not choose
     measured: tuple[Measurement, ...] = ()  # of a tuned site: the measurements of the kernels that accepted
+    inexact: Inexact | None = None  # the error of a chosen kernel that is quantised or sparse; None for any other
 
     @property
     def name(self) -> str:
@@ -79,6 +80,7 @@ class Site:
             "note": self.note,
             "stale": self.stale,
             "measured": [each.to_dict() for each in self.measured],
+            "inexact": self.inexact and asdict(self.inexact),
         }
 
     @staticmethod
@@ -88,4 +90,5 @@ class Site:
         return Site(
             AttentionCall.from_dict(data["call"]), taken, data["chosen"], data["rule"], data.get("source"),
             note=data.get("note"), stale=data.get("stale"), measured=measured,
+            inexact=Inexact(**data["inexact"]) if data.get("inexact") else None,
         )  # fmt: skip

@@ -17,7 +17,7 @@ def tuned_table(sites: Sequence[Site], tuning: Tuning | None) -> str:
     dropped and the refused kernels."""
     groups: dict[object, list[Site]] = {}
     for site in sites:
-        key = (repr({**vars(site.call), "site": "", "role": ""}), site.chosen, site.measured)
+        key = (repr({**vars(site.call), "site": "", "role": ""}), site.chosen, site.measured, site.inexact)
         groups.setdefault(key, []).append(site)
     lines = [_heading(len(sites), len(groups), tuning)]
     if not groups:
@@ -33,6 +33,7 @@ def tuned_table(sites: Sequence[Site], tuning: Tuning | None) -> str:
     everywhere = set.intersection(*(_refused(group[0]) for group in groups.values()))
     for text, group in zip(texts[1:], groups.values(), strict=True):
         lines.append(text)
+        lines += [f"    {group[0].chosen} is {group[0].inexact}"] if group[0].inexact else []
         lines += [f"    {line}" for line in (*_measured(group[0]), *_by_code(_refused(group[0]) - everywhere))]
     lines += (["refused at every site:"] if everywhere else []) + [f"    {line}" for line in _by_code(everywhere)]
     return "\n".join(lines)

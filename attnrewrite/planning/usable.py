@@ -18,7 +18,7 @@ def usable(name: str, machine: Machine) -> tuple[Refused | None, Backend]:
     package, but not for a machine that a user describes."""
     record = Candidate(name, records_of(name)).on(machine)
     call = probe_call(record, machine.device)
-    decision = decide(record, call, machine, Numerics.QUANTISED)
+    decision = decide(record, call, machine, max(Numerics))
     if isinstance(decision, Refused):
         return decision, record
     if isinstance(record.source, Package) and machine.here:

@@ -262,7 +262,7 @@ def _table(sites: Iterable[Site]) -> list[str]:
     groups: dict[tuple[Any, ...], list[Site]] = {}
     for site in sites:
         groups.setdefault(
-            (_call_key(site.call), site.decisions, site.chosen, site.source, site.note, site.stale), []
+            (_call_key(site.call), site.decisions, site.chosen, site.source, site.note, site.stale, site.inexact), []
         ).append(site)
     if not groups:
         return []
@@ -282,9 +282,10 @@ def _table(sites: Iterable[Site]) -> list[str]:
 
 
 def _how(site: Site) -> list[str]:
-    """A line with the chosen kernel's library, the steps around the kernel (as casts), and the reason for the choice."""
+    """A line with the chosen kernel's library, the steps around the kernel (as casts), the error of a kernel that is
+    quantised or sparse, and the reason for the choice."""
     parts = ([f"from {site.source}"] if site.source else []) + [str(step) for step in site.steps]
-    parts += [each for each in (site.stale, site.note) if each]
+    parts += [str(each) for each in (site.inexact, site.stale, site.note) if each]
     return [f"{site.chosen}: {'; '.join(parts)}"] if parts else []
 
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from ..graphs.inner_compilers import known_inner
 from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.decisions import Step
-from ..kernels.records import Numerics
 from ..planning.registry import records_of
 from ..planning.sites import Site
 
@@ -103,7 +102,7 @@ def script(site: Site, version: str, known: Sequence[Layout] = (), inner: str = 
             "for: give it one by an entry point of the group attnrewrite.backends (CONTRIBUTING.md)"
         ) from error
     symbols = _symbols(call)
-    options = ', numerics="quantised"' if record.numerics is Numerics.QUANTISED else ""
+    options = f', numerics="{record.numerics.word}"' if record.numerics.is_inexact else ""
     cast = next((step for step in site.steps if step.name == "cast"), None)
     options += f", cast={str(cast.after)!r}" if cast is not None else ""
     options += f", inner={inner!r}" if inner != "inductor" else ""

@@ -46,7 +46,9 @@ class SiteFidelity:
 
     @property
     def kernel(self) -> str:
-        return self.site.chosen or "(unchanged)"
+        """The kernel's name; behind it its class, if it does more than round: "sage (quantised)"."""
+        of = f" ({self.site.inexact.numerics})" if self.site.inexact else ""
+        return f"{self.site.chosen or '(unchanged)'}{of}"
 
     @property
     def wrong(self) -> str:

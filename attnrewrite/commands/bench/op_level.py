@@ -186,9 +186,9 @@ def to_best(record: dict[str, Any], choice: str) -> float | None:
 
 
 def quantised(name: str) -> bool:
-    """Whether a kernel is quantised. A kernel without a record here, as of a plug-in on another machine, counts as exact."""
+    """Whether a kernel is quantised or sparse. A kernel without a record here, as of a plug-in elsewhere, counts as exact."""
     try:
-        return records_of(name)[0].numerics is Numerics.QUANTISED
+        return records_of(name)[0].numerics.is_inexact
     except ValueError:
         return False
 
