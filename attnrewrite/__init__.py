@@ -23,7 +23,7 @@ from .kernels.calls import AttentionCall, Mask, MaskKind
 from .kernels.decisions import Accepted, Code, Decision, Refused, Step
 from .kernels.library_kernels import dense_kernel, packed_kernel
 from .kernels.machines import Machine
-from .kernels.records import Backend, HeadDim, Numerics, Tolerance
+from .kernels.records import Backend, HeadDim, Numerics, Option, Tolerance
 from .kernels.sources import Hub, Package
 from .parallel.agreement import RanksDisagreeError
 from .parallel.boundary_plans import BoundaryPlan
@@ -66,6 +66,7 @@ __all__ = [
     "Measurement",
     "NeedsPythonError",
     "Numerics",
+    "Option",
     "Package",
     "Plan",
     "Policy",

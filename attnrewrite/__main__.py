@@ -12,6 +12,7 @@ from .commands import run as launching
 from .commands import support
 from .kernels.machines import Machine, known_machine
 from .kernels.records import Numerics
+from .planning.registry import separate
 from .version import __version__
 
 
@@ -51,7 +52,7 @@ def explain(arguments: list[str]) -> None:
         help="plan the demo model for N devices that share it: what each of them has a part of, and what they exchange",
     )
     given = parser.parse_args(arguments)
-    names = given.backend.split(",") if given.backend else []
+    names = separate(given.backend or "")
     parallel = given.context_parallel
     if parallel is not None and (parallel < 2 or given.file):
         parser.error(
@@ -96,7 +97,7 @@ def rewrite(arguments: list[str]) -> None:
     given = parser.parse_args(arguments)
     try:
         settings = {"numerics": given.numerics} if given.numerics else {}
-        names = given.backend.split(",")
+        names = separate(given.backend)
         report = retarget(given.source, given.target, *names, machine=given.machine, strict=given.strict, **settings)
     except ValueError as error:
         parser.error(f"--backend: {error}")

@@ -1,6 +1,9 @@
 """Kernels that other packages bring: by an entry point, as pip installs it, and by hand."""
 
+import inspect
 import os
+import pickle
+import re
 import subprocess
 import sys
 
@@ -10,7 +13,12 @@ from parity import attend, check, doubled, qkv, relative
 
 import attnrewrite
 from attnrewrite import dense_kernel
+from attnrewrite.__main__ import main
+from attnrewrite.entrances.choices import candidates_of
+from attnrewrite.entrances.identity import identity_of
 from attnrewrite.kernels import sources
+from attnrewrite.planning.registry import separate
+from attnrewrite.planning.selectors import usual_candidates
 
 PYPROJECT = """
 [build-system]
@@ -301,3 +309,120 @@ def test_all_names_of_the_peer():
     assert len(peer) == 27
     assert peer <= set(attnrewrite.names())
     assert set(attnrewrite.names()) - peer == {"flash_4", "_flash_3_fp8", "_native_varlen", "_native_folded"}
+
+
+# -- options in names
+
+OPTIONS = """
+from attnrewrite import Backend, Option
+
+
+def op(query, key, value, mask, *, call, factor=1.0, shift=0):
+    return (query @ key.transpose(-2, -1) * (call.scale or call.head_dim**-0.5)).softmax(-1) @ value * factor + shift
+
+
+RECORDS = Backend(
+    "mine", "tests", op, frozenset({"cpu"}), frozenset({"float32"}),
+    options={"factor": Option(1.0, 0.5, 4.0, "of the output"), "shift": Option(0, -3, 3, "of the output")},
+    variants=("shift=1",),
+)
+"""
+
+
+def test_options_are_part_of_a_name(plug_in):
+    plug_in("mine", OPTIONS)
+    query, key, value = qkv()
+    for name, spelled, factor, shift in (
+        ("mine", "mine", 1.0, 0),
+        ("mine[shift=2, factor=3]", "mine[factor=3.0,shift=2]", 3.0, 2),
+        ("mine[ factor = 2.5 ]", "mine[factor=2.5]", 2.5, 0),
+        ("mine[shift=-1]", "mine[shift=-1]", 1.0, -1),
+    ):
+        torch.compiler.reset()
+        for backend in (
+            attnrewrite.with_backend(name, inner="eager"),
+            attnrewrite.with_backend("native", rules={"*": [name]}, inner="eager"),
+        ):
+            output = torch.compile(attend, backend=backend, fullgraph=True)(query, key, value)
+            assert relative(output, attend(query, key, value) * factor + shift) < 1e-5
+            (site,) = backend.report.sites
+            assert site.chosen == spelled
+            assert spelled in str(backend.report)
+            assert attnrewrite.Report.from_json(backend.report.to_json()).sites[0].chosen == spelled
+        (record,) = attnrewrite.records_of(name)
+        assert record.name == spelled
+        assert (record,) == attnrewrite.records_of(spelled)
+        assert pickle.loads(pickle.dumps(record)) is attnrewrite.records_of(spelled)[0]
+    assert attnrewrite.names()[-1] == "mine"
+
+
+def test_two_policies_of_the_same_options_are_equal(plug_in):
+    plug_in("mine", OPTIONS)
+    one, two = (attnrewrite.make_policy([name]) for name in ("mine[factor=2,shift=1]", "mine[shift=1,factor=2.0]"))
+    assert (one, identity_of(one)) == (two, identity_of(two))
+    other = attnrewrite.make_policy(["mine[factor=2,shift=2]"])
+    assert one != other
+    assert identity_of(one) != identity_of(other)
+    with pytest.raises(ValueError, match=r"names 'mine\[factor=2\.0\]' twice"):
+        attnrewrite.make_policy(["mine[factor=2]", "mine[factor=2.0]"])
+
+
+def test_tune_has_a_candidate_for_each_variant(plug_in):
+    plug_in("mine", OPTIONS)
+    assert [each.name for each in usual_candidates()][-2:] == ["mine", "mine[shift=1]"]
+    named = candidates_of(["mine[shift=1]", "mine[shift=2]", "native"], "candidates")
+    assert [each.name for each in named] == ["mine[shift=1]", "mine[shift=2]", "native"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("native[tau=1]", "'native[tau=1]' gives options to native, which has none: leave out the '[...]'"),
+        (
+            "mine[tau=1]",
+            "'mine[tau=1]': mine has no option 'tau'; its options: factor=1.0, from 0.5 to 4.0: of the output; ",
+        ),
+        ("mine[factor=9]", "'mine[factor=9]': factor is '9': give a number from 0.5 to 4.0"),
+        ("mine[factor=nan]", "'mine[factor=nan]': factor is 'nan': give a number from 0.5 to 4.0"),
+        ("mine[shift=1.5]", "'mine[shift=1.5]': shift is '1.5': give a whole number from -3 to 3"),
+        ("mine[shift=]", "'mine[shift=]': shift is '': give a whole number from -3 to 3"),
+        ("mine[shift=1,shift=2]", "'mine[shift=1,shift=2]' gives shift twice: leave one of them out"),
+        ("mine[]", "'mine[]' has no options that can be read: write mine[option=number,...]; factor=1.0, "),
+        ("mine[shift=1", "'mine[shift=1' has no options that can be read: write mine[option=number,...]; factor=1.0, "),
+        ("mine[shift=1]@main", "'mine[shift=1]@main' pins a revision, and mine[shift=1] is not from the kernels hub"),
+        ("mien[shift=1]", "no attention backend is called 'mien[shift=1]'; did you mean 'mine'"),
+    ],
+)
+def test_options_that_are_wrong(plug_in, name, said):
+    plug_in("mine", OPTIONS)
+    for ask in (attnrewrite.records_of, attnrewrite.with_backend):
+        with pytest.raises(ValueError, match="^" + re.escape(said)):
+            ask(name)
+
+
+def test_names_with_options_in_one_text():
+    assert separate("a[x=1,y=2], b ,,c[z=3]") == ["a[x=1,y=2]", "b", "c[z=3]"]
+    with pytest.raises(
+        ValueError, match=r"which is one text: give separate names, 'mine\[factor=2,shift=1\]', 'native'"
+    ):
+        attnrewrite.with_backend("mine[factor=2,shift=1],native")
+
+
+def test_info_and_the_table_show_options(plug_in, capsys):
+    plug_in("mine", OPTIONS)
+    main(["info"])
+    main(["table"])
+    said = capsys.readouterr().out
+    assert "factor=1.0, from 0.5 to 4.0: of the output; shift=0, from -3 to 3: of the output" in said
+    assert "| `mine` | `shift` | 0 | -3 | 3 | of the output | `mine[shift=1]` |" in said
+
+
+def test_the_defaults_of_options_are_those_of_the_function():
+    for record in attnrewrite.backends.RECORDS:
+        (first, *_) = attnrewrite.records_of(record.name)
+        assert record.options == first.options, record.name
+        for name, option in record.options.items():
+            given = inspect.signature(record.op).parameters[name].default
+            assert (given, type(given)) == (option.default, type(option.default)), record.name
+        for variant in record.variants:
+            attnrewrite.records_of(f"{record.name}[{variant}]")

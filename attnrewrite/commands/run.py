@@ -18,6 +18,7 @@ from typing import NoReturn
 from ..entrances.choices import CASTS, SETTINGS
 from ..entrances.compilers import with_backend
 from ..kernels.records import Numerics
+from ..planning.registry import separate
 from .interception import Interception
 from .ranks import joined_ranks
 
@@ -93,8 +94,8 @@ def main(arguments: Sequence[str]) -> NoReturn:
         )
     try:
         backend = with_backend(
-            *_names(choices),
-            rules={pattern: _names(chosen) for pattern, chosen in rules.items()},
+            *separate(choices),
+            rules={pattern: separate(chosen) for pattern, chosen in rules.items()},
             inner=given.inner,
             **{name: getattr(given, name) for name in SETTINGS},
         )  # fmt: skip
@@ -113,10 +114,6 @@ def main(arguments: Sequence[str]) -> NoReturn:
     else:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # the script of every rank prints the same
     _run(given.script, given.module, given.arguments)
-
-
-def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _report_file(path: str | None, options: argparse.ArgumentParser) -> Path | None:

@@ -37,7 +37,28 @@ of the codes of `attnrewrite.Code`, and the next choice is tried.
 def matrix() -> str:
     """Returns the support matrix as Markdown, one row for each record."""
     rows = [_row(record) for name in names() for record in records_of(name)]
-    return HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return HEADER + "".join(f"| {' | '.join(row)} |\n" for row in rows) + _options()
+
+
+OPTIONS = """
+## Options
+
+Part of a kernel's name, in any order: `name[option=number,...]`, as a choice, in a rule, in a plan, as a candidate of `tune`.
+
+| backend | option | without it | least | most | what it is | tried by `tune` |
+|---|---|---|---|---|---|---|
+"""
+
+
+def _options() -> str:
+    """The table of options; "" if no kernel has any."""
+    rows: dict[str, None] = {}  # in order, each once
+    for record in (record for name in names() for record in records_of(name)):
+        tried = ", ".join(f"`{record.name}[{variant}]`" for variant in record.variants)
+        for key, option in record.options.items():
+            numbers = " | ".join(map(repr, (option.default, option.minimum, option.maximum)))
+            rows[f"| `{record.name}` | `{key}` | {numbers} | {option.summary} | {tried} |\n"] = None
+    return OPTIONS + "".join(rows) if rows else ""
 
 
 def _row(record: Backend) -> tuple[str, ...]:
@@ -102,6 +123,7 @@ def info(version: str, machine: Machine | None = None) -> str:
     for name in names():
         refused, record = usable(name, machine)
         said = record.summary
+        said += "".join(f"; {key}={option}" for key, option in record.options.items())
         if refused is not None:
             said = f"{said}: {_why_not(name, refused, machine)}" if said else _why_not(name, refused, machine)
         elif isinstance(record.source, Hub):

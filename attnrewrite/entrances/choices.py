@@ -11,8 +11,8 @@ from ..kernels.records import Backend, Numerics
 from ..measuring.first_use import Tune
 from ..planning.plans import Plan
 from ..planning.policies import Candidate, Chosen, Policy, Selector
-from ..planning.registry import records_of
-from ..planning.selectors import AUTO, Planned
+from ..planning.registry import separate
+from ..planning.selectors import AUTO, Planned, candidate
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -126,13 +126,13 @@ def _one(choice: Any, argument: str) -> Chosen:
     if isinstance(choice, Plan):
         return Planned(choice)
     if isinstance(choice, str):
-        if "," in choice:
-            apart = ", ".join(repr(name.strip()) for name in choice.split(","))
-            raise ValueError(f"{argument} has {choice!r}, which is one text: give separate names, {apart}")
+        if len(apart := separate(choice)) > 1:
+            names = ", ".join(map(repr, apart))
+            raise ValueError(f"{argument} has {choice!r}, which is one text: give separate names, {names}")
         if choice.endswith(".json"):
             raise ValueError(f"{argument} has {choice!r}: {_PLAN}, attnrewrite.Plan.load({choice!r})")
         try:
-            return SELECTORS[choice] if choice in SELECTORS else Candidate(choice, records_of(choice))
+            return SELECTORS[choice] if choice in SELECTORS else candidate(choice)
         except ValueError as error:
             text = str(error) if argument == "choices" else f"{argument}: {error}"
             near = difflib.get_close_matches(choice, SELECTORS, n=1, cutoff=0.6)

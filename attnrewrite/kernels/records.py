@@ -53,6 +53,19 @@ class Tolerance:
     reason: str = "rounding to bfloat16"  # for this error
 
 
+@dataclass(frozen=True)
+class Option:
+    """A number that is part of a kernel's name: `tau` of "sol[tau=2.0]"."""
+
+    default: int | float  # of a name without the option; it says which of the two types the values have
+    minimum: int | float
+    maximum: int | float
+    summary: str  # what it means, for people
+
+    def __str__(self) -> str:
+        return f"{self.default!r}, from {self.minimum!r} to {self.maximum!r}: {self.summary}"
+
+
 Check = Callable[[AttentionCall, Machine], Refused | None]
 LibraryCheck = Callable[[ModuleType, AttentionCall, Machine], Refused | None]
 
@@ -107,6 +120,10 @@ class Backend:
     library_check: LibraryCheck | None = None  # called with the loaded library: a build may lack the kernel of a call
     prepare: Callable[[torch.Tensor | None, torch.Tensor, AttentionCall], Any] | None = None
     steps: Callable[[AttentionCall], tuple[Step, ...]] | None = None  # the costly operations of `prepare` and `op`
+    options: Mapping[str, Option] = field(
+        default_factory=dict, hash=False
+    )  # `op` gets those that the name gives by keyword
+    variants: tuple[str, ...] = ()  # other options than the defaults for `tune` to try: ("tau=2.0",)
 
     def __post_init__(self) -> None:
         PACKAGES.update(self.requires)

@@ -12,13 +12,15 @@ from __future__ import annotations
 import copyreg
 import difflib
 import functools
+import math
+import re
 import warnings
 from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
 from ..backends import RECORDS
-from ..kernels.records import Backend
+from ..kernels.records import Backend, Option
 from ..kernels.sources import PLUG_INS, Hub
 
 GROUP = "attnrewrite.backends"
@@ -61,16 +63,76 @@ def names() -> tuple[str, ...]:
 def records_of(name: str) -> tuple[Backend, ...]:
     """The records of a kernel, one for each group of devices or versions with limits of its own.
 
-    "_flash_3_hub@<revision>" pins a kernel of the hub to a branch, tag or commit. Raises `ValueError` for an unknown name,
-    an empty revision, and a revision of a kernel that is not from the hub.
+    "sol[tau=2.0]" sets options of a kernel (`Backend.options`): its records then have the canonical name, with the options in
+    the order of the alphabet. "_flash_3_hub@<revision>" pins a kernel of the hub to a branch, tag or commit; options stand
+    before the "@". Raises `ValueError` for an unknown name, an option that the kernel does not have, a value that it does not
+    take, an empty revision, and a revision of a kernel that is not from the hub.
     """
     plain, _, revision = name.partition("@")
-    found = tuple(record for record in records() if record.name == plain)
+    base, bracket, options = plain.partition("[")
+    found = tuple(record for record in records() if record.name == base)
     if not found:
-        near = difflib.get_close_matches(plain, names(), n=3, cutoff=0.5)
+        near = difflib.get_close_matches(base, names(), n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"known: {', '.join(names())}"
         raise ValueError(f"no attention backend is called {name!r}; {hint} (`python -m attnrewrite info` lists them)")
+    if bracket:
+        given = _given(name, found[0], options)
+        found = tuple(_with_options(record, given) for record in found)
     return tuple(_pinned(record, name, revision) for record in found) if "@" in name else found
+
+
+def canonical(name: str) -> str:
+    """The one spelling of a kernel's name: "sol[ tau = 2]" becomes "sol[tau=2.0]". Raises `ValueError` as `records_of`."""
+    _, at, revision = name.partition("@")
+    return f"{records_of(name)[0].name}{at}{revision}"
+
+
+def separate(text: str) -> list[str]:
+    """The names in a text that separates them by commas, where a comma inside of "[...]" separates options."""
+    return [name.strip() for name in re.split(r",(?![^\[\]]*\])", text) if name.strip()]
+
+
+Given = tuple[tuple[str, int | float], ...]  # options and their values, in the order of the alphabet
+
+
+def _given(name: str, record: Backend, text: str) -> Given:
+    """Reads "tau=2.0,sinks=128]". Raises `ValueError`, with the whole name in the message."""
+    if not record.options:
+        raise ValueError(f"{name!r} gives options to {record.name}, which has none: leave out the '[...]'")
+    known = "; ".join(f"{key}={option}" for key, option in record.options.items())
+    found: dict[str, int | float] = {}
+    for pair in text.removesuffix("]").split(","):
+        key, sign, value = (part.strip() for part in pair.partition("="))
+        if not text.endswith("]") or not sign:
+            raise ValueError(
+                f"{name!r} has no options that can be read: write {record.name}[option=number,...]; {known}"
+            )
+        if key not in record.options:
+            raise ValueError(f"{name!r}: {record.name} has no option {key!r}; its options: {known}")
+        if key in found:
+            raise ValueError(f"{name!r} gives {key} twice: leave one of them out")
+        found[key] = _number(name, key, value, record.options[key])
+    return tuple(sorted(found.items()))
+
+
+def _number(name: str, key: str, text: str, option: Option) -> int | float:
+    kind = type(option.default)
+    try:
+        number: int | float = kind(text)
+    except ValueError:
+        number = math.nan
+    if not option.minimum <= number <= option.maximum:
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name!r}: {key} is {text!r}: give {what} from {option.minimum!r} to {option.maximum!r}")
+    return number
+
+
+@functools.cache
+def _with_options(record: Backend, given: Given) -> Backend:
+    """The same object for the same options: a `functools.partial` equals itself alone, and policies are compared."""
+    assert record.op is not None
+    name = f"{record.name}[{','.join(f'{key}={value!r}' for key, value in given)}]"
+    return replace(record, name=name, op=functools.partial(record.op, **dict(given)))
 
 
 def _pinned(record: Backend, name: str, revision: str) -> Backend:
@@ -84,7 +146,10 @@ def _pinned(record: Backend, name: str, revision: str) -> Backend:
 def _by_name(record: Backend) -> Any:
     """Pickles and copies a registered record by its name, since its functions may be closures. Any other record is pickled
     by its fields."""
-    same = [each for each in records() if each.name == record.name]
+    try:
+        same = records_of(record.name)
+    except ValueError:
+        same = ()
     for place, known in enumerate(same):
         if record == known:
             return _registered, (record.name, place)

@@ -15,17 +15,20 @@ from .matching import find, foreign
 from .plans import Plan
 from .policies import Candidate
 from .preferences import ROWS, Row
-from .registry import names, records_of
+from .registry import canonical, names, records_of
 from .sites import Site
 
 
 def candidate(name: str, note: str | None = None, stale: str | None = None) -> Candidate:
-    return Candidate(name, records_of(name), note, stale)
+    return Candidate(canonical(name), records_of(name), note, stale)
 
 
 def usual_candidates() -> tuple[Candidate, ...]:
-    """Every kernel except those of the hub, which would be downloaded."""
-    found = [Candidate(name, records_of(name)) for name in names()]
+    """Every kernel, also with the options that its record wants tried, except those of the hub, which would be downloaded."""
+    found = []
+    for name in names():
+        variants = dict.fromkeys(variant for record in records_of(name) for variant in record.variants)
+        found += [candidate(name), *(candidate(f"{name}[{variant}]") for variant in variants)]
     return tuple(each for each in found if not any(isinstance(record.source, Hub) for record in each.records))
 
 
