@@ -20,7 +20,7 @@ from ..kernels.decisions import Code, Refused
 from ..kernels.library_kernels import packed_kernel, window_size
 from ..kernels.machines import Machine
 from ..kernels.packing import Leading, lead, leading, packing, packing_steps
-from ..kernels.records import Backend, HeadDim, Numerics, Tolerance
+from ..kernels.records import Backend, HeadDim, Numerics, Option, Tolerance
 from ..kernels.sources import Hub, Package
 
 FP8 = torch.float8_e4m3fn
@@ -86,22 +86,62 @@ def flash_3(
 
 
 def flash_3_fp8(
-    query: Tensor, key: Tensor, value: Tensor, used: Leading | None, *, call: AttentionCall, origin: ops.Origin
-) -> Tensor:
-    """The casts are part of the graph, so that Inductor fuses them into the operations that made the tensors."""
-    (q8, q_scale), (k8, k_scale), (v8, v_scale) = (_to_fp8(tensor, call.kv_heads) for tensor in (query, key, value))
+    query: Tensor, key: Tensor, value: Tensor, used: Leading | None, *, call: AttentionCall, origin: ops.Origin,
+    rotate: int = 0, center: int = 0,
+) -> Tensor:  # fmt: skip
+    """The casts are part of the graph, so that Inductor fuses them into the operations that made the tensors.
+
+    rotate: 1 multiplies queries and keys by one Hadamard matrix, which spreads a few large channels over all. The matrix is a
+        multiple of an orthogonal one, so the scores stay as they are up to a power of 2, which goes into a scale.
+    center: 1 takes from every key the mean of its (batch, head) over all keys, padding included. The scores of a row lose one
+        and the same number, which softmax does not see, whatever the row's mask hides.
+    """
+    dtype, squared = query.dtype, 1
+    if rotate:
+        query, key, squared = _rotated(query, key)
+    q8, q_scale = _to_fp8(query, call.kv_heads)
+    k8, k_scale = _to_fp8(key, call.kv_heads, center=bool(center))
+    v8, v_scale = _to_fp8(value, call.kv_heads)
+    q_scale = q_scale / squared if squared > 1 else q_scale
     output: Tensor = FLASH_3(
         q8, lead(k8, used), lead(v8, used), used and used.seqused_k, call.mask.is_causal, call.scale,
         *window_size(call), q_scale, k_scale, v_scale, needs_grad=False, origin=origin,
     )  # fmt: skip
-    return output.to(query.dtype)
+    return output.to(dtype)
 
 
-def _to_fp8(tensor: Tensor, kv_heads: Any) -> tuple[Tensor, Tensor]:
-    """The tensor in e4m3, and its scales in float32 (batch, kv_heads): query heads of one key head share a scale."""
+def _to_fp8(tensor: Tensor, kv_heads: Any, center: bool = False) -> tuple[Tensor, Tensor]:
+    """The tensor (less its mean over the length, if `center`) in e4m3, and its scales in float32 (batch, kv_heads): query heads
+    of one key head share a scale."""
     grouped = tensor.unflatten(2, (kv_heads, -1)).float()
+    if center:
+        grouped = grouped - grouped.mean(dim=1, keepdim=True)
     scale = grouped.abs().amax(dim=(1, 3, 4)).clamp(min=1e-12) / torch.finfo(FP8).max
     return (grouped / scale[:, None, :, None, None]).to(FP8).flatten(2, 3), scale
+
+
+def _rotated(query: Tensor, key: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Query and key times a Hadamard matrix, in bfloat16, and the number by which their products have grown.
+
+    The matrix is as large as the largest power of 2 that divides head_dim, which the record pads to a multiple of 16: head_dim
+    96 is three blocks of 32. All its entries are a power of 2, plus or minus, so that they are exact. A product of bfloat16
+    with a matrix of 128 x 128 costs less than reading and writing the tensor."""
+    dim = query.shape[-1]
+    size = dim & -dim if isinstance(dim, int) else 16
+    bits = size.bit_length() - 1
+    entry = 2.0 ** -(bits // 2)
+    place = torch.arange(size, device=query.device)[:, None] >> torch.arange(bits, device=query.device) & 1
+    odd = (place[:, None, :] * place[None, :, :]).sum(-1) & 1
+    matrix = torch.where(odd == 1, -entry, entry).to(
+        torch.bfloat16
+    )  # symmetric; times itself: size * entry**2 times the unit
+    rotated = (
+        (tensor.to(torch.bfloat16).unflatten(-1, (-1, size)) @ matrix).flatten(-2)
+        if size != dim
+        else tensor.to(torch.bfloat16) @ matrix
+        for tensor in (query, key)
+    )
+    return (*rotated, round(size * entry**2))  # type: ignore[return-value]
 
 
 flash_3_varlen = packed_kernel("flash_3_varlen", varlen_forward, windows=True)
@@ -235,6 +275,11 @@ def _fp8(record: Backend) -> Backend:
         checks=(value_dims_in_fp8,),
         numerics=Numerics.QUANTISED,
         tolerance=Tolerance(8e-2, "three mantissa bits: 5.4e-2 measured on Gaussian data"),
+        options={
+            "rotate": Option(0, 0, 1, "1: queries and keys times a Hadamard matrix, against a few large channels"),
+            "center": Option(0, 0, 1, "1: keys less their mean, against a large vector that all keys share"),
+        },
+        variants=("center=1", "center=1,rotate=1"),
     )
 
 
