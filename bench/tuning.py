@@ -21,7 +21,7 @@ import torch
 
 from attnrewrite.commands.bench.denoisers import MODELS, Place
 from attnrewrite.entrances.tuning import read_search, search_model
-from attnrewrite.measuring.measure_site import measure_site
+from attnrewrite.measuring.measure_site import measure_alike
 from attnrewrite.planning.this_machine import machine_of
 
 BLOCKS = {"num_layers": 20, "num_single_layers": 40}
@@ -55,7 +55,7 @@ def main():
     of_sites = []
 
     def measured(*args):
-        took, site = seconds(lambda: measure_site(*args), device)
+        took, site = seconds(lambda: measure_alike(*args), device)
         of_sites.append(took)
         return site
 
@@ -65,7 +65,7 @@ def main():
         candidates = options.candidates and options.candidates.split(",")
         search = read_search(made.model, candidates)
         given = {**made.inputs, "return_dict": False}
-        took, plan = seconds(lambda: search_model(made.model, (), given, search, measured), device)
+        took, plan = seconds(lambda: search_model(made.model, [((), given)], search, measured), device)
     result = {
         "machine": machine_of(device).to_dict(), "model": "HunyuanVideo", **BLOCKS, "step_s": step, "tune_s": took,
         "sites": len(plan.sites), "measured": len(of_sites), "measured_s": of_sites,

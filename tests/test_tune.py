@@ -41,8 +41,9 @@ from attnrewrite.measuring.capturing import capture
 from attnrewrite.measuring.choosing import choose, undecided
 from attnrewrite.measuring.example_tensors import example
 from attnrewrite.measuring.first_use import Tune
-from attnrewrite.measuring.measure_site import Search, enough_memory, free_memory, measure_site
+from attnrewrite.measuring.measure_site import enough_memory, free_memory, measure_alike, measure_site
 from attnrewrite.measuring.reference import reference
+from attnrewrite.measuring.search import Search
 from attnrewrite.measuring.site_graphs import fills_its_memory, plan_site, site_graph
 from attnrewrite.measuring.timing import Stopwatch
 from attnrewrite.planning.policies import Policy
@@ -124,13 +125,14 @@ def tuned(
     candidates=("native", "_native_flash"),
     grad=False,
     progress=False,
-    measure=measure_site,
+    measure=measure_alike,
+    inner="eager",
     **options,
 ):
     """`attnrewrite.tune` in few rounds."""
-    search = replace(read_search(function, candidates, inner="eager", **options), **QUICK)
+    search = replace(read_search(function, candidates, inner=inner, **options), **QUICK)
     with torch.set_grad_enabled(grad):
-        return search_model(function, tensors, {}, search, measure, progress)
+        return search_model(function, [(tensors, {})], search, measure, progress)
 
 
 def by_name(site):
@@ -253,7 +255,7 @@ def test_what_only_inductor_gets_wrong_is_found():
         if found.output.relative_error < 1e-3:
             pytest.skip("this version of PyTorch is right")
         search = replace(read_search(model, ["native", BARE_FLEX]), **QUICK)
-        (site,) = search_model(model, (tokens,), {}, search).sites
+        (site,) = search_model(model, [((tokens,), {})], search).sites
     assert found.first_wrong is found.sites[0]
     assert by_name(site)["bare_flex"].error > 0.1
     assert site.chosen == "native"
@@ -312,7 +314,7 @@ def test_equal_sites_are_measured_once():
 
     def count(captured, *rest):
         counted.append(captured.call.site)
-        return measure_site(captured, *rest)
+        return measure_alike(captured, *rest)
 
     plan = tuned(Layers(4).eval(), torch.randn(2, 9, 48), measure=count)
     assert counted == ["blocks.0"]
@@ -458,7 +460,7 @@ def test_a_slow_one_is_measured_once_and_not_chosen():
 
 
 def test_more_memory_than_there_is_is_not_tried():
-    measure = functools.partial(measure_site, free=lambda device: 1000)
+    measure = functools.partial(measure_alike, free=lambda device: 1000)
     (site,) = tuned(attend, *qkv(), candidates=["_native_math"], measure=measure).sites
     assert by_name(site)["_native_math"].dropped.startswith("MemoryError: needs about")
     assert by_name(site)["native"].dropped is None
@@ -541,7 +543,7 @@ def test_a_plan_and_its_reports_name_the_measured_error_of_a_kernel_that_does_mo
             return 2e-3 if call is self.first else 1e-3
 
     coarse = kernel("coarse", WRONG, numerics=Numerics[numerics.upper()])
-    measure = functools.partial(measure_site, clock=SecondIsFaster)
+    measure = functools.partial(measure_alike, clock=SecondIsFaster)
     plan = tuned(attend, *tensors, candidates=[coarse], numerics=numerics, measure=measure)
     (site,) = plan.sites
     assert site.chosen == "coarse"
@@ -565,7 +567,7 @@ def test_ctrl_c_leaves_the_plan_so_far(capsys):
         called.append(captured.call.site)
         if len(called) == 2:
             raise KeyboardInterrupt
-        return measure_site(captured, *given)
+        return measure_alike(captured, *given)
 
     plan = tuned(Demo().eval(), *inputs(), candidates=["native"], measure=measure)
     assert [site.name for site in plan.sites] == called[:1]

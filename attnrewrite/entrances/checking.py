@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +13,7 @@ from torch import Tensor
 from ..graphs.eager_calls import EagerCalls
 from ..graphs.inner_compilers import Inner, compile_with
 from ..graphs.nodes import dtype_name
-from ..graphs.tracing import AttributesOf, traced, uncompiled
-from ..graphs.trees import leaves
+from ..graphs.tracing import traced, uncompiled
 from ..kernels.records import Backend, Tolerance
 from ..kernels.shapes import rank4
 from ..measuring.accuracy import accuracy
@@ -32,6 +30,7 @@ from ..reports.site_fidelity import Outputs, SiteFidelity
 from .choices import Choices, are_flags, make_policy
 from .compilers import AttentionCompiler, compiler_of
 from .model_parts import can_run, has_values
+from .runs import floating, same_state
 from .strictness import hold_strictly
 
 # Relative errors that rounding explains, by the dtype of the products. Half precision has the record's limit (`Tolerance`).
@@ -93,8 +92,8 @@ def _three_runs(
 
     target = uncompiled(model)
     line.say("1/3: the unchanged model")
-    with _same_state(target), torch.compiler.set_stance("force_eager"):  # parts of the model may be compiled already
-        expected = _tensors(target(*args, **kwargs))
+    with same_state(target), torch.compiler.set_stance("force_eager"):  # parts of the model may be compiled already
+        expected = floating(target(*args, **kwargs))
 
     sites: list[SiteFidelity] = []
 
@@ -103,22 +102,22 @@ def _three_runs(
         sites.append(_site(captured, compiler.inner, sites))
 
     line.say("2/3: each attention beside float64")
-    with _same_state(target):
-        uncompiled_run = _tensors(
+    with same_state(target):
+        uncompiled_run = floating(
             capture(model, args, kwargs, receive, policy, compiler.machine, aside=_needs_compiler)
         )
 
     line.say("3/3: the compiled model")
-    with _same_state(target), EagerCalls() as eager:
-        output = Outputs.of(expected, _tensors(traced(model, args, kwargs, lenient)))
+    with same_state(target), EagerCalls() as eager:
+        output = Outputs.of(expected, floating(traced(model, args, kwargs, lenient)))
     lenient.report.eager_calls[:] = eager.found
     if not any(site.wrong for site in sites):
         output = replace(output, limit=FAR * _explained(expected, uncompiled_run, sites))
         if output.wrong:
             line.say("the compiled model with native")
             unchanged = AttentionCompiler(make_policy(["native"]), compiler.inner, compiler.machine, lenient=True)
-            with _same_state(target):
-                by_native = Outputs.of(expected, _tensors(traced(model, args, kwargs, unchanged)))
+            with same_state(target):
+                by_native = Outputs.of(expected, floating(traced(model, args, kwargs, unchanged)))
             output = replace(output, limit=max(output.limit, FAR * _number(by_native.relative_error)))
     if strict:
         hold_strictly(lenient.report)
@@ -199,17 +198,3 @@ def _by_itself(captured: Captured, inner: Inner) -> Tensor:
     if captured.query.dim() == 4:
         output = output.unflatten(2, (int(call.heads), int(call.value_dim))).transpose(1, 2)
     return output
-
-
-@contextmanager
-def _same_state(model: Any) -> Iterator[None]:
-    """Restores the random state and the model's attributes at its end, so that every run draws the same random numbers."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(list(devices)), AttributesOf(model):
-        yield
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    """The floating tensors in the output of a model."""
-    given = output if not hasattr(output, "to_tuple") else output.to_tuple()
-    return [each.detach() for each in leaves(given) if isinstance(each, Tensor) and each.is_floating_point()]

@@ -38,6 +38,7 @@ from . import contexts
 from .choices import SETTINGS, Choice, Choices, CompileSettings, Rules, checks_of_environment, make_policy, several
 from .strictness import nearest, without_sites
 from .treatments import comes_later, guard_treatment
+from .treatments import share as shared_policy
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -145,7 +146,7 @@ class AttentionCompiler:
         policy = self.policy if override is None else override.over(self.policy)
         if self.lenient:
             policy = replace(policy, strict=False, checks=False)
-        return policy.compiled_by(self.inner)
+        return shared_policy(policy, self.sharing).compiled_by(self.inner)
 
     def check_rules(self) -> None:
         """Warns once of each of this object's rules that no site seen so far has matched."""

@@ -5,26 +5,30 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..graphs.inner_compilers import Inner, known_inner
+from ..graphs.tracing import Call
 from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
-from ..measuring.capturing import Captured, capture
-from ..measuring.measure_site import Search, measure_site
+from ..measuring.alike import Alike, Errors
+from ..measuring.capturing import Captured, capture_calls
+from ..measuring.measure_site import measure_alike
+from ..measuring.search import Search
 from ..measuring.site_graphs import lies
 from ..planning.measurements import Tuning
 from ..planning.plans import Plan
 from ..planning.policies import Candidate
 from ..planning.selectors import candidate, usual_candidates
-from ..planning.sites import Site
 from ..planning.this_machine import machine_of
 from ..reports.progress_line import ProgressLine
 from ..version import __version__
 from .choices import Choices, are_flags, candidates_of, make_policy, numerics_of
-from .model_parts import can_run, has_values
+from .model_calls import read_calls
+from .model_parts import can_run
+from .output_errors import hold_output
 
 
 def tune(
@@ -36,6 +40,8 @@ def tune(
     min_gain: float = 0.02,
     inner: Inner = "inductor",
     time_limit: float = 60.0,
+    inputs: Iterable[Call] | None = None,
+    max_output_error: float | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Plan:
@@ -49,7 +55,9 @@ def tune(
     At each new kind of site the run pauses: every candidate that accepts the site is compiled as it would stand in the model
     (with padding and packing), run on the site's own query, key, value and mask, timed in turn with the others, and compared
     with float64 on up to 256 query rows. Sites that differ only in name, role and scale, and whose tensors lie alike in memory,
-    are measured once. A call that needs a gradient is timed with its backward.
+    are timed once. The error of a quantised or sparse kernel depends on the values that it gets: it is measured at each site,
+    each time that the site runs, and the worst counts. Where it is too large the next kernel takes the site. A call that needs
+    a gradient is timed with its backward.
 
     model: a module or a function; of a pipeline its denoiser. For an inference call `tune` under `torch.no_grad()`.
     args, kwargs: the inputs of the model.
@@ -59,9 +67,18 @@ def tune(
         `with_backend(plan, numerics=...)` with that word: otherwise they are refused, and the next kernel takes the site.
     max_error: the largest relative error |out - ref| / |ref| that is allowed. None: 10 times the error of `native`, which
         rounding explains, and for a quantised or sparse kernel twice its stated error.
+    max_output_error: the largest relative error of the model's whole output, at each of the calls, against the unchanged
+        model, which runs uncompiled in its own dtypes. Sites are given back to kernels that are closer to SDPA, the largest
+        error first, quantised and sparse kernels before all others, until the model with the plan's kernels, uncompiled too,
+        holds it; `plan.tuning.output` says what that cost. If no faster kernel holds it, `native` takes every site, with a
+        warning. None: no limit.
     min_gain: the least gain as a fraction (0.02: 2 %). Only a kernel that is faster by more than this, and by more than the
         noise, replaces a simpler one; `native` is the simplest, then comes the order of `candidates`.
     inner: the compiler, as in `with_backend`.
+    inputs: several calls of the model in place of `args` and `kwargs`, each a pair (args, kwargs), as
+        `[((), first_step), ((), last_step)]`. The error of a quantised or sparse kernel at a site is its worst over all of
+        them; times are those of the call at which a site runs first. The calls run one after another; an iterator is read as
+        they run, so that the tensors of only one call need be in memory.
     time_limit: seconds for each candidate at each site, compiling included. A candidate that takes longer, raises, or returns
         NaN, infinity or another shape is dropped, with the reason in the plan. One that hangs on the host is left running on
         its thread. A CUDA kernel that hangs cannot be ended: `RuntimeError` says so.
@@ -74,49 +91,67 @@ def tune(
     Raises `TypeError` and `ValueError` for other arguments (a class, a pipeline, tensors on "meta" among them), `RuntimeError`
     for a GPU that hangs, and the model's own errors.
     """
-    search = read_search(model, candidates, numerics, max_error, min_gain, inner, time_limit)
-    has_values(model, args, kwargs, "tune")
+    search = read_search(model, candidates, numerics, max_error, min_gain, inner, time_limit, max_output_error)
     are_flags(progress=progress)
-    return search_model(model, args, kwargs, search, progress=progress)
+    return search_model(
+        model, read_calls(model, args, kwargs, inputs, again=max_output_error is not None), search, progress=progress
+    )
 
 
 def search_model(
     model: Callable[..., Any],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    calls: Iterable[Call],
     search: Search,
-    measure: Callable[..., Site] = measure_site,
+    measure: Callable[..., Alike] = measure_alike,
     progress: bool = True,
 ) -> Plan:
-    """`tune` with its arguments read. measure: what measures one site."""
+    """`tune` with its arguments read.
+
+    calls: the inputs of the model, at least one. With `max_output_error` they are read several times.
+    measure: what measures the first of the attentions that are alike.
+    """
     started = time.perf_counter()
     line = ProgressLine("attnrewrite.tune", progress)
     line.say("running the model to its first attention")
-    known: dict[tuple[Any, ...], Site] = {}  # by the call and how its tensors lie in memory
-    sites: dict[str, Site] = {}
+    known: dict[tuple[Any, ...], Alike] = {}  # by the call and how its tensors lie in memory
+    sites: dict[str, _Seen] = {}
     machines: list[Machine] = []
+    begun: list[int] = []  # the numbers of the calls that have begun
+
+    def counted() -> Iterator[Call]:
+        for call in calls:
+            begun.append(len(begun))
+            if len(begun) > 1:
+                line.say(f"input {len(begun)}")
+            yield call
+            del call  # an iterator makes the next call after this one is freed
 
     def receive(captured: Captured) -> None:
         call = captured.call
-        if call.site in sites and like(sites[call.site].call) == like(call):
-            return  # the site runs again
+        name = call.site
+        while name in sites and like(sites[name].call) != like(call):
+            name += "'"  # the same name in another graph, or with other sizes
+        seen = sites.get(name)
         kind = (like(call), *lies(captured))
-        if kind not in known:
+        alike = known.get(kind) if seen is None else seen.alike
+        if alike is None:
             machines.append(machine_of(captured.query.device))
             at = f"site {len(known) + 1}, {call.site} ({call.batch}, {call.heads}, {call.q_len}, {call.head_dim}): "
 
             def say(text: str, detail: bool = False) -> None:
                 line.say(at + text, detail)
 
-            known[kind] = measure(captured, machines[-1], search, say)
-        name = call.site
-        while name in sites:  # the same name in another graph, or with other sizes
-            name += "'"
-        sites[name] = replace(known[kind], call=call)
+            alike = known[kind] = measure(captured, machines[-1], search, say)
+            errors = alike.first
+        else:
+            errors = alike.errors_at(captured)
+        if seen is None:
+            seen = sites[name] = _Seen(call, alike)
+        seen.errors.setdefault(len(begun) - 1, Errors()).add(errors)
 
     complete = True
     try:
-        capture(model, args, kwargs, receive, make_policy(["native"]))
+        capture_calls(model, counted(), receive, make_policy(["native"]))
     except KeyboardInterrupt:
         if not sites:
             raise
@@ -125,7 +160,24 @@ def search_model(
         print("attnrewrite.tune: interrupted, returning the plan so far", file=sys.stderr)
     finally:
         line.end()
-    return Plan(tuple(sites.values()), _tuning(model, machines, search, complete, time.perf_counter() - started))
+    numbers = range(len(begun))
+    found = [
+        (seen.alike, seen.alike.site(seen.call, [seen.errors.get(each) for each in numbers])) for seen in sites.values()
+    ]
+    plan = Plan(tuple(site for _, site in found), _tuning(model, machines, search, complete, len(begun)))
+    if search.max_output_error is not None and complete:
+        plan = hold_output(model, calls, plan, [alike for alike, _ in found], search, line)
+    assert plan.tuning is not None
+    return replace(plan, tuning=replace(plan.tuning, seconds=time.perf_counter() - started))
+
+
+@dataclass
+class _Seen:
+    """A site that ran."""
+
+    call: AttentionCall
+    alike: Alike
+    errors: dict[int, Errors] = field(default_factory=dict)  # by the number of the input
 
 
 def like(call: AttentionCall) -> AttentionCall:
@@ -141,32 +193,44 @@ def read_search(
     min_gain: Any = 0.02,
     inner: Any = "inductor",
     time_limit: Any = 60.0,
+    max_output_error: Any = None,
 ) -> Search:
     """The arguments of `tune` as a `Search`. Raises `TypeError` and `ValueError` as `tune`."""
     can_run(model)
-    numbers = {"max_error": max_error, "min_gain": min_gain, "time_limit": time_limit}
+    numbers = {
+        "max_error": max_error, "max_output_error": max_output_error, "min_gain": min_gain, "time_limit": time_limit
+    }  # fmt: skip
     for name, value in numbers.items():
-        if name == "max_error" and value is None:
+        if name.startswith("max_") and value is None:
             continue
         if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
             raise ValueError(f"{name} is {value!r}: give a number from 0 on{_UNITS[name]}")
     found = usual_candidates() if candidates is None else candidates_of(candidates, "candidates")
     native = [each for each in found if each.name == "native"] or [candidate("native")]
     ordered: tuple[Candidate, ...] = (*native, *(each for each in found if each.name != "native"))
-    return Search(ordered, numerics_of(numerics), max_error, min_gain, known_inner(inner), time_limit)
+    return Search(
+        ordered,
+        numerics_of(numerics),
+        max_error,
+        min_gain,
+        known_inner(inner),
+        time_limit,
+        max_output_error=max_output_error,
+    )
 
 
 _UNITS = {
     "max_error": ", the relative error that is allowed, or None",
+    "max_output_error": ", the relative error of the output that is allowed, or None",
     "min_gain": ", as 0.02 for 2 %",
     "time_limit": " of seconds",
 }
 
 
-def _tuning(model: Any, machines: list[Machine], search: Search, complete: bool, seconds: float) -> Tuning:
+def _tuning(model: Any, machines: list[Machine], search: Search, complete: bool, inputs: int) -> Tuning:
     plain = getattr(model, "_orig_mod", model)
     name = getattr(plain, "__qualname__", None) or type(plain).__name__
     return Tuning(
         name, tuple({repr(each): each for each in machines}.values()), __version__, search.numerics.word,
-        search.max_error, search.min_gain, complete, seconds,
+        search.max_error, search.min_gain, complete, inputs=inputs,
     )  # fmt: skip

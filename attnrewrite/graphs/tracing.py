@@ -6,7 +6,7 @@ import functools
 import logging
 import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import CodeType, TracebackType
 from typing import Any
@@ -20,6 +20,8 @@ from .modules import implementation_of, plain_call
 from .nodes import autocasting, fake_mode_of
 from .trees import mapped
 
+Call = tuple[Sequence[Any], Mapping[str, Any]]  # the positional and the keyword arguments of one call of a model
+
 
 def traced(
     model: Callable[..., Any],
@@ -31,9 +33,24 @@ def traced(
     """The result of the model compiled by `backend`, even if the model is set to another compiler. Sizes are static. Drops
     the compiled code afterwards. fullgraph: raises an error of the model, where Dynamo would leave its code alone from then on.
     """
+    results: list[Any] = []
+    traced_calls(model, [(args, kwargs)], backend, results.append, fullgraph)
+    return results[0]
+
+
+def traced_calls(
+    model: Callable[..., Any],
+    calls: Iterable[Call],
+    backend: Callable[..., Any],
+    receive: Callable[[Any], object],
+    fullgraph: bool = False,
+) -> None:
+    """As `traced`, for calls one after another, which share what is compiled. receive: gets each result."""
     compiled: Any = torch.compile(uncompiled(model), backend=backend, dynamic=False, fullgraph=fullgraph)
     with CompiledCode(), recompilations(10_000):
-        return compiled(*args, **kwargs)
+        for args, kwargs in calls:
+            receive(compiled(*args, **kwargs))
+            del args, kwargs  # freed before the next call is made
 
 
 @functools.cache

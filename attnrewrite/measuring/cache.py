@@ -20,7 +20,7 @@ from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
 from ..planning.sites import Site
 from ..version import __version__
-from .measure_site import Search
+from .search import Search
 
 FOLDER = "ATTNREWRITE_CACHE"  # environment variable: the folder of the cache
 VERSION = 1

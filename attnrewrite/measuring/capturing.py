@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from ..graphs.axes import Views, applied
 from ..graphs.emitting import Emitter
 from ..graphs.nodes import value_of
 from ..graphs.notes import mark_ours
-from ..graphs.tracing import traced
+from ..graphs.tracing import Call, traced_calls
 from ..kernels.calls import SIZES, AttentionCall
 from ..kernels.decisions import Accepted
 from ..kernels.machines import Machine
@@ -90,6 +90,21 @@ def capture(
     exception of `receive` ends the run and is raised unchanged. For an inference call it under `torch.no_grad()`, as you
     would call the model.
     """
+    results: list[Any] = []
+    capture_calls(model, [(args, kwargs)], receive, policy, machine, aside, results.append)
+    return results[0]
+
+
+def capture_calls(
+    model: Callable[..., Any],
+    calls: Iterable[Call],
+    receive: Receive,
+    policy: Policy,
+    machine: Machine | None = None,
+    aside: Callable[[Site], bool] | None = None,
+    finish: Callable[[Any], object] = lambda output: None,
+) -> None:
+    """As `capture`, for calls one after another, each an (args, kwargs). finish: gets the model's output of each."""
     run = _Run(receive, aside)
 
     def backend(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -98,7 +113,7 @@ def capture(
 
     _RUNS[run.number] = run
     try:
-        return traced(model, args, kwargs, backend)
+        traced_calls(model, calls, backend, finish)
     finally:
         del _RUNS[run.number]
 

@@ -20,7 +20,8 @@ from ..planning.sites import Site
 from ..planning.this_machine import machine_of
 from . import cache
 from .example_tensors import example, numbers
-from .measure_site import Search, measure_site
+from .measure_site import measure_site
+from .search import Search
 
 logger = logging.getLogger("attnrewrite")
 

@@ -4,52 +4,36 @@ from __future__ import annotations
 
 import functools
 import gc
-import math
 import random
 import statistics
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..graphs.inner_compilers import Inner, compile_with
 from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
-from ..kernels.records import Backend, Numerics
-from ..kernels.shapes import rank4
-from ..planning.measurements import Inexact, Measurement
+from ..kernels.records import Backend
+from ..planning.measurements import Measurement
 from ..planning.policies import Candidate
 from ..planning.sites import Site
+from .alike import Alike, Compiled, Errors, compiled_graph
 from .capturing import Captured
-from .choosing import choose, undecided
-from .reference import Reference, reference
-from .site_graphs import plan_site, site_graph
+from .choosing import undecided
+from .comparing import Comparison, too_inexact
+from .search import Search
+from .site_graphs import plan_site
 from .timing import Stopwatch, deviation
-from .workers import OverdueError, Worker
+from .workers import OverdueError, Worker, said
 
 SECONDS = 2.0  # time for the rounds of a site
 FAR_BEHIND = 3.0  # slower than this multiple of the fastest: timed once
 SHORT = 0.1  # seconds: a shorter call is sampled again before it may count as far behind
-WRONG = 10.0  # above this multiple of native's error: more than rounding
-
-
-@dataclass(frozen=True)
-class Search:
-    """The arguments of `attnrewrite.tune`, which documents them, and the numbers of rounds."""
-
-    candidates: tuple[Candidate, ...]
-    numerics: Numerics = Numerics.REORDERED
-    max_error: float | None = None
-    min_gain: float = 0.02
-    inner: Inner = "inductor"
-    time_limit: float = 60.0
-    rounds: tuple[int, int] = (7, 25)  # least and most rounds of a site
-    more: int = 3  # factor on the number of rounds where noise hides which kernel is worth choosing
 
 
 @dataclass
@@ -57,6 +41,8 @@ class Runner:
     """A candidate that ran without an error.
 
     name: the kernel's name.
+    record: the kernel's record for the machine.
+    compiled: the kernel in the site's graph.
     call: runs the kernel once, with its backward if the call needs a gradient.
     error: the relative error against float64; None under dropout.
     seconds: time of one call, before the rounds.
@@ -66,6 +52,8 @@ class Runner:
     """
 
     name: str
+    record: Backend
+    compiled: Compiled
     call: Callable[[], Any]
     error: float | None
     seconds: float
@@ -107,13 +95,26 @@ def measure_site(
     clock: Clock = Stopwatch,
     free: Free = free_memory,
 ) -> Site:
-    """Returns the site with every decision, every measurement and the choice. Raises only `KeyboardInterrupt` (Ctrl-C), and
-    `RuntimeError` for a GPU that no longer answers.
+    """Returns the site with every decision, every measurement and the choice. Raises as `measure_alike`."""
+    alike = measure_alike(captured, machine, search, say, clock, free)
+    return alike.site(captured.call, [alike.first])
+
+
+def measure_alike(
+    captured: Captured,
+    machine: Machine,
+    search: Search,
+    say: Say = silent,
+    clock: Clock = Stopwatch,
+    free: Free = free_memory,
+) -> Alike:
+    """Measures the first of the attentions that are alike. Raises only `KeyboardInterrupt` (Ctrl-C), and `RuntimeError` for a
+    GPU that no longer answers.
 
     clock: times kernels on a device. free: returns the free memory of a device."""
     devices = [captured.query.device] if captured.query.device.type == "cuda" else []
     with torch.random.fork_rng(devices):  # dropout and kernels draw random numbers
-        return _Measuring(captured, machine, search, say, clock(captured.query.device), free).site()
+        return _Measuring(captured, machine, search, say, clock(captured.query.device), free).alike()
 
 
 class _Measuring:
@@ -124,11 +125,10 @@ class _Measuring:
         self.watch, self.free = watch, free
         self.worker = Worker(captured.query.device)
         self.done: dict[str, Measurement] = {}
-        self.reference: Reference | None = None
-        self.nothing = _not_finite(captured)  # why nothing can be compared; "" if something can
+        self.comparison = Comparison(captured)
         self.of_native: float | None = None
 
-    def site(self) -> Site:
+    def alike(self) -> Alike:
         call = self.captured.call
         planned = [(each, self._planned(each)) for each in self.search.candidates]
         accepted = [(candidate, site) for candidate, site in planned if site is not None and site.chosen is not None]
@@ -147,30 +147,29 @@ class _Measuring:
             raise
         finally:
             self.worker.leave()
-        if self.nothing:
+        if self.comparison.nothing:
             warnings.warn(
-                f"attnrewrite.tune compared nothing at {call.site or 'a call'}: {self.nothing}. native stays there",
+                f"attnrewrite.tune compared nothing at {call.site or 'a call'}: {self.comparison.nothing}. native stays there",
                 stacklevel=2,
             )
         for runner in runners:
             middle = statistics.median(runner.samples)
             self.done[runner.name] = Measurement(
                 runner.name, 1e3 * middle, deviation(runner.samples) / (middle or 1.0), runner.error, len(runner.samples),
-                self._too_inexact(runner), 1e3 * runner.host or None,
+                None if runner.record.numerics.is_inexact else self._too_inexact(runner), 1e3 * runner.host or None,
             )  # fmt: skip
-        measured = tuple(self.done[each.name] for each, _ in planned if each.name in self.done)
-        chosen = choose(measured, {each.name: each.samples for each in runners}, self.search.min_gain)
-        if chosen is None and any(candidate.name == "native" for candidate, _ in accepted):
-            chosen = "native"  # the unchanged call is never wrong: only the limit may be too low for it
-        taken = [each for _, site in planned if site is not None for each in site.decisions]
-        decisions = tuple(sorted(taken, key=lambda each: each[0] == chosen))  # the choice comes last, as in every plan
-        of_chosen = next((site for candidate, site in accepted if candidate.name == chosen), None)
-        record = of_chosen.backend if of_chosen else None
-        error = next((each.error for each in measured if each.name == chosen), None)
-        return Site(
-            replace(call), decisions, chosen, source=of_chosen.source if of_chosen else None,
-            backend=record, measured=measured, inexact=Inexact.of(record, error) if record else None,
-        )  # fmt: skip
+        follow = [runner for runner in runners if runner.record.numerics.is_inexact]
+        return Alike(
+            self.machine,
+            self.search,
+            measured=tuple(self.done[each.name] for each, _ in planned if each.name in self.done),
+            decisions=tuple(each for _, site in planned if site is not None for each in site.decisions),
+            plans={candidate.name: site for candidate, site in accepted},
+            samples={each.name: each.samples for each in runners},
+            compiled={each.name: each.compiled for each in follow},
+            of_native=self.of_native,
+            first=Errors({each.name: each.error for each in follow}, {}, self.comparison.nothing),
+        )
 
     def _planned(self, candidate: Candidate) -> Site | None:
         """Plans one candidate. Returns None, and drops the kernel, if planning raises: a user's own record may."""
@@ -213,14 +212,13 @@ class _Measuring:
         call = self.captured.call
         assert site.backend is not None
         enough_memory(site.backend, call, self.watch.device, self.free)
-        graph = site_graph(self.captured, site, candidate, self.machine)
-        with torch.set_grad_enabled(call.needs_grad):
-            compiled = compile_with(self.search.inner, graph.module, list(graph.inputs))
+        kept, graph = compiled_graph(self.captured, site, candidate, self.machine, self.search.inner)
+        compiled = kept.run
         run = _with_backward(compiled, graph.inputs) if call.needs_grad else lambda: compiled(*graph.inputs)
         self.worker.check()
         with torch.set_grad_enabled(call.needs_grad):
             output = compiled(*graph.inputs)[0].detach()
-        error = self._compared(output)
+        error = self.comparison.error(output)
         del output
         if candidate.name == "native":
             self.of_native = error
@@ -232,35 +230,7 @@ class _Measuring:
             self.worker.check()
             seconds = min(seconds, self.watch.sample(run, min(3, self.watch.calls(seconds))))
         host = self.watch.host(run)
-        return Runner(candidate.name, run, error, seconds, time.perf_counter() - started, host)
-
-    def _compared(self, output: Tensor) -> float | None:
-        """Returns the relative error, None under dropout, NaN if nothing can be compared. Raises `ValueError` for another
-        shape, NaN or infinity."""
-        captured, call = self.captured, self.captured.call
-        batch, heads, q_len, value_dim = (int(each) for each in (call.batch, call.heads, call.q_len, call.value_dim))
-        wanted = (batch, q_len, heads * value_dim) if captured.query.dim() == 4 else None
-        if wanted is not None and tuple(output.shape) != wanted:
-            raise ValueError(f"returns {tuple(output.shape)} where SDPA gives {wanted}")
-        if captured.query.dim() == 4:
-            whole = output.unflatten(2, (heads, value_dim)).transpose(1, 2)
-        else:
-            whole = rank4(output, tuple(output.shape[: -3 if output.dim() > 3 else -2]), heads)
-        if self.reference is None:
-            self.reference = reference(call, captured.query, captured.key, captured.value, captured.mask)
-            self.nothing = self.nothing or ("" if self.reference.compared else "no row of it sees a key")
-        if self.nothing:
-            return None if call.dropout else math.nan
-        wrong = ~torch.isfinite(whole).all(-1)
-        if bool(wrong.any()) and (self.reference.seen is None or not bool(torch.isfinite(self._rows(whole)).all())):
-            raise ValueError(f"returns NaN or infinity in {int(wrong.sum())} of {wrong.numel()} rows")
-        return None if call.dropout else self.reference.error(whole)
-
-    def _rows(self, whole: Tensor) -> Tensor:
-        """The compared rows of the output, with zeros for rows that see no key."""
-        assert self.reference is not None
-        assert self.reference.seen is not None
-        return torch.where(self.reference.seen[..., None], whole[:, :, self.reference.rows], 0.0)
+        return Runner(candidate.name, site.backend, kept, run, error, seconds, time.perf_counter() - started, host)
 
     def _rounds(self, runners: list[Runner]) -> list[Runner]:
         """Times the kernels in rounds, each in another order. Returns the kernels that took part in every round."""
@@ -302,29 +272,14 @@ class _Measuring:
         return seconds
 
     def _too_inexact(self, runner: Runner) -> str | None:
-        """Why the error is not known or above the limit, or None. The limit: `max_error`; without it `WRONG` times native's
-        error, and for a quantised or sparse kernel twice its stated error."""
-        if runner.error is not None and math.isnan(runner.error):
-            return None if runner.name == "native" else f"nothing was compared: {self.nothing}"
-        limit, why = self.search.max_error, "max_error"
-        if limit is None:
-            record = next(each for each in self.search.candidates if each.name == runner.name).on(self.machine)
-            if record.numerics.is_inexact:
-                limit, why = 2 * record.tolerance.error, "twice its stated error"
-            elif self.of_native is not None and runner.name != "native":
-                last_bits = (
-                    2 * torch.finfo(getattr(torch, self.captured.call.dtype)).eps
-                )  # native's error may be 0, as for one key
-                limit, why = max(WRONG * self.of_native, last_bits), f"{WRONG:g} times native's"
-        if limit is None or runner.error is None or runner.error <= limit:
-            return None
-        return f"its error is above {limit:.1e}, {why}"
-
-
-def _not_finite(captured: Captured) -> str:
-    tensors = {"query": captured.query, "key": captured.key, "value": captured.value}
-    bad = [name for name, each in tensors.items() if not bool(each.isfinite().all())]
-    return f"values that are not finite come in by its {', '.join(bad)}" if bad else ""
+        return too_inexact(
+            runner.error,
+            runner.record,
+            self.captured.call,
+            self.search.max_error,
+            self.of_native,
+            self.comparison.nothing,
+        )
 
 
 def _with_backward(compiled: Callable[..., Any], inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
@@ -337,12 +292,6 @@ def _with_backward(compiled: Callable[..., Any], inputs: tuple[Tensor, ...]) -> 
             return torch.autograd.grad(output, learned, torch.ones_like(output))
 
     return run
-
-
-def said(error: BaseException) -> str:
-    """The first line of an error as text, which keeps none of the error's frames and tensors alive."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}".rstrip(": ")
 
 
 def enough_memory(record: Backend, call: AttentionCall, device: torch.device, free: Free = free_memory) -> None:

@@ -31,6 +31,28 @@ VALUE = "example_value"
 
 
 @dataclass(frozen=True)
+class Lies:
+    """How a tensor lies in memory."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(tensor: Tensor) -> Lies:
+        return Lies(tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()), tensor.dtype)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Where the operands of a site lie in the inputs of its graph."""
+
+    inputs: dict[str, Lies]
+    operands: dict[str, tuple[str, Lies]]  # by the operand's name: the input's name, and where the operand lies in it
+
+
+@dataclass(frozen=True)
 class SiteGraph:
     """A graph and its inputs. `module(*inputs)` returns a tuple of one tensor: (batch, q_len, heads * value_dim) for a query
     of rank 4, SDPA's own form for other ranks."""
@@ -40,6 +62,7 @@ class SiteGraph:
         Tensor, ...
     ]  # query, key, value, and mask and rows if the graph has them; or the memory they are parts of
     site: Site  # the plan of the graph's call
+    memory: Memory  # where the operands lie in the inputs
 
 
 def plan_site(call: AttentionCall, candidate: Candidate, machine: Machine, numerics: Numerics) -> Site:
@@ -50,18 +73,9 @@ def plan_site(call: AttentionCall, candidate: Candidate, machine: Machine, numer
 
 def site_graph(captured: Captured, site: Site, candidate: Candidate, machine: Machine) -> SiteGraph:
     """Builds the graph of a captured attention with the candidate's kernel. site: the plan that accepted the candidate."""
-    call, mask, rows = _asked(captured, site)
-    dtype = getattr(torch, call.dtype)
-    tensors = [each.detach() for each in (captured.query, captured.key, captured.value)]
-    tensors = [each if each.dtype == dtype else each.to(dtype) for each in tensors]  # as autocast, which is off here
-    if call.needs_grad:
-        tensors = [each.requires_grad_() for each in tensors]
-    if mask is not None and mask.is_floating_point():
-        mask = mask.to(getattr(torch, str(call.mask.dtype)))
-
+    call, given = _operands(captured, site)
+    mask = given.get("mask")
     build = _Build(call.needs_grad)
-    names = ("query", "key", "value", "mask", "rows")
-    given = {name: each for name, each in zip(names, (*tensors, mask, rows), strict=True) if each is not None}
     inputs, memory = _inputs(given)
     nodes = {name: build.placeholder(name, tensor) for name, tensor in inputs.items()}
     for name, of in memory.items():
@@ -85,14 +99,73 @@ def site_graph(captured: Captured, site: Site, candidate: Candidate, machine: Ma
         if mask is not None
         else ()
     )
-    query, key, value = (Operand(nodes[name]) for name in names[:3])
+    query, key, value = (Operand(nodes[name]) for name in ("query", "key", "value"))
     operands = Operands(query, key, value, term, grouped=captured.grouped)
     swap_kernels(module, [Planned(attention, call, operands, site=replace(asked, call=call))])
     for tidier in TIDIERS:
         tidier(module)
     module.graph.lint()
     module.recompile()
-    return SiteGraph(module, tuple(inputs.values()), asked)
+    return SiteGraph(module, tuple(inputs.values()), asked, _memory(given, inputs, memory))
+
+
+def _operands(captured: Captured, site: Site) -> tuple[AttentionCall, dict[str, Tensor]]:
+    """The call of a site's graph, and its operands by name."""
+    call, mask, rows = _asked(captured, site)
+    dtype = getattr(torch, call.dtype)
+    tensors = [each.detach() for each in (captured.query, captured.key, captured.value)]
+    tensors = [each if each.dtype == dtype else each.to(dtype) for each in tensors]  # as autocast, which is off here
+    if call.needs_grad:
+        tensors = [each.requires_grad_() for each in tensors]
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(getattr(torch, str(call.mask.dtype)))
+    names = ("query", "key", "value", "mask", "rows")
+    return call, {name: each for name, each in zip(names, (*tensors, mask, rows), strict=True) if each is not None}
+
+
+def _memory(given: dict[str, Tensor], inputs: dict[str, Tensor], memory: dict[str, str]) -> Memory:
+    return Memory(
+        {name: Lies.of(each) for name, each in inputs.items()},
+        {name: (memory.get(name, name), Lies.of(each)) for name, each in given.items()},
+    )
+
+
+def inputs_for(memory: Memory, captured: Captured, site: Site) -> tuple[Tensor, ...] | None:
+    """The inputs with which a graph that was built for an attention like this one computes this attention: its own tensors
+    if they lie as the graph has it, else copies that do. None if no copy does.
+
+    memory: of that graph. site: the plan that accepted the graph's candidate.
+    """
+    _, given = _operands(captured, site)
+    inputs, parts = _inputs(given)
+    here = _memory(given, inputs, parts)
+    if here == memory:
+        return tuple(inputs.values())
+    for name, (_, lies) in memory.operands.items():
+        if name not in given or not _holds(lies, here.operands[name][1]):
+            return None
+    if given.keys() != memory.operands.keys():
+        return None
+    device = captured.query.device
+    made = {
+        name: torch.empty_strided(lies.shape, lies.stride, dtype=lies.dtype, device=device).zero_()
+        for name, lies in memory.inputs.items()
+    }
+    for name, (of, lies) in memory.operands.items():
+        place = made[of] if of == name else made[of].as_strided(lies.shape, lies.stride, lies.offset)
+        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in lies.stride)
+        place[once].copy_(given[name].detach()[once])
+    return tuple(each.requires_grad_(name in given and given[name].requires_grad) for name, each in made.items())
+
+
+def _holds(lies: Lies, other: Lies) -> bool:
+    """Whether memory in which a tensor lies holds the elements of another tensor: where one element of memory stands for
+    several of the first tensor (stride 0), it does so for the other."""
+    repeats = any(
+        size > 1 and stride == 0 and of_other != 0
+        for size, stride, of_other in zip(lies.shape, lies.stride, other.stride, strict=False)
+    )
+    return lies.shape == other.shape and lies.dtype == other.dtype and not repeats
 
 
 def _inputs(given: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -28,6 +28,12 @@ _LEFT: list[threading.Thread] = []
 PATIENCE = 5.0  # seconds that the process waits at its end for abandoned threads
 
 
+def said(error: BaseException) -> str:
+    """The first line of an error as text, which keeps none of the error's frames and tensors alive."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else ''}".rstrip(": ")
+
+
 class Worker:
     def __init__(self, device: torch.device) -> None:
         self._device = device

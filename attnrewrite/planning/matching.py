@@ -3,28 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from ..graphs.sizes import Size, holds
 from ..kernels.calls import SIZES, AttentionCall, Mask
 from ..kernels.machines import Machine
+from .measurements import worst
 from .sites import Site
 
 # The fields besides sizes and mask that change a kernel's time. The site's name, its role and the scale do not.
 STATIC = ("dtype", "device", "dropout", "needs_grad", "deterministic", "written_as")
 
 
-def find(sites: Sequence[Site], call: AttentionCall) -> Site | None:
-    """The measured site that matches the call, or None. Names are not compared, so a plan of a whole model also serves its
-    repeated blocks compiled by themselves. A site with another memory layout of the query, or for which the graph proves
-    something else about the same mask (a block knows less than its model), is used only if no site agrees in both.
+def find(sites: Sequence[Site], call: AttentionCall, names: Sequence[str] = ()) -> Site | None:
+    """The measured site that matches the call, or None. Names decide only among alike sites that differ in their kernels, so a
+    plan of a whole model also serves its repeated blocks compiled by themselves (`of_name`). A site with another memory layout
+    of the query, or for which the graph proves something else about the same mask (a block knows less than its model), is used
+    only if no site agrees in both. Of several sites those kernels count that none of them has dropped.
 
     Sizes must be equal; a symbolic size must be in [p, 2p), with p the power of two at or below the measured size. `holds` asks
     for that last, and makes it a guard of the compiled code.
+
+    names: all names that count, of blocks that share the code. (): the call's.
     """
     like = [site for site in sites if all(getattr(site.call, name) == getattr(call, name) for name in STATIC)]
     exact = [site for site in like if site.call.layout == call.layout and _same(site.call.mask, call.mask)]
     loose = [site for site in like if site not in exact and _same_tensor(site.call.mask, call.mask)]
-    return next((site for site in (*exact, *loose) if _fits(call, site.call)), None)
+    first = next((site for site in (*exact, *loose) if _fits(call, site.call)), None)
+    if first is None:
+        return None
+    group = exact if any(site is first for site in exact) else loose
+    alike = [site for site in group if _sizes(site.call) == _sizes(first.call)]
+    if all((site.chosen, site.measured) == (first.chosen, first.measured) for site in alike):
+        return first
+    chosen = {id(site): site for name in names or (call.site,) for site in of_name(alike, name)}
+    return _agreed(list(chosen.values()))
+
+
+def of_name(sites: Sequence[Site], name: str) -> list[Site]:
+    """The sites of that name; if there are none, those whose name ends with it or is its end, as for a part of a pipeline or a
+    block by itself; if there are none, all."""
+    equal = [site for site in sites if site.name == name]
+    return equal or [site for site in sites if same_end(site.name, name)] or list(sites)
+
+
+def same_end(path: str, other: str) -> bool:
+    """Whether one of two paths of modules is the end of the other: blocks.0 and transformer.blocks.0."""
+    return f".{path}".endswith(f".{other}") or f".{other}".endswith(f".{path}")
+
+
+def _agreed(sites: Sequence[Site]) -> Site:
+    """A site that stands for several that are alike: a kernel that one of them has dropped is dropped, errors are the worst."""
+    measured = []
+    for name in dict.fromkeys(each.name for site in sites for each in site.measured):
+        found = [each for site in sites for each in site.measured if each.name == name]
+        dropped = next((each.dropped for each in found if each.dropped is not None), None)
+        measured.append(replace(found[0], error=worst(each.error for each in found), dropped=dropped))
+    able = {each.name: each.least for each in measured if each.dropped is None}
+    chosen = [site for site in sites if site.chosen in able]
+    if not chosen:
+        return replace(sites[0], chosen="native", source=None, backend=None, measured=tuple(measured))
+    return replace(min(chosen, key=lambda site: able[str(site.chosen)]), measured=tuple(measured))
+
+
+def apart(sites: Sequence[Site]) -> list[Site]:
+    """The sites whose kernels differ from those of another site with such a call."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(repr(replace(site.call, site="", role="", scale=None)), []).append(site)
+    return [
+        site
+        for group in groups.values()
+        if any((each.chosen, each.measured) != (group[0].chosen, group[0].measured) for each in group)
+        for site in group
+    ]
+
+
+def _sizes(call: AttentionCall) -> tuple[Size, ...]:
+    return tuple(getattr(call, name) for name in SIZES)
 
 
 def _same(one: Mask, other: Mask) -> bool:

@@ -83,12 +83,15 @@ class Auto:
 class Planned:
     """`with_backend(plan)`: the plan's kernels for a call that was measured, then "auto"; only "auto" for any other call.
 
+    sharing: the paths of the repeated blocks that share the code; a call bears the name of the first. (): of one module.
+
     Raises `ValueError` for a plan that was not measured.
     """
 
     plan: Plan
     name: str = "plan"
     otherwise: Auto = Auto()  # for the calls that were not measured
+    sharing: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.plan.tuning is None:
@@ -101,13 +104,20 @@ class Planned:
             return (candidate("native"),)
         if (stale := foreign(tuning.machines, machine)) is None:
             try:
-                site = find(self.plan.sites, call)
+                site = find(self.plan.sites, call, self._names(call))
             except UnbackedSizeError:
                 site = None
             stale = "it has no such call" if site is None else _other_packages(site, tuning.machines, machine)
             if site is not None and stale is None:
                 return (*measured_candidates(site, "plan"), *self.otherwise.select(call, machine, limit))
         return self.otherwise.select(call, machine, limit, stale=f"the plan of {tuning.model}: {stale}")
+
+    def _names(self, call: AttentionCall) -> list[str]:
+        """The names of the call in each of the blocks that share the code."""
+        first = self.sharing[0] if self.sharing else None
+        if first is None or not call.site.startswith(first):
+            return []
+        return [path + call.site[len(first) :] for path in self.sharing]
 
     def compiled_by(self, inner: Inner) -> Planned:
         return replace(self, otherwise=AUTO.compiled_by(inner))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from ..graphs.eager_calls import EagerCall
 from ..kernels.calls import AttentionCall
-from .measurements import Measurement, Tuning
+from .measurements import Measurement, Tuning, worst
 from .sites import NearMiss, Site
 
 
@@ -17,7 +18,8 @@ def tuned_table(sites: Sequence[Site], tuning: Tuning | None) -> str:
     dropped and the refused kernels."""
     groups: dict[object, list[Site]] = {}
     for site in sites:
-        key = (repr({**vars(site.call), "site": "", "role": ""}), site.chosen, site.measured, site.inexact)
+        numerics = site.inexact and site.inexact.numerics
+        key = (repr({**vars(site.call), "site": "", "role": ""}), site.chosen, site.measured, numerics)
         groups.setdefault(key, []).append(site)
     lines = [_heading(len(sites), len(groups), tuning)]
     if not groups:
@@ -33,8 +35,9 @@ def tuned_table(sites: Sequence[Site], tuning: Tuning | None) -> str:
     everywhere = set.intersection(*(_refused(group[0]) for group in groups.values()))
     for text, group in zip(texts[1:], groups.values(), strict=True):
         lines.append(text)
-        lines += [f"    {group[0].chosen} is {group[0].inexact}"] if group[0].inexact else []
-        lines += [f"    {line}" for line in (*_measured(group[0]), *_by_code(_refused(group[0]) - everywhere))]
+        coarse = [site.inexact for site in group if site.inexact]
+        lines += [f"    {group[0].chosen} is {max(coarse, key=lambda each: each.error)}"] if coarse else []
+        lines += [f"    {line}" for line in (*_measured(group), *_by_code(_refused(group[0]) - everywhere))]
     lines += (["refused at every site:"] if everywhere else []) + [f"    {line}" for line in _by_code(everywhere)]
     return "\n".join(lines)
 
@@ -47,12 +50,20 @@ def _heading(number: int, groups: int, tuning: Tuning | None) -> str:
     limit = f", errors up to {tuning.max_error:g}" if tuning.max_error is not None else ""
     ended = "" if tuning.complete else "; ended by Ctrl-C, not all of it was measured"
     gain = f"a kernel is worth changing to from {tuning.min_gain:.0%} on"
-    return f"{what} ({tuning.numerics}{limit}; {gain}){ended}\n" + "\n".join(
-        f"on {machine}" for machine in tuning.machines
+    lines = [f"{what} ({tuning.numerics}{limit}; {gain}){ended}"]
+    lines += [f"{tuning.output}"] if tuning.output is not None else []
+    return "\n".join([*lines, *(f"on {machine}" for machine in tuning.machines)])
+
+
+def _measured(group: Sequence[Site]) -> list[str]:
+    """The kernels of sites that share times. Errors are the largest of the group."""
+    of_all = [{each.name: each.error for each in site.measured} for site in group]
+    site = replace(
+        group[0],
+        measured=tuple(
+            replace(each, error=worst(errors.get(each.name) for errors in of_all)) for each in group[0].measured
+        ),
     )
-
-
-def _measured(site: Site) -> list[str]:
     timed = sorted(
         (each for each in site.measured if each.milliseconds is not None), key=lambda each: each.milliseconds or 0.0
     )

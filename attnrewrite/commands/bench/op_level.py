@@ -27,7 +27,8 @@ from ...kernels.calls import AttentionCall, Mask, MaskKind
 from ...kernels.decisions import Refused
 from ...kernels.records import Numerics
 from ...measuring.example_tensors import example
-from ...measuring.measure_site import Say, Search, measure_site, silent
+from ...measuring.measure_site import Say, measure_site, silent
+from ...measuring.search import Search
 from ...planning.measurements import Measurement
 from ...planning.planner import make_plan
 from ...planning.registry import records_of
