@@ -15,8 +15,10 @@ from .entrances.explaining import explain
 from .entrances.in_place import reset_attention_backend, set_attention_backend
 from .entrances.inductor_pass import inductor_pass
 from .entrances.plan_doctor import context_parallel_plan
+from .entrances.plan_schedules import schedule_of
 from .entrances.schedules import Schedule, schedule
 from .entrances.tuning import tune
+from .entrances.tuning_pipelines import tune_pipeline
 from .graphs.sizes import UnbackedSizeError, holds
 from .kernels import ops as ops  # for plug-ins: ops.register
 from .kernels.calls import AttentionCall, Mask, MaskKind
@@ -29,7 +31,7 @@ from .parallel.agreement import RanksDisagreeError
 from .parallel.boundary_plans import BoundaryPlan
 from .parallel.settings import ContextParallel
 from .passes.check_values import AttentionCheckError
-from .planning.measurements import Measurement, Tuning
+from .planning.measurements import GivenBack, Measurement, OutputError, Tuning
 from .planning.planner import AttentionRefusedError, make_plan
 from .planning.plans import Plan
 from .planning.policies import Policy
@@ -57,6 +59,7 @@ __all__ = [
     "ContextParallel",
     "Decision",
     "Fidelity",
+    "GivenBack",
     "HeadDim",
     "Hub",
     "LoadedPackage",
@@ -67,6 +70,7 @@ __all__ = [
     "NeedsPythonError",
     "Numerics",
     "Option",
+    "OutputError",
     "Package",
     "Plan",
     "Policy",
@@ -110,7 +114,9 @@ __all__ = [
     "rewrite",
     "save",
     "schedule",
+    "schedule_of",
     "set_attention_backend",
     "tune",
+    "tune_pipeline",
     "with_backend",
 ]

@@ -75,8 +75,39 @@ def schedule(
     return Schedule(context, several(middle), first, last, steps, calls)
 
 
+class Steps:
+    """Counts the denoising steps of a pipeline by the calls of its denoisers, which take turns (Wan 2.2 has two)."""
+
+    def __init__(self, pipeline: Any = None, steps: int | None = None, calls: int | None = None) -> None:
+        """steps: of a run, after which the count restarts. calls: of the denoisers in a step; None: see `schedule`."""
+        self.pipeline, self.steps, self.calls = pipeline, steps, calls
+        self._count = 0
+        self._timesteps: Any = None
+
+    def next(self) -> tuple[int, int | None]:
+        """The step of the call that begins now, and the number of all steps, None if that is not known. Counts the call."""
+        scheduler = getattr(self.pipeline, "scheduler", None)
+        calls = self.calls or 1
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is not self._timesteps:  # each call of the pipeline makes new ones
+            self._timesteps, self._count = timesteps, 0
+        steps = self.steps
+        if steps is None and timesteps is not None:
+            # Image-to-image starts in the middle of the scheduler's timesteps; the pipeline knows how many are left.
+            known = getattr(self.pipeline, "num_timesteps", None)
+            steps = known if isinstance(known, int) else len(timesteps)
+        step = self._count // calls
+        if self.calls is None and hasattr(scheduler, "step_index"):
+            begin = getattr(scheduler, "begin_index", None) or 0
+            step = (scheduler.step_index or begin) - begin  # type: ignore[union-attr]
+        self._count += 1
+        if self.steps is not None and self._count >= self.steps * calls:
+            self._count = 0
+        return step, steps
+
+
 class Progress:
-    """Tells the denoising step of a model. All denoisers of a pipeline share one, since they take turns (Wan 2.2 has two)."""
+    """Tells the denoising step of a model. All denoisers of a pipeline share one."""
 
     def __init__(self, schedule: Schedule, pipeline: Any = None) -> None:
         """Raises `ValueError` if the schedule needs the number of steps and neither `steps` nor a scheduler gives it."""
@@ -86,33 +117,11 @@ class Progress:
                 "Give steps=, or set the pipeline"
             )
         self.schedule = schedule
-        self.pipeline = pipeline
-        self._count = 0
-        self._timesteps: Any = None
+        self._steps = Steps(pipeline, schedule.steps, schedule.calls)
 
     def next_call(self) -> contextlib.AbstractContextManager[Any]:
         """Returns the context of the denoiser's call that begins now, and counts the call."""
-        step, steps = self._step()
+        step, steps = self._steps.next()
         if active() is not None:  # a context of the user applies to all steps
             return contextlib.nullcontext()
-        return self.schedule.at(step, steps)
-
-    def _step(self) -> tuple[int, int]:
-        plan, scheduler = self.schedule, getattr(self.pipeline, "scheduler", None)
-        calls = plan.calls or 1
-        timesteps = getattr(scheduler, "timesteps", None)
-        if timesteps is not self._timesteps:  # each call of the pipeline makes new ones
-            self._timesteps, self._count = timesteps, 0
-        steps = plan.steps
-        if steps is None and scheduler is not None:
-            # Image-to-image starts in the middle of the scheduler's timesteps; the pipeline knows how many are left.
-            known = getattr(self.pipeline, "num_timesteps", None)
-            steps = known if isinstance(known, int) else len(scheduler.timesteps)
-        step = self._count // calls
-        if plan.calls is None and hasattr(scheduler, "step_index"):
-            begin = getattr(scheduler, "begin_index", None) or 0
-            step = (scheduler.step_index or begin) - begin  # type: ignore[union-attr]
-        self._count += 1
-        if plan.steps is not None and self._count >= plan.steps * calls:
-            self._count = 0
-        return step, steps if steps is not None else step + 1 + plan.last
+        return self.schedule.at(step, steps if steps is not None else step + 1 + self.schedule.last)
