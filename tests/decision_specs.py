@@ -10,7 +10,7 @@ CPU = Machine("cpu", packages={"torch": "2.13.0"})
 
 PACKAGES = {"flash-attn": "2.8.3", "flash-attn-3": "3.0.0", "fa3-fwd": "0.0.3", "flash-attn-4": "4.0.0b36",
             "sageattention": "2.2.0", "xformers": "0.0.35", "kernels": "0.17.2", "torch-npu": "2.9.0",
-            "torch-xla": "2.9.0", "jax": "0.7.1"}  # fmt: skip
+            "torch-xla": "2.9.0", "jax": "0.7.1", "comfy-kitchen": "0.2.40"}  # fmt: skip
 
 
 def gpu(*capability, cudnn="9.19.0", torch="2.13.0", **others):
@@ -548,6 +548,26 @@ def sage_1(**words):
     return Spec(spec.machine, spec.refused, spec.questions + 1, spec.not_unbacked)
 
 
+def without_causal(masks=(), questions=0, **words):
+    """The spec of a kernel of comfy-kitchen, which knows no causal mask. masks: the kinds that it takes as tensors."""
+    spec = half_precision(H200, first=(8, 0), last=(12, 1), quantised=True, **words)
+    for name in with_mask(*{UPPER, LOWER, MaskKind.KEY_PADDING, BOOLEAN, ADDITIVE} - set(masks)):
+        spec.refused.setdefault(name, (Code.MASK, "has a mask", str(CHANGES[name].call["mask"].kind.value)))
+    for name in with_mask(*masks):
+        if spec.refused.get(name, ("",))[0] is Code.MASK:
+            del spec.refused[name]
+    return Spec(spec.machine, spec.refused, spec.questions + questions, spec.not_unbacked)
+
+
+def sol_attn():
+    spec = without_causal(questions=1, widest=128, multiple=128, gqa=False)
+    for name in ("exact", "reordered", "quantised"):
+        spec.refused[name] = (Code.NUMERICS, "is sparse", f"the limit is {name}")
+    for name, size in (("q_len 1", "q_len is 1"), ("kv_len 1", "kv_len 1"), ("kv_len 77", "kv_len 77")):
+        spec.refused[name] = (Code.LENGTH, "as many queries as keys", size)
+    return spec
+
+
 def elsewhere(device, machine, **words):
     """The spec of a kernel for another device than CUDA: it refuses every GPU of the changes."""
     spec = half_precision(machine, first=None, last=None, **words)
@@ -617,6 +637,9 @@ SPECS |= {
         H200, first=(8, 0), last=(9, 0), **SAGE, gaps=NO_ARCHITECTURE
     ),
     "_sage_qk_int8_pv_fp16_triton on cuda (sageattention>=1.0.6,<2)": sage_1(),
+    "sol on cuda": sol_attn(),
+    "sol_topk on cuda": sol_attn(),
+    "ck_int8 on cuda": without_causal((MaskKind.KEY_PADDING, BOOLEAN), multiple=64, window=True),
     "xformers on cuda": half_precision(
         H200, first=(8, 0), last=(9, 0), names="bfloat16, float16, float32", widest=None, backward=True,
         causal=UPPER_LEFT, masks=True, value_dim=True, window=True,

@@ -293,6 +293,8 @@ def test_unbacked_sizes_with_a_bound(record, size):
     unknown = env.create_unbacked_symint()
     if record.name == "_native_folded":
         pytest.skip("takes short sequences, and PyTorch does not see that a multiple of 128 is even")
+    if record.numerics is Numerics.SPARSE:
+        pytest.skip("takes as many queries as keys: no bound of one of them says that")
     torch._check(unknown >= 64)  # SageAttention's kernel with float16 values
     torch._check(unknown % 64 == 0)  # SageAttention 1.x
     torch._check(unknown % 128 == 0)  # _native_xla
@@ -313,6 +315,8 @@ def test_unbacked_heads_with_a_bound(record):
         "_native_efficient on cuda": Code.GQA,
         "_native_folded on cuda": Code.GQA,
         "sage_blackwell_hub on cuda": Code.GQA,
+        "sol on cuda": Code.GQA,
+        "sol_topk on cuda": Code.GQA,
         "_native_xla on tpu": Code.GQA,
         "flex on cuda": Code.UNBACKED,
         "_native_npu on npu": Code.UNBACKED,

@@ -308,7 +308,8 @@ def test_all_names_of_the_peer():
     peer = {name.value for name in AttentionBackendName}
     assert len(peer) == 27
     assert peer <= set(attnrewrite.names())
-    assert set(attnrewrite.names()) - peer == {"flash_4", "_flash_3_fp8", "_native_varlen", "_native_folded"}
+    ours = {"flash_4", "_flash_3_fp8", "_native_varlen", "_native_folded", "sol", "sol_topk", "ck_int8"}
+    assert set(attnrewrite.names()) - peer == ours
 
 
 # -- options in names

@@ -8,20 +8,21 @@ from parity import attend, doubled, qkv, relative
 from stand_ins import compiler
 
 import attnrewrite
+from attnrewrite.planning.usable import usable
 
 BOTH = "_flash_3_fp8[center=1,rotate=1]"
 
 
 def channels(query, key, value):
     """A few channels of query and key are 12 times as large."""
-    large = torch.ones(query.shape[-1], dtype=query.dtype)
+    large = torch.ones(query.shape[-1], dtype=query.dtype, device=query.device)
     large[[3, 17, 42]] = 12.0
     return query * large / 4, key * large, value
 
 
 def common_key(query, key, value):
     """All keys share a vector that is much larger than what tells them apart."""
-    return query, key + 12 * torch.randn(1, key.shape[1], 1, key.shape[-1], dtype=key.dtype), value
+    return query, key + 12 * torch.randn(1, key.shape[1], 1, key.shape[-1]).to(key), value
 
 
 def plain(query, key, value):
@@ -84,3 +85,22 @@ def test_masks_and_grouped_heads(stand_ins, kind, inner):
 
 def test_a_scale_of_the_model(stand_ins):
     assert error(BOTH, tensors(dim=96), scale=0.3 / math.sqrt(96)) < 6e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("data", [plain, channels, common_key])
+def test_fp8_options_on_a_gpu(data, inner):
+    refused, _ = usable(BOTH, attnrewrite.machine_of(torch.device("cuda", 0)))
+    if refused is not None:
+        pytest.skip(f"{BOTH}: {refused}")
+    given = [each.cuda() for each in data(*tensors(q_len=2048, kv_len=4096))]
+    exact = attend(*map(doubled, given))
+    found = {}
+    for name in ("_flash_3_fp8", "_flash_3_fp8[rotate=1]", "_flash_3_fp8[center=1]", BOTH):
+        torch.compiler.reset()
+        backend = attnrewrite.with_backend(name, numerics="quantised", inner=inner, strict=True)
+        with torch.no_grad():
+            found[name] = relative(torch.compile(attend, backend=backend, fullgraph=True)(*given), exact)
+    print(data.__name__, inner, *(f"{name} {each:.1e}" for name, each in found.items()))
+    assert found[BOTH] < 6e-2

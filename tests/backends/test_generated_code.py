@@ -52,6 +52,7 @@ def written_by_kernels(code):
 LEFT_TO_THEMSELVES = {
     "_flash_3_fp8": "casts to fp8 and back",
     "_native_xla": "its keys are masked by segment ids",
+    "ck_int8": "(batch, heads, length, dim) is what the library writes",
     "sage_blackwell_hub": "(batch, heads, length, dim): its op makes the dense copies that the kernel needs",
 }
 PLAIN = [record for record in RECORDS if record.name not in LEFT_TO_THEMSELVES]
