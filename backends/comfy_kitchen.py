@@ -144,7 +144,7 @@ SOL_ATTN = Backend(
     numerics=Numerics.SPARSE,
     tolerance=Tolerance(2e-2, "the far blocks by one term each: 1.1e-2 measured on data with the structure of a video"),
     checks=(as_many_queries_as_keys,),
-    tested="stand-in",
+    tested="sm_90",
     source=Package("comfy-kitchen", "comfy_kitchen"),
     requires={"comfy-kitchen": ">=0.2.40"},
     options={
@@ -175,7 +175,7 @@ CK_INT8 = Backend(
     max_batch=65_535,
     numerics=Numerics.QUANTISED,
     tolerance=Tolerance(3.5e-2, "int8 scores and values: 1.7e-2 measured on Gaussian data"),
-    tested="stand-in",
+    tested="sm_90",
     source=Package("comfy-kitchen", "comfy_kitchen"),
     requires={"comfy-kitchen": ">=0.2.40"},
 )
