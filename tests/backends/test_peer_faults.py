@@ -12,7 +12,7 @@ from parity import TOLERANCE, attend, doubled, qkv, relative, skip_if_fenced
 from stand_ins import compiler, fewest_keys
 
 import attnrewrite
-from attnrewrite import Code, records_of
+from attnrewrite import Code, Numerics, records_of
 from attnrewrite.planning.usable import usable
 
 VARLEN = ("_native_varlen", "flash_varlen", "flash_varlen_hub", "_flash_varlen_3", "_flash_3_varlen_hub", "sage_varlen")
@@ -160,7 +160,9 @@ def test_12_checks_and_fullgraph(kernel, stand_ins):
     if record.source is None and kernel not in on_cpu:
         pytest.skip("an aten operator of CUDA: tests/backends/test_kernels_gpu.py")
     backend = on_this_machine(kernel, "cpu")
-    tensors = qkv(kv_len=max(11, fewest_keys(record)), dtype=torch.bfloat16, dim=64)
+    kv_len = max(11, fewest_keys(record))
+    q_len = kv_len if record.numerics is Numerics.SPARSE else 7  # those that there are take self attention alone
+    tensors = qkv(q_len=q_len, kv_len=kv_len, dtype=torch.bfloat16, dim=64)
     with torch.no_grad():
         output = torch.compile(attend, backend=backend, fullgraph=True)(*tensors)
     assert backend.report.sites[0].chosen == kernel
