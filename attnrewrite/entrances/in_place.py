@@ -18,7 +18,7 @@ import torch
 from torch.nn import Module
 
 from ..graphs.inner_compilers import Inner
-from ..graphs.modules import drop_implementation, implementation_of, named, plain_call, set_implementation
+from ..graphs.modules import UNSET, implementation_of, named, plain_call, restore_implementation, set_implementation
 from ..parallel.settings import ContextParallel
 from .choices import Choice, CompileSettings, Rules, are_flags
 from .compilers import AttentionCompiler, with_backend
@@ -49,19 +49,15 @@ class SetModel:
             setattr(implementation, _OWNER, self)
             setattr(implementation, _AS_ONE, as_one)
             _SET.add(module)
-        self.before.append((module, implementation_of(module, _NOTHING)))
+        self.before.append((module, implementation_of(module, UNSET)))
         self.placed.append(implementation)
         set_implementation(module, implementation)
 
     def undo(self) -> None:
         """Puts back the earlier implementations. A module that was compiled anew since then stays as it is."""
         for (module, before), placed in zip(reversed(self.before), reversed(self.placed), strict=True):
-            if implementation_of(module, _NOTHING) is not placed:
-                continue
-            if before is _NOTHING:
-                drop_implementation(module)
-            else:
-                set_implementation(module, before)
+            if implementation_of(module, UNSET) is placed:
+                restore_implementation(module, before)
 
 
 _OWNER, _AS_ONE = "attnrewrite_set_model", "attnrewrite_as_one"  # attributes of a placed function
@@ -70,9 +66,6 @@ _SET: weakref.WeakSet[Module] = weakref.WeakSet()  # modules that got a function
 
 def _owner(module: Module) -> SetModel | None:
     return getattr(implementation_of(module), _OWNER, None)
-
-
-_NOTHING = object()
 
 
 def set_attention_backend(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ..graphs.modules import drop_implementation, implementation_of, plain_call, set_implementation
+from ..graphs.modules import UNSET, implementation_of, plain_call, restore_implementation, set_implementation
 from ..graphs.tracing import Call
 from ..graphs.trees import mapped
 from .schedules import Steps
@@ -81,33 +81,28 @@ def record(
     """Runs `pipeline(*args, **kwargs)`. Returns the calls of each denoiser that ran, and the number of all steps. Afterwards
     the denoisers are as before, also if the pipeline raises."""
     found: dict[str, Recorded] = {}
-    counter, most = Steps(pipeline), [0]
+    counter, steps = Steps(pipeline), 0
 
     def recording(path: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal steps
             step, _ = counter.next()
-            most[0] = max(most[0], step + 1)
+            steps = max(steps, step + 1)
             found.setdefault(path, Recorded()).add(step, args, kwargs)
             return call(*args, **kwargs)
 
         return run
 
-    before = {path: implementation_of(module, _NOTHING) for path, module in denoisers.items()}
+    before = {path: implementation_of(module, UNSET) for path, module in denoisers.items()}
     try:
         for path, module in denoisers.items():
             was = before[path]
-            set_implementation(module, recording(path, plain_call(module) if was in (_NOTHING, None) else was))
+            set_implementation(module, recording(path, plain_call(module) if was in (UNSET, None) else was))
         pipeline(*args, **kwargs)
     finally:
         for path, module in denoisers.items():
-            if before[path] is _NOTHING:
-                drop_implementation(module)
-            else:
-                set_implementation(module, before[path])
-    return found, most[0]
-
-
-_NOTHING = object()
+            restore_implementation(module, before[path])
+    return found, steps
 
 
 def _kept(value: Any) -> Any:

@@ -18,6 +18,7 @@ from ..measuring.capturing import Captured, capture_calls
 from ..measuring.measure_site import measure_alike
 from ..measuring.search import Search
 from ..measuring.site_graphs import lies
+from ..planning.matching import like
 from ..planning.measurements import Tuning
 from ..planning.plans import Plan
 from ..planning.policies import Candidate
@@ -116,13 +117,14 @@ def search_model(
     known: dict[tuple[Any, ...], Alike] = {}  # by the call and how its tensors lie in memory
     sites: dict[str, _Seen] = {}
     machines: list[Machine] = []
-    begun: list[int] = []  # the numbers of the calls that have begun
+    begun = 0  # calls that have begun
 
     def counted() -> Iterator[Call]:
+        nonlocal begun
         for call in calls:
-            begun.append(len(begun))
-            if len(begun) > 1:
-                line.say(f"input {len(begun)}")
+            begun += 1
+            if begun > 1:
+                line.say(f"input {begun}")
             yield call
             del call  # an iterator makes the next call after this one is freed
 
@@ -147,7 +149,7 @@ def search_model(
             errors = alike.errors_at(captured)
         if seen is None:
             seen = sites[name] = _Seen(call, alike)
-        seen.errors.setdefault(len(begun) - 1, Errors()).add(errors)
+        seen.errors.setdefault(begun - 1, Errors()).add(errors)
 
     complete = True
     try:
@@ -160,11 +162,11 @@ def search_model(
         print("attnrewrite.tune: interrupted, returning the plan so far", file=sys.stderr)
     finally:
         line.end()
-    numbers = range(len(begun))
     found = [
-        (seen.alike, seen.alike.site(seen.call, [seen.errors.get(each) for each in numbers])) for seen in sites.values()
+        (seen.alike, seen.alike.site(seen.call, [seen.errors.get(number) for number in range(begun)]))
+        for seen in sites.values()
     ]
-    plan = Plan(tuple(site for _, site in found), _tuning(model, machines, search, complete, len(begun)))
+    plan = Plan(tuple(site for _, site in found), _tuning(model, machines, search, complete, begun))
     if search.max_output_error is not None and complete:
         plan = hold_output(model, calls, plan, [alike for alike, _ in found], search, line)
     assert plan.tuning is not None
@@ -178,11 +180,6 @@ class _Seen:
     call: AttentionCall
     alike: Alike
     errors: dict[int, Errors] = field(default_factory=dict)  # by the number of the input
-
-
-def like(call: AttentionCall) -> AttentionCall:
-    """The call without name, role and scale: equal for calls that take a kernel the same time."""
-    return replace(call, site="", role="", scale=None)
 
 
 def read_search(

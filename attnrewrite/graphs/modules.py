@@ -30,6 +30,17 @@ def drop_implementation(module: Module) -> None:
     delattr(module, IMPLEMENTATION)
 
 
+UNSET = object()  # `implementation_of(module, UNSET)` where none is set
+
+
+def restore_implementation(module: Module, before: Any) -> None:
+    """before: what `implementation_of(module, UNSET)` returned."""
+    if before is UNSET:
+        drop_implementation(module)
+    else:
+        set_implementation(module, before)
+
+
 def plain_call(module: Module) -> Callable[..., Any]:
     """The uncompiled call of a module, with its hooks."""
     call: Callable[..., Any] = module._call_impl

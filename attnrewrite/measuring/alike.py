@@ -25,7 +25,7 @@ from .choosing import choose
 from .comparing import Comparison, limit_of, too_inexact
 from .search import Search
 from .site_graphs import Memory, SiteGraph, inputs_for, site_graph
-from .workers import OverdueError, Worker, said
+from .workers import Worker
 
 
 @dataclass(frozen=True)
@@ -158,12 +158,11 @@ class Alike:
             with torch.random.fork_rng(devices):
                 for name, compiled in self.compiled.items():
                     run = functools.partial(self._error, compiled, captured, comparison)
-                    try:
-                        found.errors[name] = worker.run(run, self.search.time_limit)
-                    except OverdueError:
-                        found.dropped[name] = f"not ready within its {self.search.time_limit:g} s, and left running"
-                    except Exception as problem:
-                        found.dropped[name] = said(problem)
+                    error, dropped = worker.attempt(run, self.search.time_limit)
+                    if dropped is None:
+                        found.errors[name] = error
+                    else:
+                        found.dropped[name] = dropped
         except KeyboardInterrupt:
             worker.interrupt()
             raise

@@ -29,7 +29,7 @@ from .comparing import Comparison, too_inexact
 from .search import Search
 from .site_graphs import plan_site
 from .timing import Stopwatch, deviation
-from .workers import OverdueError, Worker, said
+from .workers import Worker, said
 
 SECONDS = 2.0  # time for the rounds of a site
 FAR_BEHIND = 3.0  # slower than this multiple of the fastest: timed once
@@ -181,13 +181,9 @@ class _Measuring:
 
     def _guarded(self, name: str, function: Callable[[], Any], spent: float, error: float | None = None) -> Any:
         """Returns the function's result. If the function raises or takes too long, drops the kernel and returns None."""
-        limit = self.search.time_limit
-        try:
-            return self.worker.run(function, limit - spent)
-        except OverdueError:
-            dropped = f"not ready within its {limit:g} s, and left running"
-        except Exception as problem:
-            dropped = said(problem)
+        result, dropped = self.worker.attempt(function, self.search.time_limit, spent)
+        if dropped is None:
+            return result
         self.done[name] = Measurement(name, error=error, dropped=dropped)
         gc.collect()  # an error and its frames refer to each other, and the frames hold tensors
         self._still_there(name, dropped)

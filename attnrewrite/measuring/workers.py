@@ -58,6 +58,17 @@ class Worker:
             return result  # type: ignore[no-any-return]
         raise result
 
+    def attempt(
+        self, function: Callable[[], Result], limit: float, spent: float = 0.0
+    ) -> tuple[Result | None, str | None]:
+        """The function's result; or why there is none: it raised, or took longer than the rest of `limit` seconds."""
+        try:
+            return self.run(function, limit - spent), None
+        except OverdueError:
+            return None, f"not ready within its {limit:g} s, and left running"
+        except Exception as problem:
+            return None, said(problem)
+
     def leave(self) -> None:
         """Ends the thread after its current function."""
         if self._jobs is not None and self._thread is not None:

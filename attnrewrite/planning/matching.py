@@ -34,7 +34,7 @@ def find(sites: Sequence[Site], call: AttentionCall, names: Sequence[str] = ()) 
         return None
     group = exact if any(site is first for site in exact) else loose
     alike = [site for site in group if _sizes(site.call) == _sizes(first.call)]
-    if all((site.chosen, site.measured) == (first.chosen, first.measured) for site in alike):
+    if _same_kernels(alike):
         return first
     chosen = {id(site): site for name in names or (call.site,) for site in of_name(alike, name)}
     return _agreed(list(chosen.values()))
@@ -70,13 +70,17 @@ def apart(sites: Sequence[Site]) -> list[Site]:
     """The sites whose kernels differ from those of another site with such a call."""
     groups: dict[str, list[Site]] = {}
     for site in sites:
-        groups.setdefault(repr(replace(site.call, site="", role="", scale=None)), []).append(site)
-    return [
-        site
-        for group in groups.values()
-        if any((each.chosen, each.measured) != (group[0].chosen, group[0].measured) for each in group)
-        for site in group
-    ]
+        groups.setdefault(repr(like(site.call)), []).append(site)
+    return [site for group in groups.values() if not _same_kernels(group) for site in group]
+
+
+def _same_kernels(sites: Sequence[Site]) -> bool:
+    return all((site.chosen, site.measured) == (sites[0].chosen, sites[0].measured) for site in sites)
+
+
+def like(call: AttentionCall) -> AttentionCall:
+    """The call without name, role and scale: equal for calls that take a kernel the same time."""
+    return replace(call, site="", role="", scale=None)
 
 
 def _sizes(call: AttentionCall) -> tuple[Size, ...]:
