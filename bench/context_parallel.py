@@ -28,6 +28,7 @@ from attnrewrite.commands.bench import results
 from attnrewrite.commands.bench.denoisers import MODELS, Denoiser, Place
 
 ONE, PEER = "one GPU, torch.compile", "diffusers' Ulysses"
+NATIVE, AUTO = "attnrewrite, native", "attnrewrite, auto"
 WHOLE, GRAPHS = ", whole model", ", whole model, CUDA graphs"
 DEFAULT = ("wan-14b", "hunyuan", "flux", "qwen-image", "sd3.5")
 
@@ -73,8 +74,8 @@ def variants(mesh: DeviceMesh, cuda_graphs: bool) -> dict[str, Callable[[Denoise
     found: dict[str, Callable[[Denoiser], Any]] = {}
     for label, prepared in (
         (ONE, plain),
-        ("attnrewrite, native", partial(ours, "native", mesh)),
-        ("attnrewrite, auto", partial(ours, "auto", mesh)),
+        (NATIVE, partial(ours, "native", mesh)),
+        (AUTO, partial(ours, "auto", mesh)),
         (PEER, partial(peer, mesh)),
     ):
         for how in ("", WHOLE, *((GRAPHS,) if cuda_graphs else ())):

@@ -12,14 +12,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from context_parallel import AUTO, GRAPHS, NATIVE, ONE, PEER, WHOLE
+
 from attnrewrite.reports.pictures import COLOURS, figure, save
 
-ONE = "one GPU, torch.compile"
-VARIANTS = [
-    f"{who}{how}"
-    for who in (ONE, "diffusers' Ulysses", "attnrewrite, native", "attnrewrite, auto")
-    for how in ("", ", whole model", ", whole model, CUDA graphs")
-]
+VARIANTS = [who + how for who in (ONE, PEER, NATIVE, AUTO) for how in ("", WHOLE, GRAPHS)]
 
 
 def rows(runs: list[dict[str, Any]]) -> list[tuple[str, dict[str, dict[str, Any]]]]:

@@ -13,12 +13,15 @@ Needs a Hopper GPU and fa3-fwd.
 import argparse
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 import attnrewrite
+from attnrewrite.commands.bench.rounds import by_rounds, in_turn
+from attnrewrite.measuring.timing import Stopwatch
 
 NAME = "_flash_3_fp8"
 VARIANTS = (NAME, f"{NAME}[rotate=1]", f"{NAME}[center=1]", f"{NAME}[center=1,rotate=1]")
@@ -80,38 +83,21 @@ def error(kernel: str, given: list[torch.Tensor]) -> float:
     return (wrong / total) ** 0.5
 
 
-def milliseconds(run, given, calls: int = 3) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(20_000_000)  # 10 ms: the host queues the calls before the GPU starts them
-    start.record()
-    for _ in range(calls):
-        run(*given)
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / calls
-
-
 def times(rounds: int) -> dict[str, dict[str, float]]:
     batch, heads, length, dim = LARGE
     given = [torch.randn(batch, length, heads, dim, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     given.append(torch.rand(length, dim // 2, device="cuda"))
-    runs = {}
+    watch, timed = Stopwatch(given[0].device), {}
     for kernel in KERNELS:
         torch.compiler.reset()
-        runs[kernel] = compiled(in_block, kernel)
+        run = partial(compiled(in_block, kernel), *given)
         for _ in range(3):
-            runs[kernel](*given)
-    samples: dict[str, list[float]] = {kernel: [] for kernel in runs}
-    order = list(runs)
-    for number in range(rounds):
-        for kernel in order[number % len(order) :] + order[: number % len(order)]:
-            samples[kernel].append(milliseconds(runs[kernel], given))
+            run()
+        timed[kernel] = partial(watch.sample, run, 3)
+    samples = in_turn(timed, rounds)
     return {
-        kernel: {
-            "milliseconds": statistics.median(each),
-            "ratio": statistics.median(one / plain for one, plain in zip(each, samples[NAME], strict=True)),
-        }
-        for kernel, each in samples.items()
+        kernel: {"milliseconds": 1e3 * statistics.median(found), "ratio": by_rounds(found, samples[NAME])}
+        for kernel, found in samples.items()
     }
 
 
