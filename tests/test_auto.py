@@ -117,7 +117,7 @@ def test_a_row_stands_for_what_it_says():
     assert (ROOT / preferences.MODELS).exists()
 
 
-@pytest.mark.parametrize("file", [preferences.SHAPES, preferences.SHORT, preferences.WINDOWS])
+@pytest.mark.parametrize("file", [preferences.SHAPES, preferences.SHORT, preferences.WINDOWS, preferences.NAMED])
 def test_never_slower_than_native_on_the_evidence(file):
     """The file is what `attnrewrite bench --kernels --out FILE` wrote on the machine."""
     result = json.loads((ROOT / file).read_text())

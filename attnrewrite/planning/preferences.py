@@ -64,7 +64,8 @@ HOPPER = (9, 0)
 SHAPES = "bench/results/kernels_by_shape_h100.json"
 MODELS = "bench/results/masked_models_h200.json"
 SHORT = "bench/results/short_sequences_h200.json"
-WINDOWS = "bench/results/kernels_by_shape_h200.json"
+WINDOWS = "bench/results/kernels_by_shape_flash_4_h200.json"
+NAMED = "bench/results/kernels_by_shape_h200.json"  # every named shape in one run, to which all rows are held
 
 ROWS: tuple[Row, ...] = (
     # -- quantised: only if the policy allows it
