@@ -37,6 +37,30 @@ def steady_clock(monkeypatch):
     steady(monkeypatch)
 
 
+def test_a_sparse_kernel_far_ahead_drops_no_kernel_of_another_class(monkeypatch):
+    """Who does not allow it gets the fastest of the others, which are timed in rounds with `native` and not once."""
+    times = {"native": 1.0, "quick": 0.5, "slow": 3.5, "coarse": 0.3, "mean": 0.02, "late": 0.07}
+    order = []
+
+    def sample(self, call, calls):
+        if call not in order:
+            order.append(call)
+        return 1e-3 * list(times.values())[order.index(call)]
+
+    monkeypatch.setattr(Stopwatch, "sample", sample)
+    classes = {"quick": "REORDERED", "slow": "REORDERED", "coarse": "QUANTISED", "mean": "SPARSE", "late": "SPARSE"}
+    op = real("far_ahead", mean)
+    candidates = [kernel(name, op, numerics=Numerics[word]) for name, word in classes.items()]
+    same = qkv(q_len=TOKENS, kv_len=TOKENS)[0].mean(2, keepdim=True).expand(-1, -1, TOKENS, -1).contiguous()
+    plan = tuned(attend, same, same, same, candidates=candidates, numerics="sparse")
+    found = by_name(plan.sites[0])
+    assert plan.sites[0].chosen == "mean"
+    assert {name for name, each in found.items() if each.dropped} == {"slow", "late"}
+    assert "7.0 times as slow as the fastest: measured once" in found["slow"].dropped
+    assert "3.5 times as slow as the fastest: measured once" in found["late"].dropped
+    assert {found[name].rounds for name in ("quick", "coarse", "mean")} == {found["native"].rounds} != {1}
+
+
 def mean(query, key, value):
     """Right where all keys count alike, as sparse attention is right for data with structure; faster than any attention."""
     return value.mean(2, keepdim=True).expand_as(query).contiguous()
