@@ -25,7 +25,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import attnrewrite
 from attnrewrite.commands.bench import results
-from attnrewrite.commands.bench.denoisers import MODELS, Denoiser, Place
+from attnrewrite.commands.bench.denoiser import Denoiser, Place
+from attnrewrite.commands.bench.denoisers import MODELS
 
 ONE, PEER = "one GPU, torch.compile", "diffusers' Ulysses"
 NATIVE, AUTO = "attnrewrite, native", "attnrewrite, auto"

@@ -17,8 +17,10 @@ import torch
 
 import attnrewrite
 from attnrewrite.commands.bench import results
-from attnrewrite.commands.bench.denoisers import MODELS, Place
-from attnrewrite.commands.bench.model_level import PEER, PLAIN, Variant, measure
+from attnrewrite.commands.bench.denoiser import Place
+from attnrewrite.commands.bench.denoisers import MODELS
+from attnrewrite.commands.bench.model_level import measure
+from attnrewrite.commands.bench.variants import PEER, PLAIN, Variant
 
 PADDED = ("hunyuan", "qwen-image", "ltx", "lumina2")
 PEERS = ("_flash_3", "_flash_varlen_3")

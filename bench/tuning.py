@@ -19,9 +19,11 @@ from pathlib import Path
 
 import torch
 
-from attnrewrite.commands.bench.denoisers import MODELS, Place
+from attnrewrite.commands.bench.denoiser import Place
+from attnrewrite.commands.bench.denoisers import MODELS
 from attnrewrite.entrances.tuning import read_search, search_model
 from attnrewrite.measuring.measure_site import measure_alike
+from attnrewrite.planning.registry import separate
 from attnrewrite.planning.this_machine import machine_of
 
 BLOCKS = {"num_layers": 20, "num_single_layers": 40}
@@ -62,7 +64,7 @@ def main():
     with torch.no_grad():
         made.step()  # warm-up
         step, _ = seconds(made.step, device)
-        candidates = options.candidates and options.candidates.split(",")
+        candidates = options.candidates and separate(options.candidates)
         search = read_search(made.model, candidates)
         given = {**made.inputs, "return_dict": False}
         took, plan = seconds(lambda: search_model(made.model, [((), given)], search, measured), device)

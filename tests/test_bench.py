@@ -12,10 +12,12 @@ from parity import relative
 
 import attnrewrite
 from attnrewrite.__main__ import main
-from attnrewrite.commands.bench import command, model_level, op_level, plots, results
-from attnrewrite.commands.bench.denoisers import MODELS, Denoiser, Place
-from attnrewrite.commands.bench.model_level import Variant
+from attnrewrite.commands.bench import command, model_level, op_level, plots, results, variants
+from attnrewrite.commands.bench.denoiser import Denoiser, Place
+from attnrewrite.commands.bench.denoisers import MODELS
 from attnrewrite.commands.bench.rounds import by_rounds, in_turn
+from attnrewrite.commands.bench.variants import Variant
+from attnrewrite.measuring.timing import Stopwatch
 from attnrewrite.planning.measurements import Measurement
 from attnrewrite.planning.plans import Plan
 from attnrewrite.planning.sites import Site
@@ -45,8 +47,8 @@ def quick_with(builders, *arguments):
 
 # Sites in compiled blocks: of one class, all layers share a compilation. LTX-Video is one graph of two layers.
 SITES = {
-    "hunyuan": 2, "qwen-image": 1, "wan-14b": 2, "wan-1.3b": 2, "sd3.5": 2, "flux": 2, "sdxl": 2, "ltx": 4, "lumina2": 3,
-    "svd": 8,
+    "hunyuan": 2, "qwen-image": 1, "wan-14b": 2, "wan-14b-720p": 2, "wan-1.3b": 2, "sd3.5": 2, "flux": 2, "sdxl": 2, "ltx": 4,
+    "lumina2": 3, "svd": 8, "cogvideox": 2,
 }  # fmt: skip
 
 
@@ -67,6 +69,8 @@ def test_models_run_and_every_site_is_swapped(name):
     [
         ("flux", (1, 24, 4608, 128)),
         ("wan-14b", (1, 40, 32760, 128)),
+        ("wan-14b-720p", (1, 40, 75600, 128)),
+        ("cogvideox", (2, 48, 17776, 64)),
     ],
 )
 def test_published_sizes(name, query):
@@ -88,7 +92,7 @@ def measured():
     said = []
     denoiser = MODELS["hunyuan"](CPU)
     off = attnrewrite.with_backend("_native_math", inner="eager")
-    variants = [
+    every = [
         Variant("eager", lambda _: None),
         Variant("torch.compile", lambda _: "eager"),
         Variant("diffusers, _native_flash", lambda _: "eager", peer="_native_flash"),
@@ -97,7 +101,7 @@ def measured():
         Variant("broken", lambda _: 1 / 0),
         Variant("torch.compile, again", lambda _: "eager"),
     ]
-    return model_level.measure(denoiser, variants, 2, said.append), denoiser, "\n".join(said)
+    return model_level.measure(denoiser, every, 2, said.append), denoiser, "\n".join(said)
 
 
 def test_a_record_of_a_model(measured):
@@ -152,8 +156,8 @@ def test_the_peers_choice_is_set_before_each_step():
             return run
 
     denoiser = Noting(**vars(MODELS["flux"](CPU)))
-    variants = [Variant("plain", lambda _: "plain"), Variant("peer", lambda _: "peer", peer="_native_flash")]
-    model_level.measure(denoiser, variants, 4, lambda line: None)
+    both = [Variant("plain", lambda _: "plain"), Variant("peer", lambda _: "peer", peer="_native_flash")]
+    model_level.measure(denoiser, both, 4, lambda line: None)
     assert len(found) == 2 * (3 + 1 + 4)  # warm-up, a round that is not timed, rounds
     assert set(found) == {("plain", "native"), ("peer", "_native_flash")}
 
@@ -214,10 +218,12 @@ def test_a_record_of_a_shape(shape):
 
 def test_the_time_of_a_choice_to_the_best():
     record = {
-        "kernels": {"native": {"ms": 2.0}, "_flash_3": {"ms": 1.0}, "sage": {"ms": 0.5}, "flash": {"failed": "DTYPE"}},
-        "choices": {"auto": "native", "tuned": "_flash_3", "tuned, quantised": "sage", "auto, quantised": "flash"},
-    }
-    expected = {"auto": 2.0, "tuned": 1.0, "tuned, quantised": 1.0, "auto, quantised": None}
+        "kernels": {"native": {"ms": 2.0}, "_flash_3": {"ms": 1.0}, "sage": {"ms": 0.5}, "flash": {"failed": "DTYPE"},
+                    "sol[tau=2.0]": {"ms": 0.1}},
+        "choices": {"auto": "native", "tuned": "_flash_3", "tuned, quantised": "sage", "auto, quantised": "flash",
+                    "tuned, sparse": "sage"},
+    }  # fmt: skip
+    expected = {"auto": 2.0, "tuned": 1.0, "tuned, quantised": 1.0, "auto, quantised": None, "tuned, sparse": 5.0}
     assert {choice: op_level.to_best(record, choice) for choice in expected} == expected
 
 
@@ -239,6 +245,7 @@ def test_models_kernels_json_and_picture(tmp_path, capsys):
     assert first["models"]["flux"]["variants"].keys() == {"torch.compile", "auto"}
     assert first["packages"]["diffusers"] == diffusers.__version__
     assert first["small"] is True
+    assert first["models"]["flux"]["inputs"] == "random"
     assert picture.read_bytes().startswith(b"\x89PNG")
     picture.unlink()
 
@@ -273,19 +280,99 @@ def test_models_kernels_json_and_picture(tmp_path, capsys):
 
 
 def test_usual_variants():
-    names = [variant.name for variant in model_level.usual(["_flash_3"])]
+    names = [variant.name for variant in variants.usual(["_flash_3"])]
     assert names == ["eager", "torch.compile", "diffusers, _flash_3", "auto", "tuned", "tuned, quantised",
                      "torch.compile, again"]  # fmt: skip
     denoiser = MODELS["sd3.5"](CPU)
-    variants = model_level.usual([], "eager", ["native", "_native_math"])[-4:]
+    ours = variants.usual([], "eager", ["native", "_native_math"])[-4:]
     plain = Variant("torch.compile", lambda _: "eager")
-    record = model_level.measure(denoiser, [plain, *variants], 1, lambda line: None, 0.1)
+    record = model_level.measure(denoiser, [plain, *ours], 1, lambda line: None, 0.1)
     assert record["failed"] == {}
     assert set(record["variants"]["auto"]["sites"].values()) == {"native"}
     assert set(record["variants"]["tuned"]["sites"].values()) <= {"native", "_native_math"}
     plan = Plan.from_json(json.dumps(record["plan"]))
     assert {each.name for site in plan.sites for each in site.measured} == {"native", "_native_math"}
     assert record["limit"] >= 1
+
+
+def test_variants_up_to_a_class_of_numerics():
+    tuned = {"reordered": ["tuned"], "quantised": ["tuned", "tuned, quantised"]}
+    tuned["sparse"] = [*tuned["quantised"], "tuned, sparse"]
+    for numerics, expected in tuned.items():
+        names = [variant.name for variant in variants.usual([], numerics=numerics)]
+        assert names == ["eager", "torch.compile", "auto", *expected, "torch.compile, again"]
+
+
+def test_a_sparse_run_says_which_inputs_errors_and_kernels_it_had(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Stopwatch, "sample", lambda self, call, calls: 1e-3)  # runs nothing: all kernels take as long
+    out, picture = tmp_path / "b.json", tmp_path / "b.svg"
+    arguments = ["--numerics", "sparse", "--variants", "torch.compile;tuned;tuned, sparse"]
+    quick("--models", "wan14b", "--candidates", "_native_math", *arguments, "--out", out, "--plot", picture)
+    record = json.loads(out.read_text())["models"]["wan-14b"]
+    assert record["inputs"] == "structured"
+    row, plan = record["variants"]["tuned, sparse"], Plan.from_dict(record["plan"])
+    assert (plan.tuning.numerics, plan.tuning.max_error) == ("sparse", 0.02)
+    errors = {site.name: each.error for site in plan.sites for each in site.measured if each.name == "native"}
+    assert row["site_error"] == errors[row["worst_site"]] == max(errors.values())
+    assert row["numerics"] == "exact"
+    said = capsys.readouterr().out
+    assert "queries and keys         structured" in said
+    assert "at the worst site  native" in said
+    assert "with an error of at most 0.02 at a site" in said
+    text = picture.read_text()
+    for word in ("(structured)", "tuned, sparse", "(on the bars: milliseconds, error)"):
+        assert f"<!-- {word}" in text, word
+
+
+def test_the_worst_site_of_a_variant():
+    """Equal blocks are one site of what was compiled, and several of the plan; a site of other sizes is another one's."""
+    call = attnrewrite.AttentionCall("blocks.0.attn", 1, 2, 2, 7, 9, 5, 5, "float32")
+    measured = (Measurement("native", 1.0, error=1e-3), Measurement("sol", 0.1, error=5e-3))
+    worse = (Measurement("native", 1.0, error=1e-3), Measurement("sol", 0.1, error=9e-3))
+    plan = Plan((
+        Site(call, (), "sol", measured=measured),
+        Site(replace(call, site="blocks.1.attn"), (), "sol", measured=worse),
+        Site(replace(call, site="cross", kv_len=3), (), "native", measured=(Measurement("sol", 0.1, error=0.5),)),
+    ))  # fmt: skip
+    compiled = Site(replace(call, site="attn"), (), "sol")
+    assert model_level.worst_site([compiled], plan) == ("blocks.1.attn", 9e-3)
+    assert model_level.worst_site([replace(compiled, chosen="native")], plan)[1] == 1e-3
+    assert model_level.worst_site([replace(compiled, chosen="flash")], plan) is None
+
+
+def test_a_plan_is_of_one_model_alone(monkeypatch):
+    """Also where a model takes the place in memory of one that is gone."""
+    tuned = []
+    monkeypatch.setattr(variants, "tune", lambda model, **kwargs: tuned.append(type(model)))
+    monkeypatch.setattr(variants, "with_backend", lambda *choices, **kwargs: choices)
+    (ours,) = (each for each in variants.usual([]) if each.name == "tuned")
+    for kind in (torch.nn.Identity, torch.nn.ReLU, torch.nn.GELU):
+        denoiser = Denoiser(kind(), {}, (), "")
+        ours.backend(denoiser)
+        ours.backend(denoiser)
+        del denoiser
+    assert tuned == [torch.nn.Identity, torch.nn.ReLU, torch.nn.GELU]
+
+
+def test_names_with_options_and_other_spellings():
+    def checked(*arguments):
+        return command._checked(command.parser().parse_args(["--small", *arguments]))
+
+    both = "sol[tau=1,sinks=256], _flash_3_fp8[center=1,rotate=1]"
+    right = ["sol[sinks=256,tau=1.0]", "_flash_3_fp8[center=1,rotate=1]"]
+    assert checked("--kernels", f"native,{both},sol[sinks=256,tau=1.0]")[2] == ["native", *right]
+    _, models, _, _, ways, _ = checked(
+        "--models", "wan14b,wan14b_720p,hunyuan", "--candidates", both, "--peers", "a[b=1,c=2],d"
+    )
+    assert models == ["wan-14b", "wan-14b-720p", "hunyuan"]
+    assert [each.peer for each in ways if each.peer != "native"] == ["a[b=1,c=2]", "d"]
+    given = []
+    tuned = next(each for each in ways if each.name == "tuned")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(variants, "tune", lambda *args, candidates, **kwargs: given.extend(candidates) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            tuned.backend(Denoiser(torch.nn.Identity(), {}, (), ""))
+    assert given == right
 
 
 def test_the_limit_is_a_matmuls_time():
@@ -354,6 +441,18 @@ def refused(capsys, *arguments):
         ([], "nothing to measure: give --models, --kernels or both"),
         (["--small", "--models", "flax"], "--models names 'flax', which is unknown; did you mean 'flux'?"),
         (["--small", "--kernels", "flesh"], "--kernels names 'flesh', which is unknown; did you mean 'flash'?"),
+        (
+            ["--small", "--kernels", "sole[tau=1.0,sinks=3]"],
+            "--kernels names 'sole', which is unknown; did you mean 'sol'?",
+        ),
+        (["--small", "--kernels", "sol[tau=1.0,sink=3]"], "--kernels: 'sol[tau=1.0,sink=3]': sol has no option 'sink'"),
+        (
+            ["--small", "--models", "--candidates", "flex[a=1]"],
+            "--candidates: 'flex[a=1]' gives options to flex, which has none",
+        ),
+        (["--small", "--models", "wan15b"], "--models names 'wan15b', which is unknown; did you mean 'wan-14b'?"),
+        (["--small", "--models", "--numerics", "exact"], "argument --numerics: invalid choice: 'exact'"),
+        (["--small", "--models", "--max-error", "nan"], "--max-error is nan: give a number from 0 on"),
         (["--small", "--kernels", "--shapes", "Flux"], "--shapes names 'Flux', which is unknown"),
         (["--small", "--models", "--variants", "tuned;fast"], "--variants names 'fast', which is unknown"),
         (["--small", "--models", ","], "--models is ',': it names nothing"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import functools
+import math
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,12 +17,14 @@ import torch
 
 from ...files import writable
 from ...graphs.inner_compilers import known_inner
+from ...planning.registry import canonical, separate
 from ...planning.registry import names as all_kernels
 from ...planning.selectors import usual_candidates
 from ...reports import pictures as plotting
 from ...reports.progress_line import ProgressLine
-from . import model_level, op_level, plots, results
-from .denoisers import MODELS, Denoiser, Place, imported
+from . import model_level, op_level, plots, results, variants
+from .denoiser import Denoiser, Place, imported
+from .denoisers import MODELS
 from .rounds import matmul_rate, words
 
 ALL = "all"
@@ -34,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="attnrewrite bench",
         description="Measures kernels by shape (--kernels) and denoiser steps by variant (--models), in turn in one process. "
-        "Models are diffusers' own classes at published widths and token counts, with fewer layers and random weights.",
+        "Models are diffusers' own classes at published widths and token counts, with fewer layers and random weights. Options "
+        "are part of a kernel's name, as in 'sol[tau=1.0,sinks=256]'.",
         epilog="attnrewrite bench --models flux,hunyuan --out b.json --plot b.png",
     )
     made.add_argument(
@@ -54,6 +59,20 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument(
         "--variants", metavar="A;B", help="for --models: only these variants, by their names in the table"
+    )
+    made.add_argument(
+        "--numerics",
+        choices=list(variants.ALLOW),
+        default="quantised",
+        help="for --models: tuned variants for the classes up to this one (default: quantised). sparse: queries and keys of "
+        "wan-*, hunyuan and cogvideox follow position",
+    )
+    made.add_argument(
+        "--max-error",
+        type=float,
+        metavar="E",
+        help=f"for --models: the largest error at a site (default: {variants.SPARSE_ERROR:g} with --numerics sparse, otherwise "
+        "the limits of attnrewrite.tune)",
     )
     made.add_argument("--peers", metavar="A,B", help="kernels for diffusers' dispatcher (CUDA: " + PEERS["cuda"] + ")")
     made.add_argument(
@@ -117,12 +136,14 @@ def _show_earlier(given: argparse.Namespace) -> None:
 
 def _checked(
     given: argparse.Namespace, builders: Builders = MODELS
-) -> tuple[torch.device, list[str], list[str], dict[str, op_level.Shape], list[model_level.Variant], dict[str, Any]]:
+) -> tuple[torch.device, list[str], list[str], dict[str, op_level.Shape], list[variants.Variant], dict[str, Any]]:
     """Checks the arguments. Returns the device, models, kernels, shapes, variants, and the result so far (of --append)."""
     if not given.models and not given.kernels:
         raise ValueError("nothing to measure: give --models, --kernels or both (without names: all of them)")
     if given.rounds < 1:
         raise ValueError(f"--rounds is {given.rounds}: it must be at least 1")
+    if given.max_error is not None and not 0 <= given.max_error < math.inf:
+        raise ValueError(f"--max-error is {given.max_error}: give a number from 0 on, as 0.02")
     if given.append and given.out is None:
         raise ValueError("--append needs --out FILE, the result to add to")
     kind = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -131,9 +152,9 @@ def _checked(
     if kind == "cpu" and not given.small:
         raise ValueError("published sizes need a CUDA GPU; --small runs everything at tiny sizes on a CPU")
     device = torch.device(kind)
-    models = _picked("--models", given.models, builders)
+    models = _picked("--models", _spelled(given.models, builders), builders)
     usual = [each.name for each in usual_candidates()]  # without kernels of the hub, which would be downloaded
-    kernels = usual if given.kernels == ALL else _picked("--kernels", given.kernels, all_kernels())
+    kernels = usual if given.kernels == ALL else _picked_kernels("--kernels", given.kernels)
     known = op_level.SMALL if given.small else op_level.SHAPES
     groups = {"named": False, "lines": True}
     if given.shapes in groups:
@@ -141,10 +162,11 @@ def _checked(
     else:
         shapes = {name: known[name] for name in _picked("--shapes", given.shapes or ALL, known, ";")}
     known_inner(given.inner)
-    peers = (given.peers or PEERS[kind]).split(",")
-    candidates = _picked("--candidates", given.candidates, all_kernels()) or None
-    variants = {each.name: each for each in model_level.usual(peers, given.inner, candidates, not given.quiet)}
-    chosen = [variants[name] for name in _picked("--variants", given.variants or ALL, variants, ";")]
+    peers = separate(given.peers or PEERS[kind])
+    candidates = _picked_kernels("--candidates", given.candidates) or None
+    ways = variants.usual(peers, given.inner, candidates, not given.quiet, given.numerics, given.max_error)
+    by_name = {each.name: each for each in ways}
+    chosen = [by_name[name] for name in _picked("--variants", given.variants or ALL, by_name, ";")]
     if models:
         imported()
     if given.plot is not None:
@@ -169,7 +191,7 @@ def _picked(option: str, given: str | None, known: Iterable[str], separator: str
         return []
     if given == ALL:
         return every
-    found = [name.strip() for name in given.split(separator) if name.strip()]
+    found = separate(given) if separator == "," else [name.strip() for name in given.split(separator) if name.strip()]
     for name in found:
         if name not in every:
             near = difflib.get_close_matches(name, every, n=1, cutoff=0.4)
@@ -180,13 +202,31 @@ def _picked(option: str, given: str | None, known: Iterable[str], separator: str
     return list(dict.fromkeys(found))
 
 
+def _picked_kernels(option: str, given: str | None) -> list[str]:
+    """The kernels that the option lists, as `_picked`, each in the one spelling of its name with its options."""
+    plain = [re.split(r"[\[@]", name)[0].strip() for name in separate(given or "")]
+    known = _picked(option, given and ",".join(plain), all_kernels())
+    if given in (None, "", ALL):
+        return known
+    try:
+        return list(dict.fromkeys(canonical(name) for name in separate(given)))
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from None
+
+
+def _spelled(given: str | None, known: Iterable[str]) -> str | None:
+    """The names with hyphens as the known ones have them: "wan14b_720p" is "wan-14b-720p"."""
+    right = {re.sub("[-_]", "", name): name for name in known}
+    return given and ",".join(right.get(re.sub("[-_]", "", name), name) for name in given.split(","))
+
+
 def _measure(
     given: argparse.Namespace,
     device: torch.device,
     models: list[str],
     kernels: list[str],
     shapes: Mapping[str, op_level.Shape],
-    variants: list[model_level.Variant],
+    compared: list[variants.Variant],
     result: dict[str, Any],
     builders: Builders,
     command: str,
@@ -216,9 +256,9 @@ def _measure(
         for name in models:
             try:
                 line.say(f"{name}: making the model")
-                made = builders[name](Place(device, dtype, given.small))
+                made = builders[name](Place(device, dtype, given.small, structured=given.numerics == "sparse"))
                 found = model_level.measure(
-                    made, variants, given.rounds, say, rate, functools.partial(_about, line, name)
+                    made, compared, given.rounds, say, rate, functools.partial(_about, line, name)
                 )
             except torch.OutOfMemoryError as error:  # continue: the next model may be smaller
                 found = {"about": name, "variants": {}, "failed": {"all": words(error)}}

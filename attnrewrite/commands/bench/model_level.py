@@ -7,6 +7,7 @@ ms      the median step, by CUDA events (on a CPU by the wall clock)
 ratio   the median over rounds of (torch.compile / variant) in the same round
 error   |output - exact| / |exact|, where exact is the output of the unchanged, uncompiled model in float32. The error of
         torch.compile is therefore the error of the model's dtype
+site    the largest error of the chosen kernels at a site, against float64 on the site's own tensors, as `tune` measured it
 """
 
 from __future__ import annotations
@@ -15,73 +16,27 @@ import contextlib
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
-from ...entrances.compilers import AttentionCompiler, with_backend
-from ...entrances.tuning import tune
+from ...entrances.compilers import AttentionCompiler
 from ...graphs.tracing import compiled_graphs, recompilations
 from ...graphs.trees import mapped
+from ...kernels.calls import SIZES
+from ...kernels.records import Numerics
 from ...measuring.timing import Stopwatch
+from ...planning.measurements import worst
 from ...planning.plans import Plan
 from ...planning.selectors import Planned
-from .denoisers import Denoiser
-from .op_level import products
+from ...planning.sites import Site
+from .denoiser import Denoiser
+from .op_level import class_of, products
 from .rounds import by_rounds, in_turn, words
+from .variants import AGAIN, PLAIN, Variant
 
-AGAIN = "torch.compile, again"  # compiled a second time: |ratio - 1| is the noise
-EAGER, PLAIN, AUTO, TUNED, QUANTISED = "eager", "torch.compile", "auto", "tuned", "tuned, quantised"
 RunStep = Callable[[], torch.Tensor]
-PEER = "diffusers, "  # prefix of the variants of diffusers' dispatcher
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One way to run a model."""
-
-    name: str  # in tables
-    backend: Callable[[Denoiser], Any]  # returns the backend for torch.compile; None: the model is not compiled
-    peer: str = "native"  # the kernel of diffusers' dispatcher: `model.set_attention_backend(peer)` before each step
-
-
-def usual(
-    peers: Iterable[str], inner: str = "inductor", candidates: Sequence[str] | None = None, progress: bool = True
-) -> tuple[Variant, ...]:
-    """The variants of `attnrewrite bench`.
-
-    peers: kernels of diffusers' dispatcher, one variant each; the fastest represents diffusers.
-    candidates: kernels for `attnrewrite.tune`. It measures a model once for both tuned variants: where numerics are not
-        "quantised", the quantised choices of its plan are refused and the plan's next choice takes the site.
-    progress: that of `attnrewrite.tune`.
-    """
-    plans: dict[int, Plan] = {}
-
-    def tuned(denoiser: Denoiser, numerics: str) -> AttentionCompiler:
-        if id(denoiser) not in plans:
-            plans.clear()
-            plans[id(denoiser)] = tune(
-                denoiser.model,
-                **denoiser.inputs,
-                return_dict=False,
-                numerics="quantised",
-                candidates=candidates,
-                inner=inner,
-                progress=progress,
-            )
-        return with_backend(plans[id(denoiser)], inner=inner, numerics=numerics)
-
-    return (
-        Variant(EAGER, lambda _: None),
-        Variant(PLAIN, lambda _: inner),
-        *(Variant(f"{PEER}{name}", lambda _: inner, peer=name) for name in peers),
-        Variant(AUTO, lambda _: with_backend("auto", inner=inner)),
-        Variant(TUNED, lambda denoiser: tuned(denoiser, "reordered")),
-        Variant(QUANTISED, lambda denoiser: tuned(denoiser, "quantised")),
-        Variant(AGAIN, lambda _: inner),
-    )
 
 
 def exact(denoiser: Denoiser) -> torch.Tensor:
@@ -110,7 +65,9 @@ def measure(
     progress: gets what is measured now.
 
     The record has, among others,
-    "variants": name -> {"ms", "ratio", "error", ...}
+    "inputs": "structured" if queries and keys follow position (structure.py), otherwise "random"
+    "variants": name -> {"ms", "ratio", "error", ...}; of attnrewrite's also "numerics", the class of its kernels, and, where
+        a variant was tuned, "site_error" and "worst_site" (`worst_site`)
     "failed": name -> error, for variants that cannot run
     "again": the ratio of torch.compile to itself, which is the noise
     "limit": `limit_of`, where `ceiling` is given and a variant was tuned
@@ -122,6 +79,7 @@ def measure(
     rows: dict[str, dict[str, Any]] = {}
     failed: dict[str, str] = {}
     steps: dict[str, tuple[RunStep, str]] = {}
+    sites: dict[str, list[Site]] = {}
     plan: Plan | None = None
     # Where a variant raises while traced, Dynamo compiles parts of blocks, which share their code among all variants.
     with torch.no_grad(), recompilations(256):
@@ -137,6 +95,8 @@ def measure(
                 output, graphs = _warm(denoiser, step, variant.peer)
                 rows[variant.name] = {**_row(variant, backend, output, reference), "graphs": graphs}
                 steps[variant.name] = (step, variant.peer)
+                if isinstance(backend, AttentionCompiler):
+                    sites[variant.name] = list(backend.report.sites)
             except Exception as error:
                 failed[variant.name] = words(error)
                 torch.compiler.reset()
@@ -157,12 +117,15 @@ def measure(
         late = compiled_graphs() - before
         _choose(denoiser, "native")
     for name, row in rows.items():
+        if plan is not None and (largest := worst_site(sites.get(name, ()), plan)):
+            row["worst_site"], row["site_error"] = largest
         row["ms"] = statistics.median(times[name])
         if PLAIN in times:
             row["ratio"] = by_rounds(times[PLAIN], times[name])
         rows[name] = {key: row[key] for key in sorted(row, key=_order)}
     record = {
         "about": denoiser.about,
+        "inputs": denoiser.data,
         "variants": rows,
         "failed": failed,
         "rounds": rounds,
@@ -181,17 +144,29 @@ def measure(
 
 def show(record: dict[str, Any], say: Callable[[str], object]) -> None:
     """Passes the table of a record to `say`, line by line."""
+    if "inputs" in record:
+        say(f"{'queries and keys':24} {record['inputs']}")
     for name, row in record["variants"].items():
         ratio = f"  ratio {row['ratio']:5.3f}" if "ratio" in row else ""
-        say(f"{name:24} {row['ms']:8.2f} ms{ratio}  error {row['error']:.1e}  {_kernels(row)}".rstrip())
+        at_site = f", {row['site_error']:.1e} at the worst site" if "site_error" in row else ""
+        say(f"{name:24} {row['ms']:8.2f} ms{ratio}  error {row['error']:.1e}{at_site}  {_kernels(row)}".rstrip())
     if "again" in record:
         say(f"{AGAIN:24} {'':11}  ratio {record['again']:5.3f}")
     for name, text in record["failed"].items():
         say(f"{name:24} {text}")
     if late := record.get("compiled_while_timed"):
         say(f"! {late} graphs were compiled while steps were timed: the times are not valid")
-    if "plan" in record and (worst := worst_choice(Plan.from_dict(record["plan"]))):
-        say(f"{'tuned':24} at its worst site {worst:.3f} times the time of the fastest kernel")
+    if "plan" in record:
+        plan = Plan.from_dict(record["plan"])
+        if plan.tuning is not None:
+            limit = (
+                ""
+                if plan.tuning.max_error is None
+                else f", with an error of at most {plan.tuning.max_error:g} at a site"
+            )
+            say(f"{'tuned':24} in {plan.tuning.seconds:.0f} s{limit}")
+        if times := worst_choice(plan):
+            say(f"{'tuned':24} at its worst site {times:.3f} times the time of the fastest kernel")
     if "limit" in record:
         say(f"{'limit':24} {'':11}  ratio {record['limit']:5.3f}, attention at the rate of a matmul")
 
@@ -221,6 +196,24 @@ def worst_choice(plan: Plan) -> float | None:
     return max(found, default=None)
 
 
+def worst_site(sites: Iterable[Site], plan: Plan) -> tuple[str, float] | None:
+    """The site at which the chosen kernels have their largest error, by its name in the plan, and that error; None if none of
+    them was measured.
+
+    sites: of what was compiled, where equal blocks share one site. The plan has the sites of each block.
+    """
+    found = {
+        place.name: each.error
+        for site in sites
+        for place in plan.sites
+        if all(getattr(place.call, size) == getattr(site.call, size) for size in SIZES)
+        for each in place.measured
+        if each.name == site.chosen and each.error is not None
+    }
+    largest = worst(found.values())
+    return None if largest is None else (next(name for name, error in found.items() if error is largest), largest)
+
+
 def _plan_of(backend: Any) -> Plan | None:
     choices = backend.policy.choices if isinstance(backend, AttentionCompiler) else ()
     return next((choice.plan for choice in choices if isinstance(choice, Planned)), None)
@@ -248,7 +241,9 @@ def _row(variant: Variant, backend: Any, output: torch.Tensor, reference: torch.
     if variant.peer != "native":
         row["peer"] = variant.peer
     if isinstance(backend, AttentionCompiler):
-        row["sites"] = {site.name: site.chosen for site in backend.report.sites}
+        sites = backend.report.sites
+        row["sites"] = {site.name: site.chosen for site in sites}
+        row["numerics"] = max((class_of(each.chosen) for each in sites if each.chosen), default=Numerics.EXACT).word
     return row
 
 

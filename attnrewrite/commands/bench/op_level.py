@@ -146,14 +146,14 @@ def measure(
     The record has
     "call": the attention call
     "kernels": kernel -> {"ms", "tflops", "error", ...}, or {"failed": reason}
-    "choices": the kernels that `auto` and `tune` choose, with and without quantised kernels
+    "choices": the kernels that `auto` and `tune` choose, with and without quantised and sparse kernels
 
-    First the kernels that are not quantised take turns, then the quantised ones with `native` and the best of the others.
+    First the kernels that only round take turns, then the quantised ones with `native` and the best so far, then, likewise, the
+    sparse ones.
     """
     torch.compiler.reset()
     machine = machine_of(device)
     call = shape.call(name, device.type, dtype_name(dtype))
-    inexact = [name for name in names if quantised(name)]
     exact = [name for name in names if not quantised(name)]
 
     def found(candidates: Iterable[str], numerics: Numerics) -> Site:
@@ -162,15 +162,16 @@ def measure(
 
     with torch.no_grad():
         captured = example(call, device)
-        one = found(exact, Numerics.REORDERED)
-        rows = _rows(one, exact)
-        choices = {"tuned": one.chosen}
-        if inexact:
-            two = found([one.chosen or "native", *inexact], Numerics.QUANTISED)
-            rows |= _rows(two, inexact)
-            choices["tuned, quantised"] = two.chosen
-    for choice, numerics in (("auto", "reordered"), ("auto, quantised", "quantised")):
-        choices[choice] = make_plan([call], make_policy(["auto"], numerics=numerics), [machine]).sites[0].chosen
+        site = found(exact, Numerics.REORDERED)
+        rows = _rows(site, exact)
+        choices = {"tuned": site.chosen}
+        for numerics in (Numerics.QUANTISED, Numerics.SPARSE):
+            if others := [name for name in names if class_of(name) is numerics]:
+                site = found([site.chosen or "native", *others], numerics)
+                rows |= _rows(site, others)
+                choices[f"tuned, {numerics.word}"] = site.chosen
+    for choice, allowed in (("auto", "reordered"), ("auto, quantised", "quantised")):
+        choices[choice] = make_plan([call], make_policy(["auto"], numerics=allowed), [machine]).sites[0].chosen
     record = {"call": call.to_dict(), "line": shape.line, "kernels": rows, "choices": choices}
     show(record, say)
     return record
@@ -180,18 +181,24 @@ def to_best(record: dict[str, Any], choice: str) -> float | None:
     """The time of the chosen kernel divided by the time of the fastest kernel that the choice allows; None if the chosen kernel
     was not timed. The time of a call is at least the host's time to launch it."""
     rows = record["kernels"]
-    able = [name for name in rows if choice.endswith("quantised") or not quantised(name)]
+    allowed = next((each for each in Numerics if choice.endswith(each.word)), Numerics.REORDERED)
+    able = [name for name in rows if class_of(name) <= allowed]
     times = {name: max(rows[name]["ms"], rows[name].get("host") or 0.0) for name in able if "ms" in rows[name]}
     chosen = record["choices"].get(choice)
     return times[chosen] / min(times.values()) if chosen in times else None
 
 
-def quantised(name: str) -> bool:
-    """Whether a kernel is quantised or sparse. A kernel without a record here, as of a plug-in elsewhere, counts as exact."""
+def class_of(name: str) -> Numerics:
+    """The class of a kernel. A kernel without a record here, as of a plug-in elsewhere, counts as exact."""
     try:
-        return records_of(name)[0].numerics.is_inexact
+        return records_of(name)[0].numerics
     except ValueError:
-        return False
+        return Numerics.EXACT
+
+
+def quantised(name: str) -> bool:
+    """Whether a kernel is quantised or sparse."""
+    return class_of(name).is_inexact
 
 
 def _rows(site: Site, names: Iterable[str]) -> dict[str, dict[str, Any]]:

@@ -6,14 +6,21 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ...kernels.records import Numerics
 from ...reports.pictures import COLOURS, MARKERS, figure, save
-from .model_level import AUTO, EAGER, PLAIN, QUANTISED, TUNED, best_peer
-from .model_level import PEER as PREFIX
-from .op_level import quantised
+from .model_level import best_peer
+from .op_level import class_of
+from .variants import AUTO, EAGER, PLAIN, QUANTISED, SPARSE, TUNED
+from .variants import PEER as PREFIX
 
-# The bars of a model, in order, with their colours. The bar of diffusers' dispatcher is its fastest kernel.
+# The bars of a model, in order, with their colours: blue for kernels that only round, green for quantised ones, pink for sparse
+# ones. The bar of diffusers' dispatcher is its fastest kernel.
 PEER = "diffusers, best name"
-BARS = {EAGER: "#999999", PLAIN: "#000000", PEER: "#E69F00", AUTO: "#56B4E9", TUNED: "#0072B2", QUANTISED: "#009E73"}
+BARS = {
+    EAGER: "#999999", PLAIN: "#000000", PEER: "#E69F00", AUTO: "#56B4E9", TUNED: "#0072B2", QUANTISED: "#009E73",
+    SPARSE: "#CC79A7",
+}  # fmt: skip
+LINES = {Numerics.QUANTISED: ":", Numerics.SPARSE: "-."}  # of a kernel by its class; "-" for one that only rounds
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
@@ -67,7 +74,7 @@ def _lines(part: Any, shapes: dict[str, Any], ceiling: float | None) -> None:
                     marker=marker,
                     markersize=4,
                     linewidth=2.5 if kernel == "native" else 1.2,
-                    linestyle=":" if quantised(kernel) else "-",
+                    linestyle=LINES.get(class_of(kernel), "-"),
                     label=_label(kernel),
                 )
         _ceiling_line(axis, ceiling)
@@ -75,7 +82,7 @@ def _lines(part: Any, shapes: dict[str, Any], ceiling: float | None) -> None:
         lengths = [shape["call"]["q_len"] for shape in members]
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths], rotation=30)
         axis.minorticks_off()
-        axis.set_xlabel("sequence length (queries = keys); dotted: quantised")
+        axis.set_xlabel("sequence length (queries = keys); dotted: quantised, dash-dotted: sparse")
         axis.set_title(f"{group}, {members[0]['call']['dtype']}")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("TFLOP/s (operations / time)")
@@ -111,38 +118,58 @@ def _named(part: Any, shapes: dict[str, Any], ceiling: float | None) -> None:
 
 
 def _models(part: Any, models: dict[str, Any], ceiling: float | None) -> None:
-    """Draws the speed of a step relative to torch.compile, by model and variant, with the milliseconds on each bar."""
+    """Draws the speed of a step relative to torch.compile, by model and variant, with the milliseconds on each bar, and the
+    error of the output where a variant allows quantised or sparse kernels."""
     axis = part.subplots()
-    width = 0.8 / len(BARS)
-    for place, (bar, colour) in enumerate(BARS.items()):
+    bars = {
+        bar: colour
+        for bar, colour in BARS.items()
+        if bar != SPARSE or any(bar in _ways(each) for each in models.values())
+    }
+    width = 0.8 / len(bars)
+    for place, (bar, colour) in enumerate(bars.items()):
         found = []
         for position, model in enumerate(models.values()):
             name = best_peer(model["variants"]) if bar == PEER else bar
             row = model["variants"].get(name)
-            where = position + (place - (len(BARS) - 1) / 2) * width
+            where = position + (place - (len(bars) - 1) / 2) * width
             if row is not None and "ratio" in row:
-                found.append((where, row["ratio"], row["ms"]))
+                found.append((where, row["ratio"], f"{row['ms']:.3g}" + _error(bar, row)))
             elif name in model["failed"] or (bar == PEER and any(each.startswith(PREFIX) for each in model["failed"])):
                 axis.text(
                     where, 0.02, "raises", rotation=90, fontsize="xx-small", ha="center", va="bottom", color=colour
                 )
         if not found:
             continue
-        places, ratios, times = zip(*found, strict=True)
+        places, ratios, words = zip(*found, strict=True)
         drawn = axis.bar(places, ratios, width, color=colour, label=bar)
-        axis.bar_label(drawn, [f"{ms:.3g}" for ms in times], fontsize="xx-small", rotation=90, padding=2)
+        axis.bar_label(drawn, words, fontsize="xx-small", rotation=90, padding=2)
     for position, model in enumerate(models.values()):
         if "limit" in model:
             axis.hlines(model["limit"], position - 0.42, position + 0.42, color="#D55E00", linestyle="--", linewidth=1)
     if any("limit" in model for model in models.values()):
         axis.plot([], [], color="#D55E00", linestyle="--", linewidth=1, label="attention at the\nmatmul rate")
     axis.axhline(1.0, color="#000000", linewidth=0.8, linestyle=":")
-    axis.set_xticks(range(len(models)), [model["about"].split(",")[0] for model in models.values()])
-    axis.set_ylabel("speed of a step, torch.compile = 1\n(on the bars: milliseconds)")
+    axis.set_xticks(range(len(models)), [_title_of(model) for model in models.values()])
+    axis.set_ylabel("speed of a step, torch.compile = 1\n(on the bars: milliseconds, error)")
     axis.set_xlabel("model (published widths and tokens, fewer layers)")
     axis.margins(y=0.15)
     axis.grid(axis="y", alpha=0.3)
     axis.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+
+def _ways(model: dict[str, Any]) -> set[str]:
+    return {*model["variants"], *model["failed"]}
+
+
+def _error(bar: str, row: dict[str, Any]) -> str:
+    return f", {row['error']:.0e}" if bar in (QUANTISED, SPARSE) else ""
+
+
+def _title_of(model: dict[str, Any]) -> str:
+    """A model's name, and below it that its inputs were given structure."""
+    name: str = model["about"].split(",")[0]
+    return f"{name}\n(structured)" if model.get("inputs") == "structured" else name
 
 
 def _ceiling_line(axis: Any, ceiling: float | None) -> None:
