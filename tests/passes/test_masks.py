@@ -209,8 +209,8 @@ def backend_of(kernel, inner="eager"):
 
 
 def right(kernels, build, said, q_len=Q_LEN, m=None, dynamic=False, inner="eager", chosen=True):
-    """Asserts what the site's mask is said to be, that each kernel takes it (or leaves it), and what comes out. Returns the site
-    of each kernel."""
+    """Asserts what the site's mask is said to be, that each kernel takes it (or leaves it), and what comes out. Returns the
+    site of each kernel."""
     step, reference = attention(build)
     q, k, v = tensors(kernels[0], q_len)
     m = valid() if m is None else m
