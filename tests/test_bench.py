@@ -320,7 +320,12 @@ def test_a_sparse_run_says_which_inputs_errors_and_kernels_it_had(tmp_path, caps
     assert "at the worst site  native" in said
     assert "with an error of at most 0.02 at a site" in said
     text = picture.read_text()
-    for word in ("(structured)", "tuned, sparse", "(on the bars: milliseconds, error)"):
+    for word in (
+        "(structured)",
+        "tuned, sparse",
+        "(on the bars: milliseconds, error)",
+        f"{row['ms']:.3g}, {row['error']:.0e}",
+    ):
         assert f"<!-- {word}" in text, word
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from parity import relative
 
+import attnrewrite
 from attnrewrite.commands.bench.denoiser import Place
 from attnrewrite.commands.bench.denoisers import MODELS
 from attnrewrite.commands.bench.model_level import exact
@@ -14,6 +15,7 @@ from attnrewrite.commands.bench.video_denoisers import wan
 from attnrewrite.entrances.choices import make_policy
 from attnrewrite.measuring.capturing import capture
 from attnrewrite.measuring.reference import reference
+from attnrewrite.planning.usable import usable
 
 CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(
@@ -65,6 +67,32 @@ def test_sol_is_right_with_structure_and_wrong_without():
     print("structured", right, "random", wrong)
     assert max(right) < 2e-2
     assert min(wrong) > 0.3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("structured", [True, False])
+def test_tune_tells_structure_on_a_gpu(structured):
+    device = torch.device("cuda", 0)
+    refused, _ = usable("sol", attnrewrite.machine_of(device))
+    if refused is not None:
+        pytest.skip(f"sol: {refused}")
+    at = Place(device, torch.bfloat16, structured=structured)
+    made = wan(at, "Wan", heads=2, inner=96, layers=2, of=2, size=(9, 64, 66))
+    with torch.no_grad():
+        plan = attnrewrite.tune(
+            made.model,
+            **made.inputs,
+            return_dict=False,
+            candidates=["sol"],
+            numerics="sparse",
+            max_error=2e-2,
+            progress=False,
+        )
+    found = [each for site in plan.sites for each in site.measured if each.name == "sol"]
+    print("structured" if structured else "random", [each.error for each in found])
+    assert len(found) == 2
+    assert all(each.error < 2e-2 if structured else each.error > 0.3 for each in found)
+    assert all(bool(each.dropped) is not structured for each in found)
 
 
 STRUCTURED = ("wan-14b", "wan-14b-720p", "wan-1.3b", "hunyuan", "cogvideox")
