@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from .graphs.modules import ModulePaths, compiled_paths
 from .graphs.nodes import OPAQUE_TARGETS, SDPA_TARGETS, graphs_below, module_of, site_name, value_of
 from .graphs.notes import is_ours
+from .kernels.logsumexp import WITH_LOGSUMEXP
 from .kernels.machines import Machine
 from .passes import OPENERS, TIDIERS, find_calls, swap_kernels, understand_masks
 from .passes.check_values import check_inputs, check_outputs
@@ -24,6 +25,8 @@ from .planning.plans import Plan
 from .planning.policies import Policy
 from .planning.sites import NearMiss
 from .planning.this_machine import machine_of
+
+KERNELS = OPAQUE_TARGETS | FUSED_TARGETS | {WITH_LOGSUMEXP}  # calls that are attention, besides SDPA
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ def _machine(found: Understood) -> Machine:
 def _stands(module: GraphModule, attentions: Sequence[Planned]) -> int:
     """Number of attentions left in the graph: SDPA calls, PyTorch's own kernels, and attention that is written otherwise."""
     calls = sum(
-        node.target in SDPA_TARGETS or node.target in OPAQUE_TARGETS or node.target in FUSED_TARGETS
+        node.target in SDPA_TARGETS or node.target in KERNELS
         for node in module.graph.nodes
         if node.op == "call_function" and not is_ours(node)
     )

@@ -6,6 +6,7 @@ Limits are those of `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` and `
 CPU kernel reads strided rows as if they were dense, does not broadcast the batch, and divides by zero at length 0.
 """
 
+from dataclasses import replace
 from math import sqrt
 from typing import Any
 
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from ..graphs.sizes import always, described, holds, holds_if_guarded, is_one
-from ..kernels.calls import AttentionCall, MaskKind
+from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.decisions import Code, Refused
+from ..kernels.logsumexp import NAME
 from ..kernels.machines import Machine, satisfies
+from ..kernels.ops import LIBRARY
 from ..kernels.records import Backend, HeadDim, Numerics
 
 aten = torch.ops.aten
@@ -76,17 +79,32 @@ def math(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call
 
 
 def flash_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
-    output: Tensor = aten._scaled_dot_product_flash_attention_for_cpu.default(
+    return flash_cpu_with_logsumexp(query, key, value, bias, call=call)[0]
+
+
+def flash_cpu_with_logsumexp(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall
+) -> tuple[Tensor, Tensor]:
+    output, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu.default(
         query, key, value, 0.0, call.mask.is_causal, attn_mask=bias, scale=call.scale
-    )[0]
-    return output
+    )
+    if call.logsumexp and logsumexp.dtype != query.dtype and query.dtype == torch.float64:
+        # Before torch 2.13 a compiler expects float32, and the kernel returns float64.
+        return math_with_logsumexp(query, key, value, bias, call=call)
+    return output, logsumexp
 
 
 def flash_cuda(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
-    output: Tensor = aten._scaled_dot_product_flash_attention.default(
+    return flash_cuda_with_logsumexp(query, key, value, bias, call=call)[0]
+
+
+def flash_cuda_with_logsumexp(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall
+) -> tuple[Tensor, Tensor]:
+    output, logsumexp, *_ = aten._scaled_dot_product_flash_attention.default(
         query, key, value, call.dropout, call.mask.is_causal, False, scale=call.scale
-    )[0]
-    return output
+    )
+    return output, logsumexp
 
 
 def efficient(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
@@ -96,11 +114,108 @@ def efficient(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *,
     return output
 
 
+def efficient_with_logsumexp(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall
+) -> tuple[Tensor, Tensor]:
+    output, logsumexp, *_ = aten._scaled_dot_product_efficient_attention.default(
+        query, key, value, bias, True, call.dropout, call.mask.is_causal, scale=call.scale
+    )
+    return output, logsumexp.narrow(2, 0, call.q_len)  # rows are filled up to a multiple of 32
+
+
 def cudnn(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
     output: Tensor = aten._scaled_dot_product_cudnn_attention.default(
         query, key, value, bias, call.needs_grad, call.dropout, call.mask.is_causal, False, scale=call.scale
     )[0]
     return output
+
+
+def cudnn_with_logsumexp(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall
+) -> tuple[Tensor, Tensor]:
+    output, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention.default(
+        query, key, value, bias, True, call.dropout, call.mask.is_causal, False, scale=call.scale
+    )
+    return output, logsumexp.squeeze(-1)  # (batch, heads, q_len, 1)
+
+
+def math_with_logsumexp(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall
+) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    key, value = (_for_each_head(each, call) for each in (key, value))
+    with torch.autocast(query.device.type, enabled=False):
+        scores = (query.to(dtype) * (call.scale or query.shape[-1] ** -0.5)) @ key.to(dtype).mT
+        if bias is not None:
+            scores = scores + bias
+        if call.mask.is_causal:
+            hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+            scores = scores.masked_fill(hidden, float("-inf"))
+        logsumexp = scores.logsumexp(-1)
+        output = (scores - logsumexp.unsqueeze(-1)).exp() @ value.to(dtype)
+    return output.to(query.dtype), logsumexp
+
+
+def _for_each_head(tensor: Tensor, call: AttentionCall) -> Tensor:
+    """Keys or values with a head for each head of the queries."""
+    return tensor if always(call.heads == call.kv_heads) else tensor.repeat_interleave(call.heads // call.kv_heads, 1)
+
+
+def with_logsumexp(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, site: str
+) -> tuple[Tensor, Tensor]:
+    """The op of kernels/logsumexp.py, as an operator of PyTorch that returns both: the one that SDPA would choose, as far as it
+    is known without running it."""
+    batch, heads, q_len, head_dim = query.shape
+    kind = MaskKind.CAUSAL_UPPER_LEFT if is_causal else MaskKind.NONE
+    call = AttentionCall(
+        site, batch, heads, key.shape[1], q_len, key.shape[2], head_dim, value.shape[3],
+        str(query.dtype).removeprefix("torch."), query.device.type, Mask(kind), scale, logsumexp=True,
+    )  # fmt: skip
+    same_dim, half = always(call.head_dim == call.value_dim), query.dtype in (torch.float16, torch.bfloat16)
+    of_eight = all(always(size % 8 == 0) for size in (call.head_dim, call.value_dim))
+    if query.is_cuda and not torch.version.hip:
+        if half and of_eight and _prefers_cudnn(query, call):
+            return cudnn_with_logsumexp(query, key, value, full_bias(mask, key, call), call=call)
+        if (
+            half
+            and mask is None
+            and same_dim
+            and always(call.head_dim <= 256)
+            and torch.backends.cuda.flash_sdp_enabled()
+        ):
+            return _flash_padded(query, key, value, call)
+        if query.dtype != torch.float64 and of_eight and torch.backends.cuda.mem_efficient_sdp_enabled():
+            key, value = (_for_each_head(each, call) for each in (key, value))
+            return efficient_with_logsumexp(query, key, value, aligned_bias(mask, key, call), call=call)
+    bias = full_bias(mask, key, call)
+    if query.device.type == "cpu" and same_dim and torch.backends.cuda.flash_sdp_enabled():
+        return flash_cpu_with_logsumexp(query, key, value, bias, call=call)
+    return math_with_logsumexp(query, key, value, bias, call=call)
+
+
+def _prefers_cudnn(query: Tensor, call: AttentionCall) -> bool:
+    """Whether SDPA would choose cuDNN (sdp_utils.cpp: on Hopper and data-centre Blackwell)."""
+    if not torch.backends.cuda.cudnn_sdp_enabled() or (torch.backends.cudnn.version() or 0) < 90000:
+        return False
+    major, minor = torch.cuda.get_device_capability(query.device)
+    narrow = always(call.head_dim <= 128) and always(call.value_dim <= 128) and always(call.kv_len >= 2)
+    return narrow and ((major, minor) == (9, 0) or major == 10)
+
+
+def _flash_padded(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """Heads of a multiple of 8, as SDPA makes them."""
+    head_dim = query.shape[-1]
+    if always(head_dim % 8 == 0):
+        return flash_cuda_with_logsumexp(query, key, value, None, call=call)
+    missing: Any = (0, 8 - head_dim % 8)
+    call = replace(call, scale=float(head_dim) ** -0.5 if call.scale is None else call.scale)
+    query, key, value = (torch.nn.functional.pad(each, missing) for each in (query, key, value))
+    output, logsumexp = flash_cuda_with_logsumexp(query, key, value, None, call=call)
+    return output[..., :head_dim], logsumexp
+
+
+LIBRARY.impl(NAME, with_logsumexp, "CompositeImplicitAutograd")
 
 
 def flash_backward_on_consumer_gpus(call: AttentionCall, machine: Machine) -> Refused | None:
@@ -245,6 +360,7 @@ FLASH_CUDA = Backend(
     name="_native_flash",
     family="PyTorch",
     op=flash_cuda,
+    logsumexp=flash_cuda_with_logsumexp,
     summary="FlashAttention 2 inside PyTorch; on CPU its tiled kernel",
     devices=frozenset({"cuda"}),
     capability=((8, 0), (12, 1)),
@@ -264,6 +380,7 @@ FLASH_CPU = Backend(
     name="_native_flash",
     family="PyTorch",
     op=flash_cpu,
+    logsumexp=flash_cpu_with_logsumexp,
     summary=FLASH_CUDA.summary,
     devices=frozenset({"cpu"}),
     dtypes=ANY,
@@ -282,6 +399,7 @@ EFFICIENT = Backend(
     name="_native_efficient",
     family="PyTorch",
     op=efficient,
+    logsumexp=efficient_with_logsumexp,
     summary="the memory-efficient (CUTLASS) kernel inside PyTorch",
     devices=frozenset({"cuda"}),
     capability=((8, 0), (12, 1)),
@@ -302,6 +420,7 @@ CUDNN = Backend(
     name="_native_cudnn",
     family="PyTorch",
     op=cudnn,
+    logsumexp=cudnn_with_logsumexp,
     summary="cuDNN's fused attention",
     devices=frozenset({"cuda"}),
     capability=((8, 0), (12, 1)),
@@ -324,6 +443,7 @@ MATH = Backend(
     name="_native_math",
     family="PyTorch",
     op=math,
+    logsumexp=math_with_logsumexp,
     summary="matmul, softmax, matmul: any device, most memory",
     devices=NATIVE.devices,
     dtypes=ANY,

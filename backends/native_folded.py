@@ -74,6 +74,7 @@ NATIVE_FOLDED = replace(
     EFFICIENT,
     name="_native_folded",
     op=folded,
+    logsumexp=None,
     summary="the memory-efficient kernel on several short sequences at once",
     masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT}),
     mask_grad=False,

@@ -2,6 +2,8 @@
 
     torchrun --nproc-per-node 2 bench/context_parallel.py [--models flux wan-14b] [--rounds 8] [--json FILE]
 
+`--kinds ulysses ring gather` measures these kinds of `ContextParallel` in the place of "auto".
+
 Each step is timed with CUDA events behind a barrier; a row has the median, the error to the first row's step, what a rank
 exchanges by the plan, and the peak of a rank's memory. `--small` runs the sizes of a test over gloo on CPUs, to try the script.
 """
@@ -13,7 +15,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,9 +40,9 @@ def plain(how: str) -> Callable[[Denoiser], Any]:
     return lambda denoiser: (parts(denoiser, how).compile("inductor", mode_of(how)), None)
 
 
-def ours(choice: str, mesh: DeviceMesh, how: str) -> Callable[[Denoiser], Any]:
+def ours(choice: str, mesh: DeviceMesh, kind: str, how: str) -> Callable[[Denoiser], Any]:
     def prepared(denoiser: Denoiser) -> Any:
-        backend = attnrewrite.with_backend(choice, context_parallel=mesh)
+        backend = attnrewrite.with_backend(choice, context_parallel=attnrewrite.ContextParallel(mesh, kind))
         return parts(denoiser, how).compile(backend, mode_of(how)), backend
 
     return prepared
@@ -70,13 +72,14 @@ def peer(mesh: DeviceMesh, how: str) -> Callable[[Denoiser], Any]:
     return prepared
 
 
-def variants(mesh: DeviceMesh, cuda_graphs: bool) -> dict[str, Callable[[Denoiser], Any]]:
-    """What is measured, by its label. The first is what the others are compared with."""
+def variants(mesh: DeviceMesh, cuda_graphs: bool, kinds: Sequence[str]) -> dict[str, Callable[[Denoiser], Any]]:
+    """What is measured, by its label. The first is what the others are compared with. kinds: of `ContextParallel`."""
     found: dict[str, Callable[[Denoiser], Any]] = {}
+    named = [(kind, "" if kind == "auto" else f", {kind}") for kind in kinds]
     for label, prepared in (
         (ONE, plain),
-        (NATIVE, partial(ours, "native", mesh)),
-        (AUTO, partial(ours, "auto", mesh)),
+        *((NATIVE + name, partial(ours, "native", mesh, kind)) for kind, name in named),
+        *((AUTO + name, partial(ours, "auto", mesh, kind)) for kind, name in named),
         (PEER, partial(peer, mesh)),
     ):
         for how in ("", WHOLE, *((GRAPHS,) if cuda_graphs else ())):
@@ -144,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="+", default=DEFAULT, choices=tuple(MODELS))
     parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--kinds", nargs="+", metavar="KIND", default=("auto",), help="of ContextParallel")
     parser.add_argument(
         "--only", nargs="+", metavar="LABEL", help="of the variants those with these labels, and the first"
     )
@@ -161,7 +165,7 @@ def main() -> None:
     place = Place(device, torch.float32 if options.small else torch.bfloat16, options.small)
     result: dict[str, Any] = {**results.header(device, options.small), "ranks": mesh.size(), "rounds": options.rounds}
     result["models"] = {}
-    chosen = variants(mesh, options.cuda_graphs)
+    chosen = variants(mesh, options.cuda_graphs, options.kinds)
     if options.only:
         if unknown := set(options.only) - set(chosen):
             raise SystemExit(f"--only has {sorted(unknown)}; the labels are {list(chosen)}")

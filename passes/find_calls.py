@@ -33,11 +33,12 @@ from ..graphs.nodes import (
     with_surroundings,
 )
 from ..graphs.notes import is_ours
-from ..graphs.operators import is_opaque
+from ..graphs.operators import arguments_of, is_opaque
 from ..graphs.sizes import Size, always, holds
 from ..graphs.spellings import spelled
 from ..graphs.trees import leaves
 from ..kernels.calls import AttentionCall, Mask, MaskKind
+from ..kernels.logsumexp import WITH_LOGSUMEXP
 from ..kernels.shapes import lead_sizes
 from .flex_calls import FLEX, flex_reading
 from .found import Found, MaskTerm, Missed, Operand, Operands
@@ -103,6 +104,8 @@ def find_calls(
         elif node.target in SDPA_TARGETS and not is_ours(node):  # another swap has already chosen `native` there
             call, operands = _read(node, inside, unique(node), origins)
             found.append(Found(node, call, operands))
+        elif node.target is WITH_LOGSUMEXP:
+            found.append(_read_with_logsumexp(node, inside, origins))
         elif node.target in FUSED_TARGETS and not is_ours(node):
             found.append(_read_fused(node, inside, unique(node), origins, thrown_away))
         elif node.target is FLEX and not is_ours(node):
@@ -118,7 +121,7 @@ def find_calls(
 
 def _may_attend(target: Any) -> bool:
     known = target in SDPA_TARGETS or target in FUSED_TARGETS or target is FLEX or target in OPAQUE_TARGETS
-    return known or is_library_function(target) or is_opaque(target)
+    return known or target is WITH_LOGSUMEXP or is_library_function(target) or is_opaque(target)
 
 
 def _spelled_out(
@@ -239,6 +242,32 @@ def _read_fused(node: Node, inside: Surroundings, site: str, origins: Origins, t
         obstacle=inside.transform or given["obstacle"] or _subclass((query, key, value)),
     )
     return Found(node, replace(call, written_as="kernel"), operands, unread_behind([node], thrown_away))
+
+
+def _read_with_logsumexp(node: Node, inside: Surroundings, origins: Origins) -> Found:
+    """A step of a ring. All steps of a ring have the name of the attention that they make up."""
+    given = arguments_of(node)
+    of_query, of_key, of_value = (Operand(given[name]) for name in ("query", "key", "value"))
+    tensors = query, key, _ = [each.value for each in (of_query, of_key, of_value)]
+    output, bias = value_of(node)[0], given["mask"]
+    terms: tuple[MaskTerm, ...] = ()
+    if isinstance(bias, Node):
+        boolean = value_of(bias).dtype == torch.bool
+        terms = (MaskTerm(Operand(bias), *(("keep", -math.inf) if boolean else ("add", 1.0))),)
+    call = _call(
+        given["site"],
+        tensors,
+        output,
+        output.dtype,
+        _mask(value_of(bias), given["is_causal"], query, output, autocast=False),
+        grouped=True,
+        scale=given["scale"],
+        dropout=0.0,
+        role=_role(given["query"], given["key"], query, key, origins),
+        obstacle=inside.transform,
+    )
+    call = replace(call, written_as="kernel", logsumexp=True)
+    return Found(node, call, Operands(of_query, of_key, of_value, terms, grouped=True))
 
 
 def _read_flex(node: Node, inside: Surroundings, site: str, origins: Origins, thrown_away: Set[Node]) -> Found:

@@ -82,11 +82,17 @@ def _swap(
         if alive is not None:
             query = zero_unless(alive, query)
 
+        logsumexp: list[torch.Tensor] = []
+
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, made: Built) -> torch.Tensor:
             if backend.op is None:
                 return _native(made.call, query, key, value, made.mask, emitter)
             accepted, shared = Accepted(site.steps, site.mask_as), made.shared
-            return launch(backend, made.call, accepted, site.source, query, key, value, made.mask, shared, emitter)
+            output, *more = launch(
+                backend, made.call, accepted, site.source, query, key, value, made.mask, shared, emitter
+            )
+            logsumexp.extend(more)
+            return output
 
         derived = as_it_stands and _loses_derivatives(call, backend)
         output = _with_derivatives(attend, query, key, value, made) if derived else attend(query, key, value, made)
@@ -106,6 +112,8 @@ def _swap(
     new = emitter.node(output)
     for each in outputs:
         each.replace_all_uses_with(new)
+    for each in [user for user in node.users if logsumexp and user.args[1] == 1]:
+        each.replace_all_uses_with(emitter.node(logsumexp[0]))
     _erase([node, *node.users, *planned.chain], emitter.graph)  # a fused kernel has other results, which nothing reads
     return outputs, new
 
@@ -206,9 +214,10 @@ def launch(
     mask: torch.Tensor | None,
     shared: Any,
     emitter: Emitter,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, ...]:
     """Calls the kernel on SDPA's tensors (..., heads, length, dim) of any rank, with the steps of the plan, and returns SDPA's
-    output. Sites with the same `shared` key share the tensor prepared from the mask."""
+    output; for a call that reads the log-sum-exp also that, (batch, heads, q_len). Sites with the same `shared` key share the
+    tensor prepared from the mask."""
     returned = getattr(torch, call.dtype)
     if (cast := accepted.step("cast")) is not None:
         call = cast_to(str(cast.after), call)
@@ -233,7 +242,9 @@ def launch(
         tensor if holds(tensor.stride(-1) == 1) else tensor.contiguous() for tensor in (query, key, value)
     )
     given: dict[str, Any] = {"origin": Origin(backend.name, source, call.site)} if source is not None else {}
-    output: torch.Tensor = backend.op(query, key, value, prepared, call=call, **given)  # type: ignore[misc]
+    op: Any = backend.logsumexp if call.logsumexp else backend.op
+    found = op(query, key, value, prepared, call=call, **given)
+    output, *more = found if call.logsumexp else (found,)
     if backend.layout == "bshd":
         output = output.transpose(1, 2)
     if output.shape[-1] is not call.value_dim and not holds(output.shape[-1] == call.value_dim):
@@ -241,7 +252,7 @@ def launch(
     if output.dtype != returned:
         output = output.to(returned)
     wanted = (*shape, call.q_len, call.value_dim)
-    return output if len(wanted) == 4 else output.reshape(wanted)
+    return (output if len(wanted) == 4 else output.reshape(wanted), *more)
 
 
 def _cast(tensor: torch.Tensor, dtype: str | None) -> torch.Tensor:

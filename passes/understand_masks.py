@@ -40,7 +40,8 @@ def understand_masks(graph_module: GraphModule, attentions: Sequence[Found]) -> 
     understood = []
     for found in attentions:
         mask, operands = found.call.mask, found.operands
-        opaque = found.call.obstacle is not None or not mask.is_tensor or mask.needs_grad
+        # What is proven may let a row without a key have any log-sum-exp.
+        opaque = found.call.obstacle is not None or not mask.is_tensor or mask.needs_grad or found.call.logsumexp
         if opaque or operands is None or not operands.mask:
             understood.append(found.then(Understood))
         elif rows_matter(operands, found.call.needs_grad) and not one_fill(operands.mask):

@@ -122,6 +122,7 @@ class AttentionCall:
     # "function": a call of a library's operator
     written_as: str = "sdpa"
     exported: bool = False  # part of an exported program, which holds operators only and checks as nodes
+    logsumexp: bool = False  # the log-sum-exp of each row's scores is read too: a step of a ring (parallel/rings.py)
 
     @property
     def is_sdpa(self) -> bool:

@@ -78,6 +78,8 @@ class Backend:
     op(query, key, value, prepared, *, call): a plain function of tensors that returns the output. It runs once on fake tensors,
         and the graph gets the torch calls that it makes. Tensors come and go in `layout`; the last dimension of query, key and
         value has stride 1. With a `source`, `op` also gets `origin=`, an `ops.Origin` for the ops that `ops.register` made.
+    logsumexp(...): as `op`, and returns (output, log-sum-exp of each row's scaled scores). The second is (batch, heads, q_len),
+        in float32, or float64 for float64. None: the kernel does not tell it, and a ring (parallel/rings.py) cannot use it.
     prepare(mask, key, call): makes `prepared` from the mask (None, or a tensor of rank 4), once for all sites that read the
         mask. Without `prepare`, `op` gets the mask itself.
     """
@@ -88,6 +90,7 @@ class Backend:
     devices: frozenset[str]  # as in `Machine.device`
     dtypes: frozenset[str]  # of query, key and value: "bfloat16"
     summary: str = ""  # one line, for people
+    logsumexp: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     capability: tuple[tuple[int, int], tuple[int, int]] | None = None  # first and last, both included
     not_on: frozenset[tuple[int, int]] = frozenset()  # capabilities in this range without a kernel
     head_dim: HeadDim = HeadDim()

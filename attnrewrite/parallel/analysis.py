@@ -38,6 +38,7 @@ class Analysis:
 
     steps: dict[Node, Step] = field(default_factory=dict)  # of each call of an operator
     begins: dict[Node, Shard] = field(default_factory=dict)  # tensors of which each rank goes on with a part
+    names: dict[Node, str] = field(default_factory=dict)  # of the sites
     plan: plans.Sharing = field(default_factory=lambda: plans.Sharing(1))
 
 
@@ -74,7 +75,7 @@ class _Analyser:
         self.written = written_storages(module)
         self.held: dict[Node, list[Any]] = {}  # the placements in which a rank has a tensor; the first is the main one
         self.wanted: dict[Node, int] = {}
-        self.result = Analysis()
+        self.result = Analysis(names=names)
         self.begins: list[plans.Begin] = []
         self.sites: list[plans.SharedSite] = []
         self.gathered: list[plans.Gathered] = []
@@ -253,7 +254,7 @@ class _Analyser:
             tensors += [self._part(each, attention.key) for each in (key, value)]
             sent = _sum(tensors)
             sent = None if sent is None else sent * (self.ranks - 1) / self.ranks
-        elif attention.exchange == plans.KEYS_GATHERED:
+        elif attention.exchange in (plans.KEYS_GATHERED, plans.RING):
             sent = _sum([self._part(each, attention.key) for each in (key, value)])
             sent = None if sent is None else sent * (self.ranks - 1)
         name = self.names.get(call.node, "attention")

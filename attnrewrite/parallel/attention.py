@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from ..graphs.sizes import always, is_one
+import torch
+
+from ..graphs.nodes import value_of
+from ..graphs.sizes import always, described, is_one
 from . import plans
-from .layouts import Placement, Shard, divides
+from .exchanges import needs_gradient
+from .layouts import Placement, Shard, divides, same_lengths
 from .rows import Call
 from .steps import Attention, Placements, Step, whole
 
@@ -69,7 +73,13 @@ def _tokens(call: Call, placements: Placements, query: Shard, ranks: int, kind: 
             return _whole(call, query, "it is causal, and its keys are not shared")
         inputs = (query, None, None, *by_query)
         return Step(inputs, query, attention=Attention(plans.KEYS_WHOLE, query=query))
-    reason = _no_all_to_all(call, ranks) if kind != "gather" else 'kind is "gather"'
+    if kind == "ring":
+        if not (reason := _no_ring(call, query, key, ranks)):
+            ring = Attention(plans.RING, "", query, key, causal=causal)
+            return Step((query, key, key, *by_query), query, attention=ring)
+        reason = f"no ring: {reason}"
+    else:
+        reason = _no_all_to_all(call, ranks) if kind != "gather" else 'kind is "gather"'
     if reason and causal:
         return _whole(call, query, f"it is causal, and {reason}")
     if reason:
@@ -86,6 +96,41 @@ def _tokens(call: Call, placements: Placements, query: Shard, ranks: int, kind: 
         of_mask = [_of_mask(call, {heads: Shard(heads, (size,))})]
     how = Attention(plans.ALL_TO_ALL, "", query, key, ordered, causal)
     return Step((query, key, key, *of_mask), query, attention=how)
+
+
+def _no_ring(call: Call, query: Shard, key: Shard, ranks: int) -> str:
+    """Why keys and values cannot come by one rank after another; "" where they can."""
+    masks = [value_of(node) for node in call.tensors[3:]]
+    queries, keys, values = (call.shape(position) for position in range(3))
+    scale = call.number("scale")
+    inputs = [value_of(node) for node in call.node.graph.find_nodes(op="placeholder")]
+    if any(isinstance(each, torch.Tensor) and needs_gradient(each) for each in inputs):
+        return 'a gradient is needed, which a ring does not have: use kind="ulysses"'
+    if call.output.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return f"it computes in {call.output.dtype}"
+    if scale is not None and (not isinstance(scale, int | float) or not scale > 0):
+        return "its scale is not above 0" if isinstance(scale, int | float) else "its scale is computed in the graph"
+    if len(queries) < 3:
+        return "it has no heads"
+    if len(queries) > 4 and masks:
+        return f"it has a mask, and tensors of {len(queries)} dimensions"
+    grouped = len(queries) > 3 and call.number("enable_gqa")
+    alike = zip(
+        (*queries[: -3 if grouped else -2], *keys[:-2]), (*keys[: -3 if grouped else -2], *values[:-2]), strict=True
+    )
+    if not all(always(one == other) for one, other in alike):
+        return "its tensors broadcast"
+    for length in key.lengths:
+        if not divides(ranks, length) and not isinstance(length, int):
+            return f"{ranks} ranks do not divide its {described(length)} keys, a length that is not fixed"
+    if any(mask.dtype != torch.bool for mask in masks) and key.is_padded(ranks):
+        return f"it has a mask of numbers, and {ranks} ranks do not divide its keys: the ranks would weigh hidden rows unlike"
+    if call.number("is_causal"):
+        if masks:
+            return "it has a mask too"
+        if len(query.lengths) > 1 or not same_lengths(query.lengths, key.lengths):
+            return "its queries and keys are no single sequence"
+    return ""
 
 
 def _no_all_to_all(call: Call, ranks: int) -> str:

@@ -51,6 +51,20 @@ def all_exchanged(tensors: Sequence[Tensor], rows: Size, ranks: Ranks) -> list[T
     return [_awaited(each) for each in begun]
 
 
+def begun_to_next(tensor: Tensor, ranks: Ranks) -> Tensor:
+    """Begins to give a tensor to the next rank, and to get as large a one from the rank before; `arrived` waits for it."""
+    to, source = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
+    sent, received = ([int(rank == other) for rank in range(ranks.size)] for other in (to, source))
+    begun = functional.all_to_all_single.default(tensor.reshape(1, -1), received, sent, ranks.group)
+    result: Tensor = begun
+    return result
+
+
+def arrived(begun: Tensor) -> Tensor:
+    """What `begun_to_next` gets, with one dimension."""
+    return _awaited(begun).flatten()
+
+
 def _whole(part: Tensor, shard: Shard, ranks: Ranks) -> Tensor:
     front = part.movedim(shard.dim, 0).contiguous()
     return in_order(gathered(front, ranks), shard.lengths, ranks.size).movedim(0, shard.dim)

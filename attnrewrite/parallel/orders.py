@@ -64,6 +64,25 @@ def _cut(tensor: torch.Tensor, length: Size, ranks: int) -> torch.Tensor:
     return tensor if isinstance(length, int) and divides(ranks, length) else tensor.narrow(0, 0, length)
 
 
+def held_of(shard: Shard, ranks: int, rank: int) -> list[tuple[Size, Size, Size]]:
+    """The elements of the whole that a rank holds, without copies: for each segment of which it holds some, where they begin in
+    the rank's part, where they begin in the whole, and how many they are. Lengths that the ranks do not divide are numbers."""
+    found: list[tuple[Size, Size, Size]] = []
+    here: Size = 0
+    start: Size = 0
+    for length in shard.lengths:
+        size = chunk(length, ranks)
+        count = size
+        if not divides(ranks, length):
+            assert isinstance(length, int)
+            assert isinstance(size, int)
+            count = min(max(length - rank * size, 0), size)
+        if not isinstance(count, int) or count > 0:
+            found.append((here, start + rank * size, count))
+        here, start = here + size, start + length
+    return found
+
+
 def by_rank(tensor: torch.Tensor, dim: int, lengths: Sequence[Size], ranks: int) -> torch.Tensor:
     """The inverse of `in_order` along `dim`: the parts of rank 0, of rank 1, and so on."""
     if len(lengths) == 1:

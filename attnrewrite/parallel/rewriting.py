@@ -14,6 +14,7 @@ from ..graphs.mutations import storage_of, written_by, written_storages
 from ..graphs.nodes import value_of
 from ..graphs.operators import as_given, draws_random_numbers
 from ..graphs.sizes import Size, always, is_one
+from ..kernels.logsumexp import WITH_LOGSUMEXP
 from . import gradients, plans
 from .analysis import Analysis
 from .exchanges import (
@@ -29,6 +30,7 @@ from .exchanges import (
 from .following import is_member, is_size, member_of
 from .layouts import Placement, Ranks, Shard, same
 from .orders import by_rank, in_own_order
+from .rings import revived, ring
 from .rows import ANY, VIEWS, Call
 from .steps import Attention, Step
 
@@ -152,7 +154,11 @@ class _Rewriter:
 
     def _call(self, call: Call, step: Step) -> None:
         node = call.node
-        if step.attention is not None and step.attention.exchange in (plans.ALL_TO_ALL, plans.KEYS_GATHERED):
+        if step.attention is not None and step.attention.exchange in (
+            plans.ALL_TO_ALL,
+            plans.KEYS_GATHERED,
+            plans.RING,
+        ):
             result = self._attention(call, step, step.attention)
         else:
             result = self._plain(call, step)
@@ -208,7 +214,7 @@ class _Rewriter:
         query, key, value, *masks = [
             self._get(node, placement, step.differs) for node, placement in zip(call.tensors, step.inputs, strict=True)
         ]
-        exchange = self._all_to_all if how.exchange == plans.ALL_TO_ALL else self._gathered
+        exchange = {plans.ALL_TO_ALL: self._all_to_all, plans.RING: self._ring}.get(how.exchange, self._gathered)
         return exchange(call, how, query, key, value, masks[0] if masks else None)
 
     def _gathered(
@@ -223,6 +229,42 @@ class _Rewriter:
         else:
             key, value = (whole(each, shard, self.ranks, for_parts=True) for each in (key, value))
         return self._run(call, query, key, value, mask)
+
+    def _ring(
+        self, call: Call, how: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
+    ) -> torch.Tensor:
+        """Each rank has a part of the queries, and the keys and values of all ranks come by."""
+        shard, dtype, lead = how.key, call.output.dtype, query.shape[:-3]
+        assert shard is not None
+        # Autocast, which casts the arguments of SDPA, does not know the op.
+        query, key, value = (_four(each).to(dtype) for each in (query, key, value))
+
+        def mask_of(owner: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+            if mask is None:
+                return None
+            wide = mask if mask.dtype == torch.bool else mask.to(dtype)
+            wide = wide[(None,) * (4 - wide.dim())]
+            return revived(wide, shard, self.ranks, owner)
+
+        def shared_mask_of(owner: int) -> Any:
+            return self.emitter.once(("ring", id(mask), dtype, owner, str(shard)), lambda: mask_of(owner))
+
+        def attend(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> Any:
+            args = (
+                query,
+                key,
+                value,
+                mask,
+                causal,
+                call.number("scale"),
+                self.analysis.names.get(call.node, "attention"),
+            )
+            return self.emitter.replay(call.node, WITH_LOGSUMEXP, args, {})
+
+        result = ring(key, value, shard, self.ranks, attend, shared_mask_of, how.causal).to(dtype)
+        if len(lead) != 1:
+            result = result.unflatten(0, lead) if lead else result.squeeze(0)
+        return result
 
     def _all_to_all(
         self, call: Call, how: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
@@ -265,7 +307,7 @@ class _Rewriter:
                 result = by_rank(result, result.dim() - 1, key, self.ranks.size)
             return result
 
-        return self.emitter.once(("exchanged", id(mask), query, key), build)  # type: ignore[no-any-return]
+        return self.emitter.once(("exchanged", id(mask), str(query), str(key)), build)  # type: ignore[no-any-return]
 
     def _run(self, call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
         arguments = dict(call.arguments) | {"query": query, "key": key, "value": value, "attn_mask": mask}

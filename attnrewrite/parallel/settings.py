@@ -12,7 +12,7 @@ from .layouts import Ranks
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-KINDS = ("auto", "ulysses", "gather")
+KINDS = ("auto", "ulysses", "ring", "gather")
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class ContextParallel:
         "auto": nothing, where the number of ranks divides the batch (guidance as a batch of 2); otherwise as "ulysses".
         "ulysses": tokens are spread; an all-to-all gives each rank all tokens of a part of the heads. Where the number of
         ranks does not divide the heads, as "gather".
+        "ring": tokens are spread; the keys and values of each rank go from rank to rank, and each rank puts the attention of
+        its queries to them together. Where an attention cannot be put together so, as "gather"; so is one with a gradient.
         "gather": tokens are spread; each rank gets the keys and values of all tokens.
 
     timeout: how long, in seconds, a rank waits for the others to compile the same graph. (How long it waits in an exchange

@@ -225,6 +225,16 @@ def _grad(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | 
     return None
 
 
+def _logsumexp(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
+    if not call.logsumexp or backend.logsumexp is not None or (backend.any_context and call.is_sdpa):
+        return None  # `native` leaves the step as it is
+    return Refused(
+        Code.CONTEXT,
+        f"{backend.name} does not return the log-sum-exp of the scores, which a ring of keys and values reads",
+        'Give ContextParallel the kind "ulysses" or "gather", or choose native or _native_cudnn here',
+    )
+
+
 def _mask(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:
     kind = call.mask.kind
     if call.mask.is_causal and backend.masks & {MaskKind.CAUSAL_UPPER_LEFT, MaskKind.CAUSAL_LOWER_RIGHT}:
@@ -375,6 +385,7 @@ REASONS: tuple[Callable[[Backend, AttentionCall, Machine], Refused | None], ...]
     _in_cuda_graph,
     _dtype,
     _dropout,
+    _logsumexp,
     _grad,
     _mask,
     _low_rows,

@@ -25,9 +25,10 @@ def all_reduce(parts, how, group):
     return [sum(parts)] * len(parts)
 
 
-def all_to_all_single(parts, received, sent, group):
-    assert received == sent == [sent[0]] * len(parts)
-    split = [part.split(sent) for part in parts]
+def all_to_all_single(parts, received, sent):
+    """received, sent: those of each rank."""
+    assert [list(each) for each in zip(*sent, strict=True)] == received
+    split = [part.split(sizes) for part, sizes in zip(parts, sent, strict=True)]
     return [torch.cat([part[rank] for part in split]) for rank in range(len(parts))]
 
 
@@ -90,8 +91,13 @@ class Lockstep:
         self.counts[target._opname] = self.counts.get(target._opname, 0) + 1
         given = [rank.fetch_args_kwargs_from_env(node)[0] for rank, node in zip(self.ranks, nodes, strict=True)]
         assert len({str([each.shape for each in leaves(args[0])]) for args in given}) == 1
-        assert all(args[1:] == given[0][1:] for args in given), f"unlike: {[args[1:] for args in given]}"
-        results = EXCHANGES[target]([args[0] for args in given], *given[0][1:])
+        parts = [args[0] for args in given]
+        if target is collectives.all_to_all_single.default:  # in a ring, each rank gives to another one
+            assert len({args[3] for args in given}) == 1
+            results = all_to_all_single(parts, [args[1] for args in given], [args[2] for args in given])
+        else:
+            assert all(args[1:] == given[0][1:] for args in given), f"unlike: {[args[1:] for args in given]}"
+            results = EXCHANGES[target](parts, *given[0][1:])
         for rank, node, result in zip(self.ranks, nodes, results, strict=True):
             rank.env[node] = result
 

@@ -167,6 +167,20 @@ def test_joint_attention(mask, size, lengths):
     assert counts == {"all_to_all_single": 4, "all_gather_into_tensor": 2}
 
 
+@pytest.mark.parametrize("kind", ["ulysses", "ring"])
+def test_a_mask_of_symbolic_lengths(kind):
+    def function(text, image, mask):
+        return attend(torch.cat([text, image], 1), mask=mask)
+
+    backend = Shared(2, kind)
+    compiled = torch.compile(function, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for lengths in ((4, 12), (6, 18)):
+            inputs = [*(randn(2, length, WIDTH) for length in lengths), key_padding(2, sum(lengths))]
+            close(compiled(*inputs), function(*inputs))
+    assert len(backend.plans) == 1
+
+
 def test_joint_causal_attention_is_in_order():
     def function(text, image):
         return attend(torch.cat([text, image], 1), is_causal=True)

@@ -7,6 +7,7 @@ import attnrewrite
 from attnrewrite.__main__ import main
 from attnrewrite.commands.demo_model import Demo, inputs
 from attnrewrite.parallel import plans
+from attnrewrite.parallel.settings import Described
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
@@ -24,6 +25,24 @@ def test_a_plan_for_other_devices(size):
     elif size == 3:  # of 4 heads: the causal attention runs whole
         assert plans.KEYS_GATHERED in exchanges
     assert f"context parallelism over {size} ranks" in str(report)
+    assert attnrewrite.Report.from_json(report.to_json()).to_json() == report.to_json()
+
+
+def test_a_kernel_that_cannot_be_a_step_of_a_ring():
+    demo = Demo().eval().requires_grad_(False)
+    report = attnrewrite.explain(demo, *inputs(), backend=["flex", "native"], context_parallel=Described(3, "ring"))
+    (graph,) = report.graphs
+    rings = [site.site for site in graph.parallel.sites if site.exchange == plans.RING]
+    assert rings == ["causal", "prompt", "joint", "outer"]
+    steps = [site for site in graph.plan.sites if site.call.logsumexp]
+    assert [site.name for site in steps] == [name for name in rings for _ in range(3)]
+    for step in steps:
+        assert step.chosen == "native"
+        ((name, refused),) = step.refusals
+        assert name == "flex"
+        assert "flex does not return the log-sum-exp of the scores, which a ring" in str(refused)
+        assert 'Give ContextParallel the kind "ulysses"' in str(refused)
+    assert "ring: keys and values go from rank to rank" in str(report)
     assert attnrewrite.Report.from_json(report.to_json()).to_json() == report.to_json()
 
 

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import attnrewrite
+from attnrewrite import ContextParallel
 from attnrewrite.entrances import compilers
 from attnrewrite.parallel import exchanges
 
@@ -26,6 +27,20 @@ def mesh(monkeypatch):
 
 def test_inductor_begins_all_exchanges_before_it_waits(mesh, monkeypatch):
     monkeypatch.setattr(exchanges, "LARGE", 0)
+    calls = re.findall(r"_c10d_functional\.(\w+)\.default\(buf", code_of(mesh))
+    assert calls[:6] == ["all_to_all_single"] * 3 + ["wait_tensor"] * 3
+
+
+def test_keys_are_under_way_while_a_ring_attends(mesh):
+    calls = re.findall(
+        r"(all_to_all_single|_flash_attention_for_cpu|wait_tensor)\.default\(", code_of(ContextParallel(mesh, "ring"))
+    )
+    step = "_flash_attention_for_cpu"
+    assert calls[:4] == ["all_to_all_single", step, "wait_tensor", step]
+
+
+def code_of(parallel):
+    """What Inductor makes of a layer."""
     weights = [torch.randn(16, 16) for _ in range(3)]
 
     def attend(tokens):
@@ -34,8 +49,7 @@ def test_inductor_begins_all_exchanges_before_it_waits(mesh, monkeypatch):
         return tokens + F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
     torch._dynamo.reset()
-    compiled = torch.compile(attend, backend=attnrewrite.with_backend("native", context_parallel=mesh))
+    compiled = torch.compile(attend, backend=attnrewrite.with_backend("native", context_parallel=parallel))
     with torch.no_grad():
         _, codes = run_and_get_code(compiled, torch.randn(1, 12, 16))
-    calls = re.findall(r"_c10d_functional\.(\w+)\.default\(buf", codes[0][codes[0].index("def call(") :])
-    assert calls[:6] == ["all_to_all_single"] * 3 + ["wait_tensor"] * 3
+    return codes[0][codes[0].index("def call(") :]

@@ -73,6 +73,22 @@ def test_every_rank_gets_what_one_process_gets(found, name):
         assert result["round trip"]
 
 
+RINGS = {"ring": "native", "ring_with_a_mask": "_native_flash", "causal_ring": "native"}
+if os.environ.get("ATTNREWRITE_SLOW"):
+    RINGS["ring_by_inductor"] = "native"
+
+
+@pytest.mark.parametrize("name", RINGS)
+def test_a_ring_gives_what_one_process_gets(found, name):
+    for rank, result in enumerate(case(found, name)):
+        assert result["error"] < 1e-12
+        assert result["exchanges"] == [plans.RING]
+        steps = rank + 1 if name == "causal_ring" else len(found)
+        assert result["chosen"] == [RINGS[name]] * steps
+        assert result["heads"] == [6] * steps
+        assert result["round trip"]
+
+
 def test_symbolic_lengths_are_guarded(found):
     for result in case(found, "dynamic"):
         assert result["error"] < 1e-12
@@ -158,7 +174,7 @@ MESSAGES = {
     "two dimensions": "ValueError: context_parallel got a mesh of 2 dimensions",
     "one device": "ValueError: context_parallel got a mesh of one device: leave context_parallel out",
     "no mesh": "TypeError: context_parallel got the mesh 'cuda' (str): give a DeviceMesh",
-    "kind": "ValueError: kind is 'sideways': it is one of 'auto', 'ulysses', 'gather'",
+    "kind": "ValueError: kind is 'sideways': it is one of 'auto', 'ulysses', 'ring', 'gather'",
     "timeout": "ValueError: timeout is 0: give a number of seconds above 0",
     "beside an object": "TypeError: set_attention_backend got a backend object and",
     "a part of a mesh": "",

@@ -105,6 +105,39 @@ def inductor(mesh):
     return planned(backend, **same(backend, *inputs()))
 
 
+def ring(mesh):
+    backend = with_backend("native", context_parallel=ContextParallel(mesh, "ring"), inner="eager")
+    return planned(backend, **same(backend, *inputs(2, 7, 13)))
+
+
+def ring_with_a_mask(mesh):
+    backend = with_backend("_native_flash", context_parallel=ContextParallel(mesh, "ring"), inner="aot_eager")
+    return planned(backend, **same(backend, *inputs(2, masked=True)))
+
+
+def ring_by_inductor(mesh):
+    backend = with_backend("native", context_parallel=ContextParallel(mesh, "ring"))
+    return planned(backend, **same(backend, *inputs(1, 6, 21)))
+
+
+def causal_ring(mesh):
+    """Each rank computes another number of steps."""
+    torch.manual_seed(3)
+    weight = torch.randn(3 * WIDTH, WIDTH, dtype=torch.float64) * 0.4
+
+    def function(x):
+        query, key, value = (
+            each.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for each in torch.nn.functional.linear(x, weight).chunk(3, -1)
+        )
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return x + output.transpose(1, 2).flatten(2)
+
+    backend = with_backend("native", context_parallel=ContextParallel(mesh, "ring"), inner="aot_eager")
+    x = inputs(2)[1][:, :17]
+    return planned(backend, error=error([torch.compile(function, backend=backend)(x)], [function(x)]))
+
+
 def dynamic(mesh):
     backend = with_backend("native", context_parallel=ContextParallel(mesh, "ulysses"), inner="eager")
     model = block()
@@ -179,9 +212,11 @@ def one_does_not_come(mesh):
 
 
 CASES = (
-    tokens, uneven, a_mask, gathered, batch, dynamic, regional, entry_point, a_context, other_lengths,
-    other_kernels, one_fails, bad_meshes, inductor, *training_cases.CASES, one_does_not_come,
+    tokens, uneven, a_mask, gathered, ring, ring_with_a_mask, causal_ring, batch, dynamic, regional, entry_point, a_context,
+    other_lengths, other_kernels, one_fails, bad_meshes, inductor, *training_cases.CASES, one_does_not_come,
 )  # fmt: skip
+if os.environ.get("ATTNREWRITE_SLOW"):
+    CASES = (ring_by_inductor, *CASES)
 
 
 def main(path, *names):
