@@ -4,13 +4,13 @@ import contextlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import textwrap
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.distributed
@@ -138,8 +138,8 @@ def test_identity_changes_with_every_file_of_the_package(tmp_path):
     for folder in ("attnrewrite", "passes", "backends"):
         shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
     files = ["passes/swap_kernels.py", "backends/native.py", "attnrewrite/planning/reasons.py"]
-    command = [sys.executable, "-c", DIGESTS, *files]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    done = forked.python("-c", DIGESTS, *files, cwd=tmp_path, environment={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
     before, again, *changed = done.stdout.split()
     assert before == again
     assert len({before, *changed}) == 1 + len(files)
@@ -180,7 +180,9 @@ def scaled(query, key, value, prepared, *, call):
 """
 
 PROCESS = """
-import sys, json, torch, attnrewrite, mine
+import sys
+sys.dont_write_bytecode = True  # the source of `mine` changes within a second
+import json, torch, attnrewrite, mine
 from dataclasses import replace
 from functools import partial
 from torch._dynamo.utils import counters
@@ -238,11 +240,8 @@ def test_processes_that_share_a_cache(tmp_path):
 
     def process(factor, version, cache="cache", load="", save=""):
         (tmp_path / "mine.py").write_text(KERNEL.format(factor=factor))
-        done = subprocess.run(
-            [sys.executable, "-B", "script.py", version, load, save],
-            cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / cache)},
-        )  # fmt: skip
+        environment = {"PYTHONPATH": path, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / cache)}
+        done = forked.python("script.py", version, load, save, cwd=tmp_path, environment=environment)
         assert done.returncode == 0, done.stderr[-3000:]
         return json.loads(done.stdout.splitlines()[-1])
 

@@ -6,12 +6,11 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 import tracemalloc
 import zipfile
 from dataclasses import replace
 
+import forked
 import pytest
 import stand_ins as doubles
 import torch
@@ -902,9 +901,7 @@ def test_real_models_in_a_process_without_their_source(tmp_path):
         program = attnrewrite.export(model, (), kwargs, backend="_native_flash", dynamic_shapes=dynamic)
         attnrewrite.save(program, tmp_path / f"{name}.pt2")
         torch.save(calls, tmp_path / f"{name}.pt")
-    finished = subprocess.run(
-        [sys.executable, "-c", RUN, str(tmp_path), *MODELS], capture_output=True, text=True, cwd=tmp_path
-    )
+    finished = forked.python("-c", RUN, tmp_path, *MODELS, cwd=tmp_path)
     assert finished.returncode == 0, finished.stderr[-3000:]
     results = [json.loads(line) for line in finished.stdout.splitlines()]
     assert [result[0] for result in results] == list(MODELS)

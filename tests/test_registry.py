@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import forked
 import pytest
 import torch
 from parity import attend, check, doubled, qkv, relative
@@ -111,8 +112,8 @@ def installed(tmp_path_factory):
 def test_an_installed_package_brings_a_kernel(installed):
     """Nothing here knows it: it is in `info`, in the table, chosen by name, run, refused with a reason."""
     paths = [str(installed), os.path.dirname(__file__), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    done = subprocess.run([sys.executable, "-c", USE], env=environment, capture_output=True, text=True)
+    environment = {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    done = forked.python("-c", USE, cwd=installed, environment=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert [line.split(maxsplit=2) for line in lines if line.startswith("tiny ")] == [

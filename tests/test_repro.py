@@ -1,10 +1,9 @@
 """`report.repro(site)`: a script that makes the same call again, of every kind, and prints its error."""
 
 import re
-import subprocess
-import sys
 from dataclasses import replace
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
@@ -121,7 +120,7 @@ def test_it_runs_alone(tmp_path):
     given = report_of(CALLS["key padding"])
     text = given.repro("blocks.0.attn", tmp_path / "repro.py")
     assert (tmp_path / "repro.py").read_text() == text
-    done = subprocess.run([sys.executable, tmp_path / "repro.py"], capture_output=True, text=True, cwd=tmp_path)
+    done = forked.python(tmp_path / "repro.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "key padding (2, 17)" in done.stdout
     assert float(re.search(r"relative error (\S+) to", done.stdout)[1]) < 1e-6

@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 from attnrewrite import Report
 from attnrewrite.__main__ import main
+from attnrewrite.commands import interception
 from attnrewrite.commands import run as launching
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,8 +27,13 @@ def python(*command, cwd, given="", **variables):
     )
 
 
-def run(*command, **options):
+def run_from_the_start(*command, **options):
     return python("-m", "attnrewrite", "run", *command, **options)
+
+
+def run(*command, cwd, given="", imported=()):
+    options = {"environment": {"PYTHONPATH": PATH, "ATTNREWRITE_BACKEND": ""}, "given": given, "imported": imported}
+    return forked.python("-m", "attnrewrite", "run", *command, cwd=cwd, **options)
 
 
 def report_of(folder):
@@ -181,7 +188,7 @@ def test_settings_and_rules(tmp_path):
 def test_as_a_module_and_by_the_environment(tmp_path):
     script(tmp_path, "import sys\nprint(__name__, sys.argv[1:], __spec__.name)\n1 / 0\n", "program.py")
     plain = python("-m", "program", "--flag", cwd=tmp_path)
-    ours = run("-m", "program", "--flag", cwd=tmp_path, ATTNREWRITE_BACKEND="_native_math")
+    ours = run_from_the_start("-m", "program", "--flag", cwd=tmp_path, ATTNREWRITE_BACKEND="_native_math")
     assert (ours.stdout, ours.returncode) == (plain.stdout, plain.returncode)
     assert ours.stderr.splitlines()[:3] == [line for line in plain.stderr.splitlines() if "runpy" not in line][:3] or (
         'program.py", line 3' in ours.stderr.splitlines()[1]
@@ -190,12 +197,25 @@ def test_as_a_module_and_by_the_environment(tmp_path):
 
 # -- diffusers' pipelines
 
+# What takes the time of importing a pipeline: its base class, which `attnrewrite run` looks out for, is not imported by it.
+IMPORTED = (
+    "transformers.modeling_utils",
+    "diffusers.models.autoencoders",
+    "diffusers.models.transformers",
+    "diffusers.schedulers",
+)
+
+
+def test_the_module_that_is_looked_out_for_is_not_imported_yet(tmp_path):
+    code = f"import sys; print({interception.PIPELINES!r} in sys.modules)"
+    assert forked.python("-c", code, cwd=tmp_path, imported=IMPORTED).stdout == "False\n"
+
 
 def test_denoisers_are_compiled_at_their_first_call(tmp_path):
-    plain = python(PLAIN, cwd=tmp_path)
+    plain = forked.python(PLAIN, cwd=tmp_path, imported=IMPORTED)
     assert plain.returncode == 0, plain.stderr
     settings = ("--backend", "_native_math", "--compile", "denoiser", "--inner", "eager", "--report", "report.json")
-    done = run(*settings, PLAIN, cwd=tmp_path)
+    done = run(*settings, PLAIN, cwd=tmp_path, imported=IMPORTED)
     assert (done.returncode, done.stdout) == (0, plain.stdout), done.stderr
     data = report_of(tmp_path)
     assert (data["compile_calls"], data["compiled_parts"]) == (0, ["transformer"])
@@ -211,7 +231,7 @@ def test_denoisers_are_compiled_at_their_first_call(tmp_path):
 def test_all_models_of_a_pipeline(tmp_path):
     settings = ("--backend", "_native_math", "--compile", "all", "--inner", "eager", "--report", "report.json")
     rules = ("--rule", "vae.*=native", "--rule", "transformer_blocks.0.*=native")
-    done = run(*settings, *rules, PLAIN, "--steps", "2", cwd=tmp_path)
+    done = run(*settings, *rules, PLAIN, "--steps", "2", cwd=tmp_path, imported=IMPORTED)
     assert done.returncode == 0, done.stderr
     data = report_of(tmp_path)
     assert data["attention"]["unmatched_rules"] == ["transformer_blocks.0.*"]  # without the component's name
@@ -226,7 +246,7 @@ def test_what_the_script_compiles_itself_is_not_compiled_twice(tmp_path):
         "[block.compile(backend='eager') for block in pipe.transformer.transformer_blocks]",
     )
     settings = ("--backend", "_native_math", "--compile", "denoiser", "--inner", "eager", "--report", "report.json")
-    done = run(*settings, script(tmp_path, text), "--compile", "--steps", "2", cwd=tmp_path)
+    done = run(*settings, script(tmp_path, text), "--compile", "--steps", "2", cwd=tmp_path, imported=IMPORTED)
     assert done.returncode == 0, done.stderr
     data = report_of(tmp_path)
     assert (data["compiled_parts"], data["parts_compiled_by_the_script"], data["compile_calls"]) == (
@@ -239,7 +259,7 @@ def test_what_the_script_compiles_itself_is_not_compiled_twice(tmp_path):
         "pipe.transformer.compile(fullgraph=True)",
         "pipe.transformer = torch.compile(pipe.transformer, backend='eager')",
     )
-    done = run(*settings, script(tmp_path, whole), "--compile", "--steps", "2", cwd=tmp_path)
+    done = run(*settings, script(tmp_path, whole), "--compile", "--steps", "2", cwd=tmp_path, imported=IMPORTED)
     assert done.returncode == 0, done.stderr
     data = report_of(tmp_path)
     assert (data["compiled_parts"], data["compile_calls"], data["outside"]["calls"]) == ([], 1, 1)
