@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,7 @@ class _Rewriter:
         self.held: dict[Node, list[tuple[Placement, Any]]] = {}  # the main value first
         self.for_parts: dict[Node, torch.Tensor] = {}  # whole tensors, as each rank uses them for its own part
         self.nodes: dict[Node, Node] = {}  # of values that are no tensors
+        self.writes: Counter[int | None] = Counter()  # so far, into each storage
 
     def run(self) -> Graph:
         first = next(value for node in self.module.graph.nodes if isinstance(value := value_of(node), torch.Tensor))
@@ -170,6 +172,7 @@ class _Rewriter:
         self._check(node, result, step.output)
         for target in written_by(node):
             storage = storage_of(value_of(target))
+            self.writes[storage] += 1
             for other, held in self.held.items():
                 if storage is not None and storage_of(value_of(other)) == storage:
                     del held[1:]
@@ -239,15 +242,17 @@ class _Rewriter:
         # Autocast, which casts the arguments of SDPA, does not know the op.
         query, key, value = (_four(each).to(dtype) for each in (query, key, value))
 
-        def mask_of(owner: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-            if mask is None:
-                return None
+        def mask_of(owner: int) -> tuple[torch.Tensor, torch.Tensor]:
             wide = mask if mask.dtype == torch.bool else mask.to(dtype)
             wide = wide[(None,) * (4 - wide.dim())]
             return revived(wide, shard, self.ranks, owner)
 
         def shared_mask_of(owner: int) -> Any:
-            return self.emitter.once(("ring", id(mask), dtype, owner, str(shard)), lambda: mask_of(owner))
+            if mask is None:
+                return None
+            return self.emitter.once(
+                ("ring", *self._state(mask, call), dtype, owner, str(shard)), lambda: mask_of(owner)
+            )
 
         def attend(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> Any:
             args = (
@@ -282,7 +287,7 @@ class _Rewriter:
             query = in_own_order(query, how.query, self.ranks.size)
             key, value = (in_own_order(each, how.key, self.ranks.size) for each in (key, value))
         elif mask is not None:
-            mask = self._as_exchanged(mask, how)
+            mask = self._as_exchanged(mask, how, call)
         if len(lead) != 1:
             query, key, value = (each.unflatten(0, lead) if lead else each.squeeze(0) for each in (query, key, value))
         result = _four(self._run(call, query, key, value, mask))
@@ -293,7 +298,7 @@ class _Rewriter:
             result = result.unflatten(0, lead) if lead else result.squeeze(0)
         return result
 
-    def _as_exchanged(self, mask: torch.Tensor, how: Attention) -> torch.Tensor:
+    def _as_exchanged(self, mask: torch.Tensor, how: Attention, call: Call) -> torch.Tensor:
         """The mask with its queries and keys in the order of ranks, built once for all attentions that read it."""
         assert how.query is not None
         assert how.key is not None
@@ -307,7 +312,11 @@ class _Rewriter:
                 result = by_rank(result, result.dim() - 1, key, self.ranks.size)
             return result
 
-        return self.emitter.once(("exchanged", id(mask), str(query), str(key)), build)  # type: ignore[no-any-return]
+        return self.emitter.once(("exchanged", *self._state(mask, call), str(query), str(key)), build)  # type: ignore[no-any-return]
+
+    def _state(self, mask: torch.Tensor, call: Call) -> tuple[int, int]:
+        """Another one after each write into the mask of a call."""
+        return id(mask), self.writes[storage_of(value_of(call.tensors[3]))]
 
     def _run(self, call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
         arguments = dict(call.arguments) | {"query": query, "key": key, "value": value, "attn_mask": mask}

@@ -167,6 +167,18 @@ def test_joint_attention(mask, size, lengths):
     assert counts == {"all_to_all_single": 4, "all_gather_into_tensor": 2}
 
 
+@pytest.mark.parametrize("kind", ["ulysses", "gather", "ring"])
+@pytest.mark.parametrize("shape", [(32, 32), (2, 1, 1, 32)])
+def test_a_mask_that_is_written_between_two_attentions(shape, kind):
+    def function(text, image, bias):
+        mask = bias.clone()
+        x = attend(torch.cat([text, image], 1), mask=mask)
+        mask.add_(bias * 3)
+        return attend(x, mask=mask)
+
+    check(function, [randn(2, 8, WIDTH), randn(2, 24, WIDTH), randn(*shape)], 2, kind)
+
+
 @pytest.mark.parametrize("kind", ["ulysses", "ring"])
 def test_a_mask_of_symbolic_lengths(kind):
     def function(text, image, mask):
