@@ -6,7 +6,9 @@ Forward only: the wheel has no backward, and no other build was tried. Causal is
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +47,26 @@ def forward(
     )
 
 
+def forward_with_logsumexp(
+    library: Any, query: Tensor, key: Tensor, value: Tensor, seqused_k: Tensor | None, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    given: dict[str, Any] = {"softmax_scale": scale, "causal": causal}
+    if seqused_k is None:
+        function, asks = library.flash_attn_func, "return_attn_probs"
+    else:
+        function, asks = library.flash_attn_with_kvcache, "return_softmax_lse"
+        given |= {"cache_seqlens": seqused_k, "num_splits": 1}
+    if _takes(function, asks):  # some versions return it always
+        given[asks] = True
+    output, logsumexp, *_ = function(query, key, value, **given)
+    return output, logsumexp.contiguous()
+
+
+@functools.cache
+def _takes(function: Any, argument: str) -> bool:
+    return argument in inspect.signature(function).parameters
+
+
 def varlen_forward(
     library: Any, query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int,
     causal: bool, scale: float | None, left: int, right: int,
@@ -72,6 +94,13 @@ FLASH_3 = ops.register(
     fake,
     flops=ops.products,
 )
+FLASH_3_WITH_LOGSUMEXP = ops.register(
+    "flash_3_with_logsumexp",
+    "(Tensor query, Tensor key, Tensor value, Tensor? seqused_k, bool causal, float? scale) -> (Tensor, Tensor)",
+    forward_with_logsumexp,
+    lambda query, key, value, *_: (ops.dense_output(query, value), ops.logsumexp_of(query, True)),
+    flops=ops.products,
+)
 # -- the code that is emitted into the graph
 
 
@@ -83,6 +112,16 @@ def flash_3(
         *window_size(call), None, None, None, needs_grad=False, origin=origin,
     )  # fmt: skip
     return output
+
+
+def flash_3_with_logsumexp(
+    query: Tensor, key: Tensor, value: Tensor, used: Leading | None, *, call: AttentionCall, origin: ops.Origin
+) -> tuple[Tensor, Tensor]:
+    output, logsumexp = FLASH_3_WITH_LOGSUMEXP(
+        query, lead(key, used), lead(value, used), used and used.seqused_k, call.mask.is_causal, call.scale,
+        needs_grad=False, origin=origin,
+    )  # fmt: skip
+    return output, logsumexp
 
 
 def flash_3_fp8(
@@ -213,6 +252,7 @@ FROM_SOURCE = Backend(
     name="_flash_3",
     family="FlashAttention",
     op=flash_3,
+    logsumexp=flash_3_with_logsumexp,
     summary="FlashAttention 3",
     devices=frozenset({"cuda"}),
     capability=((8, 0), (9, 0)),
@@ -258,6 +298,7 @@ def _varlen(record: Backend, name: str) -> Backend:
         record,
         name=name,
         op=flash_3_varlen,
+        logsumexp=None,
         summary="FlashAttention 3 on packed keys, for key padding",
         prepare=packing,
     )
@@ -268,6 +309,7 @@ def _fp8(record: Backend) -> Backend:
         record,
         name="_flash_3_fp8",
         op=flash_3_fp8,
+        logsumexp=None,
         summary="FlashAttention 3 with query, key and value in fp8 e4m3",
         capability=((9, 0), (9, 0)),
         head_dim=HeadDim(max=256, multiple=16, pad=True),

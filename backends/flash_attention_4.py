@@ -79,11 +79,17 @@ FLASH_4 = ops.register(
 def flash_4(
     query: Tensor, key: Tensor, value: Tensor, used: Leading | None, *, call: AttentionCall, origin: ops.Origin
 ) -> Tensor:
-    output: Tensor = FLASH_4(
+    return flash_4_with_logsumexp(query, key, value, used, call=call, origin=origin)[0]
+
+
+def flash_4_with_logsumexp(
+    query: Tensor, key: Tensor, value: Tensor, used: Leading | None, *, call: AttentionCall, origin: ops.Origin
+) -> tuple[Tensor, Tensor]:
+    output, logsumexp = FLASH_4(
         query, lead(key, used), lead(value, used), used and used.seqused_k, call.mask.is_causal, call.scale,
-        *window_size(call), call.needs_grad, needs_grad=call.needs_grad, origin=origin,
-    )[0]  # fmt: skip
-    return output
+        *window_size(call), call.needs_grad or call.logsumexp, needs_grad=call.needs_grad, origin=origin,
+    )  # fmt: skip
+    return output, logsumexp
 
 
 def head_dim_on_blackwell(call: AttentionCall, machine: Machine) -> Refused | None:
@@ -121,6 +127,7 @@ PACKAGE = Backend(
     name="flash_4",
     family="FlashAttention",
     op=flash_4,
+    logsumexp=flash_4_with_logsumexp,
     summary="FlashAttention 4 (CuTe), compiled at the first call",
     devices=frozenset({"cuda"}),
     capability=((9, 0), (11, 0)),

@@ -41,9 +41,10 @@ def ring(
     causal: queries are spread as keys are, in one segment; a query sees the keys up to its own.
     """
     result: Sum | None = None
+    packed = _packed(key, value)
     for step in range(ranks.size):
         owner = (ranks.rank - step) % ranks.size
-        begun = collectives.begun_to_next(_packed(key, value), ranks) if step < ranks.size - 1 else None
+        begun = collectives.begun_to_next(packed, ranks) if step < ranks.size - 1 else None
         own = causal and step == 0  # copies of the last key are behind all queries that are none themselves
         held = [] if causal and owner > ranks.rank else held_of(shard, ranks.size, owner)
         if own or held:
@@ -51,7 +52,8 @@ def ring(
             masked = None if own else mask_of(owner)
             result = added(result, _attended(attend, keys, values, masked, own))
         if begun is not None:
-            key, value = _unpacked(collectives.arrived(begun), key, value)
+            packed = collectives.arrived(begun)  # and goes on as it came
+            key, value = _unpacked(packed, key, value)
     assert result is not None  # some rank holds a key
     return averaged(result)
 

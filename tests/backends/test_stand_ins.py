@@ -14,6 +14,7 @@ from stand_ins import KERNELS, RECORDS, compiler, fewest_keys, is_sage_1, machin
 from attnrewrite import AttentionCompiler, Code, Machine, MaskKind, make_policy
 from attnrewrite.backends.flash_attention_3 import flash_3, flash_3_fp8, flash_3_varlen
 from attnrewrite.graphs.inner_compilers import records_cuda_graphs
+from attnrewrite.kernels.logsumexp import WITH_LOGSUMEXP
 from attnrewrite.kernels.packing import leading, packing
 
 HALF = 1.2e-2  # rounding to bfloat16
@@ -133,6 +134,34 @@ def test_value_dim(kernel, pair):
         right(kernel, *tensors)
     elif kernel.head_dim.max is None or max(pair) <= kernel.head_dim.max:
         refused(kernel, Code.VALUE_DIM, *tensors)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "key padding"])
+def test_log_sum_exps(kernel, mask):
+    """A step of a ring: the kernel returns them, or is refused."""
+    query, key, value = tensors_for(kernel, q_len=64, kv_len=64, heads=6, kv_heads=2)
+    keep = (torch.arange(64) < torch.tensor([[40], [7]]))[: len(key), None, None] if mask == "key padding" else None
+
+    def step(query, key, value, keep):
+        return WITH_LOGSUMEXP(query, key, value, keep, mask == "causal", 0.3, "a step")
+
+    backend = compiler(kernel, "eager", numerics="sparse")
+    with torch.no_grad():
+        output, logsumexp = torch.compile(step, backend=backend)(query, key, value, keep)
+    (site,) = backend.report.sites
+    if kernel.logsumexp is None:
+        assert site.chosen is None
+        assert site.refusals[0][1].code is Code.CONTEXT
+    else:
+        assert site.chosen == kernel.name
+    wide = [each.double().repeat_interleave(3, 1) for each in (key, value)]
+    scores = query.double() @ wide[0].mT * 0.3
+    if mask == "causal":
+        scores = scores.masked_fill(torch.ones(64, 64, dtype=torch.bool).triu(1), float("-inf"))
+    elif keep is not None:
+        scores = scores.masked_fill(~keep, float("-inf"))
+    assert relative(output, scores.softmax(-1) @ wide[1]) < HALF
+    torch.testing.assert_close(logsumexp.double(), scores.logsumexp(-1), rtol=0, atol=1e-2)
 
 
 @pytest.mark.parametrize("window", [(3, 2), (3, 0), (None, 2), (2, None)])
