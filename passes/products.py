@@ -204,10 +204,10 @@ def leads_to_product(node: Node, forward: bool = False) -> bool:
 
 def _is_of_two_activations(node: Node) -> bool:
     product = read_product(node)
-    return product is not None and not any(_is_weight(each) for each in (product.left, product.right))
+    return product is not None and not any(is_weight(each) for each in (product.left, product.right))
 
 
-def _is_weight(node: Node) -> bool:
+def is_weight(node: Node) -> bool:
     """Whether a node is a parameter, or a view of one: a product with it is a linear layer."""
     while spelled(node) in ("view", "to", *TURNS) and isinstance(first(node), Node):
         node = first(node)

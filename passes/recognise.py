@@ -21,6 +21,7 @@ from ..graphs.nodes import value_of
 from ..graphs.sizes import UnbackedSizeError, always
 from ..graphs.spellings import argument, first, number, shown, spelled
 from .arrangements import Sides, arrange
+from .cut_off import scores_from_elsewhere, weights_leave
 from .found import VANISHING, VANISHING_IN_FLOAT32, Missed, Operand, Operands
 from .opaque_functions import is_function
 from .operands import best, readables
@@ -60,15 +61,17 @@ def recognise(softmax: Node, writes: Writes, unread: Set[Node]) -> Recognised | 
     axes = Axes()
     weights = axes.fresh(value.shape)
     scores = find_scores(source, weights, softmax, axes, writes)
-    if isinstance(scores, Missed):
-        near = isinstance(find_values(softmax, weights, axes, unread), Values) or leads_to_product(
-            softmax, forward=True
-        )
-        return scores if near and (leads_to_product(source) or is_function(scores.node)) else None
     values = find_values(softmax, weights, axes, unread)
+    if isinstance(scores, Missed):
+        near = isinstance(values, Values) or leads_to_product(softmax, forward=True)
+        if near and (leads_to_product(source) or is_function(scores.node)):
+            return scores
+        return scores_from_elsewhere(softmax, source, weights, values, axes) if isinstance(values, Values) else None
     if isinstance(values, Missed):
         hidden = is_function(values.node) and leads_to_product(source)
-        return values if hidden or leads_to_product(softmax, forward=True) else None
+        if hidden or leads_to_product(softmax, forward=True):
+            return values
+        return weights_leave(softmax, scores, values)
     return _Recogniser(softmax, weights, dim % value.dim(), scores, values, axes, writes, unread).read()
 
 

@@ -172,3 +172,166 @@ def test_exported_programs_list_them():
     program = torch.export.export(Model(Attention(torch.relu)), tuple(qkv(q_len=9, kv_len=9)))
     report = attnrewrite.report_of(attnrewrite.rewrite(program, "native"))
     assert [each.reason for each in report.near_misses] == ["its scores are computed by relu"]
+
+
+def broken_before_the_softmax(query, key, value):
+    scores = query @ key.mT * SCALE
+    torch._dynamo.graph_break()
+    return (scores - scores.amax(-1, keepdim=True)).softmax(-1) @ value
+
+
+def broken_before_the_mask(query, key, value):
+    """Another axis order, and a bias with the shape of the scores that comes in too."""
+    scores = torch.einsum("bhid,bhjd->bhij", query, key)
+    bias = scores.tanh()
+    torch._dynamo.graph_break()
+    weights = F.softmax((scores * SCALE + bias).masked_fill(~TRIANGLE, -1e9), dim=3)
+    return torch.einsum("bhij,bhjd->bihd", F.dropout(weights, 0.0), value)
+
+
+def broken_behind_the_softmax(query, key, value):
+    weights = F.dropout((query @ key.mT * SCALE).softmax(-1), 0.0)
+    torch._dynamo.graph_break()
+    return weights @ value
+
+
+OTHER_GRAPH = (
+    "its scores come from outside the graph, as behind a graph break: the product of its queries and keys is not in it"
+)
+NO_VALUES = "its weights leave the graph, as in front of a graph break: the product with its values is not in it"
+BROKEN = {
+    broken_before_the_softmax: OTHER_GRAPH,
+    broken_before_the_mask: OTHER_GRAPH,
+    broken_behind_the_softmax: NO_VALUES,
+}
+
+
+@pytest.mark.parametrize("whole", BROKEN)
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_a_graph_break_within_an_attention_is_named(whole, dynamic):
+    backend = attnrewrite.with_backend("native", inner="eager")
+    tensors = qkv(q_len=9, kv_len=9)
+    found = torch.compile(Attention(whole=whole), backend=backend, dynamic=dynamic)(*tensors)
+    assert backend.report.sites == []
+    assert [each.reason for each in backend.report.near_misses] == [BROKEN[whole]]
+    exact = whole(*(each.double() for each in tensors))
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def of_experts(scores, outputs):
+    """A router: each token's own experts."""
+    return torch.einsum("bhte,bhted->bhtd", scores.softmax(-1), outputs)
+
+
+def of_experts_by_matmul(scores, outputs):
+    return (scores.softmax(-1)[..., None, :] @ outputs).squeeze(-2)
+
+
+def of_each_channel(scores, outputs):
+    return (scores.softmax(-1)[..., None] * outputs).sum(-2)
+
+
+def weighted(scores, values):
+    return scores.softmax(-1) @ values
+
+
+def over_the_queries(scores, values):
+    """Slot attention takes the softmax over its slots."""
+    return scores.softmax(-2) @ values
+
+
+def over_another_dimension(scores, values):
+    return torch.einsum("bhitj,bhtd->bhijd", scores.softmax(-1), values)
+
+
+def of_a_layer(scores, values):
+    """The weights are computed from the tokens, as in a dense Synthesizer: no key has a part in them."""
+    return F.linear(scores, torch.ones(7, 7)).softmax(-1) @ values
+
+
+def of_a_layer_and_a_bias(scores, values):
+    return (scores + F.linear(scores, torch.ones(7, 7))).softmax(-1) @ values
+
+
+def linear_attention(scores, values):
+    """The keys of linear attention, with a softmax over the tokens."""
+    context = scores.softmax(-1) @ values
+    return (context * SCALE).mT @ scores
+
+
+def linear_attention_of_queries(scores, values):
+    return scores.softmax(-1) @ (values @ values.mT)
+
+
+def logits(scores, values):
+    return scores.softmax(-1), values
+
+
+def logits_of_a_layer(scores, values):
+    return F.linear(scores, torch.ones(7, 7)).softmax(-1)
+
+
+def returned(scores, values):
+    return (scores @ values).softmax(-1)
+
+
+SCORES, VALUES, EXPERTS = (2, 3, 5, 7), (2, 3, 7, 4), (2, 3, 5, 7, 4)
+LOOK_ALIKES = {
+    "experts of each token": (of_experts, SCORES, EXPERTS),
+    "experts of each token, by matmul": (of_experts_by_matmul, SCORES, EXPERTS),
+    "soft experts: slots for keys, tokens for queries": (weighted, (2, 5, 7), (2, 7, 4)),
+    "the mean of a table under logits": (weighted, SCORES, (7, 4)),
+    "a pooling": (weighted, (2, 3, 1, 7), VALUES),
+    "a weight for each channel": (of_each_channel, SCORES, EXPERTS),
+    "slots": (over_the_queries, SCORES, VALUES),
+    "a sum over another dimension": (over_another_dimension, EXPERTS, VALUES),
+    "a layer of scores": (of_a_layer, SCORES, VALUES),
+    "a layer and a bias": (of_a_layer_and_a_bias, SCORES, VALUES),
+    "keys of linear attention": (linear_attention, SCORES, VALUES),
+    "queries of linear attention": (linear_attention_of_queries, SCORES, VALUES),
+    "logits": (logits, SCORES, VALUES),
+    "logits of a layer": (logits_of_a_layer, SCORES, VALUES),
+    "matches of two sets, without heads": (returned, (2, 5, 4), (2, 4, 7)),
+    "distances to a table": (returned, SCORES, (7, 6)),
+}
+
+
+@pytest.mark.parametrize("name", LOOK_ALIKES)
+def test_a_softmax_of_an_input_that_is_no_attention_is_not_listed(name):
+    function, *shapes = LOOK_ALIKES[name]
+    report = attnrewrite.explain(function, *map(torch.randn, shapes), backend="native")
+    assert (report.sites, report.near_misses) == ([], [])
+
+
+def test_the_same_softmax_with_queries_heads_and_values_is_listed():
+    """What the look-alikes lack."""
+    inputs = torch.randn(SCORES), torch.randn(VALUES)
+    report = attnrewrite.explain(weighted, *inputs, backend="native")
+    assert [each.reason for each in report.near_misses] == [OTHER_GRAPH]
+
+
+class Synthesizer(torch.nn.Module):
+    """A learned matrix of scores."""
+
+    def __init__(self):
+        super().__init__()
+        self.scores = torch.nn.Parameter(torch.randn(1, 3, 5, 7))
+
+    def forward(self, value):
+        return self.scores.softmax(-1) @ value
+
+
+def test_a_learned_matrix_of_scores_is_not_listed():
+    model, value = Synthesizer(), torch.randn(1, 3, 7, 4)
+    assert attnrewrite.explain(model, value, backend="native").near_misses == []
+
+
+class Map(torch.nn.Module):
+    def forward(self, query, key):
+        return (query @ key.mT * SCALE).softmax(-1)
+
+
+@pytest.mark.parametrize(("model", "shapes"), [(Synthesizer(), [(1, 3, 7, 4)]), (Map(), [(2, 3, 5, 4), (2, 3, 7, 4)])])
+def test_an_exported_program_has_no_graph_breaks(model, shapes):
+    program = torch.export.export(model, tuple(torch.randn(shape) for shape in shapes))
+    assert attnrewrite.report_of(attnrewrite.rewrite(program, "native")).near_misses == []
