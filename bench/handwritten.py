@@ -1,17 +1,11 @@
 """Hand-written attention (matmul and softmax), swapped and unswapped, on the CPU: seconds and peak memory.
 
     python bench/handwritten.py [--model sd15 ...] [--rounds 5] [--backend _native_flash] [--json FILE]
+    OMP_NUM_THREADS=1 python bench/handwritten.py --model swin_v2 xcit mvit_v2 --backend auto --rounds 15
 
-sd15            the transformer block of SD 1.5's UNet at 64 x 64 latents (4,096 tokens, 8 heads of 40, a prompt of 77 tokens)
-                with diffusers' `AttnProcessor`: baddbmm, softmax, bmm
-swin_v2_window  one window attention of Swin V2 (timm): 64 windows of 16 x 16 tokens, 3 heads of 32, a learned temperature and
-                a bias
-swin_v2         timm's swinv2_tiny_window16_256, two images
-xcit            timm's xcit_tiny_12_p16_224, four images: attention of channels, a learned temperature
-mvit_v2         timm's mvitv2_small_cls, two images: a bias that is written into a part of the scores
-
-The last four need timm. Weights are random, as drawn; all is float32. Inductor compiles each model twice: "swapped" with
-`with_backend(...)`, "unswapped" without. Both run in turn in one process.
+`MODELS` says what is compiled. All but the first need timm. Weights are random, as drawn; all is float32. Inductor compiles a
+model twice, as one graph: "swapped" with `with_backend(...)`, "unswapped" without. Both run in turn in one process. (Inductor
+takes a minute or two for each of the last three: two of them have fewer blocks.)
 
 ratio    the median over rounds of unswapped / swapped
 peak     the growth of the process's largest resident size during a step, each variant in a process of its own
@@ -33,9 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from step_ratio import processor
+from torchvision_operators import import_torchvision
 
 import attnrewrite
 
@@ -44,6 +36,9 @@ Model = tuple[torch.nn.Module, dict[str, torch.Tensor]]
 
 
 def sd15() -> Model:
+    from diffusers.models.attention_processor import AttnProcessor
+    from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
     module = Transformer2DModel(HEADS, DIM, in_channels=HEADS * DIM, cross_attention_dim=768)
     for child in module.modules():
         if hasattr(child, "set_processor"):
@@ -60,11 +55,17 @@ def swin_v2_window() -> Model:
     return WindowAttention(96, (16, 16), 3), {"x": torch.randn(64, 256, 96)}
 
 
-def images(name: str, count: int, side: int) -> Callable[[], Model]:
+def xcit_channels() -> Model:
+    from timm.models.xcit import XCA
+
+    return XCA(192, num_heads=4, qkv_bias=True), {"x": torch.randn(4, 196, 192)}
+
+
+def images(name: str, count: int, side: int, **blocks: Any) -> Callable[[], Model]:
     def build() -> Model:
         import timm
 
-        module = timm.create_model(name)
+        module = timm.create_model(name, **blocks)
         for parameter in module.parameters():  # Swin V2 begins with blocks that add nothing
             if parameter.dim() == 1:
                 torch.nn.init.normal_(parameter, 1.0, 0.1)
@@ -73,18 +74,41 @@ def images(name: str, count: int, side: int) -> Callable[[], Model]:
     return build
 
 
-MODELS: dict[str, Callable[[], Model]] = {
-    "sd15": sd15,
-    "swin_v2_window": swin_v2_window,
-    "swin_v2": images("swinv2_tiny_window16_256", 2, 256),
-    "xcit": images("xcit_tiny_12_p16_224", 4, 224),
-    "mvit_v2": images("mvitv2_small_cls", 2, 224),
+# By name: what is compiled, in words for the record, and the function that builds it.
+MODELS: dict[str, tuple[str, Callable[[], Model]]] = {
+    "sd15": (
+        "the transformer block of SD 1.5's UNet at 64 x 64 latents (4,096 tokens, 8 heads of 40, a prompt of 77 tokens) with "
+        "diffusers' AttnProcessor: baddbmm, softmax, bmm",
+        sd15,
+    ),
+    "swin_v2_window": (
+        "one window attention of Swin V2 (timm): 64 windows of 16 x 16 tokens, 3 heads of 32, a learned temperature and a bias",
+        swin_v2_window,
+    ),
+    "xcit_channels": (
+        "one attention of XCiT (timm): 4 images of 196 tokens, 4 heads of 48 channels, which attend to each other: 48 queries "
+        "and keys, 196 wide, a learned temperature",
+        xcit_channels,
+    ),
+    "swin_v2": (
+        "timm's swinv2_tiny_window16_256 with 8 of its 12 blocks, two images: windows, a learned temperature, a bias",
+        images("swinv2_tiny_window16_256", 2, 256, depths=(2, 2, 2, 2)),
+    ),
+    "xcit": (
+        "timm's xcit_tiny_12_p16_224 with 3 of its 12 blocks and both blocks of class attention, four images",
+        images("xcit_tiny_12_p16_224", 4, 224, depth=3),
+    ),
+    "mvit_v2": (
+        "timm's mvitv2_tiny, two images: a bias that is written into a part of the scores",
+        images("mvitv2_tiny", 2, 224),
+    ),
 }
 
 
 def built(model: str) -> Model:
+    import_torchvision()  # timm does and, through transformers, diffusers
     torch.manual_seed(0)
-    module, inputs = MODELS[model]()
+    module, inputs = MODELS[model][1]()
     return module.eval(), inputs
 
 
@@ -138,6 +162,8 @@ def in_a_process(model: str, backend: str | None) -> float:
 def measured(model: str, backend: str, rounds: int) -> dict[str, Any]:
     """Measures one model, and prints it."""
     module, inputs = built(model)
+    from step_ratio import processor
+
     exact = output_of(copy.deepcopy(module).double(), {name: value.double() for name, value in inputs.items()})
     steps = {"unswapped": compiled(model, None)[0]}
     steps["swapped"], chosen = compiled(model, backend)
@@ -166,6 +192,7 @@ def measured(model: str, backend: str, rounds: int) -> dict[str, Any]:
     saved = peaks["unswapped"] - peaks["swapped"]
     print(f"ratio {ratio:.2f}; peak lower by {saved:.0f} MiB, the scores take {scores:.0f} MiB", flush=True)
     return {
+        "compiled": MODELS[model][0],
         "cpu": processor(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
@@ -178,10 +205,12 @@ def measured(model: str, backend: str, rounds: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", nargs="+", choices=MODELS, default=["sd15"])
+    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=["sd15"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--backend", default="_native_flash")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE too, by model")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write the results to FILE too, by model; those of other models stay"
+    )
     parser.add_argument("--peak", metavar="VARIANT", help=argparse.SUPPRESS)
     options = parser.parse_args()
     with torch.no_grad():
@@ -190,7 +219,8 @@ def main() -> None:
             return
         results = {model: measured(model, options.backend, options.rounds) for model in options.model}
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        known = json.loads(options.json.read_text()) if options.json.exists() else {}
+        options.json.write_text(json.dumps(known | results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def measured(package: str, name: str) -> dict[str, Any]:
     from reach_models import PACKAGES
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
+    from torchvision_operators import import_torchvision
 
     import attnrewrite
 
@@ -105,12 +106,7 @@ def measured(package: str, name: str) -> dict[str, Any]:
         def key(value: Any) -> int | None:
             return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
-    # PyPI's torchvision is built for CUDA: beside a PyTorch for CPUs its operators do not load, and its import asks for two.
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    with contextlib.suppress(RuntimeError):
-        if torch.version.cuda is None:
-            for each in ("nms", "qnms"):
-                library.define(f"{each}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    import_torchvision()
     path, kwargs, described = next(rest for known, *rest in PACKAGES[package] if known == name)
     torch.manual_seed(0)
     module = made((path, kwargs)).eval().requires_grad_(False)
