@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from decision_specs import PACKAGES
 from parity import TOLERANCE, attend, doubled, qkv, relative
 
@@ -139,6 +140,51 @@ def test_on_a_cpu_it_is_native_and_right():
     (site,) = backend.report.sites
     assert site.chosen == "native"
     assert "auto: no evidence" in str(backend.report)
+
+
+CPU = Machine("cpu", None, TORCH)
+CHANNELS = {"heads": 4, "q_len": 48, "dim": 196}
+LEFT_ON_A_CPU = [
+    ("channels of XCiT", CHANNELS, {}, True),
+    ("as many channels as keys", CHANNELS | {"dim": 48}, {}, False),
+    ("few channels", CHANNELS | {"q_len": 32}, {}, False),
+    ("few queries", CHANNELS | {"q_len": 1, "kv_len": 48}, {}, False),
+    ("many queries", CHANNELS | {"q_len": 1024, "kv_len": 48}, {}, False),
+    ("many keys", CHANNELS | {"kv_len": 197}, {}, False),
+    ("training", CHANNELS, {"needs_grad": True}, False),
+    ("bfloat16", CHANNELS, {"dtype": "bfloat16"}, False),
+    ("a call of SDPA", CHANNELS, {"written_as": "sdpa"}, False),
+]
+
+
+@pytest.mark.parametrize(("what", "sizes", "given", "left"), LEFT_ON_A_CPU, ids=[each[0] for each in LEFT_ON_A_CPU])
+def test_wide_heads_in_operations_are_left_on_a_cpu(what, sizes, given, left):
+    asked = replace(call(**sizes), **{"dtype": "float32", "device": "cpu", "written_as": "operations"} | given)
+    _, site = preferred(asked, CPU)
+    assert site.chosen == (None if left else "native")
+    if left:
+        ((_, refused),) = site.refusals
+        assert "on a CPU the model's own products are faster" in refused.detail
+    assert preferred(replace(asked, device="cuda"), BARE)[1].chosen == "native"
+    policy = make_policy(["native"])
+    assert attnrewrite.make_plan([asked], policy, [CPU]).sites[0].chosen == "native", "who names a kernel gets it"
+
+
+def channels(x):
+    """Each channel attends to all others (XCA), (batch, tokens, heads * channels) to the same."""
+    query, key, value = x.unflatten(-1, (3, 3, -1)).permute(2, 0, 3, 4, 1)
+    weights = (F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT * 0.7).softmax(-1)
+    return (weights @ value).permute(0, 3, 1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(("tokens", "chosen"), [(51, None), (27, "native")])
+def test_channels_are_right_whether_left_or_not(tokens, chosen):
+    backend = attnrewrite.with_backend("auto", inner="eager")
+    x = torch.randn(2, tokens, 3 * 3 * 40)
+    with torch.no_grad():
+        output = torch.compile(channels, backend=backend, fullgraph=True)(x)
+    assert relative(output, channels(x.double())) < TOLERANCE[torch.float32]
+    assert [site.chosen for site in backend.report.sites] == [chosen]
 
 
 def test_kernels_that_need_inductor_are_for_inductor():

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..graphs.sizes import Size, holds
+from ..graphs.sizes import Size, always, holds
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.machines import Machine
 from ..kernels.records import Numerics
@@ -58,6 +58,16 @@ class Row:
 
 def _within(size: Size, limits: tuple[int, int | None]) -> bool:
     return holds(size >= limits[0]) and (limits[1] is None or holds(size <= limits[1]))
+
+
+def wide_on_cpu(call: AttentionCall, machine: Machine) -> bool:
+    """Whether an attention that is written in operations is faster as it is: on a CPU, with heads wider than there are queries
+    and keys, as the attention of channels in XCiT. Its scores are smaller than its queries, so a kernel that never stores them
+    saves nothing: `native` reached 0.88 of the speed (`xcit_channels` in bench/results/handwritten_cpu.json). Up to 32 queries
+    or keys the two were equal. Asks nothing of symbolic sizes."""
+    if machine.device != "cpu" or call.written_as != "operations" or call.needs_grad or call.dtype != "float32":
+        return False
+    return all(always(size > 32) and always(size < call.head_dim) for size in (call.q_len, call.kv_len))
 
 
 HOPPER = (9, 0)

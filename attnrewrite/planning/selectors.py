@@ -14,7 +14,7 @@ from ..kernels.sources import Hub
 from .matching import find, foreign
 from .plans import Plan
 from .policies import Candidate
-from .preferences import ROWS, Row
+from .preferences import ROWS, Row, wide_on_cpu
 from .registry import canonical, names, records_of
 from .sites import Site
 
@@ -64,6 +64,11 @@ class Auto:
         if call.written_as == "flex" and call.mask.is_tensor:
             native = replace(
                 native, keeps="auto: flex computes this mask in its kernel, SDPA would read it from memory"
+            )
+        elif not found and wide_on_cpu(call, machine):
+            native = replace(
+                native,
+                keeps="auto: on a CPU the model's own products are faster for heads wider than there are queries and keys",
             )
         return (*found, native)
 
