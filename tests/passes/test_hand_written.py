@@ -1,6 +1,7 @@
 """Attention that is spelled out in tensor operations is found, read right, and becomes one call."""
 
 import copy
+import itertools
 import math
 import operator
 
@@ -11,7 +12,7 @@ import torch.utils.checkpoint
 import transformers
 from fuzz import EveryKernel
 from hand_written_models import IDS, MODELS, PADDING, quiet
-from parity import TOLERANCE, compiled, doubled, qkv, relative, skip_if_fenced
+from parity import FLEX_TAKES_MASKS, TOLERANCE, compiled, doubled, qkv, relative, skip_if_fenced
 from torch import nn
 
 import attnrewrite
@@ -75,22 +76,44 @@ def spells_scores(node, calls):
     )
 
 
+def every_kernel(*kernels):
+    """A backend that gives one trace of Dynamo to each kernel."""
+    return EveryKernel({kernel: attnrewrite.with_backend(kernel, inner="eager") for kernel in kernels})
+
+
+class Several(nn.Module):
+    """Models side by side in one program: torch.export and its decompositions take a second for the smallest."""
+
+    def __init__(self, modules, counts):
+        super().__init__()
+        self.models, self.counts = nn.ModuleList(modules), counts
+
+    def forward(self, *arguments):
+        outputs, start = [], 0
+        for module, count in zip(self.models, self.counts, strict=True):
+            outputs.append(module(*arguments[start : start + count]))
+            start += count
+        return tuple(outputs)
+
+
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch.export's own
-@pytest.mark.parametrize("decomposed", [False, True])
-@pytest.mark.parametrize("name", MODELS)
-def test_exported_models(name, decomposed):
-    module, arguments, calls = MODELS[name]()
+def test_exported_models():
+    modules, given, calls = zip(*(build() for build in MODELS.values()), strict=True)
+    arguments = tuple(argument for each in given for argument in each)
     with torch.no_grad():
-        reference = copy.deepcopy(module).double()(*map(doubled, arguments))
-        program = torch.export.export(module, arguments)
-        program = program.run_decompositions() if decomposed else program
-        for kernel in ("_native_math", "native", "flex"):
-            graph_module = program.module()
+        references = [
+            copy.deepcopy(module).double()(*map(doubled, each)) for module, each in zip(modules, given, strict=True)
+        ]
+        program = torch.export.export(Several(modules, [*map(len, given)]), arguments)
+        found = program.module(), program.run_decompositions().module()
+        for exported, kernel in itertools.product(found, ("_native_math", "native", "flex")):
+            graph_module = copy.deepcopy(exported)
             outcome = rewrite_graph(graph_module, attnrewrite.with_backend(kernel).policy)
-            assert relative(graph_module(*arguments), reference) < 1e-5
-            assert [sizes(site) for site in outcome.plan.sites] == calls
-            for site in outcome.plan.sites:
-                skip_if_fenced(site)
+            for name, output, reference in zip(MODELS, graph_module(*arguments), references, strict=True):
+                assert relative(output, reference) < 1e-5, name
+            assert [sizes(site) for site in outcome.plan.sites] == [call for each in calls for call in each]
+            if kernel == "flex" and not FLEX_TAKES_MASKS:
+                continue
             assert {site.chosen for site in outcome.plan.sites} == {kernel}
             assert outcome.unchanged == 0
             assert softmaxes(graph_module.graph) == []
@@ -241,29 +264,32 @@ SCALINGS = {
 }  # fmt: skip
 
 
-def only_site(function, *tensors, backend="_native_math", error=1e-5, **options):
-    """The one site of a function, which is swapped and right."""
-    graphs = []
-    run, backend = compiled(function, backend, inner=seen(graphs), **options)
-    output, expected = run(*tensors), function(*map(doubled, tensors))
-    (site,) = backend.report.sites
-    skip_if_fenced(site)
-    assert site.chosen == backend.policy.choices[0].name, site
-    assert relative(output, expected) < error
-    assert output.dtype == function(*tensors).dtype
-    assert output.stride() == function(*tensors).stride()
-    assert softmaxes(graphs[-1].graph) == []
+def only_site(function, *tensors, kernels=("_native_math",), error=1e-5, **options):
+    """The one site of a function, which each kernel takes and computes right, from one trace of Dynamo."""
+    graphs = {kernel: [] for kernel in kernels}
+    every = EveryKernel({kernel: attnrewrite.with_backend(kernel, inner=seen(kept)) for kernel, kept in graphs.items()})
+    run = torch.compile(function, backend=every, fullgraph=True, dynamic=False, **options)
+    own, expected = function(*tensors), function(*map(doubled, tensors))
+    for kernel, backend in every.backends.items():
+        every.now = kernel
+        output = run(*tensors)
+        (site,) = backend.report.sites
+        skip_if_fenced(site)
+        assert site.chosen == kernel, site
+        assert relative(output, expected) < error, kernel
+        assert output.dtype == own.dtype
+        assert output.stride() == own.stride()
+        assert softmaxes(graphs[kernel][-1].graph) == []
     return site
 
 
-@pytest.mark.parametrize("kernel", ["_native_math", "native"])
 @pytest.mark.parametrize("spelling", SCALINGS)
-def test_scalings_and_biases(spelling, kernel):
+def test_scalings_and_biases(spelling):
     function, scale = SCALINGS[spelling]
     if spelling == "softmax with a dtype":
         function = SCALINGS["upcast softmax"][0]
     query, key, value = qkv(value_dim=24)
-    site = only_site(function, query, key, value, torch.randn(2, 1, 7, 11), backend=kernel)
+    site = only_site(function, query, key, value, torch.randn(2, 1, 7, 11), kernels=("_native_math", "native"))
     assert sizes(site) == (2, 4, 4, 7, 11, 16, 24)
     assert site.call.scale == scale or math.isclose(site.call.scale, scale, rel_tol=1e-12)
     if "bias" in spelling:
@@ -287,9 +313,8 @@ EINSUMS = [
 LETTERS = {"b": 2, "h": 4, "q": 7, "k": 11, "d": 16, "v": 24, "x": 3, "y": 5}
 
 
-@pytest.mark.parametrize("kernel", ["_native_math", "native", "flex"])
 @pytest.mark.parametrize(("scores", "values", "lead"), [each for each in EINSUMS if each[1]])
-def test_einsum(scores, values, lead, kernel):
+def test_einsum(scores, values, lead):
     one, other = scores.split("->")[0].replace("...", "bh").split(",")
     weights, value = values.split("->")[0].replace("...", "bh").split(",")
     value = value if "v" in value else weights
@@ -300,7 +325,7 @@ def test_einsum(scores, values, lead, kernel):
         w = (torch.einsum(scores, a, b) * 0.3).softmax(-1)
         return torch.einsum(values, *((v, w) if swapped else (w, v)))
 
-    site = only_site(step, query, key, value, backend=kernel)
+    site = only_site(step, query, key, value, kernels=("_native_math", "native", "flex"))
     assert sizes(site) == (*lead, 7, 11, 16, 24)
 
 
@@ -322,10 +347,13 @@ FILLS = {
 }
 
 
-@pytest.mark.parametrize("fill", [-math.inf, -1e9, torch.finfo(torch.float32).min])
-@pytest.mark.parametrize("scale_first", [True, False])
+@pytest.mark.parametrize("number", range(3))
 @pytest.mark.parametrize("spelling", FILLS)
-def test_fills(spelling, scale_first, fill):
+def test_fills(spelling, number):
+    """Each number in each spelling; whether it is scaled too alternates among the spellings."""
+    fill = (-math.inf, -1e9, torch.finfo(torch.float32).min)[number]
+    scale_first = ([*FILLS].index(spelling) + number) % 2 == 0
+
     def step(q, k, v, m):
         scores = q @ k.mT * (0.3 if scale_first else 1.0)
         return (FILLS[spelling](scores, m, fill) * (1.0 if scale_first else 0.3)).softmax(-1) @ v
@@ -355,9 +383,8 @@ def test_two_masks_are_one():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kernel", ["_native_math", "native", "flex"])
 @pytest.mark.parametrize("fill", [-1e4, -65504.0, -3e38])
-def test_rows_of_nothing_but_fills_are_the_mean(fill, kernel, dtype):
+def test_rows_of_nothing_but_fills_are_the_mean(fill, dtype):
     """A softmax of equal numbers gives all keys the same weight; SDPA's boolean mask would give zeros."""
     if dtype == torch.float16 and fill < -65504:
         fill = -65504.0
@@ -368,18 +395,21 @@ def test_rows_of_nothing_but_fills_are_the_mean(fill, kernel, dtype):
     query, key, value = qkv(dtype=dtype)
     mask = keep(2, 1, 7, 11)
     mask[1, :, 3] = False
-    run, backend = compiled(step, kernel)
-    output, reference = run(query, key, value, mask), step(query.double(), key.double(), value.double(), mask)
-    (site,) = backend.report.sites
-    if site.chosen is None:  # float16 needs a bias in float32, which flex may not take
-        assert site.refusals[0][1].code is Code.MASK
-        return
-    assert relative(output, reference) < TOLERANCE[dtype]
-    assert relative(output[1, :, 3], value.double()[1].mean(-2)) < TOLERANCE[dtype]
+    reference = step(query.double(), key.double(), value.double(), mask)
+    every = every_kernel("_native_math", "native", "flex")
+    run = torch.compile(step, backend=every, fullgraph=True, dynamic=False)
+    for kernel, backend in every.backends.items():
+        every.now = kernel
+        output = run(query, key, value, mask)
+        (site,) = backend.report.sites
+        if site.chosen is None:  # float16 needs a bias in float32, which flex may not take
+            assert site.refusals[0][1].code is Code.MASK
+            continue
+        assert relative(output, reference) < TOLERANCE[dtype]
+        assert relative(output[1, :, 3], value.double()[1].mean(-2)) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
-@pytest.mark.parametrize("kernel", ["native", "_native_math"])
 @pytest.mark.parametrize(
     ("dtype", "softmax"),
     [
@@ -389,7 +419,7 @@ def test_rows_of_nothing_but_fills_are_the_mean(fill, kernel, dtype):
         (torch.bfloat16, lambda scores: F.softmax(scores, dim=-1, dtype=torch.float32)),
     ],
 )
-def test_a_softmax_in_float32_loses_scores_beside_a_large_number(dtype, softmax, kernel, needs_grad):
+def test_a_softmax_in_float32_loses_scores_beside_a_large_number(dtype, softmax, needs_grad):
     """A row that -1e9 hides as a whole has equal weights there, in whatever dtype the model runs; without float32 it has the
     weights of its scores in float64."""
 
@@ -401,19 +431,23 @@ def test_a_softmax_in_float32_loses_scores_beside_a_large_number(dtype, softmax,
     mask[1] = False
     given = [each.requires_grad_(needs_grad) for each in qkv(dtype=dtype)]
     exact = [each.detach().double().requires_grad_(needs_grad) for each in given]
-    run, backend = compiled(step, kernel)
-    output, reference = run(*given, mask), step(*exact, mask)
-    (site,) = backend.report.sites
-    # `native` has no gradient for a row that a finite number hides; the model's own operations stay.
-    assert site.chosen == (None if needs_grad and kernel == "native" else kernel), site.refusals
-    assert relative(output.detach(), reference.detach()) < TOLERANCE[dtype]
-    assert relative(output[1].detach(), exact[2][1].mean(-2, keepdim=True).detach()) < TOLERANCE[dtype]
-    if needs_grad:
-        found, wanted = (
-            torch.autograd.grad(each.double().sin().sum(), to) for each, to in ((output, given), (reference, exact))
-        )
-        for one, other in zip(found, wanted, strict=True):
-            assert relative(one, other) < 10 * TOLERANCE[dtype]
+    every = every_kernel("native", "_native_math")
+    run, reference = torch.compile(step, backend=every, fullgraph=True, dynamic=False), step(*exact, mask)
+    for kernel, backend in every.backends.items():
+        every.now = kernel
+        output = run(*given, mask)
+        (site,) = backend.report.sites
+        # `native` has no gradient for a row that a finite number hides; the model's own operations stay.
+        assert site.chosen == (None if needs_grad and kernel == "native" else kernel), site.refusals
+        assert relative(output.detach(), reference.detach()) < TOLERANCE[dtype]
+        assert relative(output[1].detach(), exact[2][1].mean(-2, keepdim=True).detach()) < TOLERANCE[dtype]
+        if needs_grad:
+            found, wanted = (
+                torch.autograd.grad(each.double().sin().sum(), to, retain_graph=True)
+                for each, to in ((output, given), (reference, exact))
+            )
+            for one, other in zip(found, wanted, strict=True):
+                assert relative(one, other) < 10 * TOLERANCE[dtype]
 
 
 def test_a_fill_and_a_bias():
@@ -798,17 +832,20 @@ def test_autocast(kernel):
     assert relative(output, step(*tensors)) < 2e-2
 
 
-@pytest.mark.parametrize("kernel", ["_native_math", "native"])
-def test_dynamic_sizes(kernel):
+def test_dynamic_sizes():
     module, _, _ = MODELS["compvis_cross_attention_with_mask"]()
-    run, backend = compiled(module, kernel, dynamic=True)
+    every = every_kernel("_native_math", "native")
+    run = torch.compile(module, backend=every, fullgraph=True, dynamic=True)
     with torch.no_grad():
         for batch, q_len, kv_len in ((2, 7, 11), (3, 9, 13), (5, 6, 8)):
             arguments = torch.randn(batch, q_len, 24), torch.randn(batch, kv_len, 20), torch.rand(batch, kv_len) > 0.3
             reference = copy.deepcopy(module).double()(*map(doubled, arguments))
-            assert relative(run(*arguments), reference) < 1e-5
-    assert [site.chosen for site in backend.report.sites] == [kernel]
-    assert len(backend.report.graphs) == 1
+            for kernel in every.backends:
+                every.now = kernel
+                assert relative(run(*arguments), reference) < 1e-5
+    for kernel, backend in every.backends.items():
+        assert [site.chosen for site in backend.report.sites] == [kernel]
+        assert len(backend.report.graphs) == 1
 
 
 def test_dynamic_grouped_heads():
@@ -933,57 +970,61 @@ def lowered(function, *tensors):
     return graphs[0]
 
 
-@pytest.mark.parametrize("kernel", ["_native_math", "flex", "native"])
 @pytest.mark.parametrize("mask", [None, "bias", "causal"])
-def test_a_kernel_that_pytorch_has_chosen(kernel, mask):
+def test_a_kernel_that_pytorch_has_chosen(mask):
     bias = torch.randn(2, 1, 7, 11) if mask == "bias" else None
 
-    def step(q, k, v):
+    def step(q, k, v, bias=bias):
         return F.scaled_dot_product_attention(q, k, v, bias, is_causal=mask == "causal", scale=0.3)
 
     tensors = qkv()
-    graph_module = lowered(step, *tensors)
+    reference = step(*map(doubled, (*tensors, bias)))
+    lowered_ = lowered(step, *tensors)
     inputs = [each for each in (*tensors, bias) if each is not None]
-    order = len(list(graph_module.graph.find_nodes(op="placeholder")))
-    inputs = inputs[:order]
-    outcome = rewrite_graph(graph_module, attnrewrite.with_backend(kernel).policy)
-    (site,) = outcome.plan.sites
-    assert (site.chosen, site.call.written_as, outcome.unchanged) == (kernel, "kernel", int(kernel == "native"))
-    bias = bias.double() if bias is not None else None
-    (output,) = graph_module(*inputs)
-    assert relative(output, step(*map(doubled, tensors))) < 1e-5
+    assert len(inputs) == len(list(lowered_.graph.find_nodes(op="placeholder")))
+    for kernel in ("_native_math", "flex", "native"):
+        graph_module = copy.deepcopy(lowered_)
+        outcome = rewrite_graph(graph_module, attnrewrite.with_backend(kernel).policy)
+        (site,) = outcome.plan.sites
+        assert (site.chosen, site.call.written_as, outcome.unchanged) == (kernel, "kernel", int(kernel == "native"))
+        (output,) = graph_module(*inputs)
+        assert relative(output, reference) < 1e-5
+
+
+FORMS = ("plain", "boolean", "bias", "causal", "grouped")
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch.export's own
-@pytest.mark.parametrize("kernel", ["_native_math", "native"])
-@pytest.mark.parametrize("form", ["plain", "boolean", "bias", "causal", "grouped"])
-def test_sdpa_that_was_decomposed(form, kernel):
+def test_sdpa_that_was_decomposed():
     """Core ATen has no SDPA. Its decomposition gives zeros for rows without any key."""
 
     class Attend(nn.Module):
         def forward(self, q, k, v, m):
-            mask = {"boolean": m, "bias": m.to(q.dtype)}.get(form)
-            return F.scaled_dot_product_attention(
-                q, k, v, mask, is_causal=form == "causal", enable_gqa=form == "grouped", scale=0.3
-            )
+            outputs = []
+            for form in FORMS:
+                mask = {"boolean": m, "bias": m.to(q.dtype)}.get(form)
+                keys, values = (each[:, :2] if form == "grouped" else each for each in (k, v))
+                options = {"is_causal": form == "causal", "enable_gqa": form == "grouped", "scale": 0.3}
+                outputs.append(F.scaled_dot_product_attention(q, keys, values, mask, **options))
+            return torch.stack(outputs)
 
-    tensors = qkv(kv_heads=2 if form == "grouped" else 4)
+    tensors = qkv()
     mask = keep(2, 1, 7, 11)
     mask[1, :, 3] = False
     program = torch.export.export(Attend(), (*tensors, mask)).run_decompositions()
     assert "scaled_dot_product" not in str(program.graph)
-    graph_module = program.module()
-    outcome = rewrite_graph(graph_module, attnrewrite.with_backend(kernel).policy)
-    (site,) = outcome.plan.sites
-    assert (site.chosen, site.call.kv_heads, site.call.scale) == (
-        kernel,
-        2 if form == "grouped" else 4,
-        pytest.approx(0.3),
-    )
-    reference = Attend()(*map(doubled, tensors), mask)
-    assert relative(graph_module(*tensors, mask), reference) < 1e-5
-    assert softmaxes(graph_module.graph) == []
-    assert not [node for node in graph_module.graph.nodes if "eq" in node.name or "any" in node.name]
+    references = Attend()(*map(doubled, tensors), mask)
+    for kernel in ("_native_math", "native"):
+        graph_module = program.module()
+        outcome = rewrite_graph(graph_module, attnrewrite.with_backend(kernel).policy)
+        assert [(site.chosen, site.call.kv_heads) for site in outcome.plan.sites] == [
+            (kernel, 2 if form == "grouped" else 4) for form in FORMS
+        ]
+        assert all(site.call.scale == pytest.approx(0.3) for site in outcome.plan.sites)
+        for form, output, reference in zip(FORMS, graph_module(*tensors, mask), references, strict=True):
+            assert relative(output, reference) < 1e-5, form
+        assert softmaxes(graph_module.graph) == []
+        assert not [node for node in graph_module.graph.nodes if "eq" in node.name or "any" in node.name]
 
 
 def test_a_kernel_whose_log_sum_exp_is_used_stays():
@@ -1022,9 +1063,8 @@ def test_a_sum_of_sums_is_walked_once():
     assert same
 
 
-@pytest.mark.parametrize("kernel", ["_native_math", "native"])
 @pytest.mark.parametrize("how", ["tiled heads", "keys of one batch", "values of one batch"])
-def test_repetitions_that_are_no_groups(how, kernel):
+def test_repetitions_that_are_no_groups(how):
     """Head i reads key head i % 2 where heads are tiled; SDPA's groups are i // 2."""
 
     def step(q, k, v):
@@ -1036,13 +1076,13 @@ def test_repetitions_that_are_no_groups(how, kernel):
             v = v[:1].expand(2, -1, -1, -1)
         return (q @ k.mT / 4).softmax(-1) @ v
 
-    site = only_site(step, *qkv(kv_heads=2 if how == "tiled heads" else 4), backend=kernel)
+    tensors = qkv(kv_heads=2 if how == "tiled heads" else 4)
+    site = only_site(step, *tensors, kernels=("_native_math", "native"))
     assert (site.call.batch, site.call.heads, site.call.kv_heads) == (2, 4, 4)
 
 
-@pytest.mark.parametrize("kernel", ["_native_math", "native", "flex"])
 @pytest.mark.parametrize("folded_", [False, True])
-def test_a_bias_of_part_of_the_batch(folded_, kernel):
+def test_a_bias_of_part_of_the_batch(folded_):
     """Windows in the batch, each with a bias of its own, as in Swin."""
 
     def step(q, k, v, m):
@@ -1052,7 +1092,7 @@ def test_a_bias_of_part_of_the_batch(folded_, kernel):
 
     lead = (15, 4) if folded_ else (3, 5, 4)
     tensors = torch.randn(*lead, 7, 16), torch.randn(*lead, 11, 16), torch.randn(*lead, 11, 16)
-    site = only_site(step, *tensors, torch.randn(5, 1, 7, 11), backend=kernel)
+    site = only_site(step, *tensors, torch.randn(5, 1, 7, 11), kernels=("_native_math", "native", "flex"))
     assert (site.call.batch, site.call.heads) == (15, 4)
 
 
