@@ -1,0 +1,97 @@
+"""Trains the video DiT on one GPU in a fixed time, and writes weights.safetensors and training.txt.
+
+    python examples/moving_digits/train.py [--seconds 450]
+
+Most of the time goes to short videos of 16 x 32 x 32 (4,096 tokens), the last 45 % to those that are sampled, of 32 x 64 x 64
+(32,768 tokens): the rotary positions carry over. Without a GPU give --small, which only shows that everything runs.
+"""
+
+import argparse
+import copy
+import math
+import time
+from pathlib import Path
+
+import moving_digits
+import torch
+
+RATE, EMA = 1e-3, 0.998
+STAGES = ((0.55, (16, 32, 32), 16), (1.0, moving_digits.SIZE, 2))  # until which part of the time; size; batch
+SMALL = ((0.5, (4, 24, 24), 4), (1.0, (6, 24, 28), 2))
+
+
+def loss_of(model, images, labels, size, generator=None):
+    """Mean squared error of the predicted velocity at noise levels of a shifted logit-normal distribution."""
+    drawn = moving_digits.videos(images, size, generator)
+    noise = torch.randn(drawn.shape, device=drawn.device, generator=generator)
+    t = torch.randn(len(drawn), device=drawn.device, generator=generator).sigmoid()
+    t = moving_digits.SHIFT * t / (1 + (moving_digits.SHIFT - 1) * t)
+    level = t[:, None, None, None, None]
+    with torch.autocast(drawn.device.type, torch.bfloat16):
+        (velocity,) = model(
+            hidden_states=(1 - level) * drawn + level * noise,
+            timestep=1000 * t,
+            encoder_hidden_states=moving_digits.prompts(labels),
+            return_dict=False,
+        )
+    return torch.nn.functional.mse_loss(velocity.float(), noise - drawn)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=450.0)
+    parser.add_argument("--weights", type=Path, default=moving_digits.WEIGHTS)
+    parser.add_argument("--small", action="store_true")
+    given = parser.parse_args()
+    if not (given.small or torch.cuda.is_available()):
+        parser.error("training needs a GPU: --small shows on a CPU that everything runs")
+    torch.manual_seed(0)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    images, labels = (each.to(device) for each in moving_digits.digits())
+    kept = len(images) - moving_digits.HELD_OUT
+    model = moving_digits.build(layers=1 if given.small else 4).to(device).train()
+    average = copy.deepcopy(model).eval().requires_grad_(False)
+    if not given.small:
+        model.compile_repeated_blocks(dynamic=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.01, betas=(0.9, 0.99))
+    machine = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    lines = [f"{machine}, torch {torch.__version__}, {sum(each.numel() for each in model.parameters()):,} parameters"]
+    print(lines[0], flush=True)
+
+    started, told, step, running = time.perf_counter(), 0.0, 0, torch.zeros((), device=device)
+    while (passed := (time.perf_counter() - started) / given.seconds) < 1:
+        _, size, batch = next(stage for stage in (SMALL if given.small else STAGES) if passed < stage[0])
+        step += 1
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1, step / 200) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * passed)))
+        index = torch.randint(0, kept, (batch,), device=device)
+        loss = loss_of(model, images[index], labels[index], size)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        with torch.no_grad():
+            weight = 1 - min(EMA, step / (step + 10))
+            for mean, now in zip(average.parameters(), model.parameters(), strict=True):
+                mean.lerp_(now, weight)
+            running.lerp_(loss, 0.02 if step > 1 else 1.0)
+        if passed - told > 0.05:
+            told = passed
+            lines.append(f"{passed * given.seconds:.0f} s, step {step}, {size}: loss {running.item():.5f}")
+            print(lines[-1], flush=True)
+            moving_digits.save(average, given.weights)
+
+    moving_digits.save(average, given.weights)
+    stored = moving_digits.load(given.weights).to(device)
+    chosen = torch.arange(kept, kept + (2 if given.small else 40), device=device)
+    for name, each in (("in float32", average), ("as stored, in 8 bits", stored)):
+        generator = torch.Generator(device).manual_seed(1)
+        with torch.no_grad():
+            losses = [loss_of(each, images[one : one + 1], labels[one : one + 1], size, generator) for one in chosen]
+        lines.append(f"held-out digits, {name}: loss {torch.stack(losses).mean().item():.5f}")
+        print(lines[-1], flush=True)
+    given.weights.with_name("training.txt").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
