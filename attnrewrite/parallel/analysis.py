@@ -257,6 +257,14 @@ class _Analyser:
         elif attention.exchange in (plans.KEYS_GATHERED, plans.RING):
             sent = _sum([self._part(each, attention.key) for each in (key, value)])
             sent = None if sent is None else sent * (self.ranks - 1)
+        elif attention.exchange == plans.GROUPS:
+            number = attention.together
+            queries = _sum([self._part(each, attention.query) for each in (query, call.output)])
+            keys = _sum([self._part(each, attention.key) for each in (key, value)])
+            if queries is None or keys is None:
+                sent = None
+            else:
+                sent = (queries + keys) * (number - 1) / number + keys * (self.ranks // number - 1)
         name = self.names.get(call.node, "attention")
         self.sites.append(plans.SharedSite(name, attention.exchange, sent, attention.reason))
 

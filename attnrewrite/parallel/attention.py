@@ -73,10 +73,15 @@ def _tokens(call: Call, placements: Placements, query: Shard, ranks: int, kind: 
             return _whole(call, query, "it is causal, and its keys are not shared")
         inputs = (query, None, None, *by_query)
         return Step(inputs, query, attention=Attention(plans.KEYS_WHOLE, query=query))
-    if kind == "ring":
+    together = _together(call, ranks) if kind == "ulysses+ring" else 1
+    if kind in ("ring", "ulysses+ring") and together < ranks:
         if not (reason := _no_ring(call, query, key, ranks)):
-            ring = Attention(plans.RING, "", query, key, causal=causal)
-            return Step((query, key, key, *by_query), query, attention=ring)
+            if together == 1:
+                ring = Attention(plans.RING, "", query, key, causal=causal)
+                return Step((query, key, key, *by_query), query, attention=ring)
+            groups = f"{together} of {ranks} ranks divide its heads"
+            ring = Attention(plans.GROUPS, groups, query, key, causal=causal, together=together)
+            return Step((query, key, key, *[None] * masked), query, attention=ring)
         reason = f"no ring: {reason}"
     else:
         reason = _no_all_to_all(call, ranks) if kind != "gather" else 'kind is "gather"'
@@ -131,6 +136,12 @@ def _no_ring(call: Call, query: Shard, key: Shard, ranks: int) -> str:
         if len(query.lengths) > 1 or not same_lengths(query.lengths, key.lengths):
             return "its queries and keys are no single sequence"
     return ""
+
+
+def _together(call: Call, ranks: int) -> int:
+    """The largest part of the ranks that could share the heads."""
+    parts = (number for number in range(ranks, 1, -1) if ranks % number == 0)
+    return next((number for number in parts if not _no_all_to_all(call, number)), 1)
 
 
 def _no_all_to_all(call: Call, ranks: int) -> str:

@@ -46,7 +46,7 @@ def exchanged(tensor: Tensor, rows: Size, ranks: Ranks) -> Tensor:
 
 def all_exchanged(tensors: Sequence[Tensor], rows: Size, ranks: Ranks) -> list[Tensor]:
     """`exchanged` of each tensor; all begin before the first is waited for."""
-    split = [rows] * ranks.size
+    split = ranks.rows(dict.fromkeys(range(ranks.size), rows))
     begun = [functional.all_to_all_single.default(each, split, split, ranks.group) for each in tensors]
     return [_awaited(each) for each in begun]
 
@@ -54,7 +54,7 @@ def all_exchanged(tensors: Sequence[Tensor], rows: Size, ranks: Ranks) -> list[T
 def begun_to_next(tensor: Tensor, ranks: Ranks) -> Tensor:
     """Begins to give a tensor to the next rank, and to get as large a one from the rank before; `arrived` waits for it."""
     to, source = (ranks.rank + 1) % ranks.size, (ranks.rank - 1) % ranks.size
-    sent, received = ([int(rank == other) for rank in range(ranks.size)] for other in (to, source))
+    received, sent = ranks.rows({source: 1}), ranks.rows({to: 1})
     begun = functional.all_to_all_single.default(tensor.reshape(1, -1), received, sent, ranks.group)
     result: Tensor = begun
     return result

@@ -8,7 +8,7 @@ tensors of equal shapes. Nothing may mix the elements along a dimension that is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ..graphs.sizes import Size, always, described, holds
@@ -21,6 +21,25 @@ class Ranks:
     size: int
     rank: int = 0
     group: str = ""  # name of the process group; "" for ranks that are only described
+    numbers: tuple[int, ...] = ()  # of a part of the group: theirs in the group
+    of: int = 0  # the size of the group; 0: these are all
+
+    def together(self, number: int) -> Ranks:
+        """Those `number` neighbours, this rank among them, that share the heads."""
+        first = self.rank - self.rank % number
+        return Ranks(number, self.rank % number, self.group, tuple(range(first, first + number)), self.size)
+
+    def across(self, number: int) -> Ranks:
+        """This rank, and those that have its place among their neighbours."""
+        numbers = range(self.rank % number, self.size, number)
+        return Ranks(self.size // number, self.rank // number, self.group, tuple(numbers), self.size)
+
+    def rows(self, of_each: Mapping[int, Size]) -> list[Size]:
+        """The rows that an exchange of the whole group gives to each of its ranks. of_each: to some of these ranks."""
+        found: list[Size] = [0] * (self.of or self.size)
+        for rank, rows in of_each.items():
+            found[self.numbers[rank] if self.of else rank] = rows
+        return found
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,8 +14,10 @@ BATCH = "nothing: each rank has a part of the batch or of the heads"
 ALL_TO_ALL = "all-to-all between tokens and heads"
 KEYS_GATHERED = "all-gather of keys and values"
 RING = "ring: keys and values go from rank to rank"
+GROUPS = "all-to-all in groups of ranks, and a ring of the groups"
 KEYS_WHOLE = "nothing: each rank has a part of the queries, and all keys"
 WHOLE = "computed whole on every rank"
+EXCHANGED = frozenset({ALL_TO_ALL, KEYS_GATHERED, RING, GROUPS})
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ class Sharing:
             )
         for (exchange, mib, reason), names in _grouped(self.sites).items():
             because = f": {reason}" if reason else ""
-            cost = f", {_mib(mib)} each" if exchange in (ALL_TO_ALL, KEYS_GATHERED, RING) else ""
+            cost = f", {_mib(mib)} each" if exchange in EXCHANGED else ""
             found += _wrapped(f"  at {_names(names)}: {exchange}{cost}{because}")
         for each, count in _counted(self.gathered):
             found += _wrapped(f"  gathered: {each.where} {_shape(each.shape)}, {_mib(each.mib)}: {each.reason}{count}")

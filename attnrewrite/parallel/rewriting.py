@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,8 +31,8 @@ from .exchanges import (
 )
 from .following import is_member, is_size, member_of
 from .layouts import Placement, Ranks, Shard, same
-from .orders import by_rank, in_own_order
-from .rings import revived, ring
+from .orders import by_rank, in_own_order, own_part
+from .rings import Keys, revived, ring
 from .rows import ANY, VIEWS, Call
 from .steps import Attention, Step
 
@@ -156,11 +157,7 @@ class _Rewriter:
 
     def _call(self, call: Call, step: Step) -> None:
         node = call.node
-        if step.attention is not None and step.attention.exchange in (
-            plans.ALL_TO_ALL,
-            plans.KEYS_GATHERED,
-            plans.RING,
-        ):
+        if step.attention is not None and step.attention.exchange in plans.EXCHANGED:
             result = self._attention(call, step, step.attention)
         else:
             result = self._plain(call, step)
@@ -217,7 +214,9 @@ class _Rewriter:
         query, key, value, *masks = [
             self._get(node, placement, step.differs) for node, placement in zip(call.tensors, step.inputs, strict=True)
         ]
-        exchange = {plans.ALL_TO_ALL: self._all_to_all, plans.RING: self._ring}.get(how.exchange, self._gathered)
+        exchange = {plans.ALL_TO_ALL: self._all_to_all, plans.KEYS_GATHERED: self._gathered}.get(
+            how.exchange, self._ring
+        )
         return exchange(call, how, query, key, value, masks[0] if masks else None)
 
     def _gathered(
@@ -236,40 +235,62 @@ class _Rewriter:
     def _ring(
         self, call: Call, how: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
     ) -> torch.Tensor:
-        """Each rank has a part of the queries, and the keys and values of all ranks come by."""
-        shard, dtype, lead = how.key, call.output.dtype, query.shape[:-3]
-        assert shard is not None
+        """The keys and values of all ranks come by. A rank has its own queries, or with `together` neighbours their queries,
+        of a part of the heads."""
+        assert how.query is not None
+        assert how.key is not None
+        dtype, lead, together = call.output.dtype, query.shape[:-3], how.together
+        keys = Keys(how.key, self.ranks.size, together)
         # Autocast, which casts the arguments of SDPA, does not know the op.
         query, key, value = (_four(each).to(dtype) for each in (query, key, value))
+        if together > 1:
+            group = self.ranks.together(together)
+            query, key, value = _all_to_heads(query, key, value, group)
+            mask = mask if mask is None else self._of_group(mask, how, call)
 
         def mask_of(owner: int) -> tuple[torch.Tensor, torch.Tensor]:
             wide = mask if mask.dtype == torch.bool else mask.to(dtype)
-            wide = wide[(None,) * (4 - wide.dim())]
-            return revived(wide, shard, self.ranks, owner)
+            return revived(wide[(None,) * (4 - wide.dim())], keys, owner)
 
         def shared_mask_of(owner: int) -> Any:
             if mask is None:
                 return None
-            return self.emitter.once(
-                ("ring", *self._state(mask, call), dtype, owner, str(shard)), lambda: mask_of(owner)
-            )
+            key = ("ring", *self._state(mask, call), dtype, owner, str(how.key), together)
+            return self.emitter.once(key, lambda: mask_of(owner))
 
         def attend(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> Any:
-            args = (
-                query,
-                key,
-                value,
-                mask,
-                causal,
-                call.number("scale"),
-                self.analysis.names.get(call.node, "attention"),
-            )
+            scale, site = call.number("scale"), self.analysis.names.get(call.node, "attention")
+            args = (query, key, value, mask, causal, scale, site)
             return self.emitter.replay(call.node, WITH_LOGSUMEXP, args, {})
 
-        result = ring(key, value, shard, self.ranks, attend, shared_mask_of, how.causal).to(dtype)
+        across = self.ranks.across(together)
+        result = ring(key, value, keys, across, attend, shared_mask_of, how.causal).to(dtype)
+        if together > 1:
+            result = heads_to_tokens(result, self.ranks.together(together))
         if len(lead) != 1:
             result = result.unflatten(0, lead) if lead else result.squeeze(0)
         return result
+
+    def _of_group(self, mask: torch.Tensor, how: Attention, call: Call) -> torch.Tensor:
+        """The mask of the queries of all neighbours, for this rank's part of the heads; built once for all attentions that read
+        it."""
+        group, shard = self.ranks.together(how.together), how.query
+        assert shard is not None
+
+        def build() -> torch.Tensor:
+            result = mask
+            if mask.dim() > 2 and not is_one(mask.shape[-3]):
+                heads = mask.shape[-3] // group.size
+                result = result.narrow(-3, group.rank * heads, heads)
+            if mask.dim() > 1 and not is_one(mask.shape[-2]):
+                rows = shard.along(mask.dim() - 2)
+                result = torch.cat(
+                    [own_part(result, rows, replace(self.ranks, rank=each)) for each in group.numbers], -2
+                )
+            return result
+
+        key = ("group", *self._state(mask, call), str(shard), how.together)
+        return self.emitter.once(key, build)  # type: ignore[no-any-return]
 
     def _all_to_all(
         self, call: Call, how: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
@@ -278,11 +299,7 @@ class _Rewriter:
         assert how.key is not None
         lead = query.shape[:-3]
         query, key, value = (_four(each) for each in (query, key, value))
-        if always(query.shape[2] == key.shape[2]) and always(query.shape[0] == key.shape[0]):
-            query, key, value = tokens_to_heads((query, key, value), self.ranks)
-        else:
-            (query,) = tokens_to_heads((query,), self.ranks)
-            key, value = tokens_to_heads((key, value), self.ranks)
+        query, key, value = _all_to_heads(query, key, value, self.ranks)
         if how.ordered:
             query = in_own_order(query, how.query, self.ranks.size)
             key, value = (in_own_order(each, how.key, self.ranks.size) for each in (key, value))
@@ -347,6 +364,18 @@ class _Rewriter:
                 f"attnrewrite expected {tuple(shape)} of {expected.dtype} of {node.format_node()} on a rank, and got "
                 f"{tuple(result.shape)} of {result.dtype}; please report this graph"
             )
+
+
+def _all_to_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ranks: Ranks
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`tokens_to_heads` of all three, together where their sizes allow it."""
+    if always(query.shape[2] == key.shape[2]) and always(query.shape[0] == key.shape[0]):
+        query, key, value = tokens_to_heads((query, key, value), ranks)
+    else:
+        (query,) = tokens_to_heads((query,), ranks)
+        key, value = tokens_to_heads((key, value), ranks)
+    return query, key, value
 
 
 def _four(tensor: torch.Tensor) -> torch.Tensor:

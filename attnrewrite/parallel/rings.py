@@ -23,10 +23,27 @@ Part = tuple[Tensor, Tensor]  # an output (batch, heads, q_len, value_dim), and 
 Attend = Callable[[Tensor, Tensor, Tensor | None, bool], Part]
 
 
+class Keys(NamedTuple):
+    """How keys are spread over a ring: each of its ranks has those of `together` neighbours, one behind the other."""
+
+    shard: Shard  # over all ranks, along the tokens
+    ranks: int
+    together: int = 1
+
+    def held(self, owner: int) -> list[tuple[Size, Size, Size]]:
+        """`held_of` of one rank of the ring."""
+        length = self.shard.local(self.ranks)
+        found: list[tuple[Size, Size, Size]] = []
+        for place in range(self.together):
+            spans = held_of(self.shard, self.ranks, owner * self.together + place)
+            found += [(here + place * length, start, count) for here, start, count in spans]
+        return found
+
+
 def ring(
     key: Tensor,
     value: Tensor,
-    shard: Shard,
+    keys: Keys,
     ranks: Ranks,
     attend: Attend,
     mask_of: Callable[[int], tuple[Tensor, Tensor] | None],
@@ -35,9 +52,9 @@ def ring(
     """The output of a rank's queries, (batch, heads, q_len, value_dim) in the dtype of the log-sum-exp.
 
     key, value: this rank's part, (batch, kv_heads, length, dim).
-    shard: how they are spread, along their tokens.
+    keys: how they are spread over the ranks of the ring.
     attend(key, value, mask, is_causal): attends to them.
-    mask_of(rank): the mask of the keys of a rank, as `revived` returns it; None for no mask.
+    mask_of(rank): the mask of the keys of a rank of the ring, as `revived` returns it; None for no mask.
     causal: queries are spread as keys are, in one segment; a query sees the keys up to its own.
     """
     result: Sum | None = None
@@ -46,11 +63,11 @@ def ring(
         owner = (ranks.rank - step) % ranks.size
         begun = collectives.begun_to_next(packed, ranks) if step < ranks.size - 1 else None
         own = causal and step == 0  # copies of the last key are behind all queries that are none themselves
-        held = [] if causal and owner > ranks.rank else held_of(shard, ranks.size, owner)
+        held = [] if causal and owner > ranks.rank else keys.held(owner)
         if own or held:
-            keys, values = (each if own else _cut(each, held, shard.local(ranks.size)) for each in (key, value))
+            seen, values = (each if own else _cut(each, held) for each in (key, value))
             masked = None if own else mask_of(owner)
-            result = added(result, _attended(attend, keys, values, masked, own))
+            result = added(result, _attended(attend, seen, values, masked, own))
         if begun is not None:
             packed = collectives.arrived(begun)  # and goes on as it came
             key, value = _unpacked(packed, key, value)
@@ -92,14 +109,14 @@ def averaged(parts: Sum) -> Tensor:
     return zero_unless(weights > 0, parts.outputs / weights)
 
 
-def revived(mask: Tensor, shard: Shard, ranks: Ranks, owner: int) -> tuple[Tensor, Tensor]:
-    """The mask of the keys of one rank, in which a row that sees none of them sees all, and whether each row sees one: a kernel
-    may give any number for a row without a key.
+def revived(mask: Tensor, keys: Keys, owner: int) -> tuple[Tensor, Tensor]:
+    """The mask of the keys of one rank of the ring, in which a row that sees none of them sees all, and whether each row sees
+    one: a kernel may give any number for a row without a key.
 
-    mask: of rank 4, boolean or added to the scores, for this rank's queries and all keys in their own order.
+    mask: of rank 4, boolean or added to the scores, for the queries here and all keys in their own order.
     """
     if not is_one(mask.shape[-1]):
-        pieces = [mask.narrow(-1, start, count) for _, start, count in held_of(shard, ranks.size, owner)]
+        pieces = [mask.narrow(-1, start, count) for _, start, count in keys.held(owner)]
         mask = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
     if mask.dtype == torch.bool:
         alive = mask.any(-1, keepdim=True)
@@ -108,9 +125,9 @@ def revived(mask: Tensor, shard: Shard, ranks: Ranks, owner: int) -> tuple[Tenso
     return zero_unless(alive, mask), alive
 
 
-def _cut(tensor: Tensor, held: list[tuple[Size, Size, Size]], length: Size) -> Tensor:
+def _cut(tensor: Tensor, held: list[tuple[Size, Size, Size]]) -> Tensor:
     """The keys or values without copies behind the end of a segment."""
-    if always(total([count for _, _, count in held]) == length):
+    if always(total([count for _, _, count in held]) == tensor.shape[2]):
         return tensor
     pieces = [tensor.narrow(2, here, count) for here, _, count in held]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, 2)

@@ -12,7 +12,7 @@ from .layouts import Ranks
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-KINDS = ("auto", "ulysses", "ring", "gather")
+KINDS = ("auto", "ulysses", "ring", "ulysses+ring", "gather")
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class ContextParallel:
         ranks does not divide the heads, as "gather".
         "ring": tokens are spread; the keys and values of each rank go from rank to rank, and each rank puts the attention of
         its queries to them together. Where an attention cannot be put together so, as "gather"; so is one with a gradient.
+        "ulysses+ring": as "ulysses" in groups of as many ranks as divide the heads, and a ring of the groups.
         "gather": tokens are spread; each rank gets the keys and values of all tokens.
 
     timeout: how long, in seconds, a rank waits for the others to compile the same graph. (How long it waits in an exchange

@@ -31,6 +31,7 @@ class Attention:
     key: Shard | None = None
     ordered: bool = True  # behind the all-to-all, the tokens are brought into their own order
     causal: bool = False
+    together: int = 1  # the number of neighbours that share the heads beside a ring
 
 
 @dataclass(frozen=True)

@@ -21,16 +21,20 @@ SIZES = [2, 3] if os.environ.get("ATTNREWRITE_SLOW") else [2]
 @pytest.fixture(scope="module", params=SIZES, ids="{} ranks".format)
 def found(request, tmp_path_factory):
     """What each rank found, case by case."""
-    folder = tmp_path_factory.mktemp("ranks")
+    return spawned(request.param, tmp_path_factory.mktemp("ranks"))
+
+
+def spawned(size, folder, *names):
+    """Runs the cases with these names, or all, and returns what each rank found."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     places = os.pathsep.join([str(HERE.parent), str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
-    running, logs = [], [(folder / f"{rank}.log").open("w") for rank in range(request.param)]
-    for rank in range(request.param):
-        known = {"RANK": str(rank), "WORLD_SIZE": str(request.param), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    running, logs = [], [(folder / f"{rank}.log").open("w") for rank in range(size)]
+    for rank in range(size):
+        known = {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {**os.environ, **known, "OMP_NUM_THREADS": "1", "PYTHONPATH": places}
-        command = [sys.executable, str(HERE / "worker.py"), str(folder / f"{rank}.json")]
+        command = [sys.executable, str(HERE / "worker.py"), str(folder / f"{rank}.json"), *names]
         running.append(subprocess.Popen(command, env=environment, stdout=logs[rank], stderr=subprocess.STDOUT))
     try:
         codes = [each.wait(timeout=1500 if os.environ.get("ATTNREWRITE_SLOW") else 500) for each in running]
@@ -39,9 +43,9 @@ def found(request, tmp_path_factory):
             each.kill()
             each.wait()
             log.close()
-    said = "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(request.param))
-    assert codes == [0] * request.param, said
-    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
+    said = "\n".join((folder / f"{rank}.log").read_text()[-3000:] for rank in range(size))
+    assert codes == [0] * size, said
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(size)]
 
 
 def case(found, name):
@@ -87,6 +91,14 @@ def test_a_ring_gives_what_one_process_gets(found, name):
         assert result["chosen"] == [RINGS[name]] * steps
         assert result["heads"] == [6] * steps
         assert result["round trip"]
+
+
+@pytest.mark.skipif(not os.environ.get("ATTNREWRITE_SLOW"), reason="four processes: ATTNREWRITE_SLOW=1")
+def test_a_ring_of_groups_of_ranks(tmp_path):
+    for result in case(spawned(4, tmp_path, "ring_of_groups"), "ring_of_groups"):
+        assert result["error"] < 1e-12
+        assert result["exchanges"] == [plans.GROUPS]
+        assert result["heads"] == [3, 3]
 
 
 def test_symbolic_lengths_are_guarded(found):
@@ -174,7 +186,7 @@ MESSAGES = {
     "two dimensions": "ValueError: context_parallel got a mesh of 2 dimensions",
     "one device": "ValueError: context_parallel got a mesh of one device: leave context_parallel out",
     "no mesh": "TypeError: context_parallel got the mesh 'cuda' (str): give a DeviceMesh",
-    "kind": "ValueError: kind is 'sideways': it is one of 'auto', 'ulysses', 'ring', 'gather'",
+    "kind": "ValueError: kind is 'sideways': it is one of 'auto', 'ulysses', 'ring', 'ulysses+ring', 'gather'",
     "timeout": "ValueError: timeout is 0: give a number of seconds above 0",
     "beside an object": "TypeError: set_attention_backend got a backend object and",
     "a part of a mesh": "",

@@ -187,6 +187,47 @@ def test_a_gradient_has_no_ring():
     assert site.reason == 'no ring: a gradient is needed, which a ring does not have: use kind="ulysses"'
 
 
+@pytest.mark.parametrize(("size", "kv_heads", "groups"), [(4, 2, 2), (6, 4, 3)])
+@pytest.mark.parametrize("mask", ["none", "causal", "key padding", "padding of queries and keys", "bias of each head"])
+def test_a_ring_of_groups(mask, size, kv_heads, groups):
+    """Neighbours share the heads, and their groups make a ring."""
+    length = 48 if mask == "bias of each head" else 27
+    causal = mask == "causal"
+    given = None if causal else MASKS[mask](2, length)
+    inputs = [randn(2, length, WIDTH), *([] if given is None else [given])]
+
+    def function(x, mask=None):
+        return attend(x, mask=mask, kv_heads=kv_heads, enable_gqa=True, is_causal=causal)
+
+    plan, counts = check(function, inputs, size, "ulysses+ring")
+    (site,) = plan.sites
+    assert (site.exchange, site.reason) == (plans.GROUPS, f"{size // groups} of {size} ranks divide its heads")
+    # Query, key and value; the steps; the output.
+    assert counts == {"all_to_all_single": 1 + groups - 1 + 1, "all_gather_into_tensor": 1}
+    own = -(-length // size) * 2 * 6 * 8  # bytes of a rank's tokens of one head
+    together = size // groups
+    expected = own * ((2 * 4 + 2 * kv_heads) * (together - 1) / together + 2 * kv_heads * (groups - 1))
+    assert site.mib == pytest.approx(expected / 2**20)
+
+
+@pytest.mark.parametrize("mask", ["none", "documents"])
+def test_a_ring_of_groups_of_joint_tokens(mask):
+    def function(text, image, mask=None):
+        return attend(attend(torch.cat([text, image], 1), mask=mask), mask=mask)
+
+    mask = MASKS[mask](2, 26)
+    inputs = [randn(2, 7, WIDTH), randn(2, 19, WIDTH), *([] if mask is None else [mask])]
+    plan, _ = check(function, inputs, 6, "ulysses+ring")
+    assert {site.exchange for site in plan.sites} == {plans.GROUPS}
+
+
+def test_groups_of_all_ranks_and_of_one():
+    plan, _ = check(lambda x: attend(x), [randn(2, 20, WIDTH)], 4, "ulysses+ring")
+    assert plan.sites[0].exchange == plans.ALL_TO_ALL
+    plan, _ = check(lambda x: attend(x), [randn(2, 20, WIDTH)], 3, "ulysses+ring")
+    assert plan.sites[0].exchange == plans.RING
+
+
 def equal_weights(before, part):
     if before is None:
         return ADDED(before, part)

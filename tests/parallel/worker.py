@@ -120,6 +120,12 @@ def ring_by_inductor(mesh):
     return planned(backend, **same(backend, *inputs(1, 6, 21)))
 
 
+def ring_of_groups(mesh):
+    """Of 4 ranks, two divide the 6 heads."""
+    backend = with_backend("native", context_parallel=ContextParallel(mesh, "ulysses+ring"), inner="aot_eager")
+    return planned(backend, **same(backend, *inputs(2, 7, 19, masked=True)))
+
+
 def causal_ring(mesh):
     """Each rank computes another number of steps."""
     torch.manual_seed(3)
@@ -216,7 +222,7 @@ CASES = (
     other_lengths, other_kernels, one_fails, bad_meshes, inductor, *training_cases.CASES, one_does_not_come,
 )  # fmt: skip
 if os.environ.get("ATTNREWRITE_SLOW"):
-    CASES = (ring_by_inductor, *CASES)
+    CASES = (ring_by_inductor, ring_of_groups, *CASES)
 
 
 def main(path, *names):
