@@ -65,7 +65,7 @@ def rotary(tokens, dim):
 @model
 def flux():
     module = diffusers.FluxTransformer2DModel(
-        in_channels=4, num_layers=2, num_single_layers=3, attention_head_dim=16, num_attention_heads=3,
+        in_channels=4, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=3,
         joint_attention_dim=20, pooled_projection_dim=12, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
     )  # fmt: skip
     return module, {
@@ -98,7 +98,7 @@ def flux2():
 @model
 def sd3():
     module = diffusers.SD3Transformer2DModel(
-        sample_size=12, in_channels=4, out_channels=4, num_layers=3, attention_head_dim=8, num_attention_heads=4,
+        sample_size=12, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8, num_attention_heads=4,
         joint_attention_dim=20, caption_projection_dim=32, pooled_projection_dim=28, pos_embed_max_size=10,
         dual_attention_layers=(0,), qk_norm="rms_norm",
     )  # fmt: skip
@@ -179,7 +179,7 @@ def hunyuan_video():
 @model
 def qwen_image():
     module = diffusers.QwenImageTransformer2DModel(
-        in_channels=12, out_channels=3, num_layers=3, attention_head_dim=16, num_attention_heads=3,
+        in_channels=12, out_channels=3, num_layers=2, attention_head_dim=16, num_attention_heads=3,
         joint_attention_dim=20,
         axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
@@ -286,7 +286,7 @@ def vae():
 @model
 def dit():
     module = diffusers.DiTTransformer2DModel(
-        num_attention_heads=3, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=3, norm_num_groups=2,
+        num_attention_heads=3, attention_head_dim=12, in_channels=4, out_channels=8, num_layers=2, norm_num_groups=2,
         sample_size=8, num_embeds_ada_norm=11,
     )  # fmt: skip
     return module, {
@@ -345,7 +345,7 @@ def lumina2():
 @model
 def mochi():
     module = diffusers.MochiTransformer3DModel(
-        num_attention_heads=3, attention_head_dim=8, num_layers=3, pooled_projection_dim=16, in_channels=4,
+        num_attention_heads=3, attention_head_dim=8, num_layers=2, pooled_projection_dim=16, in_channels=4,
         text_embed_dim=32, time_embed_dim=10, max_sequence_length=9,
     )  # fmt: skip
     return module, {

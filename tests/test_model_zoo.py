@@ -44,7 +44,7 @@ NAMED = ("flux", "sdxl_unet", "wan", "z_image", "hunyuan_dit", "clip_text")
 MASKS = {
     # its refiner's mask lets every query see the first key: dense
     "hunyuan_video": ["boolean (3, 2, 9, 9)", *["key padding (3, 33)"] * 3],
-    "qwen_image": ["key padding (2, 152)"] * 3,
+    "qwen_image": ["key padding (2, 152)"] * 2,
     # (1 - mask) * -10000 of an integer mask, which may hold any numbers
     "pixart": ["additive (2, 3, 1, 11)"] * 2,
     "ltx_video": ["additive (2, 3, 1, 10)"] * 2,

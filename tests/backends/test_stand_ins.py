@@ -267,8 +267,7 @@ def test_dense_masks(kernel, shape):
     for kind, mask in ((MaskKind.BOOLEAN, boolean), (MaskKind.ADDITIVE, 3 * torch.randn(*shape).bfloat16())):
         torch.compiler.reset()
         if kind in kernel.masks:
-            right(kernel, *tensors, mask)
-            right(kernel, *tensors, mask, scale=0.3)
+            right(kernel, *tensors, mask, scale=0.3 if shape == (2, 1, 7, 11) else None)
         else:
             refused(kernel, Code.MASK, *tensors, mask)
 
@@ -340,8 +339,17 @@ def test_lengths_that_the_data_decides(kernel):
         assert output.stride() == function(query, key, mask, index).stride()
 
 
-@pytest.mark.parametrize("case", ["plain", "scale", "padded", "causal", "grouped", "key padding", "mask"])
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+GRADIENTS = ("plain", "scale", "padded", "causal", "grouped", "key padding", "mask")
+
+
+# Scale and causality are arguments, padding of heads is done outside the op: AOTAutograd sees other ops in these alone.
+@pytest.mark.parametrize(
+    ("case", "inner"),
+    [
+        *((case, "eager") for case in GRADIENTS),
+        *((case, "aot_eager") for case in ("plain", "grouped", "key padding", "mask")),
+    ],
+)
 def test_gradients(kernel, case, inner):
     kv_heads, dim = 2 if case == "grouped" else 6, 40 if case == "padded" else 64
     tensors = tensors_for(kernel, q_len=11, kv_len=11, heads=6, kv_heads=kv_heads, dim=dim)

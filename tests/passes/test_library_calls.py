@@ -140,11 +140,14 @@ CASES = {
 }  # fmt: skip
 
 
+LOWERED = ("flash 2, grouped", "flash 3", "xformers, bias")  # by AOTAutograd too
+
+
 @pytest.mark.parametrize(("kernel", "dynamic"), [("native", True), ("_native_math", False)])
 @pytest.mark.parametrize("case", CASES)
 def test_a_dense_call_is_swapped(case, kernel, dynamic):
     function, inputs, mask = CASES[case]
-    backend = attnrewrite.with_backend(kernel, inner="aot_eager")
+    backend = attnrewrite.with_backend(kernel, inner="aot_eager" if dynamic and case in LOWERED else "eager")
     with torch.no_grad():
         wanted = function(*(each.double() for each in inputs))
         found = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*inputs)
