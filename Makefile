@@ -21,9 +21,10 @@ $(VENV)/.installed: pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python examples/digits/demo.py
 
-# One thread for each of the two processes: with more, they wait for each other.
+# One thread for each of the two processes: with more, they wait for each other. `worksteal` gives each half of the files, so that
+# few fixtures of a module are made twice, and the one that ends first takes tests from the other.
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -q
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

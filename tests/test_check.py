@@ -322,7 +322,7 @@ def test_every_form_of_call(form):
 
 
 def test_a_model_of_diffusers():
-    model, kwargs = MODELS["sdxl_unet"]()
+    model, kwargs = MODELS["pixart"]()
     with torch.no_grad():
         found = check(model, **kwargs, backend=with_backend("_native_math", inner="eager"))
     assert found.ok, str(found)

@@ -541,12 +541,17 @@ def test_checks_survive_compilation(compiler, monkeypatch):
 # -- files
 
 
-@pytest.fixture
-def saved(tmp_path):
+@pytest.fixture(scope="module")
+def swapped_program():
+    """A rewritten program, its model, and inputs: nothing that is done with a file changes them."""
     program, model, tensors = exported(Attend(2), torch.randn(2, 8, 24), dynamic=SIZES)
-    made = attnrewrite.rewrite(program, "_native_math")
-    attnrewrite.save(made, tmp_path / "a.pt2")
-    return tmp_path / "a.pt2", made, model, tensors
+    return attnrewrite.rewrite(program, "_native_math"), model, tensors
+
+
+@pytest.fixture
+def saved(swapped_program, tmp_path):
+    attnrewrite.save(swapped_program[0], tmp_path / "a.pt2")
+    return tmp_path / "a.pt2", *swapped_program
 
 
 def test_a_file_brings_plan_and_checks(saved):
