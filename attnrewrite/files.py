@@ -17,6 +17,7 @@ def whole(path: str | os.PathLike[str], name: str = "part") -> Iterator[Path]:
 
     name: of the temporary file, in a folder of its own beside `path`. Archives of PyTorch have it, without its ending, in them.
     """
+    known_path(path)
     target = Path(path)
     writable(target)
     try:
@@ -34,6 +35,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """Writes bytes, or text as UTF-8."""
     with whole(path) as temporary:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def known_path(path: object) -> None:
+    """Raises `TypeError` for what names no file: zipfile would read any other object as an open file."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path is {path!r} ({type(path).__name__}): give the name of a file, as text or a Path")
 
 
 def writable(path: Path) -> None:

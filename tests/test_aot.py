@@ -1,5 +1,6 @@
 """AOTInductor packages of programs with swapped kernels: from Python, from C++, and one for all blocks of a model."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from torch.utils.cpp_extension import CUDA_HOME
 
 import attnrewrite
 from attnrewrite import Machine
+from attnrewrite.aot import blocks
 from attnrewrite.aot.layouts import without_overlaps
 
 pytestmark = [
@@ -203,6 +205,43 @@ class Repeats(torch.nn.Module):
         for number, block in enumerate(self.blocks):
             x = block(x, scale=torch.full((1,), 0.5 + number))
         return x
+
+
+class Other(Block):
+    pass
+
+
+def test_rules_of_the_blocks_of_several_classes(tmp_path, monkeypatch):
+    model, x = Repeats().eval(), torch.randn(2, 7, 12)
+    model._repeated_blocks = ("Block", "Other")
+    model.blocks[2] = Other()
+    made = {}
+    monkeypatch.setattr(
+        blocks, "aot_compile", lambda program, path, **_: made.setdefault(path.name, attnrewrite.report_of(program))
+    )
+    compiled = functools.partial(
+        attnrewrite.aot_compile_blocks, model, tmp_path, (x,), backend="_native_flash", strict=True
+    )
+    with pytest.raises(ValueError, match=r"rules match none of the 2 attention sites:\n  'nowhere\.\*'"):
+        compiled(rules={"nowhere.*": "native"})
+    assert made == {}
+    compiled(rules={"Other": "native"})  # matches the attention of one class
+    assert {name: report.sites[0].chosen for name, report in made.items()} == {
+        "Block.pt2": "_native_flash",
+        "Other.pt2": "native",
+    }
+
+
+def test_what_is_no_model_and_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=r"folder is '.*file', which is a file: name a folder"):
+        attnrewrite.aot_compile_blocks(Repeats(), tmp_path / "file", (torch.randn(2, 7, 12),), backend="native")
+    for given in (
+        functools.partial(attnrewrite.aot_compile_blocks, backend="native"),
+        attnrewrite.load_blocks,
+    ):
+        with pytest.raises(TypeError, match="model is the class Repeats: give an object of it"):
+            given(Repeats, tmp_path)
 
 
 def test_one_package_for_all_blocks(tmp_path):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from decision_specs import PACKAGES
 from parity import TOLERANCE, attend, doubled, qkv, relative
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnrewrite
 from attnrewrite import (
@@ -624,6 +625,11 @@ def test_meta_tensors_are_refused():
     model.running_mean = model.running_mean.to("meta")
     with pytest.raises(ValueError, match=r"tensor \(3,\) without values"):
         attnrewrite.tune(model, torch.zeros(2, 3))
+    with FakeTensorMode():
+        fakes = [torch.empty(each.shape) for each in qkv()]
+    for run in (attnrewrite.tune, functools.partial(attnrewrite.check, backend="native")):
+        with pytest.raises(ValueError, match=r"without values \(a FakeTensor\): .* ask attnrewrite\.explain"):
+            run(attend, *fakes, progress=False)
 
 
 def test_a_model_that_is_none_and_one_without_attention():

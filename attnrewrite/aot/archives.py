@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch.export import ExportedProgram
 
+from ..files import known_path
 from ..graphs.exported import updated
 from .programs import RECORD
 
@@ -44,7 +45,9 @@ class ProgramFileError(RuntimeError):
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Archive]:
-    """Opens an archive. Raises `ProgramFileError` if the file does not exist or is not a complete zip archive."""
+    """Opens an archive. Raises `ProgramFileError` if the file does not exist, is not a complete zip archive, or has an entry
+    whose checksum does not hold when it is read; `TypeError` for what is no path."""
+    known_path(path)
     try:
         source = zipfile.ZipFile(path)
     except FileNotFoundError:
@@ -59,7 +62,10 @@ def opened(path: str | os.PathLike[str]) -> Iterator[Archive]:
         # A program holds archives itself: in a truncated file Python finds the end of one of these, and takes it for the whole.
         if _begins_as_archive(path) and all(info.header_offset for info in source.infolist()):
             raise _truncated(path)
-        yield Archive(Path(path), source)
+        try:
+            yield Archive(Path(path), source)
+        except zipfile.BadZipFile as error:
+            raise ProgramFileError(f"{path}: the archive is damaged ({error}). Copy or save it again") from error
 
 
 def _begins_as_archive(path: str | os.PathLike[str]) -> bool:

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..entrances.choices import Choices, Rules, Settings
-from ..entrances.model_parts import repeated_blocks
+from ..entrances.choices import Choices, Rules, Settings, several
+from ..entrances.model_parts import can_run, repeated_blocks
+from ..entrances.strictness import hold_strictly, without_sites
 from ..kernels.machines import Machine
+from ..reports.report import Report
 from .archives import ProgramFileError
 from .packages import CompiledPackage, aot_compile, load_package
-from .programs import export
+from .programs import export, program_policy, report_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -45,13 +47,17 @@ def aot_compile_blocks(
     model: its repeated blocks are the modules of the classes in `model._repeated_blocks`, as in diffusers' models.
     folder: receives `<class>.pt2` for each class; made if there is none.
     args, kwargs: `model(*args, **kwargs)` runs once, to find the inputs of the first block of each class.
-    backend, rules, machine, settings: as in `export`.
+    backend, rules, machine, settings: as in `export`. Under `strict` a rule must match a site of one of the classes.
     dynamic: class name -> the block's `dynamic_shapes`, as in `torch.export.export`. Shapes of other classes are static.
     options: Inductor's, as in `aot_compile`.
 
     Returns class name -> package. Raises `ValueError` if the model has no repeated blocks or does not call the first block of a
-    class, and what `export` and `aot_compile` raise.
+    class, `NotADirectoryError` if `folder` is a file, and what `export` and `aot_compile` raise.
     """
+    can_run(model)
+    if Path(folder).is_file():
+        raise NotADirectoryError(f"folder is {os.fspath(folder)!r}, which is a file: name a folder")
+    policy = program_policy(several(backend), rules, settings)
     first: dict[str, torch.nn.Module] = {}
     for block in repeated_blocks(model):
         first.setdefault(type(block).__name__, block)
@@ -61,16 +67,23 @@ def aot_compile_blocks(
             "attnrewrite.aot_compile"
         )
     given = _inputs(model, first, args, kwargs or {})
+    settings["strict"] = False  # a rule may be meant for one class: what strict forbids is seen from all of them
+    programs = {
+        name: export(
+            block, *given[name], backend=backend, dynamic_shapes=(dynamic or {}).get(name), rules=rules, machine=machine,
+            **settings,
+        )
+        for name, block in first.items()
+    }  # fmt: skip
+    if policy.strict:
+        report = Report(str(policy), [graph for program in programs.values() for graph in report_of(program).graphs])
+        report.unmatched_rules[:] = without_sites(policy, report.sites)
+        hold_strictly(report)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    packages = {}
-    for name, block in first.items():
-        block_args, block_kwargs = given[name]
-        program = export(
-            block, block_args, block_kwargs, backend=backend, dynamic_shapes=(dynamic or {}).get(name), rules=rules,
-            machine=machine, **settings,
-        )  # fmt: skip
-        packages[name] = aot_compile(program, Path(folder) / f"{name}.pt2", weights=False, options=options)
-    return packages
+    return {
+        name: aot_compile(program, Path(folder) / f"{name}.pt2", weights=False, options=options)
+        for name, program in programs.items()
+    }
 
 
 def load_blocks(model: torch.nn.Module, folder: str | os.PathLike[str], device_index: int = -1) -> int:
@@ -85,6 +98,7 @@ def load_blocks(model: torch.nn.Module, folder: str | os.PathLike[str], device_i
     Returns the number of blocks. `del block.forward` restores a block. Gradients do not flow through a package. Raises
     `ProgramFileError` where `load_package` does, and if the folder lacks a package.
     """
+    can_run(model)
     blocks = repeated_blocks(model)
     for name in {type(block).__name__ for block in blocks}:
         if not (Path(folder) / f"{name}.pt2").exists():

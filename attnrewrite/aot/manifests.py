@@ -71,7 +71,9 @@ class Manifest:
 
 
 def manifest_of(report: Report, checks: tuple[str, ...], python: tuple[str, ...] = ()) -> Manifest:
-    return Manifest(__version__, torch.__version__.split("+")[0], report, checks, python)
+    # Without the time that the passes took: equal programs give equal files.
+    timeless = replace(report, graphs=[replace(graph, seconds=0.0) for graph in report.graphs])
+    return Manifest(__version__, torch.__version__.split("+")[0], timeless, checks, python)
 
 
 def _machine_like(planned: Machine) -> Machine | None:

@@ -13,6 +13,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind
 from torch.fx import GraphModule
 
 from ..entrances.choices import Choice, Choices, Rules, Settings, make_policy, several
+from ..entrances.model_parts import can_run
 from ..entrances.strictness import hold_strictly, without_sites
 from ..graphs.exported import copied, updated
 from ..graphs.notes import erase_notes, note_literal
@@ -67,7 +68,8 @@ def rewrite(
     dtypes and devices and the conditions on symbolic sizes that its kernels need, and raises `AttentionAssertionError`.
 
     Raises `TypeError` for another type of `program`, `ValueError` as `with_backend`, and, under `strict`,
-    `AttentionRefusedError` for an attention that no choice may take and for a program without attention.
+    `AttentionRefusedError` for an attention that no choice may take and for a program without attention, `ValueError` for a
+    rule that matches no site.
     """
     policy = program_policy(choices, rules, settings)
     known_machine(machine)
@@ -113,6 +115,7 @@ def export(
 
     Returns the rewritten `ExportedProgram`. Raises what `torch.export.export` and `rewrite` raise.
     """
+    can_run(model)
     policy = program_policy(several(backend), rules, settings)  # first: a wrong name raises before minutes of tracing
     known_machine(machine)
     with torch.no_grad():
@@ -135,8 +138,14 @@ def report_of(program: ExportedProgram | GraphModule) -> Report:
 
         print(attnrewrite.report_of(program))
 
-    program: what `rewrite`, `export` or `load` returned. Raises `ValueError` for a program that was not rewritten.
+    program: what `rewrite`, `export` or `load` returned. Raises `ValueError` for a program that was not rewritten, `TypeError`
+        for what is no program.
     """
+    if not isinstance(program, ExportedProgram | GraphModule):
+        raise TypeError(
+            f"program is {type(program).__name__}: give what attnrewrite.rewrite, attnrewrite.export or attnrewrite.load "
+            "returned"
+        )
     record = record_of(program)
     if record is None:
         raise ValueError(
@@ -214,10 +223,10 @@ def finished(program: ExportedProgram, draft: Draft, policy: Policy, checks: tup
 
 
 def _check(report: Report, policy: Policy) -> None:
-    """Raises under strict for a program without attention, and notes the rules that match none."""
+    """Notes the rules that match none, and raises under strict, also for a program without attention."""
+    report.unmatched_rules[:] = without_sites(policy, report.sites)
     if policy.strict:
         hold_strictly(report)
-    report.unmatched_rules[:] = without_sites(policy, report.sites)
 
 
 def _libraries(machine: Machine | None) -> Libraries:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.nn import Module
 
+from ..graphs.nodes import is_fake
 from ..graphs.trees import leaves
 
 DENOISERS = ("transformer", "transformer_2", "unet")
@@ -62,12 +63,13 @@ def _no_class(model: Any) -> None:
 
 
 def has_values(model: Any, args: Any, kwargs: Any, function: str) -> None:
-    """Raises `ValueError` for a tensor on the device "meta", for a function that runs the model."""
+    """Raises `ValueError` for a tensor on the device "meta" and for a fake one, for a function that runs the model."""
     owner = getattr(model, "__self__", model)  # the object of a bound method
     for each in tensors_of(owner, args, kwargs):
-        if each.is_meta:
+        if each.is_meta or is_fake(each):
+            what = "a FakeTensor" if is_fake(each) else "device 'meta'"
             raise ValueError(
-                f"{function} runs the model, and it has a tensor {tuple(each.shape)} without values (device 'meta'): give real "
+                f"{function} runs the model, and it has a tensor {tuple(each.shape)} without values ({what}): give real "
                 "tensors, or ask attnrewrite.explain, which needs none"
             )
 
