@@ -67,8 +67,16 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize(("size", "length"), [(2, 20), (2, 21), (3, 20), (4, 9)])
-@pytest.mark.parametrize("mask", MASKS)
+# Of each way that a mask is cut: by queries, by keys, by heads.
+FEW = ("none", "key padding", "window", "bias of each head")
+
+
+def crossed(hard, easy):
+    """Every mask where lengths or heads do not divide, few where they do."""
+    return [*((mask, *each) for mask in MASKS for each in hard), *((mask, *each) for mask in FEW for each in easy)]
+
+
+@pytest.mark.parametrize(("mask", "size", "length"), crossed([(2, 21), (3, 20)], [(2, 20), (4, 9)]))
 def test_self_attention(mask, size, length):
     tokens, mask = randn(2, length, WIDTH), MASKS[mask](2, length)
     inputs = [tokens] if mask is None else [tokens, mask]
@@ -148,8 +156,7 @@ def test_cross_attention_with_a_mask_for_each_query():
     check(function, [randn(2, 21, WIDTH), randn(2, 7, WIDTH), randn(2, 1, 21, 7)], 2)
 
 
-@pytest.mark.parametrize(("size", "lengths"), [(2, (8, 24)), (2, (7, 13)), (4, (8, 12))])
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("mask", "size", "lengths"), crossed([(2, (7, 13))], [(2, (8, 24)), (4, (8, 12))]))
 def test_joint_attention(mask, size, lengths):
     """Text and image are joined for attention and cut apart behind it: each rank joins its own parts, and a mask follows the
     order that this makes."""
