@@ -541,3 +541,26 @@ def test_what_is_no_report(text):
 def test_an_empty_report():
     assert Report.from_json(Report().to_json()) == Report()
     assert "no graph was compiled" in str(Report("flex"))
+
+
+def test_words_are_no_flags_and_no_machines():
+    """In a configuration "no" would count as True."""
+    (native,) = attnrewrite.records_of("native")
+    call = AttentionCall("site", 1, 2, 2, 7, 9, 16, 16, "float32", "cpu")
+    policy = attnrewrite.make_policy(["native"])
+    for wrong, said in (
+        (lambda: replace(native, gqa="no"), r"gqa is 'no' \(str\): give True or False"),
+        (lambda: replace(native, empty=1), r"empty is 1 \(int\): give True or False"),
+        (lambda: attnrewrite.HeadDim(pad="no"), r"pad is 'no' \(str\): give True or False"),
+        (lambda: Machine("cpu", here="no"), r"here is 'no' \(str\): give True or False"),
+        (lambda: Machine("cpu", name=3), r"name is 3 \(int\): give the device's name as text, or none"),
+        (
+            lambda: attnrewrite.decide(native, call, "h200"),
+            r"machine is 'h200' \(str\): describe it, as attnrewrite.Machine",
+        ),
+        (lambda: attnrewrite.make_plan([call], policy, ["h200"]), r"machine is 'h200' \(str\): describe it"),
+        (lambda: attnrewrite.make_plan([], policy, ["h200"]), r"machine is 'h200' \(str\): describe it"),
+    ):
+        with pytest.raises(TypeError, match=said):
+            wrong()
+    assert attnrewrite.machine_of("cpu") == attnrewrite.machine_of(torch.device("cpu"))

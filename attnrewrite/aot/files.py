@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import ExportedProgram
 
-from ..entrances.choices import Choice, Rules, Settings, are_flags, make_policy
+from ..entrances.choices import Choice, Rules, Settings, make_policy
 from ..files import whole
 from ..graphs.questions import noted
+from ..kernels.flags import are_flags
 from ..kernels.machines import Machine, known_machine
 from ..pipeline import Target, rewrite_graph
 from ..planning.planner import Libraries

@@ -14,10 +14,10 @@ import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Node
 
-from ..entrances.choices import are_flags
 from ..files import whole
 from ..graphs.inductor_patches import failing_ops_end_the_call
 from ..graphs.operators import defined_in_python
+from ..kernels.flags import are_flags
 from ..reports.report import Report
 from .archives import NAME, ProgramFileError, opened, timeless
 from .check_ops import CHECKS, is_assertion

@@ -14,6 +14,7 @@ from ..graphs.eager_calls import EagerCalls
 from ..graphs.inner_compilers import Inner, compile_with
 from ..graphs.nodes import dtype_name
 from ..graphs.tracing import traced, uncompiled
+from ..kernels.flags import are_flags
 from ..kernels.records import Backend, Tolerance
 from ..kernels.shapes import rank4
 from ..measuring.accuracy import accuracy
@@ -27,7 +28,7 @@ from ..reports.fidelity import Fidelity
 from ..reports.progress_line import ProgressLine
 from ..reports.reproducing import layouts
 from ..reports.site_fidelity import Outputs, SiteFidelity
-from .choices import Choices, are_flags, make_policy
+from .choices import Choices, make_policy
 from .compilers import AttentionCompiler, compiler_of
 from .model_parts import can_run, has_values
 from .runs import floating, same_state

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypedDict
 
+from ..kernels.flags import are_flags
 from ..kernels.records import Backend, Numerics
 from ..measuring.first_use import Tune
 from ..planning.plans import Plan
@@ -76,13 +77,6 @@ def read_settings(given: Mapping[str, Any]) -> dict[str, Any]:
     if (cast := read.get("cast")) not in (None, *CASTS):
         raise ValueError(f"cast is {cast!r}: it is one of {', '.join(map(repr, CASTS))}, or None for no cast at all")
     return read
-
-
-def are_flags(**given: Any) -> None:
-    """Raises `TypeError` for a value that is neither True nor False: in a configuration "no" would count as True."""
-    for name, value in given.items():
-        if not isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r} ({type(value).__name__}): give True or False")
 
 
 def checks_of_environment() -> bool:

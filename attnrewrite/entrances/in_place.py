@@ -19,8 +19,9 @@ from torch.nn import Module
 
 from ..graphs.inner_compilers import Inner
 from ..graphs.modules import UNSET, implementation_of, named, plain_call, restore_implementation, set_implementation
+from ..kernels.flags import are_flags
 from ..parallel.settings import ContextParallel
-from .choices import Choice, CompileSettings, Rules, are_flags
+from .choices import Choice, CompileSettings, Rules
 from .compilers import AttentionCompiler, with_backend
 from .model_parts import _components, _join, _known, parts
 from .schedules import Progress, Schedule

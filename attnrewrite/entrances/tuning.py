@@ -12,6 +12,7 @@ from typing import Any
 from ..graphs.inner_compilers import Inner, known_inner
 from ..graphs.tracing import Call
 from ..kernels.calls import AttentionCall
+from ..kernels.flags import are_flags
 from ..kernels.machines import Machine
 from ..measuring.alike import Alike, Errors
 from ..measuring.capturing import Captured, capture_calls
@@ -26,7 +27,7 @@ from ..planning.selectors import candidate, usual_candidates
 from ..planning.this_machine import machine_of
 from ..reports.progress_line import ProgressLine
 from ..version import __version__
-from .choices import Choices, are_flags, candidates_of, make_policy, numerics_of
+from .choices import Choices, candidates_of, make_policy, numerics_of
 from .model_calls import read_calls
 from .model_parts import can_run
 from .output_errors import hold_output

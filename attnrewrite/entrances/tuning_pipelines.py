@@ -11,10 +11,11 @@ import torch
 from torch.nn import Module
 
 from ..graphs.inner_compilers import Inner
+from ..kernels.flags import are_flags
 from ..planning.measurements import OutputError, Tuning, worst
 from ..planning.plans import Plan
 from ..planning.sites import Site
-from .choices import Choices, are_flags
+from .choices import Choices
 from .model_parts import _join, parts
 from .pipeline_calls import Calls, record
 from .tuning import read_search, search_model

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from .flags import has_flags
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -21,7 +23,7 @@ class Machine:
     packages: the version of each distribution by name. `machine_of` reads "torch" and, on NVIDIA GPUs, "cuda" and "cudnn" too.
 
     Raises `ValueError` for an unknown device and for a CUDA machine without a capability, `TypeError` for a capability that is
-    not two integers and for packages that are not text.
+    not two integers, for packages and a name that are not text, and for `here` that is no bool.
     """
 
     device: str
@@ -31,6 +33,11 @@ class Machine:
     here: bool = field(default=False, compare=False, repr=False)  # read by `machine_of`, not described by a user
 
     def __post_init__(self) -> None:
+        has_flags(self)
+        if not isinstance(self.name, str):
+            raise TypeError(
+                f"name is {self.name!r} ({type(self.name).__name__}): give the device's name as text, or none"
+            )
         if not isinstance(self.device, str) or not _is_device(self.device):
             raise ValueError(
                 f"device is {self.device!r}: give a device type of PyTorch ('cuda', 'cpu', 'xla'), 'rocm' for an AMD GPU, or "
@@ -97,16 +104,22 @@ def _are_two_numbers(capability: Any) -> bool:
     return isinstance(capability, tuple) and [type(each) for each in capability] == [int, int]
 
 
-def known_machine(machine: Any) -> Machine | None:
-    """Returns a machine that a user describes, or None. Raises `TypeError` for anything but a `Machine`, `ValueError` for a
-    package whose version is none."""
-    if machine is None:
-        return None
+def is_machine(machine: Any) -> None:
+    """Raises `TypeError` for anything but a `Machine`."""
     if not isinstance(machine, Machine):
         raise TypeError(
             f"machine is {machine!r} ({type(machine).__name__}): describe it, as "
             'attnrewrite.Machine("cuda", capability=(9, 0), packages={"torch": "2.11.0"})'
         )
+
+
+def known_machine(machine: Any) -> Machine | None:
+    """Returns a machine that a user describes, or None. Raises `TypeError` for anything but a `Machine`, `ValueError` for a
+    package whose version is none."""
+    if machine is None:
+        return None
+    is_machine(machine)
+    described: Machine = machine
     from packaging.version import InvalidVersion, Version
 
     for package, version in machine.packages.items():
@@ -114,7 +127,7 @@ def known_machine(machine: Any) -> Machine | None:
             Version(version)
         except InvalidVersion:
             raise ValueError(f"machine has packages[{package!r}] = {version!r}: give a version, as '2.11.0'") from None
-    return machine
+    return described
 
 
 # The distributions that records need, the records of users too: `machine_of` reads the versions.

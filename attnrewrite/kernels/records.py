@@ -12,6 +12,7 @@ import torch
 
 from .calls import AttentionCall, MaskKind
 from .decisions import Refused, Step
+from .flags import has_flags
 from .machines import PACKAGES, Machine
 from .sources import Package, Source
 
@@ -43,6 +44,9 @@ class HeadDim:
     multiple: int = 1
     pad: bool = False  # pad other head dims with zeros, which changes no product, and cut the padding off the output
     minimum: int = 1
+
+    def __post_init__(self) -> None:
+        has_flags(self)
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,7 @@ class Backend:
     variants: tuple[str, ...] = ()  # other options than the defaults for `tune` to try: ("tau=2.0",)
 
     def __post_init__(self) -> None:
+        has_flags(self)
         PACKAGES.update(self.requires)
         if isinstance(self.source, Package) and self.source.distribution not in self.requires:
             raise ValueError(

@@ -8,7 +8,7 @@ from enum import Enum
 from ..graphs.questions import asking
 from ..kernels.calls import AttentionCall
 from ..kernels.decisions import Accepted, Code, Decision, Refused
-from ..kernels.machines import Machine
+from ..kernels.machines import Machine, is_machine
 from ..kernels.records import Backend
 from ..kernels.sources import Source, SourceError, library, load
 from .measurements import Inexact
@@ -39,8 +39,10 @@ def make_plan(
     """Decides which kernel takes each call; `machines` has the machine of each call. Side effects: the guards that `holds`
     records; under `Libraries.LOAD` also the libraries that are loaded, and the measurements of "tune".
 
-    Raises `AttentionRefusedError` if the policy is strict and no choice may take a site.
+    Raises `AttentionRefusedError` if the policy is strict and no choice may take a site, `TypeError` for what is no machine.
     """
+    for machine in machines:
+        is_machine(machine)
     loaded: dict[Source, str | Refused] = {}
     sites = tuple(
         _site(call, policy, machine, libraries, loaded) for call, machine in zip(calls, machines, strict=True)

@@ -63,8 +63,9 @@ def _within(size: Size, limits: tuple[int, int | None]) -> bool:
 def wide_on_cpu(call: AttentionCall, machine: Machine) -> bool:
     """Whether an attention that is written in operations is faster as it is: on a CPU, with heads wider than there are queries
     and keys, as the attention of channels in XCiT. Its scores are smaller than its queries, so a kernel that never stores them
-    saves nothing: `native` reached 0.88 of the speed (`xcit_channels` in bench/results/handwritten_cpu.json). Up to 32 queries
-    or keys the two were equal. Asks nothing of symbolic sizes."""
+    saves nothing: `native` reached 0.88 and 0.96 of the speed in two runs (`xcit_channels` in
+    bench/results/handwritten_cpu.json is the first). Up to 32 queries or keys the two were equal. Asks nothing of symbolic
+    sizes."""
     if machine.device != "cpu" or call.written_as != "operations" or call.needs_grad or call.dtype != "float32":
         return False
     return all(always(size > 32) and always(size < call.head_dim) for size in (call.q_len, call.kv_len))

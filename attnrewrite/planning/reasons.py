@@ -9,7 +9,7 @@ from ..graphs.questions import Attempt
 from ..graphs.sizes import UnbackedSizeError, described, holds
 from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.decisions import Accepted, Code, Decision, Refused, Step
-from ..kernels.machines import Machine, satisfies
+from ..kernels.machines import Machine, is_machine, satisfies
 from ..kernels.records import Backend, Numerics
 
 CASTABLE = frozenset({"float16", "bfloat16", "float32", "float64"})
@@ -29,6 +29,7 @@ def decide(
     Stops at the first refusal. Static facts come first, questions about sizes last, because a question about a symbolic
     size becomes a guard (see `holds`).
     """
+    is_machine(machine)
     numerics = backend.numerics
     if not call.is_sdpa:
         numerics = max(numerics, Numerics.REORDERED)  # no kernel keeps the order of the model's operations

@@ -13,8 +13,9 @@ from .registry import records
 PYTORCH = frozenset({"torch", "cuda", "cudnn"})  # PyTorch itself reports their versions
 
 
-def machine_of(device: torch.device) -> Machine:
+def machine_of(device: torch.device | str) -> Machine:
     """The machine that `device` belongs to. Reads the hardware, so it may initialise CUDA."""
+    device = torch.device(device)
     records()  # plug-ins add the packages of their records to PACKAGES
     return _read(device.type, device.index, frozenset(PACKAGES))
 
