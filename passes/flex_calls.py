@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from ..graphs.emitting import Emitter
-from ..graphs.mutations import storage_of, written_storages
+from ..graphs.mutations import storage_of, unread, written_storages
 from ..graphs.nodes import Surroundings, calls_of, is_plain_tensor, is_transformed, needs_grad, value_of
 from ..graphs.notes import is_ours, note_reading, reading_of, scratch_before
 from ..graphs.sizes import always
@@ -56,9 +56,9 @@ def read_flex_calls(graph_module: GraphModule, surroundings: Surroundings) -> in
     ]
     if not calls:
         return 0
-    written = written_storages(graph_module)
+    written, thrown_away = written_storages(graph_module), unread(graph_module)
     for node, inside in calls:
-        reading = FlexReading(None, obstacle=inside.transform or _obstacle(node, written))
+        reading = FlexReading(None, obstacle=inside.transform or _obstacle(node, written, thrown_away))
         if reading.obstacle is None:
             with scratch_before(node):
                 reading = _read(graph_module, node)
@@ -72,12 +72,14 @@ def flex_reading(node: Node) -> FlexReading:
     return reading if isinstance(reading, FlexReading) else FlexReading(None, obstacle="its score_mod was not read")
 
 
-def _obstacle(node: Node, written: Set[int]) -> str | None:
+def _obstacle(node: Node, written: Set[int], thrown_away: Set[Node]) -> str | None:
     """Why a call stays that has the arguments `node.args`, by its results, options and block mask."""
     options, block_mask = node.args[6], node.args[4]
     assert isinstance(options, dict)
     assert isinstance(block_mask, tuple | list)
-    if any(user.target is not operator.getitem or (user.args[1] != 0 and user.users) for user in node.users):
+    if any(
+        user.target is not operator.getitem or (user.args[1] != 0 and user not in thrown_away) for user in node.users
+    ):
         return "its log-sum-exp or its largest scores are read (return_lse, return_aux)"
     own = sorted(str(name) for name, value in options.items() if name not in _RESULTS and _OPTIONS.get(name) != value)
     if own:

@@ -24,8 +24,9 @@ from .steps import LEAST_FILL
 # Functions of one element at a time: they compute the same of broadcast tensors.
 _POINTWISE = frozenset(
     {"add", "sub", "mul", "div", "floor_divide", "remainder", "fmod", "neg", "abs", "eq", "ne", "lt", "le", "gt", "ge",
-     "and", "bitwise_and", "or", "bitwise_or", "bitwise_xor", "xor", "logical_and", "logical_or", "logical_xor",
-     "logical_not", "where", "minimum", "maximum", "clamp", "exp", "log", "pow", "sqrt", "floor", "ceil", "round", "to"}
+     "and", "bitwise_and", "or", "bitwise_or", "bitwise_xor", "xor", "bitwise_not", "logical_and", "logical_or",
+     "logical_xor", "logical_not", "where", "minimum", "maximum", "clamp", "exp", "exp2", "log", "log2", "pow", "square",
+     "sqrt", "rsqrt", "sigmoid", "tanh", "sin", "cos", "floor", "ceil", "round", "to"}
 )  # fmt: skip
 _CONSTANTS = {"new_ones": 1, "ones": 1, "new_zeros": 0, "zeros": 0}
 

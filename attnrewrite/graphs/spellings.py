@@ -22,7 +22,7 @@ _OWNERS = (torch, torch.Tensor, F, torch._C._nn, torch.special, operator, builti
 # Python's operators by their names in torch.
 _OPERATORS = {
     "and_": "bitwise_and", "or_": "bitwise_or", "and": "bitwise_and", "or": "bitwise_or",
-    "invert": "bitwise_not", "truediv": "div", "floordiv": "floor_divide",
+    "invert": "bitwise_not", "truediv": "div", "floordiv": "floor_divide", "mod": "remainder",
     "iadd": "add_", "isub": "sub_", "imul": "mul_", "itruediv": "div_", "iand": "bitwise_and_", "ior": "bitwise_or_",
 }  # fmt: skip
 _SAME = {

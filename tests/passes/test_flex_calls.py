@@ -89,6 +89,14 @@ def causal_bias(score, b, h, q, kv, table):
     return torch.where(q >= kv, score + table[b, h, q, kv], -INF)
 
 
+def strides(score, b, h, q, kv, _):
+    return torch.where(~(q % 3 < kv % 3), score, -INF)
+
+
+def slopes_of_alibi(score, b, h, q, kv, _):
+    return score + torch.exp2(-((h + 1) * 8.0 / HEADS)) * (kv - q)
+
+
 TABLE = torch.randn(BATCH, HEADS, Q_LEN, KV_LEN, generator=torch.Generator().manual_seed(1))
 READ = {
     causal: (None, "causal", Q_LEN),
@@ -97,6 +105,8 @@ READ = {
     bias: (TABLE, "additive", Q_LEN),
     transposed: (TABLE[0, 0].repeat(2, 2).mT.contiguous(), "additive", Q_LEN),
     one_by_one: (TABLE, "additive", Q_LEN),
+    strides: (None, "boolean", Q_LEN),
+    slopes_of_alibi: (None, "additive", Q_LEN),
     slopes: (TABLE[0, :, 0, 0], "additive", Q_LEN),
     relative_positions: (TABLE[0].reshape(HEADS, -1), "additive", Q_LEN),
     scaled_bias: (TABLE, "additive", Q_LEN),
@@ -135,6 +145,16 @@ def test_without_functions_it_is_a_plain_attention_and_leaves_nothing_behind(inn
     assert (site.chosen, site.call.scale, site.call.mask.kind) == ("_native_math", 0.3, "none")
     assert error < TOLERANCE[torch.float32]
     assert not [node for node in nodes if "vmap" in str(node.target) or node.target is torch.ones]
+
+
+@pytest.mark.skipif(
+    satisfies(torch.__version__, "<2.10"), reason="it warns in a way that Dynamo of torch 2.9 does not trace"
+)
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_log_sum_exp_that_nobody_reads_is_no_reader(inner):
+    site, error = run(lambda q, k, v: flex_attention(q, k, v, return_lse=True)[0], tensors(), inner=inner)
+    assert site.chosen == "_native_math"
+    assert error < TOLERANCE[torch.float32]
 
 
 def test_native_makes_it_a_call_of_sdpa():
