@@ -17,7 +17,7 @@ import torch
 import torch._functorch.config
 import torch._inductor.graph
 import torch.nn.functional as F
-from parity import relative
+from parity import relative, without_times
 from torch.export import Dim
 from torch.utils._pytree import tree_map
 
@@ -568,8 +568,8 @@ def saved(swapped_program, tmp_path):
 def test_a_file_brings_plan_and_checks(saved):
     path, made, model, tensors = saved
     program = attnrewrite.load(path)
-    assert attnrewrite.report_of(program).to_json() == attnrewrite.report_of(made).to_json()
-    assert attnrewrite.explain_file(path).to_json() == attnrewrite.report_of(made).to_json()
+    assert attnrewrite.report_of(program).to_json() == without_times(attnrewrite.report_of(made))
+    assert attnrewrite.explain_file(path).to_json() == without_times(attnrewrite.report_of(made))
     assert record_of(program).checks == record_of(made).checks
     assert record_of(program).checks[0].startswith("inputs are x float32 on cpu")
     assert torch.equal(program.module()(*tensors), made.module()(*tensors))
