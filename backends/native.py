@@ -107,35 +107,40 @@ def flash_cuda_with_logsumexp(
     return output, logsumexp
 
 
+def _efficient(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: AttentionCall) -> Any:
+    return aten._scaled_dot_product_efficient_attention.default(
+        query, key, value, bias, call.needs_grad or call.logsumexp, call.dropout, call.mask.is_causal, scale=call.scale
+    )
+
+
 def efficient(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
-    output: Tensor = aten._scaled_dot_product_efficient_attention.default(
-        query, key, value, bias, call.needs_grad, call.dropout, call.mask.is_causal, scale=call.scale
-    )[0]
+    output: Tensor = _efficient(query, key, value, bias, call)[0]
     return output
 
 
 def efficient_with_logsumexp(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    output, logsumexp, *_ = aten._scaled_dot_product_efficient_attention.default(
-        query, key, value, bias, True, call.dropout, call.mask.is_causal, scale=call.scale
-    )
+    output, logsumexp, *_ = _efficient(query, key, value, bias, call)
     return output, logsumexp.narrow(2, 0, call.q_len)  # rows are filled up to a multiple of 32
 
 
+def _cudnn(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, call: AttentionCall) -> Any:
+    with_logsumexp = call.needs_grad or call.logsumexp
+    return aten._scaled_dot_product_cudnn_attention.default(
+        query, key, value, bias, with_logsumexp, call.dropout, call.mask.is_causal, False, scale=call.scale
+    )
+
+
 def cudnn(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
-    output: Tensor = aten._scaled_dot_product_cudnn_attention.default(
-        query, key, value, bias, call.needs_grad, call.dropout, call.mask.is_causal, False, scale=call.scale
-    )[0]
+    output: Tensor = _cudnn(query, key, value, bias, call)[0]
     return output
 
 
 def cudnn_with_logsumexp(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
-    output, logsumexp, *_ = aten._scaled_dot_product_cudnn_attention.default(
-        query, key, value, bias, True, call.dropout, call.mask.is_causal, False, scale=call.scale
-    )
+    output, logsumexp, *_ = _cudnn(query, key, value, bias, call)
     return output, logsumexp.squeeze(-1)  # (batch, heads, q_len, 1)
 
 

@@ -32,9 +32,8 @@ from .timing import Stopwatch, deviation
 from .workers import Worker, said
 
 SECONDS = 2.0  # time for the rounds of a site
-FAR_BEHIND = (
-    3.0  # slower than this multiple of the fastest of its own class of numerics and those before it: timed once
-)
+# Slower than this multiple of the fastest kernel of its own class of numerics and those before it: timed once.
+FAR_BEHIND = 3.0
 SHORT = 0.1  # seconds: a shorter call is sampled again before it may count as far behind
 
 

@@ -130,7 +130,7 @@ def variants(
             if wanted(name):
                 pipe = fresh()
                 backend = attnrewrite.set_attention_backend(pipe, choice, numerics=numerics, dynamic=False)
-                yield name, pipe, {**facts, "backend": backend, "schedule": name.startswith("scheduled")}
+                yield name, pipe, {**facts, "backend": backend}
 
 
 def errors(site: attnrewrite.Site) -> dict[str, float | None]:

@@ -26,9 +26,8 @@ BLOCK = 64  # tokens of a block of a sparse kernel
 LOOSE = 0.3  # the norm of the random part of a query or key, relative to the shared part
 PEAK = 14.0  # the score of a token with itself; scores of tokens far apart are about 0
 COARSE = (4, 16, 16)  # frames, rows and columns of latents from one independent value to the next
-UNIFORM = (
-    3**-0.5
-)  # the standard deviation of what nn.Linear's own initial weights make of values with standard deviation 1
+# The standard deviation of what nn.Linear's own initial weights make of values with standard deviation 1.
+UNIFORM = 3**-0.5
 
 
 @dataclass(frozen=True)
@@ -71,9 +70,12 @@ def smooth(at: Place, *sizes: int) -> torch.Tensor:
     return (found / found.std()).to(at.dtype)
 
 
-def follow_position(denoiser: Denoiser, rotary: Rotary) -> Denoiser:
-    """The denoiser, with weights of its blocks' self attention changed in place: their scores follow position. The attention is
-    `attn1` or `attn` of a block, with a norm behind the projections of query and key."""
+def follow_position(at: Place, denoiser: Denoiser, rotary: Rotary) -> Denoiser:
+    """The denoiser; where the place asks for structure, with weights of its blocks' self attention changed in place: their
+    scores follow position. The attention is `attn1` or `attn` of a block, with a norm behind the projections of query and key.
+    """
+    if not at.structured:
+        return denoiser
     pairs = rotary.followed()
     dim = 2 * len(pairs)
     with torch.no_grad():

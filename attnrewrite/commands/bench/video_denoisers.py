@@ -55,7 +55,7 @@ def wan(
     made = Denoiser(model, inputs, ("WanTransformerBlock",), about)
     side = 2 * (dim // 6)  # as WanRotaryPosEmbed of diffusers 0.42 divides a head among its axes
     rotary = Rotary((frames, rows // 2, columns // 2), (dim - 2 * side, side, side), 1e4)
-    return follow_position(made, rotary) if at.structured else made
+    return follow_position(at, made, rotary)
 
 
 def wan_1_3b(at: Place) -> Denoiser:
@@ -95,7 +95,7 @@ def hunyuan(at: Place) -> Denoiser:
     about = f"HunyuanVideo, {layers} + {single} of 20 + 40 blocks, 1 x {tokens:,} tokens, {heads} heads of {dim}"
     made = Denoiser(model, inputs, blocks, about)
     rotary = Rotary((frames, rows // 2, columns // 2), axes, 256.0)
-    return follow_position(made, rotary) if at.structured else made
+    return follow_position(at, made, rotary)
 
 
 def cogvideox(at: Place) -> Denoiser:
@@ -120,7 +120,7 @@ def cogvideox(at: Place) -> Denoiser:
     about = f"CogVideoX-5B, {layers} of 42 blocks, 2 x {tokens:,} tokens, {heads} heads of {dim}"
     made = Denoiser(model, inputs, ("CogVideoXBlock",), about)
     rotary = Rotary((frames, *grid), (dim // 4, dim // 8 * 3, dim // 8 * 3), 1e4)
-    return follow_position(made, rotary) if at.structured else made
+    return follow_position(at, made, rotary)
 
 
 def _angles(dim: int, grid: tuple[int, int], frames: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
