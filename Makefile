@@ -1,13 +1,13 @@
 # `make demo`, `make test` and `make check` create .venv and install everything into it, where it is missing.
 PYTHON ?= python3
 VENV := .venv
-BIN := $(VENV)/bin
 # The torch version that the tests run with. The package itself works with any torch >= 2.9. Another version gets a virtual
 # environment of its own: `make test TORCH=torch==2.15.0` (CONTRIBUTING.md).
 TORCH ?= torch==2.13.0
 ifneq ($(TORCH),torch==2.13.0)
 VENV := .venv-$(subst =,,$(TORCH))
 endif
+BIN := $(VENV)/bin
 
 .PHONY: demo test check clean
 

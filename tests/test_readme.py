@@ -3,6 +3,8 @@
 import ast
 import os
 import re
+import shutil
+import subprocess
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,6 +191,15 @@ def test_make_targets_exist():
     named = re.findall(r"(?:`|^(?: {4,}|\$ ))make ([\w-]+)", README.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert set(named) - targets == set()
     assert {"demo", "test"} <= set(named)
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_another_torch_has_an_environment_of_its_own():
+    """Each command that make would run for it, pip's among them, is that environment's."""
+    command = ["make", "-n", "-C", str(ROOT), "test", "TORCH=torch==0.0.1"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert set(re.findall(r"(\S+)/bin/", printed)) == {".venv-torch0.0.1"}
+    assert "pip install torch==0.0.1" in printed
 
 
 def links(path):
