@@ -16,6 +16,7 @@ from torch import Tensor
 from ..graphs.sizes import always, described, holds, holds_if_guarded, is_one
 from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.decisions import Code, Refused
+from ..kernels.derivatives import compilers_misread
 from ..kernels.logsumexp import NAME
 from ..kernels.machines import Machine, satisfies
 from ..kernels.ops import LIBRARY
@@ -79,18 +80,19 @@ def math(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call
 
 
 def flash_cpu(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall) -> Tensor:
+    if compilers_misread(call):
+        return math(query, key, value, bias, call=call)
     return flash_cpu_with_logsumexp(query, key, value, bias, call=call)[0]
 
 
 def flash_cpu_with_logsumexp(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, *, call: AttentionCall
 ) -> tuple[Tensor, Tensor]:
+    if compilers_misread(call):
+        return math_with_logsumexp(query, key, value, bias, call=call)
     output, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu.default(
         query, key, value, 0.0, call.mask.is_causal, attn_mask=bias, scale=call.scale
     )
-    if call.logsumexp and logsumexp.dtype != query.dtype and query.dtype == torch.float64:
-        # Before torch 2.13 a compiler expects float32, and the kernel returns float64.
-        return math_with_logsumexp(query, key, value, bias, call=call)
     return output, logsumexp
 
 

@@ -32,7 +32,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -405,9 +405,6 @@ def search(
             drawn(f"{seed}/{turn}/{number}", setting.device, needs_grad=needs_grad, dynamic=dynamic)
             for number in range(size)
         ]
-        if needs_grad and setting.inner == "inductor" and torch.__version__ < (2, 13):
-            # There Inductor's backward of SDPA on a CPU raises in float64 (docs/pytorch-quirks.md).
-            some = [replace(call, dtype="float32") if call.dtype == "float64" else call for call in some]
         for kernel, verdicts in together(some, tried, setting).items():
             for call, verdict in zip(some, verdicts, strict=True):
                 counts.calls[kernel] += 1

@@ -20,7 +20,7 @@ from ..graphs.strides import restrided, same_strides, strides_matter
 from ..graphs.tracing import in_forward_mode
 from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.decisions import Accepted, Step
-from ..kernels.derivatives import differentiable, without_tangents
+from ..kernels.derivatives import compilers_misread, differentiable, in_operations, without_tangents
 from ..kernels.ops import Origin, zero_unless
 from ..kernels.records import Backend
 from ..kernels.shapes import lead_sizes, mask_rank4
@@ -86,7 +86,7 @@ def _swap(
 
         def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, made: Built) -> torch.Tensor:
             if backend.op is None:
-                return _native(made.call, query, key, value, made.mask, emitter)
+                return _native(made.call, query, key, value, made.mask, emitter, as_it_stands)
             accepted, shared = Accepted(site.steps, site.mask_as), made.shared
             output, *more = launch(
                 backend, made.call, accepted, site.source, query, key, value, made.mask, shared, emitter
@@ -132,9 +132,13 @@ def _with_derivatives(
         made = replace(made, mask=without_tangents(mask)[0], shared=(made.shared, call.site))
     output = attend(*without_tangents(query, key, value), made)
     query, key, value = (_cast(each, call.dtype) for each in (query, key, value))
+    return differentiable(output, query, key, value, mask, *_attention(call, query))
+
+
+def _attention(call: AttentionCall, query: torch.Tensor) -> tuple[str | None, float | None, bool]:
+    """causal, scale and grouped, as `differentiable` takes them."""
     causal = {MaskKind.CAUSAL_UPPER_LEFT: "upper", MaskKind.CAUSAL_LOWER_RIGHT: "lower"}.get(call.mask.kind)
-    grouped = query.dim() > 3 and not always(call.heads == call.kv_heads)
-    return differentiable(output, query, key, value, mask, causal, call.scale, grouped)
+    return causal, call.scale, query.dim() > 3 and not always(call.heads == call.kv_heads)
 
 
 MaskAndRows = tuple[torch.Tensor, torch.Tensor | None]
@@ -179,9 +183,13 @@ def _native(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     emitter: Any,
+    as_it_stands: bool,
 ) -> torch.Tensor:
-    """Attention that is not SDPA yet as one SDPA call, for which PyTorch chooses the kernel."""
+    """Attention that is not SDPA yet as one SDPA call, for which PyTorch chooses the kernel; the math operator where compilers
+    misread the one that it would choose."""
     query, key, value = (_cast(each, call.dtype) for each in (query, key, value))
+    if not as_it_stands and call.dropout == 0 and compilers_misread(call):
+        return in_operations(_attention(call, query), query, key, value, *([] if mask is None else [mask]))
     sdpa = SDPA if emitter.key == "example_value" else torch.ops.aten.scaled_dot_product_attention.default
     arguments: dict[str, Any] = {"dropout_p": call.dropout, "scale": call.scale}
     if call.mask.is_causal:

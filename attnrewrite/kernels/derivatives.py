@@ -16,6 +16,15 @@ from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ..graphs.nodes import is_fake
+from .calls import AttentionCall
+from .machines import satisfies
+
+
+def compilers_misread(call: AttentionCall) -> bool:
+    """Whether a compiled backward of PyTorch's CPU kernel raises "expected scalar type Double but found Float": before torch
+    2.13 the operator's fake version says that its log-sum-exp is float32, and in float64 the kernel returns it in float64."""
+    read = call.needs_grad or call.logsumexp
+    return (call.dtype, call.device) == ("float64", "cpu") and read and not satisfies(torch.__version__, ">=2.13")
 
 
 def without_tangents(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -47,7 +56,7 @@ def differentiable(
         arguments = (output, query, key, value, mask, causal, scale, grouped)
         return handle_torch_function(differentiable, (output, *tensors), *arguments)
     if any(_tangent(each) is not None for each in tensors):
-        return _in_operations((causal, scale, grouped), *tensors)
+        return in_operations((causal, scale, grouped), *tensors)
     return _Differentiable.apply((causal, scale, grouped), output, *tensors)  # type: ignore[no-untyped-call, no-any-return]
 
 
@@ -63,9 +72,11 @@ def _tangent(tensor: Tensor) -> Tensor | None:
     return tangent
 
 
-def _in_operations(
+def in_operations(
     call: tuple[str | None, float | None, bool], query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 ) -> Tensor:
+    """Attention by the math operator, which has every derivative. call: causal, scale and grouped, as `differentiable`
+    takes them."""
     causal, scale, grouped = call
     if causal == "lower":
         q_len, kv_len = query.shape[-2], key.shape[-2]
@@ -92,7 +103,7 @@ class _Differentiable(torch.autograd.Function):
             return (None, grad, *[None] * len(tensors))
         own = [each.view_as(each) for each in tensors]  # query and key may be one tensor
         wanted = [each for each in own if each.requires_grad]
-        found = iter(torch.autograd.grad(_in_operations(ctx.call, *own), wanted, grad, create_graph=True))
+        found = iter(torch.autograd.grad(in_operations(ctx.call, *own), wanted, grad, create_graph=True))
         return (None, None, *(next(found) if each.requires_grad else None for each in own))
 
 

@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import attnrewrite
 from attnrewrite import Backend, Code, MaskKind, Numerics
 from attnrewrite.backends import native_folded
+from attnrewrite.kernels.machines import satisfies
 
 KERNELS = ("native", "_native_flash", "_native_math", "flex")
 
@@ -48,6 +49,26 @@ def test_causal_is_upper_left(kernel, lengths):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_scale(kernel, scale):
     check(kernel, *qkv(), scale=scale)
+
+
+@pytest.mark.skipif(satisfies(torch.__version__, ">=2.13"), reason="the operator's fake version is right from 2.13 on")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kernel", ["native", "_native_flash", "_native_math"])
+def test_gradients_of_hand_written_attention_in_float64(kernel, masked):
+    """Inductor's backward of PyTorch's CPU kernel raises there; plain torch.compile runs what the model wrote."""
+
+    def attention(query, key, value, *mask):
+        scores = query @ key.transpose(-2, -1) * 0.3
+        return torch.softmax(scores if not mask else scores + mask[0], dim=-1) @ value
+
+    given = [each.requires_grad_() for each in qkv(dtype=torch.float64)] + [torch.randn(2, 1, 7, 11).double()] * masked
+    run, backend = compiled(attention, kernel, inner="inductor")
+    found, exact = run(*given), attention(*given)
+    weights = torch.randn_like(exact)
+    assert relative(found, exact) < TOLERANCE[torch.float64]
+    gradients = zip(*(torch.autograd.grad((each * weights).sum(), given[:3]) for each in (found, exact)), strict=True)
+    assert all(relative(one, other) < TOLERANCE[torch.float64] for one, other in gradients)
+    assert [site.chosen for site in backend.report.sites] == [kernel]
 
 
 @pytest.mark.parametrize("kernel", ["native", "_native_flash", "_native_math"])
