@@ -29,7 +29,8 @@ from .kernels.records import Backend, HeadDim, Numerics, Option, Tolerance
 from .kernels.sources import Hub, Package
 from .parallel.agreement import RanksDisagreeError
 from .parallel.boundary_plans import BoundaryPlan
-from .parallel.settings import ContextParallel
+from .parallel.rates import Rates
+from .parallel.settings import ContextParallel, DescribedRanks
 from .passes.check_values import AttentionCheckError
 from .planning.measurements import GivenBack, Measurement, OutputError, Tuning
 from .planning.planner import AttentionRefusedError, make_plan
@@ -58,6 +59,7 @@ __all__ = [
     "CompiledPackage",
     "ContextParallel",
     "Decision",
+    "DescribedRanks",
     "Fidelity",
     "GivenBack",
     "HeadDim",
@@ -76,6 +78,7 @@ __all__ = [
     "Policy",
     "ProgramFileError",
     "RanksDisagreeError",
+    "Rates",
     "Refused",
     "Report",
     "Schedule",

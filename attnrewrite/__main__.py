@@ -12,6 +12,8 @@ from .commands import run as launching
 from .commands import support
 from .kernels.machines import Machine, known_machine
 from .kernels.records import Numerics
+from .parallel.rates import Rates
+from .parallel.settings import DescribedRanks
 from .planning.registry import separate
 from .version import __version__
 
@@ -51,26 +53,51 @@ def explain(arguments: list[str]) -> None:
         metavar="N",
         help="plan the demo model for N devices that share it: what each of them has a part of, and what they exchange",
     )
+    parser.add_argument("--machine", type=_machine, help=MACHINE)
+    parser.add_argument(
+        "--tflops", type=float, metavar="T", help=f"{SHARED} dense matrix products, in 10**12 FLOPs a second"
+    )
+    parser.add_argument(
+        "--link", type=float, metavar="GB", help=f"{SHARED} what it sends to the others, in 10**9 bytes a second"
+    )
     given = parser.parse_args(arguments)
     names = separate(given.backend or "")
-    parallel = given.context_parallel
-    if parallel is not None and (parallel < 2 or given.file):
-        parser.error(
-            f"--context-parallel {parallel}: give 2 devices or more"
-            if parallel < 2
-            else f"--context-parallel plans a model, not a saved program ({given.file})"
-        )
+    parallel = _described(parser, given)
+    if given.machine and given.file and not names:
+        parser.error("--machine needs --backend beside a file: without it the plan in the file is shown")
     try:
         if given.file:
-            print(explain_file(given.file, *names))
+            print(explain_file(given.file, *names, machine=given.machine))
         else:
             # The weights of an inference: what is shared has no backward.
             demo = Demo().eval().requires_grad_(parallel is None)
-            print(explained(demo, *inputs(), backend=names or ["_native_flash", "flex"], context_parallel=parallel))
+            choices = names or ["_native_flash", "flex"]
+            print(explained(demo, *inputs(), backend=choices, machine=given.machine, context_parallel=parallel))
     except ValueError as error:
         parser.error(f"--backend: {error}")
     except ProgramFileError as error:
         parser.error(str(error))
+
+
+SHARED = "with --context-parallel, for the estimate of what exchanges take: of a device,"
+
+
+def _described(parser: argparse.ArgumentParser, given: argparse.Namespace) -> DescribedRanks | None:
+    """The devices of --context-parallel."""
+    size, rates = given.context_parallel, {"tflops": given.tflops, "link": given.link}
+    if size is None:
+        for name, value in rates.items():
+            if value is not None:
+                parser.error(f"--{name} needs --context-parallel N: it says what a device that shares the model does")
+        return None
+    if size < 2:
+        parser.error(f"--context-parallel {size}: give 2 devices or more")
+    if given.file:
+        parser.error(f"--context-parallel plans a model, not a saved program ({given.file})")
+    try:
+        return DescribedRanks(size, rates=Rates(**rates))
+    except ValueError as error:
+        parser.error(f"--{error}")
 
 
 def rewrite(arguments: list[str]) -> None:

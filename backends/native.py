@@ -6,6 +6,7 @@ Limits are those of `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp` and `
 CPU kernel reads strided rows as if they were dense, does not broadcast the batch, and divides by zero at length 0.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from math import sqrt
 from typing import Any
@@ -151,7 +152,8 @@ def math_with_logsumexp(
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
     key, value = (_for_each_head(each, call) for each in (key, value))
-    with torch.autocast(query.device.type, enabled=False):
+    device = query.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         scores = (query.to(dtype) * (call.scale or query.shape[-1] ** -0.5)) @ key.to(dtype).mT
         if bias is not None:
             scores = scores + bias

@@ -1,6 +1,9 @@
 """Prints and draws what bench/context_parallel.py measured: ratios to one GPU, within each run.
 
     python bench/context_parallel_table.py bench/results/context_parallel_2xh200.json [--draw docs/context_parallel_2xh200.png]
+    python bench/context_parallel_table.py bench/results/context_parallel_2xh200.json --estimates
+
+`--estimates` compares what `explain` estimates of exchanges with the time that was lost: no GPU is needed, and diffusers is.
 
 The file has {"runs": [...]}: one or several results that bench/context_parallel.py wrote with `--json`.
 """
@@ -64,13 +67,63 @@ def draw(runs: list[dict[str, Any]], title: str, path: Path) -> None:
     save(made, path)
 
 
+def estimates(runs: list[dict[str, Any]]) -> str:
+    """Whole models with PyTorch's own attention: what `explain` estimates, and what two GPUs take beyond half of one's time."""
+    import torch
+
+    import attnrewrite
+    from attnrewrite.commands.bench.denoiser import Place
+    from attnrewrite.commands.bench.denoisers import MODELS
+
+    place = Place(torch.device("meta"), torch.bfloat16)
+    lines = [
+        "| | MiB | exchanges | products | share | one GPU | shared | lost | share |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        machine = attnrewrite.Machine.from_dict(run["machine"])
+        for name, found in run["models"].items():
+            hows = [how for how in (WHOLE, GRAPHS) if {ONE + how, NATIVE + how} <= found.keys()]
+            if not hows:
+                continue
+            denoiser = MODELS[name](place)
+            try:
+                with torch.no_grad():
+                    report = attnrewrite.explain(
+                        denoiser.model,
+                        **denoiser.inputs,
+                        return_dict=False,
+                        backend="native",
+                        machine=machine,
+                        context_parallel=run["ranks"],
+                    )
+            except RuntimeError as error:
+                lines.append(f"| {name} | {str(error).partition(' (')[0]} | | | | | | | |")
+                continue
+            (graph,) = report.graphs
+            sharing = graph.parallel
+            assert sharing is not None
+            assert sharing.estimate is not None
+            assert sharing.estimate.share is not None
+            estimate = sharing.estimate
+            for how in hows:
+                one, shared = found[ONE + how]["ms"], found[NATIVE + how]["ms"]
+                lost = shared - one / run["ranks"]
+                lines.append(
+                    f"| {name}{how} | {sharing.mib:.3g} | {estimate.exchanges:.2g} ms | {estimate.products:.3g} ms | "
+                    f"{estimate.share:.1%} | {one:.1f} ms | {shared:.1f} ms | {lost:.1f} ms | {lost / shared:.0%} |"
+                )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("results", type=Path)
     parser.add_argument("--draw", type=Path, metavar="PICTURE")
+    parser.add_argument("--estimates", action="store_true")
     options = parser.parse_args()
     runs = json.loads(options.results.read_text())["runs"]
-    print(table(runs))
+    print(estimates(runs) if options.estimates else table(runs))
     if options.draw:
         first, packages = runs[0], runs[0]["packages"]
         title = f"{first['ranks']} x {first['device']}, torch {packages['torch']}, diffusers {packages['diffusers']}"

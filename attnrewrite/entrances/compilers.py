@@ -26,7 +26,8 @@ from ..graphs.kernel_contexts import trace_kernel_contexts
 from ..graphs.tracing import as_itself, compilation
 from ..kernels.machines import Machine, known_machine
 from ..parallel.agreement import RanksDisagreeError, agree, give_up
-from ..parallel.settings import ContextParallel, Described, read_context_parallel
+from ..parallel.products import products
+from ..parallel.settings import ContextParallel, DescribedRanks, read_context_parallel
 from ..parallel.sharing import compared, share
 from ..pipeline import Target, rewrite_graph
 from ..planning.planner import AttentionRefusedError, Libraries
@@ -65,7 +66,7 @@ class AttentionCompiler:
         report: Report | None = None,
         lenient: bool = False,
         sharing: tuple[str, ...] = (),
-        context_parallel: ContextParallel | Described | None = None,
+        context_parallel: ContextParallel | DescribedRanks | None = None,
         watch: bool = True,
     ) -> None:
         """policy: choices, rules and settings.
@@ -117,6 +118,7 @@ class AttentionCompiler:
         try:
             if parallel is not None:
                 shared = share(graph_module, parallel.ranks, parallel.kind)
+            counted = products(graph_module.graph) if isinstance(parallel, DescribedRanks) else None
             outcome = rewrite_graph(graph_module, self.policy_now(), target, libraries)
         except Exception as error:
             if isinstance(parallel, ContextParallel):
@@ -130,6 +132,8 @@ class AttentionCompiler:
                 agree(parallel.ranks, parallel.members, plan, parallel.timeout)
             except RanksDisagreeError as error:
                 raise as_itself(error) from None
+        if shared is not None and isinstance(parallel, DescribedRanks):
+            shared = shared.estimated(counted, outcome.machine, parallel.rates)
         if outcome.plan.sites:
             contexts.mark_used()
             guard_treatment(self.policy_now(), self.prefix)

@@ -10,7 +10,7 @@ from torch.fx import GraphModule
 from ..graphs.eager_calls import EagerCalls
 from ..graphs.tracing import AttributesOf, asks_for_values, predicted, told, traced, uncompiled
 from ..kernels.machines import Machine
-from ..parallel.settings import Described
+from ..parallel.settings import DescribedRanks
 from ..planning.planner import Libraries
 from ..reports.report import Report
 from .choices import Choices
@@ -24,7 +24,7 @@ def explain(
     *args: Any,
     backend: AttentionCompiler | Choices,
     machine: Machine | None = None,
-    context_parallel: int | Described | None = None,
+    context_parallel: int | DescribedRanks | None = None,
     **kwargs: Any,
 ) -> Report:
     """Traces `model(*args, **kwargs)` and reports what `backend` would do at each attention, without running a kernel.
@@ -36,8 +36,9 @@ def explain(
     args, kwargs: the inputs of the model.
     backend: the object from `with_backend`, or its choices: a name, a record, or several in order of preference.
     machine: a description of the machine to plan for, which may be elsewhere. None: the one that the tensors are on.
-    context_parallel: the number of devices that share the model, which may be elsewhere too: the report says what each of them
-        has a part of and what they exchange. None: as in `backend`.
+    context_parallel: the number of devices that share the model, which may be elsewhere too, or a `DescribedRanks` with a kind
+        and rates: the report says what each of them has a part of, what they exchange, and the estimated part of the time that
+        this takes. None: as in `backend`.
 
     Returns a `Report`. No graph runs: each returns zeros of the right shape, so that tracing goes on after a graph break. Code
     outside of any graph does run, on those zeros. The model, its buffers and PyTorch's compile caches stay unchanged.
@@ -88,9 +89,9 @@ def _not_on_meta(model: Any, error: RuntimeError) -> str:
     )
 
 
-def _described(given: int | Described | None, backend: AttentionCompiler) -> Described | None:
+def _described(given: int | DescribedRanks | None, backend: AttentionCompiler) -> DescribedRanks | None:
     """The devices to plan for: explaining runs no exchange, so no rank waits for another."""
     if given is None:
         own = backend.context_parallel
-        return None if own is None else Described(own.ranks.size, own.kind)
-    return given if isinstance(given, Described) else Described(given)
+        return None if own is None else DescribedRanks(own.ranks.size, own.kind)
+    return given if isinstance(given, DescribedRanks) else DescribedRanks(given)

@@ -248,25 +248,29 @@ class _Analyser:
 
     def _site(self, call: Call, attention: steps.Attention) -> None:
         sent: float | None = 0.0
+        number = 0
         query, key, value = (value_of(node) for node in call.tensors[:3])
         if attention.exchange == plans.ALL_TO_ALL:
             tensors = [self._part(query, attention.query), self._part(call.output, attention.query)]
             tensors += [self._part(each, attention.key) for each in (key, value)]
             sent = _sum(tensors)
+            number = 2
             sent = None if sent is None else sent * (self.ranks - 1) / self.ranks
         elif attention.exchange in (plans.KEYS_GATHERED, plans.RING):
             sent = _sum([self._part(each, attention.key) for each in (key, value)])
+            number = self.ranks - 1 if attention.exchange == plans.RING else 1
             sent = None if sent is None else sent * (self.ranks - 1)
         elif attention.exchange == plans.GROUPS:
-            number = attention.together
+            together = attention.together
+            number = 2 + self.ranks // together - 1
             queries = _sum([self._part(each, attention.query) for each in (query, call.output)])
             keys = _sum([self._part(each, attention.key) for each in (key, value)])
             if queries is None or keys is None:
                 sent = None
             else:
-                sent = (queries + keys) * (number - 1) / number + keys * (self.ranks // number - 1)
+                sent = (queries + keys) * (together - 1) / together + keys * (self.ranks // together - 1)
         name = self.names.get(call.node, "attention")
-        self.sites.append(plans.SharedSite(name, attention.exchange, sent, attention.reason))
+        self.sites.append(plans.SharedSite(name, attention.exchange, sent, attention.reason, number))
 
     def _part(self, value: torch.Tensor, shard: Placement) -> float | None:
         """MiB of a rank's part of a tensor; None where a size is symbolic."""

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+from ..kernels.machines import Machine
+from .estimates import Estimate, estimate, percent
+from .products import Products
+from .rates import Rates
 
 MIB = 1024**2
 
@@ -38,6 +43,7 @@ class SharedSite:
     exchange: str  # one of the sentences above
     mib: float | None  # sent by each rank; None where a size is symbolic
     reason: str = ""  # why this exchange and no cheaper one; "" where there is nothing to say
+    exchanges: int = 0  # the number of those that wait for each other
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class Sharing:
     summed: int = 0  # number of all-reduces
     refused: str = ""
     added: int = 0  # number of inputs whose gradients are added up over the ranks
+    estimate: Estimate | None = None  # of the exchanges' share of the time, where `explain` asks for it
 
     @property
     def mib(self) -> float | None:
@@ -68,6 +75,14 @@ class Sharing:
         found = [each.mib for each in self.sites] + [each.mib for each in self.gathered]
         known = [mib for mib in found if mib is not None]
         return sum(known) if len(known) == len(found) else None
+
+    def estimated(self, counted: Products | None, machine: Machine | None, rates: Rates) -> Sharing:
+        """The same with an estimate of the exchanges' share of the time. counted: the products of the graph of one rank."""
+        if not self.begins:
+            return self
+        sites = [(each.exchanges, each.mib if each.exchange in EXCHANGED else 0.0) for each in self.sites]
+        others = [(1, each.mib) for each in self.gathered] + [(1, 0.0)] * self.summed
+        return replace(self, estimate=estimate(sites, others, counted, machine, rates))
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -85,6 +100,7 @@ class Sharing:
             data["summed"],
             data["refused"],
             data["added"],
+            Estimate.from_dict(data["estimate"]) if data.get("estimate") else None,
         )
 
     def lines(self) -> list[str]:
@@ -101,9 +117,10 @@ class Sharing:
             found += _wrapped(
                 f"  from {begin.where} {_shape(begin.shape)} on, along dimension {begin.dim} ({lengths}){count}"
             )
-        for (exchange, mib, reason), names in _grouped(self.sites).items():
+        for (exchange, mib, reason, part), names in self._grouped().items():
             because = f": {reason}" if reason else ""
-            cost = f", {_mib(mib)} each" if exchange in EXCHANGED else ""
+            share = "" if part is None else f", estimated {percent(part)} of the time"
+            cost = f", {_mib(mib)}{share} each" if exchange in EXCHANGED else ""
             found += _wrapped(f"  at {_names(names)}: {exchange}{cost}{because}")
         for each, count in _counted(self.gathered):
             found += _wrapped(f"  gathered: {each.where} {_shape(each.shape)}, {_mib(each.mib)}: {each.reason}{count}")
@@ -113,14 +130,19 @@ class Sharing:
             found.append(
                 f"  in the backward: each exchange the other way, and {self.added} gradients added up over all ranks"
             )
+        if self.estimate is not None:
+            found += _wrapped(f"  {self.estimate.line()}")
         return found
 
-
-def _grouped(sites: Iterable[SharedSite]) -> dict[tuple[str, float | None, str], list[str]]:
-    groups: dict[tuple[str, float | None, str], list[str]] = {}
-    for each in sites:
-        groups.setdefault((each.exchange, each.mib, each.reason), []).append(each.site)
-    return groups
+    def _grouped(self) -> dict[tuple[str, float | None, str, float | None], list[str]]:
+        """The names of the attentions that differ in nothing else."""
+        parts: list[float | None] = [None] * len(self.sites)
+        if self.estimate is not None and not self.estimate.refused:
+            parts = [self.estimate.part(ms) for ms in self.estimate.sites]
+        groups: dict[tuple[str, float | None, str, float | None], list[str]] = {}
+        for each, part in zip(self.sites, parts, strict=True):
+            groups.setdefault((each.exchange, each.mib, each.reason, part), []).append(each.site)
+        return groups
 
 
 def _names(names: list[str]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .layouts import Ranks
+from .rates import Rates
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -81,19 +82,34 @@ class ContextParallel:
 
 
 @dataclass(frozen=True)
-class Described:
-    """Devices that are elsewhere, for `explain`. Raises `TypeError` and `ValueError` for a number that is not above 1."""
+class DescribedRanks:
+    """Devices that are elsewhere, for `explain`.
+
+        attnrewrite.explain(model, *inputs, backend="auto", context_parallel=DescribedRanks(8, "ring", Rates(link=50)))
+
+    size: their number.
+    kind: as of `ContextParallel`.
+    rates: what a device computes and sends in a second, for the estimate of the exchanges' share of a step. Fields that are
+        None: those of the machine to plan for, where they are known.
+
+    Raises `TypeError` and `ValueError` for a number that is not above 1, `ValueError` for an unknown kind, and `TypeError` for
+    rates that are no `Rates`.
+    """
 
     size: int
     kind: str = "auto"
+    rates: Rates = field(default_factory=Rates)
 
     def __post_init__(self) -> None:
         check_kind(self.kind)
         check_devices(self.size)
+        if not isinstance(self.rates, Rates):
+            raise TypeError(f"rates is {self.rates!r} ({type(self.rates).__name__}): give Rates(tflops=989, link=450)")
 
     @property
     def ranks(self) -> Ranks:
-        return Ranks(self.size)
+        """As the last one of them, which computes most of a causal ring."""
+        return Ranks(self.size, self.size - 1)
 
 
 def check_devices(number: Any, argument: str = "context_parallel") -> None:

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 import attnrewrite
+from attnrewrite import DescribedRanks
 from attnrewrite.__main__ import main
 from attnrewrite.commands.demo_model import Demo, inputs
 from attnrewrite.parallel import plans
-from attnrewrite.parallel.settings import Described
 
 
 @pytest.mark.parametrize("size", [2, 3, 8])
@@ -30,7 +30,9 @@ def test_a_plan_for_other_devices(size):
 
 def test_a_kernel_that_cannot_be_a_step_of_a_ring():
     demo = Demo().eval().requires_grad_(False)
-    report = attnrewrite.explain(demo, *inputs(), backend=["flex", "native"], context_parallel=Described(3, "ring"))
+    report = attnrewrite.explain(
+        demo, *inputs(), backend=["flex", "native"], context_parallel=DescribedRanks(3, "ring")
+    )
     (graph,) = report.graphs
     rings = [site.site for site in graph.parallel.sites if site.exchange == plans.RING]
     assert rings == ["causal", "prompt", "joint", "outer"]
