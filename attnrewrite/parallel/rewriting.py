@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,24 +13,13 @@ from ..graphs.emitting import Emitter
 from ..graphs.mutations import storage_of, written_by, written_storages
 from ..graphs.nodes import value_of
 from ..graphs.operators import as_given, draws_random_numbers
-from ..graphs.sizes import Size, always, is_one
-from ..kernels.logsumexp import WITH_LOGSUMEXP
+from ..graphs.sizes import Size, always
 from . import gradients, plans
 from .analysis import Analysis
-from .exchanges import (
-    all_used_for_parts,
-    heads_to_tokens,
-    needs_gradient,
-    part_of,
-    summed,
-    tokens_to_heads,
-    used_for_parts,
-    whole,
-)
+from .attending import Attentions
+from .exchanges import all_used_for_parts, needs_gradient, part_of, summed, used_for_parts, whole
 from .following import is_member, is_size, member_of
 from .layouts import Placement, Ranks, Shard, same
-from .orders import by_rank, in_own_order, own_part
-from .rings import Keys, revived, ring
 from .rows import ANY, VIEWS, Call
 from .steps import Attention, Step
 
@@ -58,6 +45,7 @@ class _Rewriter:
         self.for_parts: dict[Node, torch.Tensor] = {}  # whole tensors, as each rank uses them for its own part
         self.nodes: dict[Node, Node] = {}  # of values that are no tensors
         self.writes: Counter[int | None] = Counter()  # so far, into each storage
+        self.attentions = Attentions(self.emitter, ranks, analysis.names, self.writes)
 
     def run(self) -> Graph:
         first = next(value for node in self.module.graph.nodes if isinstance(value := value_of(node), torch.Tensor))
@@ -209,138 +197,10 @@ class _Rewriter:
         return self.emitter.replay(call.node, target, (tensor, shape), {})
 
     def _attention(self, call: Call, step: Step, how: Attention) -> torch.Tensor:
-        assert how.query is not None
-        assert how.key is not None
         query, key, value, *masks = [
             self._get(node, placement, step.differs) for node, placement in zip(call.tensors, step.inputs, strict=True)
         ]
-        exchange = {plans.ALL_TO_ALL: self._all_to_all, plans.KEYS_GATHERED: self._gathered}.get(
-            how.exchange, self._ring
-        )
-        return exchange(call, how, query, key, value, masks[0] if masks else None)
-
-    def _gathered(
-        self, call: Call, how: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
-    ) -> torch.Tensor:
-        """Each rank has a part of the queries, and gathers keys and values: together, if their shapes allow it."""
-        shard = how.key
-        assert shard is not None
-        if key.shape[:-1] == value.shape[:-1]:
-            both = whole(torch.cat([key, value], -1), shard, self.ranks, for_parts=True)
-            key, value = both.narrow(-1, 0, key.shape[-1]), both.narrow(-1, key.shape[-1], value.shape[-1])
-        else:
-            key, value = (whole(each, shard, self.ranks, for_parts=True) for each in (key, value))
-        return self._run(call, query, key, value, mask)
-
-    def _ring(
-        self, call: Call, how: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
-    ) -> torch.Tensor:
-        """The keys and values of all ranks come by. A rank has its own queries, or with `together` neighbours their queries,
-        of a part of the heads."""
-        assert how.query is not None
-        assert how.key is not None
-        dtype, lead, together = call.output.dtype, query.shape[:-3], how.together
-        keys = Keys(how.key, self.ranks.size, together)
-        # Autocast, which casts the arguments of SDPA, does not know the op.
-        query, key, value = (_four(each).to(dtype) for each in (query, key, value))
-        if together > 1:
-            group = self.ranks.together(together)
-            query, key, value = _all_to_heads(query, key, value, group)
-            mask = mask if mask is None else self._of_group(mask, how, call)
-
-        def mask_of(owner: int) -> tuple[torch.Tensor, torch.Tensor]:
-            wide = mask if mask.dtype == torch.bool else mask.to(dtype)
-            return revived(wide[(None,) * (4 - wide.dim())], keys, owner)
-
-        def shared_mask_of(owner: int) -> Any:
-            if mask is None:
-                return None
-            key = ("ring", *self._state(mask, call), dtype, owner, str(how.key), together)
-            return self.emitter.once(key, lambda: mask_of(owner))
-
-        def attend(key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, causal: bool) -> Any:
-            scale, site = call.number("scale"), self.analysis.names.get(call.node, "attention")
-            args = (query, key, value, mask, causal, scale, site)
-            return self.emitter.replay(call.node, WITH_LOGSUMEXP, args, {})
-
-        across = self.ranks.across(together)
-        result = ring(key, value, keys, across, attend, shared_mask_of, how.causal).to(dtype)
-        if together > 1:
-            result = heads_to_tokens(result, self.ranks.together(together))
-        if len(lead) != 1:
-            result = result.unflatten(0, lead) if lead else result.squeeze(0)
-        return result
-
-    def _of_group(self, mask: torch.Tensor, how: Attention, call: Call) -> torch.Tensor:
-        """The mask of the queries of all neighbours, for this rank's part of the heads; built once for all attentions that read
-        it."""
-        group, shard = self.ranks.together(how.together), how.query
-        assert shard is not None
-
-        def build() -> torch.Tensor:
-            result = mask
-            if mask.dim() > 2 and not is_one(mask.shape[-3]):
-                heads = mask.shape[-3] // group.size
-                result = result.narrow(-3, group.rank * heads, heads)
-            if mask.dim() > 1 and not is_one(mask.shape[-2]):
-                rows = shard.along(mask.dim() - 2)
-                result = torch.cat(
-                    [own_part(result, rows, replace(self.ranks, rank=each)) for each in group.numbers], -2
-                )
-            return result
-
-        key = ("group", *self._state(mask, call), str(shard), how.together)
-        return self.emitter.once(key, build)  # type: ignore[no-any-return]
-
-    def _all_to_all(
-        self, call: Call, how: Attention, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any
-    ) -> torch.Tensor:
-        assert how.query is not None
-        assert how.key is not None
-        lead = query.shape[:-3]
-        query, key, value = (_four(each) for each in (query, key, value))
-        query, key, value = _all_to_heads(query, key, value, self.ranks)
-        if how.ordered:
-            query = in_own_order(query, how.query, self.ranks.size)
-            key, value = (in_own_order(each, how.key, self.ranks.size) for each in (key, value))
-        elif mask is not None:
-            mask = self._as_exchanged(mask, how, call)
-        if len(lead) != 1:
-            query, key, value = (each.unflatten(0, lead) if lead else each.squeeze(0) for each in (query, key, value))
-        result = _four(self._run(call, query, key, value, mask))
-        if how.ordered:
-            result = by_rank(result, 2, how.query.lengths, self.ranks.size)
-        result = heads_to_tokens(result, self.ranks)
-        if len(lead) != 1:
-            result = result.unflatten(0, lead) if lead else result.squeeze(0)
-        return result
-
-    def _as_exchanged(self, mask: torch.Tensor, how: Attention, call: Call) -> torch.Tensor:
-        """The mask with its queries and keys in the order of ranks, built once for all attentions that read it."""
-        assert how.query is not None
-        assert how.key is not None
-        query, key = how.query.lengths, how.key.lengths
-
-        def build() -> torch.Tensor:
-            result = mask
-            if mask.dim() > 1 and not is_one(mask.shape[-2]):
-                result = by_rank(result, result.dim() - 2, query, self.ranks.size)
-            if not is_one(mask.shape[-1]):
-                result = by_rank(result, result.dim() - 1, key, self.ranks.size)
-            return result
-
-        return self.emitter.once(("exchanged", *self._state(mask, call), str(query), str(key)), build)  # type: ignore[no-any-return]
-
-    def _state(self, mask: torch.Tensor, call: Call) -> tuple[int, int]:
-        """Another one after each write into the mask of a call."""
-        return id(mask), self.writes[storage_of(value_of(call.tensors[3]))]
-
-    def _run(self, call: Call, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any) -> torch.Tensor:
-        arguments = dict(call.arguments) | {"query": query, "key": key, "value": value, "attn_mask": mask}
-        args, kwargs = as_given(call.node, arguments)
-        target: Callable[..., Any] = call.node.target  # type: ignore[assignment]
-        result: torch.Tensor = self.emitter.replay(call.node, target, args, kwargs)
-        return result
+        return self.attentions.write(call, how, query, key, value, masks[0] if masks else None)
 
     def _check(self, node: Node, result: Any, placement: Any) -> None:
         """Compares what a rank gets with what the analysis says that it gets."""
@@ -364,22 +224,3 @@ class _Rewriter:
                 f"attnrewrite expected {tuple(shape)} of {expected.dtype} of {node.format_node()} on a rank, and got "
                 f"{tuple(result.shape)} of {result.dtype}; please report this graph"
             )
-
-
-def _all_to_heads(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, ranks: Ranks
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`tokens_to_heads` of all three, together where their sizes allow it."""
-    if always(query.shape[2] == key.shape[2]) and always(query.shape[0] == key.shape[0]):
-        query, key, value = tokens_to_heads((query, key, value), ranks)
-    else:
-        (query,) = tokens_to_heads((query,), ranks)
-        key, value = tokens_to_heads((key, value), ranks)
-    return query, key, value
-
-
-def _four(tensor: torch.Tensor) -> torch.Tensor:
-    """(batch, heads, length, dim) of a tensor of any rank from 3 on."""
-    if tensor.dim() == 3:
-        return tensor.unsqueeze(0)
-    return tensor if tensor.dim() == 4 else tensor.flatten(0, -4)

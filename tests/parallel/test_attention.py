@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from lockstep import EXCHANGES, Shared, run, traced
 
-from attnrewrite.parallel import exchanges, plans, rewriting
+from attnrewrite.parallel import attending, exchanges, plans, rewriting
 from attnrewrite.parallel.analysis import analyse
 
 WIDTH, DIM = 24, 6
@@ -327,7 +327,7 @@ def test_what_is_shared_counts_the_bytes_that_are_sent():
 
 
 def test_a_mask_in_the_wrong_order_would_be_seen(monkeypatch):
-    monkeypatch.setattr(rewriting, "by_rank", lambda tensor, *_: tensor)
+    monkeypatch.setattr(attending, "by_rank", lambda tensor, *_: tensor)
     mask = window(32, 32)
     with pytest.raises(AssertionError, match="not close"):
         check(lambda t, i, m: attend(torch.cat([t, i], 1), mask=m), [randn(1, 8, WIDTH), randn(1, 24, WIDTH), mask], 2)
