@@ -25,6 +25,19 @@ def is_needed(module: GraphModule) -> bool:
     return any(_needs(node) for node in module.graph.find_nodes(op="placeholder"))
 
 
+def begins_inside(module: GraphModule) -> bool:
+    """Whether the graph turns autograd on where it is off around the graph, and some input has a gradient then. Ranks take
+    their parts of inputs outside of that region, where nothing of it is recorded."""
+    if torch.is_grad_enabled():
+        return False
+    inputs = [value_of(node) for node in module.graph.find_nodes(op="placeholder")]
+    return any(isinstance(each, torch.Tensor) and each.requires_grad for each in inputs) and any(
+        getattr(node.target, "__name__", "") == "_set_grad_enabled" and node.args == (True,)
+        for node in module.graph.nodes
+        if node.op == "call_function"
+    )
+
+
 def obstacle(module: GraphModule) -> str:
     """Why a graph of Dynamo cannot be shared with a gradient; "" where it can. Sharing writes the graph in operators, each with
     its own gradient: what says otherwise would be lost."""

@@ -9,7 +9,7 @@ from torch.fx import Graph, GraphModule
 
 from ..graphs.lowering import lowered, moved_into
 from ..graphs.modules import compiled_paths
-from ..graphs.nodes import SDPA_TARGETS, Surroundings, value_of
+from ..graphs.nodes import SDPA_TARGETS, Surroundings, value_of, with_surroundings
 from ..graphs.sizes import described
 from ..passes.find_calls import find_calls
 from ..planning.plans import Plan
@@ -47,7 +47,7 @@ def share(module: GraphModule, ranks: Ranks, kind: str = "auto") -> Sharing:
 
 def planned(module: GraphModule, ranks: int, kind: str = "auto") -> Shared:
     """How ranks share a graph. The graph stays unchanged."""
-    if gradients.is_needed(module) and (reason := gradients.obstacle(module)):
+    if reason := _obstacle(module):
         return Shared(Sharing(ranks, refused=reason))
     try:
         below = lowered(module)
@@ -68,6 +68,19 @@ def planned(module: GraphModule, ranks: int, kind: str = "auto") -> Shared:
         return Shared(Sharing(ranks, refused=str(error)))
     added = len(gradients.used_for_parts(below, analysis)) if analysis.begins else 0
     return Shared(replace(analysis.plan, added=added), below if analysis.begins else None, analysis)
+
+
+def _obstacle(module: GraphModule) -> str:
+    """Why a graph of Dynamo cannot be shared; "" where it may be."""
+    for _, inside in with_surroundings(module, Surroundings()):
+        if inside.transform is not None:  # its tensors are wrapped, and have no value outside
+            return f"a part of it stands inside torch.func.{inside.transform.rpartition('.')[2]}"
+    if gradients.begins_inside(module):
+        return (
+            "it turns autograd on, which is off around it: compile what stands inside of torch.enable_grad(), or call the "
+            "compiled model with autograd on"
+        )
+    return gradients.obstacle(module) if gradients.is_needed(module) else ""
 
 
 def compared(module: GraphModule, sharing: Sharing | None, kernels: Plan) -> list[str]:

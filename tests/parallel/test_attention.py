@@ -311,6 +311,21 @@ def test_a_region_of_autocast():
     assert not torch.is_autocast_enabled("cpu")
 
 
+def test_a_mask_by_torch_func():
+    """The tensors inside of a transform have no value outside: the graph runs whole."""
+
+    def function(x, valid):
+        places = torch.arange(x.shape[1])
+        of_key = torch.vmap(lambda key: valid[:, key], out_dims=-1)
+        return attend(x, mask=of_key(places)[:, None, None])
+
+    inputs = [randn(2, 12, WIDTH), key_padding(2, 12)[:, 0, 0]]
+    backend = Shared(2, "ulysses")
+    with torch.no_grad():
+        close(torch.compile(function, backend=backend)(*inputs), function(*inputs))
+    assert [plan.refused for plan in backend.plans] == ["a part of it stands inside torch.func.vmap"]
+
+
 def test_dropout_runs_whole():
     graph = traced(lambda x: attend(x, dropout_p=0.5), [randn(1, 8, WIDTH)])
     (site,) = analyse(graph, {}, 2, "ulysses").plan.sites

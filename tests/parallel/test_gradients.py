@@ -120,6 +120,30 @@ def test_no_gradient_no_op_for_it():
     assert not any("attnrewrite" in name for name in names)
 
 
+@pytest.mark.parametrize("kind", ["ulysses", "ring"])
+def test_autograd_that_is_turned_on_inside(kind):
+    """Ranks take their parts of the input outside of that region: nothing led from the loss to the input."""
+    weights = randn(3 * WIDTH, WIDTH)
+
+    def loss(x):
+        query, key, value = (each.unflatten(-1, (4, -1)).transpose(1, 2) for each in F.linear(x, weights).chunk(3, -1))
+        return F.scaled_dot_product_attention(query, key, value).square().sum()
+
+    def guided(x):
+        with torch.enable_grad():
+            return loss(x)
+
+    x = randn(2, 12, WIDTH).requires_grad_()
+    backend = Shared(2, kind)
+    with torch.no_grad():
+        result = torch.compile(guided, backend=backend, fullgraph=True)(x)
+    torch.testing.assert_close(torch.autograd.grad(result, x), torch.autograd.grad(loss(x), x))
+    (plan,) = backend.plans
+    assert plan.refused.startswith(
+        "it turns autograd on, which is off around it: compile what stands inside of torch.enable"
+    )
+
+
 def always_summed(part, shard, ranks, for_parts=False):
     return WHOLE(part, shard, ranks, for_parts=True)
 
