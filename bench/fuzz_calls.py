@@ -180,7 +180,7 @@ def fitted(call: Call) -> Call:
         change["softmax"] = "functional"  # the reference would be no more exact than float32
     if call.scale is not None and call.scale <= 0 and now("scaled") in ("both", "divided"):
         change["scaled"] = "query"
-    if now("written") == "baddbmm" and call.scale == 0 and call.dtype == "bfloat16":
+    if now("written") == "baddbmm" and call.scale == 0 and call.dtype in ("bfloat16", "float16"):
         change["scale"] = 0.3  # with beta=0 and alpha=0 PyTorch returns the memory as it finds it
     if call.mask == "is_causal" and now("written") == "sdpa" and call.scale is not None and call.scale <= 0:
         change["scale"] = 0.3  # NaN from PyTorch's CPU kernel

@@ -70,6 +70,7 @@ def test_sol_is_right_with_structure_and_wrong_without():
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what diffusers imports
 @pytest.mark.parametrize("structured", [True, False])
 def test_tune_tells_structure_on_a_gpu(structured):
     device = torch.device("cuda", 0)

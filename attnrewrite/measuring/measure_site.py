@@ -233,12 +233,10 @@ class _Measuring:
         """Times the kernels in rounds, each in another order. Returns the kernels that took part in every round."""
         if not runners:
             return []
-        # A user who does not allow a sparse choice of the plan wants the fastest of the others: a sparse kernel that is far
-        # ahead of them must not drop them.
-        fastest = {
-            each.name: min(other.seconds for other in runners if other.record.numerics <= each.record.numerics)
-            for each in runners
-        }
+        # Only a kernel whose error does not depend on values drops others: a quantised or sparse one that is far ahead may be
+        # too inexact at another site or input, or not allowed, and then the next one counts.
+        steady = {each.seconds for each in runners if not each.record.numerics.is_inexact}
+        fastest = {each.name: min({*steady, each.seconds}) for each in runners}
         near = [each for each in runners if each.seconds <= FAR_BEHIND * fastest[each.name] or each.name == "native"]
         for each in runners:
             if each not in near:

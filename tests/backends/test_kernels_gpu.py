@@ -1,6 +1,7 @@
 """The kernels of PyTorch that a GPU has. CI has none: what these printed on an H200 is in bench/results/."""
 
 import itertools
+import os
 
 import pytest
 import torch
@@ -110,7 +111,8 @@ def test_heads_too_wide_for_flex(dim, dtype):
     assert backend.report.sites[0].refusals[0][1].code is Code.HEAD_DIM
 
 
-@pytest.mark.parametrize("dim", [64, 128, 256])
+# ptxas takes half a minute for head_dim 64, two minutes for 128 and three and a half for 256 (torch 2.11, triton 3.6).
+@pytest.mark.parametrize("dim", (64, 128, 256) if os.environ.get("ATTNREWRITE_SLOW") else (64,))
 def test_flex_in_float32(dim):
     check("flex", *gpu(torch.float32, dim=dim), inner="inductor", tolerance=2e-3)
 
