@@ -179,12 +179,28 @@ def channels(x):
 
 @pytest.mark.parametrize(("tokens", "chosen"), [(51, None), (27, "native")])
 def test_channels_are_right_whether_left_or_not(tokens, chosen):
-    backend = attnrewrite.with_backend("auto", inner="eager")
+    backend = attnrewrite.with_backend("auto", inner="eager", strict=True)  # what "auto" prefers is no refusal
     x = torch.randn(2, tokens, 3 * 3 * 40)
     with torch.no_grad():
         output = torch.compile(channels, backend=backend, fullgraph=True)(x)
     assert relative(output, channels(x.double())) < TOLERANCE[torch.float32]
     assert [site.chosen for site in backend.report.sites] == [chosen]
+
+
+def test_strict_takes_a_preference_for_a_choice_and_a_refusal_for_none():
+    def read_too(x):
+        query, key, value = x.unflatten(-1, (3, 3, -1)).permute(2, 0, 3, 4, 1)
+        weights = (query @ key.mT).softmax(-1)
+        return weights @ value, weights
+
+    x, strictly = torch.randn(2, 51, 3 * 3 * 40), attnrewrite.with_backend("auto", strict=True)
+    with torch.no_grad():
+        report = attnrewrite.explain(channels, x, backend=strictly)
+        ((_, refused),) = report.sites[0].refusals
+        assert (report.sites[0].chosen, refused.code) == (None, attnrewrite.Code.PREFERENCE)
+        assert attnrewrite.Report.from_json(report.to_json()).sites[0].preferred
+        with pytest.raises(attnrewrite.AttentionRefusedError, match="weights are used elsewhere"):
+            attnrewrite.explain(read_too, x, backend=strictly)
 
 
 def test_kernels_that_need_inductor_are_for_inductor():

@@ -35,6 +35,7 @@ class Code(str, Enum):
     UNBACKED = "UNBACKED"
     BROKEN = "BROKEN"  # installed, but it does not import
     UNTRUSTED = "UNTRUSTED"  # the kernels hub does not vouch for the publisher
+    PREFERENCE = "PREFERENCE"  # the kernel could take the call, and the model's own code is known to be faster
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,9 @@ def make_plan(
 
 
 def refuse(sites: Sequence[Site]) -> None:
-    """Raises `AttentionRefusedError` if some of the sites have no kernel that may take them."""
-    refused = [site for site in sites if site.chosen is None]
+    """Raises `AttentionRefusedError` if some of the sites have no kernel that may take them. A site that "auto" leaves, since
+    the model's own code is faster, is a choice and no refusal."""
+    refused = [site for site in sites if site.chosen is None and not site.preferred]
     if refused:
         lines = [f"  {site.name}: {name}: {decision}" for site in refused for name, decision in site.refusals]
         raise AttentionRefusedError(
@@ -77,7 +78,7 @@ def _site(
         with asking(call.site, candidate.name):
             decision = decide(backend, call, machine, policy.numerics, policy.cast)
         if candidate.keeps is not None and isinstance(decision, Accepted):
-            decision = Refused(Code.CONTEXT, candidate.keeps, "Name a kernel to replace the call")
+            decision = Refused(Code.PREFERENCE, candidate.keeps, "Name a kernel to replace the call")
         source: str | None = None
         if isinstance(decision, Accepted) and backend.source is not None:
             if libraries is Libraries.NAME:

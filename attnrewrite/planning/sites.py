@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ..kernels.calls import AttentionCall
-from ..kernels.decisions import Accepted, Decision, Refused, Step, decision_from_dict
+from ..kernels.decisions import Accepted, Code, Decision, Refused, Step, decision_from_dict
 from ..kernels.records import Backend
 from .measurements import Inexact, Measurement
 
@@ -49,6 +49,11 @@ class Site:
     def swapped(self) -> bool:
         """Whether the graph gets another call. `native` changes only attention that is not SDPA."""
         return self.chosen is not None and (self.chosen != "native" or not self.call.is_sdpa)
+
+    @property
+    def preferred(self) -> bool:
+        """Whether the call stays because the model's own code is known to be faster than a kernel that could take it."""
+        return any(refused.code is Code.PREFERENCE for _, refused in self.refusals)
 
     @property
     def refusals(self) -> tuple[tuple[str, Refused], ...]:
