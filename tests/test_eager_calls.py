@@ -78,6 +78,31 @@ def test_a_function_that_dynamo_gives_up():
     assert call.reason.startswith(f"graph break at line {line_of('with open(os.devnull)')}: ")
 
 
+class MismatchedMasks(torch.nn.Module):
+    """PyTorch warns about these masks, and Dynamo gives up a function in which PyTorch warns."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(24, 3, batch_first=True)
+
+    def forward(self, x, padding, bias):
+        return self.attention(x, x, x, key_padding_mask=padding, attn_mask=bias, need_weights=False)[0]
+
+
+@pytest.mark.filterwarnings("ignore:Support for mismatched:UserWarning")
+def test_a_break_inside_of_pytorch():
+    x, padding = torch.randn(2, 7, 24), torch.zeros(2, 7, dtype=torch.bool)
+    with torch.no_grad():
+        report = attnrewrite.explain(MismatchedMasks(), x, padding, torch.randn(7, 7), backend="_native_math")
+    (call,) = report.eager_calls
+    assert call.reason.startswith(f"graph break at line {line_of('return self.attention(x, x, x')}: Dynamo ")
+    assert "_canonical_mask at torch/nn/functional.py:" in call.reason
+    with torch.no_grad():
+        float_masks = x.new_zeros(2, 7).masked_fill(padding, -torch.inf), torch.randn(7, 7)
+        report = attnrewrite.explain(MismatchedMasks(), x, *float_masks, backend="_native_math")
+    assert [site.chosen for site in report.sites] == ["_native_math"]
+
+
 def test_attention_in_graphs_is_not_counted():
     report = explained(in_a_graph)
     assert len(report.sites) == 2

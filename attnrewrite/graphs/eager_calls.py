@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from traceback import FrameSummary
 from types import FrameType
 from typing import Any
 
@@ -200,15 +201,32 @@ def ends_in_a_break(graph_module: GraphModule) -> bool:
 
 
 def _reason(stack: list[tuple[str, str, int]]) -> str:
-    """The last graph break in one of the functions of a stack, the innermost function first."""
-    breaks = [each for each in torch._dynamo.utils.graph_break_reasons if each.user_stack]
+    """The last graph break in one of the functions of a stack, or in what such a function calls of PyTorch's Python code, the
+    innermost function first."""
+    breaks = []
+    for each in torch._dynamo.utils.graph_break_reasons:
+        own = [place for place in each.user_stack or () if not place.filename.startswith(_TORCH)]
+        if own:
+            breaks.append((own[-1], each.user_stack[-1], each.reason))
     for file, function, _ in stack:
-        for each in reversed(breaks):
-            place = each.user_stack[-1]
+        for place, inner, reason in reversed(breaks):
             if (place.filename, _plain(place.name)) == (file, function):
                 at = f"line {place.lineno}" if file == stack[0][0] else f"{file}:{place.lineno}"
-                return f"graph break at {at}: {each.reason.strip().splitlines()[0]}"
+                return f"graph break at {at}: {_described(reason, None if inner is place else inner)}"
     return ""
+
+
+def _described(reason: str, inside: FrameSummary | None) -> str:
+    """What Dynamo says of a graph break in one line. inside: the place in PyTorch's own code, which names no line of a model's.
+
+    Dynamo's first line says what kind of break it is ("Attempted to call function marked as skipped"). Inside of PyTorch, where
+    no user wrote such a call, the explanation is said, and the place."""
+    lines = [line.strip() for line in reason.strip().splitlines()]
+    if inside is None:
+        return lines[0]
+    explained = next((line for line in lines if line.startswith("Explanation: ")), "").removeprefix("Explanation: ")
+    file = inside.filename.removeprefix(os.path.dirname(_TORCH.rstrip(os.sep)) + os.sep)
+    return f"{explained.rstrip('.') or lines[0]}, in {inside.name} at {file}:{inside.lineno}"
 
 
 def _package(frame: FrameType) -> str:
