@@ -12,10 +12,11 @@ from torch.fx import Node
 
 from ..graphs.axes import Axes, Dims
 from ..graphs.nodes import value_key, value_of
-from ..graphs.spellings import TURNS, argument, first, same_shape, spelled
+from ..graphs.spellings import TURNS, first, same_shape, spelled
 from .found import Missed
 from .products import is_weight, read_product
 from .scores import Scores
+from .softmaxes import Softmax
 from .values import Values
 
 LEAST_RANK = 4  # of scores: the gates of experts and the scores of one head have three
@@ -25,10 +26,11 @@ _VIEWS = frozenset({"view", "to", "clone", "detach", "expand", *TURNS})
 _ON_SCORES = frozenset({"add", "sub", "mul", "div", "masked_fill", "where"})  # scales, biases and masks
 
 
-def scores_from_elsewhere(softmax: Node, source: Node, weights: Dims, values: Values, axes: Axes) -> Missed | None:
+def scores_from_elsewhere(softmax: Softmax, values: Values, axes: Axes) -> Missed | None:
     """A near miss, if the scores come into the graph as an input and the weights are multiplied by values as in an attention.
 
-    weights: the dims of the softmax. values: what `find_values` found behind the softmax."""
+    values: what `find_values` found behind the softmax."""
+    weights, source = softmax.dims, softmax.source
     keys, value = set(axes.atoms(weights[-1])), _atoms(values.value_dims, axes)
     if not _over_the_last_of_many(softmax) or not keys or keys != set(axes.atoms(values.summed)):
         return None
@@ -38,20 +40,20 @@ def scores_from_elsewhere(softmax: Node, source: Node, weights: Dims, values: Va
         return None
     # In linear attention a softmax over the features of queries or keys is multiplied too: by a product, or into one.
     computed = is_weight(values.value) or read_product(_behind_views(values.value)) is not None
-    if computed or _is_multiplied(values.product.node) or not _comes_in(source) or not _may_be_broken(softmax):
+    if computed or _is_multiplied(values.output) or not _comes_in(source) or not _may_be_broken(softmax.node):
         return None
     reason = "its scores come from outside the graph, as behind a graph break: the product of its queries and keys is not in it"
     return Missed(reason, source)
 
 
-def weights_leave(softmax: Node, scores: Scores, missed: Missed) -> Missed | None:
+def weights_leave(softmax: Softmax, scores: Scores, missed: Missed) -> Missed | None:
     """A near miss, if the weights are an output of the graph. missed: what `find_values` found instead."""
     if missed.node.op != "output" or not _over_the_last_of_many(softmax) or not scores.product.batched:
         return None
-    if any(map(is_weight, (scores.product.left, scores.product.right))) or not _may_be_broken(softmax):
+    if any(map(is_weight, (scores.product.left, scores.product.right))) or not _may_be_broken(softmax.node):
         return None
     reason = "its weights leave the graph, as in front of a graph break: the product with its values is not in it"
-    return Missed(reason, softmax)
+    return Missed(reason, softmax.node)
 
 
 def _may_be_broken(node: Node) -> bool:
@@ -60,9 +62,8 @@ def _may_be_broken(node: Node) -> bool:
     return module is not None and value_key(module) == "example_value"
 
 
-def _over_the_last_of_many(softmax: Node) -> bool:
-    rank = value_of(softmax).dim()
-    return rank >= LEAST_RANK and argument(softmax, 1, "dim") in (-1, rank - 1)
+def _over_the_last_of_many(softmax: Softmax) -> bool:
+    return len(softmax.dims) >= LEAST_RANK and softmax.dim == len(softmax.dims) - 1
 
 
 def _atoms(dims: Dims, axes: Axes) -> set[object]:

@@ -35,7 +35,6 @@ from ..graphs.nodes import (
 from ..graphs.notes import is_ours
 from ..graphs.operators import arguments_of, is_opaque
 from ..graphs.sizes import Size, always, holds
-from ..graphs.spellings import spelled
 from ..graphs.trees import leaves
 from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..kernels.logsumexp import WITH_LOGSUMEXP
@@ -47,6 +46,7 @@ from .library_calls import TO_HEADS, is_library_call, is_library_function, libra
 from .masks import mask_of, tensor_mask
 from .opaque_functions import is_function, is_inside
 from .recognise import Recognised, recognise
+from .softmaxes import may_be_softmax
 
 PARAMETERS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
@@ -132,7 +132,7 @@ def _spelled_out(
     missed: dict[Node, Missed] = {}
     writes = None
     for node in graph_module.graph.nodes:
-        if node.op in ("call_function", "call_method") and spelled(node) == "softmax" and node not in thrown_away:
+        if may_be_softmax(node) and node not in thrown_away:
             writes = writes or Writes(graph_module)
             site = recognise(node, writes, thrown_away)
             if isinstance(site, Recognised):

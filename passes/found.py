@@ -33,6 +33,11 @@ class Operand:
     pad_value: float = 0
     factors: tuple[tuple[Operand, int], ...] = ()  # each is multiplied by (power 1) or divided by (power -1)
 
+    @property
+    def is_everywhere(self) -> bool:
+        """Whether all elements are True before the pads (`everywhere`)."""
+        return any(name == "new_ones" for name, _ in self.views)
+
     @cached_property
     def value(self) -> torch.Tensor:
         """The fake tensor after the views and factors."""
@@ -67,6 +72,11 @@ class Operand:
         """The operand with each node of `nodes` replaced by its value there."""
         factors = tuple((factor.moved(nodes), power) for factor, power in self.factors)
         return replace(self, node=nodes.get(self.node, self.node), factors=factors)
+
+
+def everywhere(rank: int) -> Views:
+    """The views that make True, of `rank` dimensions of size 1, of any tensor: its values are not read."""
+    return (("new_ones", ((1,) * rank,)), ("to", (torch.bool,)))
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.fx import Node
 from ..graphs.axes import Atom, Axes, Axis, Dims
 from ..graphs.mutations import written_by
 from ..graphs.nodes import value_of
-from ..graphs.sizes import Size, always
+from ..graphs.sizes import Size, always, has_no_hint, holds_if_guarded
 from ..graphs.spellings import TURNS, argument, first, keeps_order, name_of, permutation, same_shape, spelled
 from ..masks.moving_rules import items
 
@@ -179,12 +179,18 @@ def _ends(start: Any, stop: Any, size: Size) -> tuple[Size, Size] | None:
         return None
     ends = []
     for each in (start, stop):
-        if always(each >= 0) and always(each <= size):
+        if _holds(each >= 0) and _holds(each <= size):
             ends.append(each)
-        elif always(each < 0) and always(-each <= size):
+        elif _holds(each < 0) and _holds(-each <= size):
             ends.append(each + size)
-        elif always(each > size):
+        elif _holds(each > size):
             ends.append(size)
         else:
             return None
-    return (ends[0], ends[1] - ends[0]) if always(ends[1] - ends[0] > 0) else None
+    return (ends[0], ends[1] - ends[0]) if _holds(ends[1] - ends[0] > 0) else None
+
+
+def _holds(condition: bool | torch.SymBool) -> bool:
+    """Whether a condition on the part holds, with a guard where that is not known of all sizes: `scores[..., n:]` with
+    a symbolic n. False where the answer depends on data, and in an exported program, which the answer would restrict."""
+    return always(condition) or (not has_no_hint(condition) and holds_if_guarded(condition))

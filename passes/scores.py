@@ -23,6 +23,7 @@ from ..graphs.spellings import (
     spelled,
     stays_on,
 )
+from .fills import masked_index, number_in, number_written
 from .found import Missed
 from .moves import Cut, Part, Region, before
 from .opaque_functions import computed_by, is_function, of_one_shape
@@ -43,7 +44,7 @@ class ScoreStep:
     """One operation on the scores between the product and the softmax.
 
     how: "scale": times `amount` ** `power`. "times": times `tensor` ** `power`. "add": plus `amount` * `tensor`.
-        "keep": `amount` where `tensor` is False. "drop": `amount` where `tensor` is True.
+        "keep": `amount` where `tensor` is False. "drop": `amount` where `tensor` is True; without a tensor in all of the part.
     """
 
     how: str
@@ -147,6 +148,10 @@ def _computed_by(
         return _then(back(copied, narrow(copied)), node)
     if name in SCATTERS:
         return _scattered(node, dims, axes, writes, seen, base)
+    if name == "index_put" and (masked := masked_index(node, dims)) is not None:
+        fill = number_written(node)
+        missed = Missed("the value that fills its scores is not known to be a number", node)
+        return missed if fill is None else _then(back(source, dims), node, ScoreStep("drop", fill, *masked, node))
     if is_function(node):
         return _opaque(node, dims, back)
     earlier = before(node, dims, axes)
@@ -162,7 +167,8 @@ def _written(
     name = spelled(edit)
     target = first(edit)
     region = part.region(target) if isinstance(target, Node) else None
-    if region is not None and name == "setitem":
+    mask = masked_index(edit, region.dims) if region is not None and name in ("setitem", "index_put") else None
+    if region is not None and name == "setitem" and mask is None:
         region = part.indexed(target, region, edit.args[1])
     if region is None or len(written_by(edit)) != 1:
         return written
@@ -171,6 +177,13 @@ def _written(
         return earlier
     ends = _base(part, region, earlier, edit, writes)
     part.take(target)
+    fill = number_written(edit)
+    if fill is not None and (mask is not None or region.cuts):
+        of_mask, of_dims = mask or (None, ())
+        step = ScoreStep("drop", fill, of_mask, of_dims, edit, cuts=region.cuts)
+        return earlier.then(edit, step).through(part.views)
+    if mask is not None or name == "index_put":
+        return written
     if name in ("setitem", "copy"):
         value = edit.args[2] if name == "setitem" else argument(edit, 1, "src", "other")
         found = _replaced(value, region, edit, axes, writes, seen, ends)
@@ -200,6 +213,14 @@ def _scattered(
     earlier = find_scores(source, dims, node, axes, writes, seen, base)
     if isinstance(earlier, Missed) or region is None:
         return Missed(_computed(node), node) if region is None else earlier
+    fill = number_in(value)
+    if fill is not None and region.cuts:
+        given = (value,) if isinstance(value, Node) else ()
+        for each in given:  # fill(slice(scores, ...), 0.5), full_like(slice(scores, ...), 0.5)
+            if isinstance(first(each), Node) and part.region(first(each)) is not None:
+                part.take(first(each))
+        step = ScoreStep("drop", fill, reader=node, cuts=region.cuts)
+        return earlier.then(node, step).through([*part.views, *given, *reversed(nodes)])
     ends = _base(part, region, earlier, node, writes)
     found = _in_part(_replaced(value, region, nodes[-1], axes, writes, seen, ends), earlier, region)
     if isinstance(found, Missed):

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch.fx import Node
 
-from ..graphs.axes import Axes, Axis, Dims, size_of
+from ..graphs.axes import Axes, Axis, Dims, Views, size_of
 from ..graphs.mutations import CHECK, Writes, written_by
 from ..graphs.nodes import value_of
 from ..graphs.sizes import is_one
 from ..graphs.spellings import argument, first, is_number, name_of, number, spelled
 from .arrangements import Arrangement
-from .found import MaskTerm, Missed, Operand
+from .found import MaskTerm, Missed, Operand, everywhere
 from .moves import Cut
 from .operands import Readable, best, readables
 from .scores import Scores, ScoreStep
@@ -24,9 +24,13 @@ from .scores import Scores, ScoreStep
 LEAST_FILL = -1e4
 
 # Functions of the scores whose results lie between the least and the largest score, or hardly above.
-_LEVELS = frozenset({"amax", "amin", "max", "min", "mean", "median", "logsumexp"})
+_LEVELS = frozenset(
+    {"amax", "amin", "max", "min", "mean", "median", "logsumexp", "topk", "sort", "kthvalue", "cummax", "cummin"}
+)
 # Functions that keep the size of a number.
-_KEEPERS = frozenset({"clone", "detach", "view", "expand", "to", "abs", "neg", "getitem", "mul", "div"})
+_KEEPERS = frozenset(
+    {"clone", "detach", "view", "expand", "to", "abs", "neg", "getitem", "slice", "select", "narrow", "mul", "div"}
+)
 
 
 @dataclass
@@ -110,29 +114,34 @@ class Steps:
         cuts = [_cut_of(axis, step, self.axes) for axis in target]
         if len([cut for cut in cuts if cut is not None]) != len(step.cuts):
             assert step.reader is not None
-            return Missed("it adds to a part of its scores that is none of queries and keys", step.reader)
+            return Missed("it changes a part of its scores that is none of queries and keys", step.reader)
         target = tuple(axis if cut is None else (cut.part,) for axis, cut in zip(target, cuts, strict=True))
-        placed = best(self.axes, self._readables(step), target)
-        if placed is None:
-            assert step.reader is not None
-            return Missed("its mask cannot be viewed as (batch, heads, q_len, kv_len)", step.reader)
-        at, views = placed
-        done.passed += at.passed
+        product = self.scores.product.node
+        if step.tensor is None:  # all of the part
+            base, flips = self.scores.product.left, 0
+            views: Views = (*everywhere(len(target)),)
+        else:
+            placed = best(self.axes, self._readables(step), target)
+            if placed is None:
+                assert step.reader is not None
+                return Missed("its mask cannot be viewed as (batch, heads, q_len, kv_len)", step.reader)
+            at, views = placed
+            base, flips = at.node, at.flips
+            done.passed += at.passed
         if done.of_query or done.of_key:
             done.stays("its scores are multiplied by a tensor after they were masked")
-        product = self.scores.product.node
-        if step.reader is product and value_of(at.node).dtype != value_of(product).dtype:
+        if step.reader is product and value_of(base).dtype != value_of(product).dtype:
             views = (
                 *views,
                 ("to", (value_of(product).dtype,)),
             )  # under autocast, baddbmm casts the tensor that it adds
         amount, how = number(step.amount) * done.scale, step.how
         if how != "add":
-            if at.flips % 2:
+            if flips % 2:
                 how = "keep" if how == "drop" else "drop"
             if done.scale <= 0 or not amount <= LEAST_FILL:
                 done.stays(f"it fills masked scores with {amount:g}")
-        operand = Operand(at.node, views)
+        operand = Operand(base, views)
         if step.cuts:
             operand = _padded(operand, arrangement.mask, cuts, how == "keep")
         done.terms.append(MaskTerm(operand, how, amount))

@@ -86,9 +86,10 @@ def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Valu
         inside = make.true
         if term.tensor.pads:
             inside, indices = _before_pads(term.tensor, indices, make)
-        value: Value | None = reader.element(
-            term.tensor.node, before_views(value_of(term.tensor.node), term.tensor.views, indices), found.node
-        )
+        value: Value | None = make.true
+        if not term.tensor.is_everywhere:
+            at = before_views(value_of(term.tensor.node), term.tensor.views, indices)
+            value = reader.element(term.tensor.node, at, found.node)
         assert value is not None
         outside = bool(term.tensor.pad_value) if value.boolean else 0.0
         value = make.select(inside, value, make.constant(outside))

@@ -37,8 +37,10 @@ class Values:
     dims: Dims  # of the product
     summed: Axis  # the axis that the product sums over
     width: Axis  # the last axis of the value
+    output: Node  # gives the attention's output: the product, or what divides it (softmaxes.py)
+    output_dims: Dims
     dropout: Any = 0.0  # probability: a number, or a node that gives one
-    nodes: tuple[Node, ...] = ()  # from after the softmax to the product
+    nodes: tuple[Node, ...] = ()  # from after the softmax to the output
     obstacle: str | None = None  # why the attention must stay as it is
 
 
@@ -118,7 +120,7 @@ def _of_product(product: Product, weights: Node, dims: Dims, axes: Axes) -> Valu
         return placed
     others, output, summed, width = placed
     value = product.right if weights is product.left else product.left
-    return Values(product, value, others, output, summed, width)
+    return Values(product, value, others, output, summed, width, product.node, output)
 
 
 def _emptied(user: Node, weights: Node) -> tuple[Node, ...] | None:

@@ -79,23 +79,47 @@ def storage_of(value: Any) -> int | None:
 
 def unread(graph_module: GraphModule) -> frozenset[Node]:
     """The nodes that compute tensors for nobody: nothing reads them but other such nodes. Only PyTorch's own functions that
-    write nothing and draw no random numbers: without them the graph does the same."""
-    found: set[Node] = set()
-    for node in reversed(graph_module.graph.nodes):
-        if all(user in found or (not user.users and name_of(user) == CHECK) for user in node.users) and _only_computes(
-            node
-        ):
-            found.add(node)
-    return frozenset(found)
+    draw no random numbers, and write into nothing but tensors that the graph makes and nobody reads: without them the graph
+    does the same."""
+    of_storage = _nodes_by_storage(graph_module)
+    own = {storage for storage, nodes in of_storage.items() if all(map(_is_made_here, nodes))}
+    while True:
+        found: set[Node] = set()
+        for node in reversed(graph_module.graph.nodes):
+            read = [user for user in node.users if user not in found and (user.users or name_of(user) != CHECK)]
+            if not read and _only_computes(node, own):
+                found.add(node)
+        # What is written is read through each node that shows it.
+        kept = {storage for storage in own if all(node in found for node in of_storage[storage])}
+        if kept == own:
+            return frozenset(found)
+        own = kept
 
 
-def _only_computes(node: Node) -> bool:
-    """Whether a node does nothing but compute tensors, by a function of PyTorch's own."""
-    name = name_of(node)
+def _nodes_by_storage(graph_module: GraphModule) -> dict[int, list[Node]]:
+    """The nodes that show, or write into, each storage that is written into."""
+    found: dict[int, list[Node]] = {storage: [] for storage in written_storages(graph_module)}
+    for node in graph_module.graph.nodes if found else ():
+        shown = [value_of(node), *map(value_of, written_by(node))]
+        for storage in {storage_of(each) for value in shown for each in leaves(value)} & found.keys():
+            found[storage].append(node)  # type: ignore[index]
+    return found
+
+
+def _is_made_here(node: Node) -> bool:
+    """Whether a node is a function of PyTorch's own that changes no tensor's place in memory."""
+    return node.op in ("call_function", "call_method") and name_of(node) not in RESHAPES | {""}
+
+
+def _only_computes(node: Node, own: Set[int]) -> bool:
+    """Whether a node does nothing but compute tensors, by a function of PyTorch's own, and write into storages of `own`."""
+    name, written = name_of(node), written_by(node)
     made = leaves(value_of(node))
-    if not name or not made or not all(isinstance(each, torch.Tensor) for each in made):
+    if not name or (not made and not written) or draws_random_numbers(name):
         return False
-    return not draws_random_numbers(name) and not written_by(node)
+    if not all(isinstance(each, torch.Tensor) or (written and each is None) for each in made):
+        return False
+    return all(storage_of(value_of(each)) in own for each in written)
 
 
 def unread_behind(nodes: Iterable[Node], unread: Set[Node]) -> tuple[Node, ...]:

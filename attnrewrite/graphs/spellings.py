@@ -18,7 +18,8 @@ from .operators import is_operator, is_packet, name_in_aten
 from .sizes import UnbackedSizeError, always
 
 # The owners of PyTorch's functions: a user's own function may be called `where` too.
-_OWNERS = (torch, torch.Tensor, F, torch._C._nn, torch.special, operator, builtins)
+_SPECIAL = torch._C._special  # type: ignore[attr-defined]  # torch.special.softmax is called special_softmax
+_OWNERS = (torch, torch.Tensor, F, torch._C._nn, _SPECIAL, torch.special, operator, builtins)
 # Python's operators by their names in torch.
 _OPERATORS = {
     "and_": "bitwise_and", "or_": "bitwise_or", "and": "bitwise_and", "or": "bitwise_or",
@@ -30,8 +31,9 @@ _SAME = {
     "view_as": "view", "reshape_as": "view", "unsqueeze": "view", "squeeze": "view", "flatten": "view", "unflatten": "view",
     "contiguous": "clone", "alias": "clone", "swapaxes": "transpose", "swapdims": "transpose", "expand_as": "expand",
     "broadcast_to": "expand", "float": "to", "half": "to", "bfloat16": "to", "double": "to", "type": "to", "type_as": "to",
-    "_to_copy": "to", "bitwise_not": "logical_not", "_softmax": "softmax", "_safe_softmax": "softmax", "mm": "matmul",
-    "bmm": "matmul", "tile": "repeat",
+    "_to_copy": "to", "bitwise_not": "logical_not", "_softmax": "softmax", "_log_softmax": "log_softmax",
+    "special_softmax": "softmax", "special_log_softmax": "log_softmax", "special_logsumexp": "logsumexp",
+    "special_exp2": "exp2", "_safe_softmax": "softmax", "mm": "matmul", "bmm": "matmul", "tile": "repeat",
 }  # fmt: skip
 TURNS = frozenset({"transpose", "permute", "movedim", "getattr", "mT", "adjoint", "t", "T", "numpy_T"})
 

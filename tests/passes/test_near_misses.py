@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from parity import qkv
+from parity import compiled, qkv, relative
 
 import attnrewrite
 
@@ -335,3 +335,69 @@ class Map(torch.nn.Module):
 def test_an_exported_program_has_no_graph_breaks(model, shapes):
     program = torch.export.export(model, tuple(torch.randn(shape) for shape in shapes))
     assert attnrewrite.report_of(attnrewrite.rewrite(program, "native")).near_misses == []
+
+
+def weights_of(query, key):
+    return (query @ key.mT * SCALE).softmax(-1)
+
+
+def kept_copy(query, key, value):
+    """As for a caller that looks at the weights, which is not there."""
+    weights = weights_of(query, key)
+    kept = torch.empty_like(weights)
+    kept.copy_(weights)
+    return weights @ value
+
+
+def kept_in_turn(query, key, value):
+    weights = weights_of(query, key)
+    kept, again = torch.zeros(2, *weights.shape), torch.zeros(2, *weights.shape)
+    kept[1] = weights
+    again.copy_(kept)
+    torch.mul(weights, 2.0, out=again[0])
+    return weights @ value
+
+
+def kept_and_read(query, key, value):
+    weights = weights_of(query, key)
+    kept, again = torch.zeros(2, *weights.shape), torch.zeros(2, *weights.shape)
+    kept[1] = weights
+    again.copy_(kept)
+    return weights @ value + again[1].sum()
+
+
+def read_through_a_view(query, key, value):
+    weights = weights_of(query, key)
+    kept = torch.zeros(2, *weights.shape)
+    shown = kept[1].detach()
+    kept[1].copy_(weights)
+    return weights @ value + shown.sum()
+
+
+def kept_in_an_input(query, key, value):
+    weights = weights_of(query, key)
+    query[..., :9].copy_(weights)
+    return weights @ value
+
+
+def kept_at_random(query, key, value):
+    """The random numbers behind it would be others."""
+    weights = weights_of(query, key)
+    torch.empty_like(weights).copy_(weights).uniform_()
+    return weights @ value
+
+
+@pytest.mark.parametrize(
+    ("function", "swapped"),
+    [(kept_copy, True), (kept_in_turn, True), (kept_and_read, False), (read_through_a_view, False), (kept_in_an_input, False),
+     (kept_at_random, False)],
+)  # fmt: skip
+def test_a_copy_of_the_weights_that_nobody_reads(function, swapped):
+    tensors = qkv(q_len=9, kv_len=9)
+    wanted = [each.double() for each in tensors]
+    run, backend = compiled(function, "_native_math")
+    assert relative(run(*tensors), function(*wanted)) < 1e-5
+    (site,) = backend.report.sites
+    assert (site.chosen is not None) == swapped
+    assert swapped or "its attention weights are used elsewhere" in site.refusals[0][1].detail
+    assert all(relative(one, other) < 1e-6 for one, other in zip(tensors, wanted, strict=True))

@@ -428,9 +428,58 @@ def kept(scores, bias):
     scores[:, :, 1:, 1:] = torch.where(bias < 1.5, scores[:, :, 1:, 1:], -1e9)
 
 
+def last_keys(scores, bias):
+    scores[..., 8:] = float("-inf")
+
+
+def first_keys(scores, bias):
+    scores[:, :, :, :3] = -1e9
+
+
+def corner(scores, bias):
+    scores[:, :, 1:, 1:] = torch.finfo(scores.dtype).min
+
+
+def one_pair(scores, bias):
+    scores[:, 1:3, 2, -4] = float("-inf")
+
+
+def filled_in_place(scores, bias):
+    scores[..., 8:].fill_(float("-inf"))
+
+
+def number_of_a_tensor(scores, bias):
+    scores[:, :, 2:, 8:] = torch.tensor(float("-inf"), dtype=scores.dtype)
+
+
+def by_a_mask(scores, bias):
+    scores[F.pad(bias > 1.5, (1, 0, 1, 0)).expand_as(scores)] = float("-inf")
+
+
+def by_pairs(scores, bias):
+    scores[:, :, F.pad(bias[0] > 1.5, (1, 0, 1, 0))] = -1e9
+
+
+def by_keys_of_a_part(scores, bias):
+    scores[:, :, :, 1:][..., bias[0, 0] > 0.5] = float("-inf")
+
+
+def fill_between(scores, bias):
+    scores[:, :, 1:, 1:] += bias
+    scores[..., 8:] = float("-inf")
+    scores[:, :, 1:, 1:] -= bias[:1]
+
+
+FILLS = {
+    "masked": MaskKind.BOOLEAN, "kept": MaskKind.BOOLEAN, "last_keys": MaskKind.KEY_PADDING, "first_keys": MaskKind.KEY_PADDING,
+    "corner": MaskKind.BOOLEAN, "one_pair": MaskKind.BOOLEAN, "filled_in_place": MaskKind.KEY_PADDING,
+    "number_of_a_tensor": MaskKind.BOOLEAN, "by_a_mask": MaskKind.BOOLEAN, "by_pairs": MaskKind.BOOLEAN,
+    "by_keys_of_a_part": MaskKind.KEY_PADDING,
+}  # fmt: skip
 WRITES = {each.__name__: part_of(each) for each in (
     iadd, isub, setitem, setitem_of_a_copy, twice, through_a_view, of_all_through_a_view, one_row, one_key, some_heads,
-    narrowed, spread, masked, kept,
+    narrowed, spread, masked, kept, last_keys, first_keys, corner, one_pair, filled_in_place, number_of_a_tensor, by_a_mask,
+    by_pairs, by_keys_of_a_part, fill_between,
 )}  # fmt: skip
 WRITES["of_windows"] = of_windows
 
@@ -442,12 +491,15 @@ def test_writes_into_a_part_of_the_scores(how):
     kernel = ("_native_math", "native")[[*WRITES].index(how) % 2]
     bias = torch.randn(HEADS, 6, 7 if how == "of_windows" else 10)
     tensors = [*qkv(value_dim=24), bias]
-    tensors = [each.requires_grad_(place < 3 or how not in ("masked", "kept")) for place, each in enumerate(tensors)]
+    tensors = [each.requires_grad_(place < 3 or how not in FILLS) for place, each in enumerate(tensors)]
     site = swapped(WRITES[how], tensors, kernel)
-    assert site.call.mask.kind is (MaskKind.BOOLEAN if how in ("masked", "kept") else MaskKind.ADDITIVE)
+    assert site.call.mask.kind is FILLS.get(how, MaskKind.ADDITIVE)
 
 
-EXPORTED_WRITES = ("iadd", "setitem", "twice", "one_row", "masked", "of_windows")
+EXPORTED_WRITES = (
+    "iadd", "setitem", "twice", "one_row", "masked", "of_windows", "last_keys", "corner", "filled_in_place", "by_a_mask",
+    "by_pairs",
+)  # fmt: skip
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch.export's own
@@ -488,6 +540,27 @@ def test_dynamic_writes_into_a_part():
     assert {site.chosen for site in backend.report.sites} == {"_native_math"}
 
 
+@pytest.mark.parametrize("sizes", [((4, 11), (3, 13), (5, 9)), ((9, 11), (3, 6))])
+def test_parts_of_symbolic_sizes(sizes):
+    """Where a part begins is not known of all sizes: a guard holds it."""
+
+    def step(q, k, v, count):
+        last, first = q @ k.mT * 0.3, q @ k.mT
+        last[..., count:] = float("-inf")
+        first[..., : k.shape[2] - count] = -1e9
+        first[:, :, :, 8:] = -1e9
+        return last.softmax(-1) @ v, first.softmax(-1) @ v
+
+    run, backend = compiled(step, "_native_math", dynamic=True)
+    with torch.no_grad():
+        for count, kv_len in sizes:
+            tensors = qkv(q_len=kv_len - 2, kv_len=kv_len)
+            for one, other in zip(run(*tensors, count), step(*map(doubled, tensors), count), strict=True):
+                assert relative(one, other) < 1e-5
+    assert not backend.report.near_misses or sizes[1][1] < 8  # a part without elements is none
+    assert {site.chosen for site in backend.report.sites} == {"_native_math"}
+
+
 def test_what_a_written_part_hides_is_understood():
     """Padding of the last keys, written into the scores."""
 
@@ -505,8 +578,22 @@ def number(scores, bias):
     scores[:, :, 1:, 1:] += 1.0
 
 
-def filled(scores, bias):
-    scores[:, :, 1:, 1:] = -1e9
+def every_other_filled(scores, bias):
+    scores[..., 1::2] = float("-inf")
+
+
+def filled_by_positions(scores, bias):
+    scores[:, :, :, torch.tensor([1, 3])] = float("-inf")
+
+
+def filled_by_a_mask_of_values(scores, bias):
+    scores[:, :, 1:, 1:][bias.expand(BATCH, -1, -1, -1) > 1.5] = (
+        scores[:, :, 1:, 1:][bias.expand(BATCH, -1, -1, -1) > 1.5] * 2
+    )
+
+
+def filled_wholly(scores, bias):
+    scores[:, :] = -1e9
 
 
 def replaced(scores, bias):
@@ -552,7 +639,8 @@ def read_too(scores, bias):
 
 
 LIKE_WRITES = (
-    number, filled, replaced, scaled, multiplied, shifted, shifted_and_added, turned, every_other, chosen_rows, old_values,
+    number, every_other_filled, filled_by_positions, filled_by_a_mask_of_values, filled_wholly, replaced,
+    scaled, multiplied, shifted, shifted_and_added, turned, every_other, chosen_rows, old_values,
     read_too,
 )  # fmt: skip
 
