@@ -6,6 +6,11 @@ its mean key and the sum of its values. That is right where neighbours in the se
 videos, and wrong where they are not: on an H200 the error is 1.1e-2 on data with the structure of a video, 0.8 on Gaussian
 data. Only a measurement on the model's own tensors can tell (`attnrewrite.tune`).
 
+The sinks are the short part of a sequence that the graph joins of two, as the text beside a video, or as many tokens as the
+option `sinks` says. Keys that are padding may be sinks alone, since a hidden key would stay in the mean of any other block.
+Where the graph does not prove that the others are all seen, the op asks the mask at each call, and attends every block exactly
+if it hides one of them.
+
 The int8 attention rotates queries and keys, and runs both products in int8. On Hopper FlashAttention 3 is faster, and cuDNN
 where there is no mask; it is for GPUs without fp8, and for masks.
 
@@ -15,33 +20,65 @@ output that is a slice, where the head_dim is none of 64, 128 and 256.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..graphs.sizes import described, holds
+from ..graphs.sizes import Size, described, holds
 from ..kernels import ops
 from ..kernels.calls import AttentionCall, MaskKind
-from ..kernels.decisions import Code, Refused
+from ..kernels.decisions import Code, Refused, Step
 from ..kernels.machines import Machine
 from ..kernels.records import Backend, HeadDim, Numerics, Option, Tolerance
 from ..kernels.sources import Package
 
 BLOCK = 64  # tokens
+HIDDEN = (
+    -1e30
+)  # added to the score of a hidden key: a block whose keys are all at -inf would make NaN of a running maximum
 
 # -- the library's functions
 
 
 def sol_forward(
-    library: Any, query: Tensor, key: Tensor, value: Tensor, scale: float | None, tau: float, ratio: float, sinks: int
-) -> Tensor:
+    library: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, tau: float,
+    ratio: float, sinks: int,
+) -> Tensor:  # fmt: skip
     exact = sink_blocks(query.shape[1], sinks)
+    return _with_blocks(library, query, key, value, mask, scale, tau, ratio, exact)
+
+
+def sol_padded_forward(
+    library: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, tau: float,
+    ratio: float, sinks: int,
+) -> Tensor:  # fmt: skip
+    """The same for a mask that may hide keys of any block."""
+    if mask.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "it reads from the mask whether other keys than the sinks are hidden, which no CUDA graph can record: capture the "
+            "model without this kernel, or build the mask in the compiled model, as ones beside the mask of the text"
+        )
+    first, end = (BLOCK * block for block in sink_blocks(query.shape[1], sinks))
+    whole = bool(mask[:, :first].all() & mask[:, end:].all())
+    exact = sink_blocks(query.shape[1], sinks if whole else query.shape[1])
+    return _with_blocks(library, query, key, value, mask, scale, tau, ratio, exact)
+
+
+def _with_blocks(
+    library: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, tau: float,
+    ratio: float, exact: list[int],
+) -> Tensor:  # fmt: skip
     output: Tensor = library.sol_attn(
         *(aligned(tensor) for tensor in (query, key, value)),
         tau=tau, scale=scale, topk_ratio=ratio, sink_blocks=exact, sink_q=exact,
+        key_bias=None if mask is None else torch.where(mask, 0.0, HIDDEN),
     )  # fmt: skip
+    if mask is not None and exact == [0, -(-query.shape[1] // BLOCK)]:  # otherwise each row sees a key that is no sink
+        return ops.zero_unless(mask.any(-1)[:, None, None, None], output)
     return output
 
 
@@ -64,10 +101,18 @@ def aligned(tensor: Tensor) -> Tensor:
 
 SOL = ops.register(
     "sol",
-    "(Tensor query, Tensor key, Tensor value, float? scale, float tau, float ratio, int sinks) -> Tensor",
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, float? scale, float tau, float ratio, SymInt sinks) -> Tensor",
     sol_forward,
     lambda query, key, value, *_: ops.dense_output(query, value),
     flops=ops.products,  # of dense attention: how many of them run depends on the data
+)
+SOL_PADDED = ops.register(
+    "sol_padded",
+    "(Tensor query, Tensor key, Tensor value, Tensor mask, float? scale, float tau, float ratio, SymInt sinks) -> Tensor",
+    sol_padded_forward,
+    lambda query, key, value, *_: ops.dense_output(query, value),
+    flops=ops.products,
+    tags=(torch.Tag.cudagraph_unsafe,),  # it reads the mask back to the host
 )
 
 
@@ -90,19 +135,35 @@ INT8 = ops.register(
 
 
 def sol(
-    query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin, tau: float = 1.0,
-    sinks: int = 0,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, call: AttentionCall, origin: ops.Origin,
+    tau: float = 1.0, sinks: int | None = None,
 ) -> Tensor:  # fmt: skip
-    output: Tensor = SOL(query, key, value, call.scale, tau, 0.0, sinks, needs_grad=False, origin=origin)
-    return output
+    return _sol(query, key, value, mask, call, origin, tau, 0.0, sinks)
 
 
 def sol_topk(
-    query: Tensor, key: Tensor, value: Tensor, _: None, *, call: AttentionCall, origin: ops.Origin, ratio: float = 0.25,
-    sinks: int = 0,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *, call: AttentionCall, origin: ops.Origin,
+    ratio: float = 0.25, sinks: int | None = None,
 ) -> Tensor:  # fmt: skip
-    output: Tensor = SOL(query, key, value, call.scale, 1.0, ratio, sinks, needs_grad=False, origin=origin)
+    return _sol(query, key, value, mask, call, origin, 1.0, ratio, sinks)
+
+
+def _sol(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: AttentionCall, origin: ops.Origin, tau: float,
+    ratio: float, sinks: int | None,
+) -> Tensor:  # fmt: skip
+    op = SOL if mask is None or only_sinks_are_hidden(call, sinks) else SOL_PADDED
+    number = sinks_of(call, sinks)
+    output: Tensor = op(query, key, value, mask, call.scale, tau, ratio, number, needs_grad=False, origin=origin)
     return output
+
+
+def hidden_keys(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Tensor | None:
+    """Key padding as (batch or 1, kv_len), True where a key takes part."""
+    if mask is None:
+        return None
+    valid: Tensor = mask.select(1, 0).select(1, 0)
+    return valid.expand(valid.shape[0], call.kv_len)
 
 
 def int8(
@@ -114,6 +175,68 @@ def int8(
 
 
 # -- limits that no field of a record expresses
+
+
+def long_part(call: AttentionCall) -> int | None:
+    """The part of a joined sequence that is longer than all others together, by its place. None where it does not stand at an
+    end, and where the graph joins nothing."""
+    if len(call.joined) < 2:
+        return None
+    total: Any = sum(call.joined)
+    for place in (0, len(call.joined) - 1):
+        if holds(2 * call.joined[place] > total):
+            return place
+    return None
+
+
+def sinks_of(call: AttentionCall, sinks: int | None = None) -> Size:
+    """How many tokens are sinks: the first ones, or -n: the last n. sinks: the option, where it is given."""
+    if sinks is not None:
+        return sinks
+    long = long_part(call)
+    if long is None:
+        return 0
+    others: Any = sum(call.joined[1:]) if long == 0 else sum(call.joined[:-1])
+    found: Size = -others if long == 0 else others
+    return found
+
+
+def only_sinks_are_hidden(call: AttentionCall, sinks: int | None = None) -> bool:
+    """Whether the graph proves that key padding hides none but derived sinks."""
+    return sinks is None and long_part(call) in call.mask.whole
+
+
+def padding_of_sinks(call: AttentionCall, machine: Machine, sinks: int | None = None) -> Refused | None:
+    if call.mask.kind is not MaskKind.KEY_PADDING:
+        return None
+    number = sinks_of(call, sinks)
+    if not (isinstance(number, int) and number == 0):
+        return None
+    return Refused(
+        Code.MASK,
+        "Sol-Attn hides keys that are sinks alone, and the graph does not show a short part of the sequence, as a text: "
+        f"the call has a mask: {call.mask}",
+        "Say by the option sinks=N, or sinks=-N for the last N, which tokens are the text, or choose another kernel here",
+    )
+
+
+def sink_steps(call: AttentionCall, sinks: int | None = None) -> tuple[Step, ...]:
+    number = sinks_of(call, sinks)
+    if isinstance(number, int) and number == 0:
+        return ()
+    last = long_part(call) == 0 if sinks is None else sinks < 0
+    tokens = f"the {'last' if last else 'first'} {described(-number if last else number)} tokens"
+    found = [Step("sinks", tokens, "exact blocks", "all tokens attend them, and they all tokens")]
+    if call.mask.kind is MaskKind.KEY_PADDING and not only_sinks_are_hidden(call, sinks):
+        cost = "each call reads the mask; every block is exact where it hides another key"
+        found.append(Step("check_padding", "key padding", "padding of the sinks", cost))
+    return tuple(found)
+
+
+def with_sinks(record: Backend, options: Mapping[str, Any]) -> Backend:
+    sinks = options.get("sinks")
+    check = partial(padding_of_sinks, sinks=sinks)
+    return replace(record, mask_check=check, steps=partial(sink_steps, sinks=sinks))
 
 
 def as_many_queries_as_keys(call: AttentionCall, machine: Machine) -> Refused | None:
@@ -128,8 +251,10 @@ def as_many_queries_as_keys(call: AttentionCall, machine: Machine) -> Refused | 
 
 
 SINKS = Option(
-    0, -65_536, 65_536, "tokens that always attend and are attended exactly: the first ones, or -n: the last n"
-)
+    None, -65_536, 65_536,
+    "tokens that always attend and are attended exactly: the first ones, or -n: the last n; derived: the short part of a "
+    "sequence that the graph joins",
+)  # fmt: skip
 SOL_ATTN = Backend(
     name="sol",
     family="comfy-kitchen",
@@ -143,7 +268,12 @@ SOL_ATTN = Backend(
     layout="bshd",
     numerics=Numerics.SPARSE,
     tolerance=Tolerance(2e-2, "the far blocks by one term each: 1.1e-2 measured on data with the structure of a video"),
+    masks=frozenset({MaskKind.NONE, MaskKind.KEY_PADDING}),
+    prepare=hidden_keys,
+    steps=sink_steps,
+    mask_check=padding_of_sinks,
     checks=(as_many_queries_as_keys,),
+    configured=with_sinks,
     tested="sm_90",
     source=Package("comfy-kitchen", "comfy_kitchen"),
     requires={"comfy-kitchen": ">=0.2.40"},

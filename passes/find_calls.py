@@ -42,6 +42,7 @@ from ..kernels.shapes import lead_sizes
 from .flex_calls import FLEX, flex_reading
 from .found import Found, MaskTerm, Missed, Operand, Operands
 from .fused_kernels import FUSED_TARGETS, LOWER_RIGHT, fused_arguments
+from .joined_sequences import Joins
 from .library_calls import TO_HEADS, is_library_call, is_library_function, library_reading, library_sizes
 from .masks import mask_of, tensor_mask
 from .opaque_functions import is_function, is_inside
@@ -116,6 +117,8 @@ def find_calls(
             found.append(Found(node, _read_opaque(node, inside, unique(node))))
         elif is_function(node):
             found += [Found(node, replace(call, site=unique(node))) for call in hidden(node, inside)]
+    joins = Joins()
+    found = [replace(each, call=replace(each.call, joined=joins.of(each.call, each.operands))) for each in found]
     return Finds(tuple(found), tuple(missed.items()))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,10 +12,11 @@ import torch
 from torch.fx import GraphModule
 
 from ..graphs.nodes import value_of
+from ..graphs.sizes import is_one
 from ..kernels.calls import AttentionCall, Mask, MaskKind
 from ..masks.building import Home, Proof
 from ..masks.expressions import Expressions, Value, rounded
-from ..masks.indices import Index, at_least_zero, axis, exchanged, index_of
+from ..masks.indices import Index, at_least_zero, axis, constant, exchanged, index_of
 from ..masks.reading import Reader, Unstable, is_plain
 from ..masks.views import before_views
 from .found import Found, MaskTerm, Operand, Operands, Understood
@@ -71,11 +72,33 @@ def _understood(found: Found, operands: Operands, reader: Reader) -> Understood:
     if facts.mask is None and call.needs_grad:
         facts = _for_gradients(value, call, operands, reader, filled)
     proof = Proof(value, facts.keep, facts.keys, facts.queries)
-    return found.then(Understood, proof=proof, call=replace(call, mask=facts.mask or call.mask))
+    mask = facts.mask or call.mask
+    if mask.kind is MaskKind.KEY_PADDING:
+        mask = replace(mask, whole=tuple(_whole(found, operands.mask, reader)))
+    return found.then(Understood, proof=proof, call=replace(call, mask=mask))
 
 
-def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Value | None:
-    """One element of the mask that `masks.build_mask` builds from the terms; None if the element is not known."""
+def _whole(found: Found, terms: tuple[MaskTerm, ...], reader: Reader) -> Iterator[int]:
+    """The parts of a joined sequence, by their places, of which the mask hides no key."""
+    start = constant(0)
+    for place, size in enumerate(found.call.joined):
+        length = index_of(size)
+        try:
+            value = _together(terms, found, reader, start + axis(KEY, length))
+        except Unstable:
+            value = None
+        if value is not None and not value.boolean:
+            parts = hidden(value, reader.expressions)
+            value = None if parts is None else parts[0]
+        if value is reader.expressions.true:
+            yield place
+        start = start + length
+
+
+def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader, key: Index | None = None) -> Value | None:
+    """One element of the mask that `masks.build_mask` builds from the terms; None if the element is not known.
+
+    key: the key of the element. None: any."""
     make, wanted = reader.expressions, getattr(torch, str(found.call.mask.dtype))
     total: Value | None = None
     for term in terms:
@@ -83,6 +106,8 @@ def _together(terms: tuple[MaskTerm, ...], found: Found, reader: Reader) -> Valu
         indices: tuple[Index, ...] = tuple(
             axis(dim - viewed.dim(), index_of(size)) for dim, size in enumerate(viewed.shape)
         )
+        if key is not None and not is_one(viewed.shape[KEY]):
+            indices = (*indices[:-1], key)
         inside = make.true
         if term.tensor.pads:
             inside, indices = _before_pads(term.tensor, indices, make)

@@ -56,7 +56,7 @@ def _options() -> str:
     for record in (record for name in names() for record in records_of(name)):
         tried = ", ".join(f"`{record.name}[{variant}]`" for variant in record.variants)
         for key, option in record.options.items():
-            numbers = " | ".join(map(repr, (option.default, option.minimum, option.maximum)))
+            numbers = " | ".join((option.otherwise, repr(option.minimum), repr(option.maximum)))
             rows[f"| `{record.name}` | `{key}` | {numbers} | {option.summary} | {tried} |\n"] = None
     return OPTIONS + "".join(rows) if rows else ""
 

@@ -42,6 +42,8 @@ class Mask:
     if_boolean: the kind that the graph would prove of an additive mask if the inputs of the graph that it is computed from were
         boolean. None: no other.
     low_rows: an additive mask may hide a row as a whole by a number that the log-sum-exp of its scores is lost in.
+    whole: of key padding, the parts of a joined sequence (`AttentionCall.joined`), by their places, of which the graph proves
+        that no key is hidden.
     """
 
     kind: MaskKind = MaskKind.NONE  # as proven by the graph
@@ -52,6 +54,7 @@ class Mask:
     no_key: str = "zeros"
     if_boolean: MaskKind | None = field(default=None, compare=False)
     low_rows: bool = False
+    whole: tuple[int, ...] = ()
 
     @property
     def is_tensor(self) -> bool:
@@ -123,6 +126,8 @@ class AttentionCall:
     written_as: str = "sdpa"
     exported: bool = False  # part of an exported program, which holds operators only and checks as nodes
     logsumexp: bool = False  # the log-sum-exp of each row's scores is read too: a step of a ring (parallel/rings.py)
+    # Self attention: the lengths of the parts, as of video and text, of which the graph joins the sequence. (): not known.
+    joined: tuple[Size, ...] = ()
 
     @property
     def is_sdpa(self) -> bool:
@@ -134,6 +139,7 @@ class AttentionCall:
         sizes: dict[str, Any] = {name: described(getattr(self, name)) for name in SIZES}
         shape: Any = tuple(described(size) for size in self.mask.shape)
         window: Any = self.mask.window and tuple(None if size is None else described(size) for size in self.mask.window)
+        sizes["joined"] = tuple(described(size) for size in self.joined)
         return replace(self, mask=replace(self.mask, shape=shape, window=window), **sizes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -146,10 +152,10 @@ class AttentionCall:
         mask = Mask(
             MaskKind(mask["kind"]), mask["dtype"], tuple(mask["shape"]), mask["needs_grad"], window,
             mask.get("no_key", "zeros"), MaskKind(mask["if_boolean"]) if mask.get("if_boolean") else None,
-            mask.get("low_rows", False),
+            mask.get("low_rows", False), tuple(mask.get("whole", ())),
         )  # fmt: skip
         named = {OLD_NAMES.get(name, name): value for name, value in data.items()}
-        return AttentionCall(**{**named, "mask": mask})
+        return AttentionCall(**{**named, "mask": mask, "joined": tuple(data.get("joined", ()))})
 
 
 # The names of fields in files from before December 2026, and their names now.

@@ -61,13 +61,18 @@ class Tolerance:
 class Option:
     """A number that is part of a kernel's name: `tau` of "sol[tau=2.0]"."""
 
-    default: int | float  # of a name without the option; it says which of the two types the values have
-    minimum: int | float
+    default: int | float | None  # of a name without the option; None: the kernel derives it from the call
+    minimum: int | float  # it says which of the two types the values have
     maximum: int | float
     summary: str  # what it means, for people
 
+    @property
+    def otherwise(self) -> str:
+        """The default, for people."""
+        return "derived" if self.default is None else repr(self.default)
+
     def __str__(self) -> str:
-        return f"{self.default!r}, from {self.minimum!r} to {self.maximum!r}: {self.summary}"
+        return f"{self.otherwise}, from {self.minimum!r} to {self.maximum!r}: {self.summary}"
 
 
 Check = Callable[[AttentionCall, Machine], Refused | None]
@@ -124,12 +129,15 @@ class Backend:
     requires: Mapping[str, str] = field(default_factory=dict, hash=False)  # distribution -> version specifier
     install: Mapping[str, str] = field(default_factory=dict, hash=False)  # distribution -> its own install instruction
     checks: tuple[Check, ...] = ()  # limits that no field expresses
+    mask_check: Check | None = None  # a limit of the masks that no field expresses: asked before the sizes
     library_check: LibraryCheck | None = None  # called with the loaded library: a build may lack the kernel of a call
     prepare: Callable[[torch.Tensor | None, torch.Tensor, AttentionCall], Any] | None = None
     steps: Callable[[AttentionCall], tuple[Step, ...]] | None = None  # the costly operations of `prepare` and `op`
     options: Mapping[str, Option] = field(
         default_factory=dict, hash=False
     )  # `op` gets those that the name gives by keyword
+    # (record, the options that a name gives) -> the record with checks and steps that know these options
+    configured: Callable[[Backend, Mapping[str, int | float]], Backend] | None = None
     variants: tuple[str, ...] = ()  # other options than the defaults for `tune` to try: ("tau=2.0",)
 
     def __post_init__(self) -> None:

@@ -21,6 +21,7 @@ from ..graphs.axes import Views, applied
 from ..graphs.emitting import Emitter
 from ..graphs.nodes import value_of
 from ..graphs.notes import mark_ours
+from ..graphs.sizes import Size
 from ..graphs.tracing import Call, traced_calls
 from ..kernels.calls import SIZES, AttentionCall
 from ..kernels.decisions import Accepted
@@ -210,7 +211,8 @@ def with_numbers(
     call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grouped: bool
 ) -> AttentionCall:
     """Replaces the call's symbolic sizes with the sizes of its tensors."""
-    if all(isinstance(size, int) for size in (*(getattr(call, name) for name in SIZES), *call.mask.shape)):
+    sizes = (*(getattr(call, name) for name in SIZES), *call.mask.shape, *call.joined)
+    if all(isinstance(size, int) for size in sizes):
         return call
     lead = lead_sizes(query, key, value)
     heads, kv_heads = (each.shape[-3] if query.dim() > 3 else 1 for each in (query, key))
@@ -220,7 +222,17 @@ def with_numbers(
     return replace(
         call, batch=math.prod(lead), heads=heads, kv_heads=kv_heads, q_len=query.shape[-2], kv_len=key.shape[-2],
         head_dim=query.shape[-1], value_dim=value.shape[-1], mask=replace(call.mask, shape=shape),
+        joined=_numbered(call.joined, key.shape[-2]),
     )  # fmt: skip
+
+
+def _numbered(joined: Sequence[Size], length: int) -> tuple[int, ...]:
+    """The lengths of the parts of a sequence as numbers: one that is symbolic is what the others leave of the whole. () where
+    several are."""
+    known = [size for size in joined if isinstance(size, int)]
+    if len(known) + 1 < len(joined):
+        return ()
+    return tuple(size if isinstance(size, int) else length - sum(known) for size in joined)
 
 
 def _before(*tensors: Tensor | None, run: int, site: int) -> None:

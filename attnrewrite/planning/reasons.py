@@ -254,7 +254,7 @@ def _mask(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | 
             f"the call's mask is {dtype}",
             f"Cast the mask to {call.dtype}, if that is exact enough",
         )
-    return None
+    return backend.mask_check(call, machine) if backend.mask_check is not None else None
 
 
 def _low_rows(backend: Backend, call: AttentionCall, machine: Machine) -> Refused | None:

@@ -116,7 +116,7 @@ def _given(name: str, record: Backend, text: str) -> Given:
 
 
 def _number(name: str, key: str, text: str, option: Option) -> int | float:
-    kind = type(option.default)
+    kind = type(option.minimum)
     try:
         number: int | float = kind(text)
     except ValueError:
@@ -130,8 +130,9 @@ def _number(name: str, key: str, text: str, option: Option) -> int | float:
 @functools.cache
 def _with_options(record: Backend, given: Given) -> Backend:
     """The same object for the same options: a `functools.partial` equals itself alone, and policies are compared."""
-    assert record.op is not None
     name = f"{record.name}[{','.join(f'{key}={value!r}' for key, value in given)}]"
+    record = record.configured(record, dict(given)) if record.configured is not None else record
+    assert record.op is not None
     return replace(record, name=name, op=functools.partial(record.op, **dict(given)))
 
 

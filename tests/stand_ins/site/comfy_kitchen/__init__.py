@@ -8,7 +8,7 @@ def sol_attn(
     q, k, v, tau=1.0, scale=None, sink_blocks=None, sink_q=None, key_bias=None, topk_ratio=0.0, tail=True, block_len=None,
     coarse_gate=None, token_aug=0,
 ):  # fmt: skip
-    assert (key_bias, tail, block_len, coarse_gate, token_aug) == (None, True, None, None, 0)
+    assert (tail, block_len, coarse_gate, token_aug) == (True, None, None, 0)
     half(q, k, v, dtypes=(torch.bfloat16, torch.float16))
     assert q.shape == k.shape == v.shape
     assert q.shape[-1] == 128
@@ -21,7 +21,15 @@ def sol_attn(
         assert all(
             stride % 8 == 0 for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True) if size > 1
         )
-    return attention(q, k, v, scale)[0].to(q.dtype).contiguous()
+    bias = None
+    if key_bias is not None:
+        assert key_bias.dtype is torch.float32
+        assert key_bias.shape in ((q.shape[1],), (1, q.shape[1]), (q.shape[0], q.shape[1]))
+        first, end = (64 * block for block in sink_blocks)
+        assert not key_bias[..., :first].any(), "the bias of a block that is no sink counts in no pooled term"
+        assert not key_bias[..., end:].any(), "the bias of a block that is no sink counts in no pooled term"
+        bias = key_bias.reshape(-1, 1, 1, q.shape[1])
+    return attention(q, k, v, scale, bias=bias)[0].to(q.dtype).contiguous()
 
 
 def int8_attention(q, k, v, *, scale=None, attn_mask=None):
