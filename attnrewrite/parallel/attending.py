@@ -71,6 +71,7 @@ class Attentions:
         keys = Keys(how.key, self.ranks.size, together)
         # Autocast, which casts the arguments of SDPA, does not know the op.
         query, key, value = (_four(each).to(dtype) for each in (query, key, value))
+        heads = query.shape[1]
         if together > 1:
             group = self.ranks.together(together)
             query, key, value = _all_to_heads(query, key, value, group)
@@ -94,7 +95,7 @@ class Attentions:
         across = self.ranks.across(together)
         result = ring(key, value, keys, across, attend, shared_mask_of, how.causal).to(dtype)
         if together > 1:
-            result = heads_to_tokens(result, self.ranks.together(together))
+            result = heads_to_tokens(result, heads, self.ranks.together(together))
         return _unfolded(result, lead)
 
     def _of_group(self, mask: torch.Tensor, how: Attention, call: Call) -> torch.Tensor:
@@ -125,6 +126,7 @@ class Attentions:
         assert how.key is not None
         lead = query.shape[:-3]
         query, key, value = (_four(each) for each in (query, key, value))
+        heads = query.shape[1]
         query, key, value = _all_to_heads(query, key, value, self.ranks)
         if how.ordered:
             query = in_own_order(query, how.query, self.ranks.size)
@@ -135,7 +137,7 @@ class Attentions:
         result = _four(self._run(call, query, key, value, mask))
         if how.ordered:
             result = by_rank(result, 2, how.query.lengths, self.ranks.size)
-        result = heads_to_tokens(result, self.ranks)
+        result = heads_to_tokens(result, heads, self.ranks)
         return _unfolded(result, lead)
 
     def _as_exchanged(self, mask: torch.Tensor, how: Attention, call: Call) -> torch.Tensor:

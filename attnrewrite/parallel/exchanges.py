@@ -114,13 +114,16 @@ def _is_large(tensor: torch.Tensor) -> bool:
     return isinstance(elements, int) and elements * tensor.element_size() >= LARGE
 
 
-def heads_to_tokens(tensor: torch.Tensor, ranks: Ranks) -> torch.Tensor:
-    """The way back: (batch, heads / ranks, length * ranks, dim) in the order of ranks to (batch, heads, length, dim)."""
+def heads_to_tokens(tensor: torch.Tensor, all_heads: Size, ranks: Ranks) -> torch.Tensor:
+    """The way back: (batch, heads / ranks, length * ranks, dim) in the order of ranks to (batch, heads, length, dim).
+
+    all_heads: the number of all heads. Of a symbolic number, `heads // ranks * ranks` is not known to be the same.
+    """
     batch, heads, tokens, dim = tensor.shape
     length = tokens // ranks.size
     (received,) = _all_to_all([tensor.permute(2, 0, 1, 3).flatten(1)], length, ranks)
     split = received.reshape(ranks.size, length, batch, heads, dim)
-    return split.permute(2, 0, 3, 1, 4).reshape(batch, heads * ranks.size, length, dim)
+    return split.permute(2, 0, 3, 1, 4).reshape(batch, all_heads, length, dim)
 
 
 def _all_to_all(tensors: Sequence[torch.Tensor], rows: Size, ranks: Ranks) -> list[torch.Tensor]:

@@ -239,6 +239,23 @@ def test_heads_folded_into_the_batch(size):
     assert plan.sites[0].exchange == plans.ALL_TO_ALL  # 3 ranks divide 12, the batch and the heads together
 
 
+@pytest.mark.parametrize("kind", ["ulysses", "ulysses+ring"])
+def test_a_symbolic_number_of_heads(kind):
+    """Of the batch and the heads together; the ranks divide it, and that is a guard."""
+
+    def function(x):
+        query, key, value = (heads(x, weight).flatten(0, 1) for weight in (QUERY, KEY, VALUE))
+        return sdpa(query, key, value).unflatten(0, (-1, WIDTH // DIM)).transpose(1, 2).flatten(2)
+
+    backend = Shared(3, kind)
+    compiled = torch.compile(function, backend=backend, dynamic=True)
+    with torch.no_grad():
+        for batch in (3, 6):
+            x = randn(batch, 12, WIDTH)
+            close(compiled(x), function(x))
+    assert [site.exchange for plan in backend.plans for site in plan.sites] == [plans.ALL_TO_ALL]
+
+
 def test_attention_with_a_value_of_another_width():
     def function(x):
         query, key = (heads(x, weight) for weight in (QUERY, KEY))
