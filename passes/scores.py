@@ -133,6 +133,8 @@ def _computed_by(
         return _then(back(source, narrow(source)), node)
     if name == "tanh":
         return _then(back(source, dims), node, obstacle="its scores are capped (tanh)")
+    if name == "neg":
+        return _then(back(source, dims), node, ScoreStep("scale", -1))
     if name in ("mul", "div"):
         return _scaled(node, name, back, narrow)
     if name in ("add", "sub"):

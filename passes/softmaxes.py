@@ -96,8 +96,8 @@ def read_softmax(node: Node, writes: Writes, axes: Axes) -> Softmax | Missed | N
         return (
             Missed("its exponentials are divided by a norm that has a least value (normalize)", node) if near else None
         )
-    for numerator, divisor, reader in _divisions(node):
-        if (found := _divided(node, numerator, divisor, reader, writes, axes)) is not None:
+    for numerator, divisor, around in _divisions(node):
+        if (found := _divided(node, numerator, divisor, around, writes, axes)) is not None:
             return found
     return None
 
@@ -114,12 +114,17 @@ def _of_logarithms(node: Node, writes: Writes, axes: Axes) -> Softmax | Missed |
     other = argument(inner, 1, "other")
     if spelled(inner) != "sub" or argument(inner, 2, "alpha", default=1) != 1 or not isinstance(other, Node):
         return None
-    logarithm = operation_behind(other, frozenset({"logsumexp"}))
+    logarithm = operation_behind(other, frozenset({"logsumexp", "log"}))
     if logarithm is None or not same_shape(value_of(source), value):
+        return None
+    written_out = spelled(logarithm) == "log"
+    if written_out and operation_behind(first(logarithm), SUM) is None:
         return None
     log = reduced(other, "logsumexp", dims, axes)
     again = None if log is None else repeated(source, inner, first(log.node), log.node, writes)
-    if log is None:
+    if written_out:
+        reason = "the logarithm that is taken from its scores is not known to be their logsumexp"
+    elif log is None:
         reason = f"its logsumexp is changed by {shown(other)}"
     elif again is None:
         reason = "its logsumexp is that of something else"
@@ -132,14 +137,19 @@ def _of_logarithms(node: Node, writes: Writes, axes: Axes) -> Softmax | Missed |
     return Missed(reason, other) if leads_to_product(source) and leads_to_product(node, forward=True) else None
 
 
-def _divisions(node: Node) -> Iterator[tuple[Node, Node, Node]]:
-    """The (numerator, divisor, reader of the divisor) of n / d, n * (1 / d), n * d.reciprocal(), n * d ** -1."""
+def _divisions(node: Node) -> Iterator[tuple[Node, Node, tuple[Node, ...]]]:
+    """The (numerator, divisor, nodes from the divisor to the result) of n / d, n * (1 / d), n * d.reciprocal(), n * d ** -1."""
     one, other = first(node), argument(node, 1, "other")
     if not isinstance(one, Node) or not isinstance(other, Node):
         return
     if spelled(node) == "div" and node.kwargs.get("rounding_mode") is None:
-        yield one, other, node
+        yield one, other, (node,)
     for factor, inverse in ((one, other), (other, one)) if spelled(node) == "mul" else ():
+        passed = [node]
+        # torch.export writes `1 / d` as d.reciprocal() * 1.
+        while spelled(inverse) == "mul" and argument(inverse, 1, "other") == 1 and isinstance(first(inverse), Node):
+            passed.append(inverse)
+            inverse = first(inverse)
         name, source, second = spelled(inverse), first(inverse), argument(inverse, 1, "other", "exponent")
         if name == "reciprocal" or (name == "pow" and not isinstance(second, Node) and second == -1):
             divisor = source
@@ -148,11 +158,11 @@ def _divisions(node: Node) -> Iterator[tuple[Node, Node, Node]]:
         else:
             continue
         if isinstance(divisor, Node):
-            yield factor, divisor, inverse
+            yield factor, divisor, (inverse, *reversed(passed))
 
 
 def _divided(
-    node: Node, numerator: Node, divisor: Node, reader: Node, writes: Writes, axes: Axes
+    node: Node, numerator: Node, divisor: Node, around: tuple[Node, ...], writes: Writes, axes: Axes
 ) -> Softmax | Missed | None:
     """The softmax in which `node` divides exponentials, or their product with the values, by their sum."""
     total_of = operation_behind(divisor, SUM)
@@ -177,8 +187,8 @@ def _divided(
         behind, again = multiplied(numerator, given, writes)
     if weights is None and behind is None:
         return near("the sum of its exponentials divides something else", node)
-    nodes = (*given.nodes, *again, *total.nodes, *dict.fromkeys((reader, node)))
-    if not all(_tracked_alike(given.exponential, each) for each in (*given.nodes, *total.nodes, reader)):
+    nodes = (*given.nodes, *again, *total.nodes, *around)
+    if not all(_tracked_alike(given.exponential, each) for each in (*given.nodes, *total.nodes, *around[:-1])):
         return near("the sum of its exponentials has no gradient", total.node)
     written = changed_in_place(node)
     if written is not None and any(writes.position[user] > writes.position[node] for user in written.users):

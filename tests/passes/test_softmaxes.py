@@ -10,6 +10,7 @@ from parity import compiled, doubled, qkv, relative
 
 import attnrewrite
 from attnrewrite import MaskKind
+from attnrewrite.pipeline import rewrite_graph
 
 BATCH, HEADS, Q_LEN, KV_LEN, SCALE = 2, 4, 7, 11, 0.3
 VISIBLE = torch.rand(BATCH, 1, Q_LEN, KV_LEN, generator=torch.Generator().manual_seed(3)) > 0.4
@@ -251,6 +252,27 @@ def test_nothing_of_the_softmax_is_left():
     assert not words & gone
 
 
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.`:FutureWarning")  # torch.export's own
+def test_exported_forms():
+    class Attend(torch.nn.Module):
+        def forward(self, *given):
+            return outputs(FORMS)(*given)
+
+    given = tuple(tensors(False))
+    expected = Attend()(*map(doubled, given))
+    with torch.no_grad():
+        program = torch.export.export(Attend(), given)
+        for lowered in ("exported", "core"):
+            graph_module = (program if lowered == "exported" else program.run_decompositions()).module()
+            outcome = rewrite_graph(graph_module, attnrewrite.with_backend("_native_math").policy)
+            # A logsumexp is written out in core.
+            left = [WRITTEN_OUT] * 2 * (lowered == "core")
+            assert [each.reason for each in outcome.near_misses] == left, lowered
+            assert [site.chosen for site in outcome.plan.sites] == ["_native_math"] * (len(FORMS) - len(left)), lowered
+            for function, one, other in zip(FORMS, graph_module(*given), expected, strict=True):
+                assert relative(one, other) < 1e-5, (lowered, function)
+
+
 def test_the_sum_in_float32():
     def half(query, key, value):
         weights = torch.exp((query @ key.mT * SCALE).float())
@@ -297,6 +319,13 @@ def logarithm_of_other_values(query, key, value):
     total = scores.logsumexp(-1, keepdim=True)
     scores += 0.5
     return (scores - total).exp() @ value
+
+
+def logarithm_written_out(query, key, value):
+    scores = scores_of(query, key)
+    level = scores.amax(-1, keepdim=True)
+    total = torch.exp(scores - level).sum(-1, keepdim=True)
+    return torch.exp(scores - level - total.log()) @ value
 
 
 def normalized(query, key, value):
@@ -394,6 +423,7 @@ def of_relu(query, key, value):
     return weights / weights.sum(-1, keepdim=True) @ value
 
 
+WRITTEN_OUT = "the logarithm that is taken from its scores is not known to be their logsumexp"
 CHANGED = "the sum of its exponentials is changed by"
 ANOTHER = "the sum of its exponentials divides something else"
 ROWS = "the sum of its exponentials does not divide the rows that it belongs to"
@@ -440,6 +470,7 @@ LOOK_ALIKES = {
     clamped_behind: f"{CHANGED} clamp",
     other_sum: ANOTHER,
     other_maximum: ANOTHER,
+    logarithm_written_out: WRITTEN_OUT,
     normalized: "its exponentials are divided by a norm",
     added_in_place: "its scores or weights are written into by add_",
     square_logarithm: "its logsumexp is not that of the rows that it is taken from",
