@@ -160,9 +160,9 @@ def math_with_logsumexp(
         if call.mask.is_causal:
             hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(hidden, float("-inf"))
-        logsumexp = scores.logsumexp(-1)
-        output = (scores - logsumexp.unsqueeze(-1)).exp() @ value.to(dtype)
-    return output.to(query.dtype), logsumexp
+        output = torch._safe_softmax(scores, -1) @ value.to(dtype)
+    # Not exp(scores - logsumexp): beside a mask of -3e38 the log-sum-exp has lost the number of keys.
+    return output.to(query.dtype), scores.logsumexp(-1)
 
 
 def _for_each_head(tensor: Tensor, call: AttentionCall) -> Tensor:

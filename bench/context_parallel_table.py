@@ -30,7 +30,7 @@ def rows(runs: list[dict[str, Any]]) -> list[tuple[str, dict[str, dict[str, Any]
 def table(runs: list[dict[str, Any]]) -> str:
     lines = ["| model | variant | ms | ratio | error to one GPU | GiB a rank |", "|---|---|---|---|---|---|"]
     for model, found in rows(runs):
-        for label in VARIANTS:
+        for label in (*VARIANTS, *(label for label in found if label not in VARIANTS)):  # last those of a kind
             row = found.get(label)
             if row is None:
                 continue
@@ -45,8 +45,8 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def draw(runs: list[dict[str, Any]], title: str, path: Path) -> None:
-    """One group of bars a model: the ratio of each variant to one GPU's regional compilation."""
-    groups = rows(runs)
+    """One group of bars a model: the ratio of each variant to one GPU's regional compilation. Runs of kinds are left out."""
+    groups = [(model, found) for model, found in rows(runs) if len(found.keys() & set(VARIANTS)) > 1]
     made = figure(12, 5)
     axis = made.subplots()
     width = 0.85 / len(VARIANTS)

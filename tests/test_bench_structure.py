@@ -70,7 +70,6 @@ def test_sol_is_right_with_structure_and_wrong_without():
 
 
 @pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what diffusers imports
 @pytest.mark.parametrize("structured", [True, False])
 def test_tune_tells_structure_on_a_gpu(structured):
     device = torch.device("cuda", 0)
@@ -93,7 +92,8 @@ def test_tune_tells_structure_on_a_gpu(structured):
     print("structured" if structured else "random", [each.error for each in found])
     assert len(found) == 2
     assert all(each.error < 2e-2 if structured else each.error > 0.3 for each in found)
-    assert all(bool(each.dropped) is not structured for each in found)
+    # `sol` may be dropped for its time, as on few tokens.
+    assert all(("its error is above" in (each.dropped or "")) is not structured for each in found)
 
 
 STRUCTURED = ("wan-14b", "wan-14b-720p", "wan-1.3b", "hunyuan", "cogvideox")

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lockstep import Shared, traced
+from parity import TOLERANCE, relative
 from test_attention import KEY, MASKS, QUERY, VALUE, WIDTH, attend, check, heads, key_padding, randn, sdpa
 
 import attnrewrite
@@ -260,6 +261,24 @@ CPU = [
 OURS = ("native", "_native_flash", "_native_efficient", "_native_cudnn", "_native_math", "_flash_3", "flash_4")
 GPU = [("cuda", name, "bfloat16") for name in OURS]
 STEPS = [*CPU, *(pytest.param(*each, marks=pytest.mark.gpu) for each in GPU)]
+
+
+@pytest.mark.parametrize(("device", "name", "dtype"), CPU)
+def test_a_step_of_rows_that_a_number_hides(device, name, dtype):
+    """The mean of the values: the scores are lost beside the number, and so is the number of keys in the log-sum-exp."""
+    dtype = getattr(torch, dtype)
+    query, key, value = (torch.randn(2, 3, length, 40).to(device, dtype) for length in (7, 11, 11))
+    bias = torch.zeros(1, 1, 7, 11, dtype=dtype).masked_fill(torch.arange(7)[:, None] < 5, torch.finfo(dtype).min)
+    backend = attnrewrite.with_backend(name, inner="aot_eager")
+
+    def step(query, key, value, bias):
+        return WITH_LOGSUMEXP(query, key, value, bias, False, 0.3, "a step")
+
+    with torch.no_grad():
+        output, _ = torch.compile(step, backend=backend)(query, key, value, bias)
+    wanted = torch.softmax(query.double() @ key.double().mT * 0.3, -1) @ value.double()
+    wanted[:, :, :5] = value.double().mean(2, keepdim=True)
+    assert relative(output, wanted) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(("device", "name", "dtype"), STEPS)
