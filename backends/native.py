@@ -160,7 +160,7 @@ def math_with_logsumexp(
         if call.mask.is_causal:
             hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
             scores = scores.masked_fill(hidden, float("-inf"))
-        output = torch._safe_softmax(scores, -1) @ value.to(dtype)
+        output = scores.softmax(-1) @ value.to(dtype)
     # Not exp(scores - logsumexp): beside a mask of -3e38 the log-sum-exp has lost the number of keys.
     return output.to(query.dtype), scores.logsumexp(-1)
 

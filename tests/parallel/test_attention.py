@@ -332,9 +332,8 @@ def test_a_mask_by_torch_func():
     """The tensors inside of a transform have no value outside: the graph runs whole."""
 
     def function(x, valid):
-        places = torch.arange(x.shape[1])
-        of_key = torch.vmap(lambda key: valid[:, key], out_dims=-1)
-        return attend(x, mask=of_key(places)[:, None, None])
+        of_key = torch.vmap(lambda column: column.logical_not(), in_dims=1, out_dims=-1)
+        return attend(x, mask=of_key(~valid)[:, None, None])
 
     inputs = [randn(2, 12, WIDTH), key_padding(2, 12)[:, 0, 0]]
     backend = Shared(2, "ulysses")

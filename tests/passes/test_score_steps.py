@@ -8,6 +8,7 @@ from parity import TOLERANCE, compiled, doubled, qkv, relative, skip_if_fenced
 
 import attnrewrite
 from attnrewrite import MaskKind
+from attnrewrite.kernels.machines import satisfies
 from attnrewrite.pipeline import rewrite_graph
 
 # query (2, 4, 7, 16), key (2, 4, 11, 16), value (2, 4, 11, 24)
@@ -638,8 +639,14 @@ def read_too(scores, bias):
     scores[:, :, 1:, 1:] += scores[:, :, 1:, 1:].amax()
 
 
+OF_VALUES = pytest.param(
+    filled_by_a_mask_of_values,
+    marks=pytest.mark.skipif(
+        not satisfies(torch.__version__, ">=2.11"), reason="before torch 2.11 Dynamo does not trace an index by values"
+    ),
+)
 LIKE_WRITES = (
-    number, every_other_filled, filled_by_positions, filled_by_a_mask_of_values, filled_wholly, replaced,
+    number, every_other_filled, filled_by_positions, OF_VALUES, filled_wholly, replaced,
     scaled, multiplied, shifted, shifted_and_added, turned, every_other, chosen_rows, old_values,
     read_too,
 )  # fmt: skip
