@@ -277,6 +277,18 @@ def static_lengths(call: AttentionCall, machine: Machine) -> Refused | None:
     )
 
 
+def one_key_under_a_mask(call: AttentionCall, machine: Machine) -> Refused | None:
+    """Inductor's C++ for the block lists of a mask that is computed in the graph does not compile where there is one key: `?:`
+    of masks of two types (2.13)."""
+    if not call.mask.is_tensor or holds(call.kv_len >= 2):
+        return None
+    return Refused(
+        Code.LENGTH,
+        f"flex on a CPU takes masks of two keys and more, here kv_len is {described(call.kv_len)}",
+        "Choose another kernel",
+    )
+
+
 def boolean_masks_from_2_13(call: AttentionCall, machine: Machine) -> Refused | None:
     """On a CPU with several threads, two sites that share the block lists of a boolean mask end the process (abort inside the
     kernel, seen on 2.9 and 2.11; 2.13 is right)."""
@@ -349,7 +361,7 @@ FLEX_CPU = replace(
     capability=None,
     head_dim=HeadDim(),
     backward=False,
-    checks=(boolean_masks_from_2_13, static_lengths),
+    checks=(boolean_masks_from_2_13, static_lengths, one_key_under_a_mask),
     tested="CPU",
 )
 

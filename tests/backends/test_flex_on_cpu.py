@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from parity import compiled, doubled, relative
 
+from attnrewrite import Code
+
 HEADS, DIM = 3, 8
 
 
@@ -54,3 +56,16 @@ def test_every_form_is_right(outputs, form):
     found, exact, report = outputs
     assert [site.chosen for site in report.sites] == ["flex"] * len(FORMS)
     assert relative(found[form], exact[form]) < 1e-5
+
+
+@pytest.mark.parametrize(("keys", "chosen"), [(1, None), (2, "flex")])
+def test_one_key_under_a_mask_is_refused(keys, chosen):
+    """Inductor's code for it does not compile."""
+    tensors = [torch.randn(2, HEADS, length, DIM) for length in (5, keys, keys)]
+    mask = torch.ones(2, 1, 1, keys, dtype=torch.bool)
+    run, backend = compiled(F.scaled_dot_product_attention, "flex")
+    output = run(*tensors, (1.0 - mask.float()) * -1e9)
+    (site,) = backend.report.sites
+    assert site.chosen == chosen
+    assert chosen or site.refusals[0][1].code is Code.LENGTH
+    assert relative(output, F.scaled_dot_product_attention(*map(doubled, tensors))) < 1e-5
