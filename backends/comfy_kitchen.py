@@ -37,9 +37,8 @@ from ..kernels.records import Backend, HeadDim, Numerics, Option, Tolerance
 from ..kernels.sources import Package
 
 BLOCK = 64  # tokens
-HIDDEN = (
-    -1e30
-)  # added to the score of a hidden key: a block whose keys are all at -inf would make NaN of a running maximum
+# Added to the score of a hidden key: a block whose keys are all at -inf would make NaN of a running maximum.
+HIDDEN = -1e30
 
 # -- the library's functions
 

@@ -17,9 +17,8 @@ from ..kernels.machines import Machine
 from .products import Products
 from .rates import Rates, rates_of
 
-Exchanges = tuple[
-    int, float | None
-]  # the number of those that wait for each other, and the MiB that each rank sends in them
+# The number of those that wait for each other, and the MiB that each rank sends in them.
+Exchanges = tuple[int, float | None]
 
 
 @dataclass(frozen=True)
