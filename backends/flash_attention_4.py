@@ -1,12 +1,16 @@
 """FlashAttention 4 (CuTe). https://github.com/Dao-AILab/flash-attention (flash_attn/cute), tried with flash-attn-4 4.0.0b36.
 
 The library compiles a kernel at the first call of each kind, which takes seconds. Causal is aligned lower-right. Calls with key
-padding use the variable-length function, which also takes batched tensors and the number of keys in use (`seqused_k`).
+padding use the variable-length function, which also takes batched tensors and the number of keys in use (`seqused_k`). Under
+any other boolean mask, as of documents or a prefix, the kernel gets lists of the blocks that are seen, skips the others, and
+reads the mask in those that are seen in part.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,8 +18,9 @@ from torch import Tensor
 
 from ..graphs.sizes import described, holds
 from ..kernels import ops
+from ..kernels.block_lists import BLOCK, blocks_of, ordered
 from ..kernels.calls import AttentionCall, MaskKind
-from ..kernels.decisions import Code, Refused
+from ..kernels.decisions import Code, Refused, Step
 from ..kernels.library_kernels import window_size
 from ..kernels.machines import Machine
 from ..kernels.packing import Leading, lead, leading, packing_steps
@@ -76,20 +81,133 @@ FLASH_4 = ops.register(
 )
 
 
+# -- boolean masks
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A boolean mask, and the lists of its blocks."""
+
+    mask: Tensor  # bool (batch or 1, heads or 1, q_len or 1, kv_len or 1)
+    # int32, of the blocks in each row of blocks that are seen in part: how many, and the indices of all blocks, these first;
+    # then the same of the blocks that are seen whole.
+    lists: tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def masked_forward(
+    library: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, partly: Tensor, partly_at: Tensor,
+    whole: Tensor, whole_at: Tensor, scale: float | None, logsumexp: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    batch, q_len, heads, _ = query.shape
+    lists = library.block_sparsity.BlockSparseTensorsTorch(
+        partly, partly_at, whole, whole_at, block_size=(BLOCK, BLOCK)
+    )
+    output, found = library.flash_attn_func(
+        query, key, value, softmax_scale=scale, mask_mod=seen_at(library), pack_gqa=False, block_sparse_tensors=lists,
+        aux_tensors=[mask.view(torch.uint8).expand(batch, heads, q_len, key.shape[1])], return_lse=True,
+    )[:2]  # fmt: skip
+    return output, found if logsumexp else query.new_empty(0, dtype=torch.float32)
+
+
+@cache
+def seen_at(library: ModuleType) -> Any:
+    """The library's `mask_mod` for a mask in memory. It gets vectors of one number, int32, and gives one of one bool.
+
+    Rows behind the last query are asked for too, where a length cuts off a block: they read the last row.
+    """
+    import cutlass
+    from cutlass import cute
+
+    utils = library.utils
+
+    @cute.jit
+    def seen(batch, head, query, key, lengths, tensors):  # type: ignore[no-untyped-def]
+        mask = tensors[0]
+        row = cutlass.min(utils.ssa_to_scalar(query), lengths.seqlen_q - 1)
+        column = cutlass.min(utils.ssa_to_scalar(key), lengths.seqlen_k - 1)
+        read = cutlass.Int32(mask[utils.ssa_to_scalar(batch), utils.ssa_to_scalar(head), row, column])
+        return utils.scalar_to_ssa(read, cutlass.Int32) == utils.scalar_to_ssa(cutlass.Int32(1), cutlass.Int32)
+
+    return seen
+
+
+FLASH_4_MASKED = ops.register(
+    "flash_4_masked",
+    "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor partly, Tensor partly_at, Tensor whole, Tensor whole_at, "
+    "float? scale, bool wants_logsumexp) -> (Tensor, Tensor)",
+    masked_forward,
+    lambda query, key, value, *rest: (ops.dense_output(query, value), ops.logsumexp_of(query, rest[-1])),
+    flops=ops.products,  # of dense attention: how many blocks are seen depends on the mask
+)
+
+
+def skips_blocks(call: AttentionCall) -> bool:
+    """Whether the kernel gets lists of blocks: it takes key padding and windows in other ways."""
+    return call.mask.is_boolean and call.mask.kind not in (MaskKind.KEY_PADDING, MaskKind.SLIDING_WINDOW)
+
+
+def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Leading | Seen | None:
+    if mask is None or not skips_blocks(call):
+        return leading(mask, key, call)
+    some, all_ = blocks_of(mask, call)
+    return Seen(mask, (*ordered(some & ~all_), *ordered(all_)))
+
+
+def steps(call: AttentionCall) -> tuple[Step, ...]:
+    if not skips_blocks(call):
+        return packing_steps(call)
+    cost = "lists of blocks for each mask, which is read once for them"
+    return (Step("skip_blocks", str(call.mask.kind.value), f"blocks of {BLOCK} x {BLOCK} that are seen", cost),)
+
+
+# -- the code that is emitted into the graph
+
+
 def flash_4(
-    query: Tensor, key: Tensor, value: Tensor, used: Leading | None, *, call: AttentionCall, origin: ops.Origin
-) -> Tensor:
-    return flash_4_with_logsumexp(query, key, value, used, call=call, origin=origin)[0]
+    query: Tensor, key: Tensor, value: Tensor, prepared: Leading | Seen | None, *, call: AttentionCall,
+    origin: ops.Origin,
+) -> Tensor:  # fmt: skip
+    return flash_4_with_logsumexp(query, key, value, prepared, call=call, origin=origin)[0]
 
 
 def flash_4_with_logsumexp(
-    query: Tensor, key: Tensor, value: Tensor, used: Leading | None, *, call: AttentionCall, origin: ops.Origin
-) -> tuple[Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, prepared: Leading | Seen | None, *, call: AttentionCall,
+    origin: ops.Origin,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    if isinstance(prepared, Seen):
+        output, logsumexp = FLASH_4_MASKED(
+            query, key, value, prepared.mask, *prepared.lists, call.scale, call.logsumexp, needs_grad=False,
+            origin=origin,
+        )  # fmt: skip
+        return output, logsumexp
+    used = prepared
     output, logsumexp = FLASH_4(
         query, lead(key, used), lead(value, used), used and used.seqused_k, call.mask.is_causal, call.scale,
         *window_size(call), call.needs_grad or call.logsumexp, needs_grad=call.needs_grad, origin=origin,
     )  # fmt: skip
     return output, logsumexp
+
+
+# -- limits that no field of a record expresses
+
+
+def masks_of_blocks(call: AttentionCall, machine: Machine) -> Refused | None:
+    """Blackwell's kernel takes blocks of 256 queries, which was not tried; wide heads have narrower tiles on Hopper than a
+    block; a backward wants the lists of columns too."""
+    if not skips_blocks(call):
+        return None
+    taken = f"flash_4 takes a mask like {call.mask.kind.value!r}"
+    if machine.capability is not None and machine.capability != (9, 0):
+        found = ".".join(map(str, machine.capability))
+        fix = "Choose flex or _native_efficient, or run on an H100 or H200"
+        return Refused(Code.MASK, f"{taken} on a GPU of capability 9.0, this is {found}", fix)
+    if call.needs_grad:
+        detail = f"{taken} without a gradient, the call needs a gradient"
+        return Refused(Code.GRAD, detail, "Choose flex or _native_efficient, or wrap the call in torch.no_grad()")
+    if not holds(call.head_dim <= BLOCK):
+        detail = f"{taken} with head_dim up to {BLOCK}, this is {described(call.head_dim)}"
+        return Refused(Code.HEAD_DIM, detail, "Choose flex or _native_efficient")
+    return None
 
 
 def head_dim_on_blackwell(call: AttentionCall, machine: Machine) -> Refused | None:
@@ -133,15 +251,15 @@ PACKAGE = Backend(
     capability=((9, 0), (11, 0)),
     dtypes=frozenset({"float16", "bfloat16"}),
     head_dim=HeadDim(max=256, multiple=8, pad=True),
-    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT, MaskKind.KEY_PADDING, MaskKind.SLIDING_WINDOW}),
+    masks=frozenset(MaskKind) - {MaskKind.CAUSAL_UPPER_LEFT, MaskKind.ADDITIVE},
     gqa=True,
     value_dim=True,
     max_batch=65_535,
     backward=True,
     layout="bshd",
-    prepare=leading,
-    steps=packing_steps,
-    checks=(value_dims, head_dim_on_blackwell),
+    prepare=prepare,
+    steps=steps,
+    checks=(masks_of_blocks, value_dims, head_dim_on_blackwell),
     tested="sm_90",
     source=Package("flash-attn-4", "flash_attn.cute"),
     requires={"flash-attn-4": ">=4.0.0b1"},
@@ -149,7 +267,9 @@ PACKAGE = Backend(
 FROM_HUB = replace(
     PACKAGE,
     name="flash_4_hub",
-    backward=False,  # the internal functions of the hub's build are not known
+    # The internal functions of the hub's build are not known.
+    backward=False,
+    masks=frozenset({MaskKind.NONE, MaskKind.CAUSAL_LOWER_RIGHT, MaskKind.KEY_PADDING, MaskKind.SLIDING_WINDOW}),
     tested="sm_90, as a package",
     source=Hub("kernels-community/flash-attn4", version=0),
     requires={"kernels": ">=0.17"},

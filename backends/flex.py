@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ..graphs.sizes import Size, always, described, holds, is_one
+from ..kernels.block_lists import BLOCK, blocks_in, blocks_of, ordered
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.decisions import Code, Refused
 from ..kernels.machines import Machine, satisfies
 from ..kernels.ops import LIBRARY, NAMESPACE, TAGS
 from ..kernels.records import Backend, HeadDim
 
-BLOCK = 128  # PyTorch's default block size: the kernels' tiles must divide it
 GRID = 65_535  # CUDA's limit for the second and third dimension of a grid
 DECODING = 128  # shorter queries go to the template of flex decoding
 WHOLE = 1 << 30  # PyTorch's block size where there is no block mask
@@ -94,7 +94,7 @@ def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
         some, all_ = _window_blocks(key, call, window)
         return Prepared(_lists(some, all_, call), _keep_score(), _inside(window))
     if mask is not None and mask.dtype == torch.bool:
-        some, all_ = _blocks_of(mask, call)
+        some, all_ = blocks_of(mask, call)
         tensor, dims = _squeezed(mask, call)
         return Prepared(_lists(some, all_, call), _keep_score(), _read_mask(dims), mask_tensors=(tensor,))
     count = torch.ones((1, 1, 1), dtype=torch.int32, device=key.device)
@@ -106,29 +106,13 @@ def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Prepared:
     return Prepared(blocks, _add_bias(dims), _everything(), score_tensors=(tensor,))
 
 
-# -- blocks of 128 x 128 scores, bool (b, h, rows, columns): `some` of a block's scores are seen, or `all_` of them
-
-
-def _blocks_of(mask: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
-    rows, columns = _count(call.q_len), _count(call.kv_len)
-    whole_rows = is_one(mask.shape[2])  # a mask that is the same for every query is read once
-    if is_one(mask.shape[3]):
-        mask = mask.expand(*mask.shape[:3], call.kv_len)
-    missing: Any = (0, columns * BLOCK - call.kv_len, 0, 0 if whole_rows else rows * BLOCK - call.q_len)
-    mask = torch.nn.functional.pad(mask, missing, value=False)
-    batch, heads = mask.shape[:2]
-    mask = mask.reshape(batch, heads, 1 if whole_rows else rows, 1 if whole_rows else BLOCK, columns, BLOCK)
-    some, all_ = mask.any(-1).any(-2), mask.all(-1).all(-2)
-    return some.expand(batch, heads, rows, columns), all_.expand(batch, heads, rows, columns)
-
-
 Window = tuple[Size | None, Size | None]  # keys before and after a query's own position; None: all of them
 
 
 def _window_blocks(key: Tensor, call: AttentionCall, window: Window) -> tuple[Tensor, Tensor]:
     left, right = window
-    rows: Any = _count(call.q_len)
-    columns: Any = _count(call.kv_len)
+    rows: Any = blocks_in(call.q_len)
+    columns: Any = blocks_in(call.kv_len)
     row = torch.arange(rows, device=key.device)[:, None] * BLOCK
     column = torch.arange(columns, device=key.device)[None, :] * BLOCK
     first, last = column - row - (BLOCK - 1), column - row + (BLOCK - 1)  # the distances from query to key in a block
@@ -145,29 +129,9 @@ def _lists(some: Tensor, all_: Tensor, call: AttentionCall) -> tuple[Any, ...]:
     """For each row of blocks the number and the indices of its partly seen blocks, and of its fully seen blocks; then the same
     for each column of blocks."""
     partly = some & ~all_
-    by_row = (*_ordered(partly), *_ordered(all_))
-    by_column = (*_ordered(partly.transpose(-2, -1)), *_ordered(all_.transpose(-2, -1)))
+    by_row = (*ordered(partly), *ordered(all_))
+    by_column = (*ordered(partly.transpose(-2, -1)), *ordered(all_.transpose(-2, -1)))
     return _tuple(call, (*by_row, *by_column), BLOCK)
-
-
-def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of wanted blocks in each row, and the indices of all blocks, the wanted ones first."""
-    wanted = blocks.to(torch.int32, memory_format=torch.contiguous_format)
-    order = torch.argsort(wanted, dim=-1, descending=True, stable=True)
-    return _dense(wanted.sum(-1, dtype=torch.int32)), _dense(order.to(torch.int32))
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The same tensor with explicit dense strides.
-
-    Inductor gives a dimension of size 1 any stride, but its Triton template steps from batch to batch by the stride of the
-    heads, and the lists of a key padding have one head: the template then reads outside of the lists (illegal memory access
-    with several batches, torch 2.11).
-    """
-    strides: list[Any] = [1]
-    for size in reversed(tensor.shape[1:]):
-        strides.insert(0, strides[0] * size)
-    return tensor.contiguous().as_strided(tuple(tensor.shape), tuple(strides))
 
 
 def _tuple(call: AttentionCall, lists: Sequence[Tensor | None], block: int) -> tuple[Any, ...]:
@@ -180,10 +144,6 @@ def _tuple(call: AttentionCall, lists: Sequence[Tensor | None], block: int) -> t
     given: Any = dict(zip(names, lists, strict=True))
     mask = BlockMask(seq_lengths=lengths, BLOCK_SIZE=(block, block), mask_mod=noop_mask, **given)
     return tuple(mask.as_tuple()[:-1])
-
-
-def _count(length: Size) -> Size:
-    return (length + BLOCK - 1) // BLOCK
 
 
 # -- the small graphs: score_mod(score, b, h, q_idx, kv_idx, *tensors) and mask_mod(b, h, q_idx, kv_idx, *tensors)

@@ -456,7 +456,7 @@ SQUARE_ONLY = ("causal, more keys", "causal, fewer keys", "lower-right, more key
 
 def half_precision(
     machine, *, first, last, names="bfloat16, float16", widest=256, multiple=8, pad=True, backward=False, causal="",
-    square=False, padding=False, masks=False, gqa=True, value_dim=False, values=None, window=False, large=True,
+    square=False, padding=False, masks=False, boolean=False, gqa=True, value_dim=False, values=None, window=False, large=True,
     quantised=False, capturable=True, more=None, asks=(), gaps=None,
 ):  # fmt: skip
     """The spec of a CUDA kernel without dropout. causal: the kernel's alignment; calls with the other one are refused."""
@@ -477,7 +477,7 @@ def half_precision(
         where = SQUARE_ONLY if square else [n for n in SQUARE_ONLY if ("lower" in n) != ("lower" in causal)]
         refused |= {name: (Code.CAUSAL, "q_len", f"{CHANGES[name].call['kv_len']}") for name in where}
     if not masks:
-        for name in with_mask(BOOLEAN, ADDITIVE):
+        for name in with_mask(ADDITIVE) if boolean else with_mask(BOOLEAN, ADDITIVE):
             refused[name] = (Code.MASK, CHANGES[name].call["mask"].kind.value)
         if not padding:
             refused["key padding"] = (Code.MASK, "key padding (2, 64)")
@@ -610,7 +610,7 @@ SPECS |= {
     "_flash_3_fp8 on cuda (fa3-fwd)": half_precision(
         H200, **FLASH_3_PYPI | {"values": FP8_VALUES}, quantised=True, padding=True
     ),
-    "flash_4 on cuda": half_precision(H200, **FLASH_4, backward=True, padding=True),
+    "flash_4 on cuda": half_precision(H200, **FLASH_4, backward=True, padding=True, boolean=True),
     "flash_4_hub on cuda": half_precision(H200, **FLASH_4, padding=True),
     "sage on cuda (sageattention>=2.1.1)": half_precision(
         H200, first=(8, 0), last=(12, 1), **UNCAPTURED, gaps=NO_ARCHITECTURE

@@ -73,7 +73,7 @@ def stack():
 
 def of(exact, output, rows=None, seen=None):
     rows = torch.arange(output.shape[-2]) if rows is None else rows
-    return accuracy(Reference(rows, exact, seen), output)
+    return accuracy(Reference(rows, exact, seen, torch.ones(len(rows), dtype=torch.float64)), output)
 
 
 def test_numbers_of_a_known_error():
@@ -295,6 +295,26 @@ def test_long_sequences_are_sampled():
     found = checked(F.scaled_dot_product_attention, query, key, value)
     assert (found.sites[0].accuracy.rows, found.sites[0].accuracy.all_rows) == (512, 1400)
     assert found.ok
+
+
+@pytest.mark.parametrize("length", [300, 4001, 75_600])
+def test_a_sample_of_rows_estimates_the_error_of_the_whole(length):
+    """A sparse kernel may be worse in its last block of a few tokens, which hardly counts; one that loses the last token is
+    wrong."""
+    call = AttentionCall("site", 1, 1, 1, length, 50, 8, 8, "float32")
+    query, key, value = (torch.randn(1, 1, size, 8) for size in (length, 50, 50))
+    exact = reference(call, query, key, value, None)
+    right = F.scaled_dot_product_attention(query.double(), key.double(), value.double())
+    assert exact.weights.sum() == pytest.approx(length, rel=3e-3)
+    uneven = torch.full((length, 1), 1e-2, dtype=torch.float64)
+    uneven[-16:] = 0.2
+    output = right + right * uneven * torch.randn(right.shape).sign()
+    true = ((output - right).norm() / right.norm()).item()
+    assert exact.error(output) == pytest.approx(true, rel=0.25)
+    assert accuracy(exact, output).relative_error == pytest.approx(exact.error(output))
+    lost = right.clone()
+    lost[:, :, -1] = -lost[:, :, -1]
+    assert exact.error(lost) > 1.2e-2
 
 
 FORMS = {

@@ -16,8 +16,9 @@ from .reference import Reference
 class Accuracy:
     """The error of an attention's output against the same attention in float64 (`exact`).
 
-    The first three numbers are taken over all rows compared, and are NaN if one of these rows is not finite, or if there is no
-    row to compare. The error of a row whose exact value is zero is relative to the mean norm of all rows compared.
+    The first three numbers are taken over all rows compared, each as often as it stands for rows of the output, and are NaN if
+    one of these rows is not finite, or if there is no row to compare. The error of a row whose exact value is zero is relative
+    to the mean norm of all rows compared.
     """
 
     relative_error: float  # |output - exact| / |exact| (2-norms)
@@ -49,7 +50,8 @@ def accuracy(exact: Reference, output: Tensor) -> Accuracy:
     if exact.seen is not None:
         found = torch.where(exact.seen[..., None], found, 0.0)
     apart, norm = (found - values).norm(dim=-1), values.norm(dim=-1)
-    error = _ratio(apart.norm().item(), norm.norm().item()) if exact.compared else math.nan
+    share = exact.weights.sqrt()
+    error = _ratio((apart * share).norm().item(), (norm * share).norm().item()) if exact.compared else math.nan
     by_row = torch.where(apart == 0, 0.0, apart / torch.where(norm > 0, norm, norm.mean())).flatten()
     # NaN counts as the largest error. An empty output has no worst row.
     place = int(by_row.nan_to_num(nan=math.inf).argmax()) if by_row.numel() else 0
@@ -58,7 +60,7 @@ def accuracy(exact: Reference, output: Tensor) -> Accuracy:
     return Accuracy(
         relative_error=error,
         sqnr_db=math.inf if error == 0 else math.nan if math.isnan(error) else -20 * math.log10(error),
-        cosine=_cosine(found, values) if exact.compared else math.nan,
+        cosine=_cosine(exact.weighted(found), exact.weighted(values)) if exact.compared else math.nan,
         worst_row=(head // max(heads, 1), head % max(heads, 1), int(exact.rows[row])) if by_row.numel() else (0, 0, 0),
         worst_error=by_row[place].item() if exact.compared else math.nan,
         nan=int(output.isnan().sum()),

@@ -11,8 +11,11 @@ from torch import Tensor
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.shapes import lead_sizes, mask_rank4, rank4
 
-PRODUCTS = 1 << 26  # most scores in a reference: seconds on two cores, milliseconds on a GPU
+PRODUCTS = {"cpu": 1 << 26, "cuda": 1 << 30}  # most scores in a reference: a few seconds on two cores, less on a GPU
 ROWS = (16, 256)  # least query rows, if there are as many, and most
+# The share that the first and the last row have in an error at least. A kernel that loses the end of a sequence has an error of
+# 0.03 and more by it; one whose last block is a little worse, as of a sparse kernel, is as good as all of its rows.
+EDGE = 1 / 1000
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Reference:
     rows: Tensor  # indices of the query rows, int64
     values: Tensor  # (batch, heads, rows, value_dim), float64
     seen: Tensor | None  # (batch, heads, rows) boolean, False for a row that sees no key; None: every row sees a key
+    weights: Tensor  # (rows,), float64: how many rows of the output each row stands for
 
     @property
     def compared(self) -> int:
@@ -31,20 +35,25 @@ class Reference:
         return self.values[..., 0].numel() if self.seen is None else int(self.seen.sum())
 
     def error(self, output: Tensor) -> float:
-        """Returns |output - values| / |values| (2-norms) for an output (batch, heads, q_len, value_dim). Rows that see no key
-        are left out; NaN in any other of the rows gives NaN, and so does an output without any other row."""
+        """Returns |output - values| / |values| (2-norms, each row as often as it has weight) for an output (batch, heads,
+        q_len, value_dim). Rows that see no key are left out; NaN in any other of the rows gives NaN, and so does an output
+        without any other row."""
         if not self.compared:
             return math.nan
         taken = output[:, :, self.rows].double()
         if self.seen is not None:
             taken = torch.where(self.seen[..., None], taken, 0.0)
-        size, difference = float(self.values.norm()), float((taken - self.values).norm())
+        size, difference = float(self.weighted(self.values).norm()), float(self.weighted(taken - self.values).norm())
         return difference / (size or 1.0)
+
+    def weighted(self, values: Tensor) -> Tensor:
+        """Values (batch, heads, rows, value_dim), so that a sum of their squares counts each row as often as it has weight."""
+        return values * self.weights.sqrt()[:, None]
 
 
 def reference(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Reference:
-    """Computes attention in float64, without dropout, with the scores of one head at a time in memory. The query rows are
-    evenly spread, the first and the last among them.
+    """Computes attention in float64, without dropout, with the scores of one head at a time in memory. The query rows are all,
+    or the first, the last, and the middles of equal parts of the others, which they stand for.
 
     call: its sizes are numbers.
     query, key, value: SDPA's form (..., heads, length, dim).
@@ -53,8 +62,9 @@ def reference(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, ma
     batch, heads, kv_heads = int(call.batch), int(call.heads), int(call.kv_heads)
     q_len, kv_len = int(call.q_len), int(call.kv_len)
     lead, rank = lead_sizes(query, key, value), query.dim()
-    count = min(q_len, max(ROWS[0], min(ROWS[1], PRODUCTS // max(1, batch * heads * kv_len))))
-    rows = torch.linspace(0, q_len - 1, count, dtype=torch.float64, device=query.device).round().long()
+    most = PRODUCTS.get(query.device.type, PRODUCTS["cpu"])
+    count = min(q_len, max(ROWS[0], min(ROWS[1], most // max(1, batch * heads * kv_len))))
+    rows, weights = _rows(q_len, count, query.device)
     query = rank4(query, lead, heads)[:, :, rows]
     key, value = rank4(key, lead, kv_heads), rank4(value, lead, kv_heads)
     if mask is not None:
@@ -76,11 +86,24 @@ def reference(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, ma
         if keep is not None:
             scores = scores.masked_fill(~keep, -math.inf)
         some = ~(scores == -math.inf).all(-1)  # a score of NaN belongs to a key that is seen
-        weights = torch.where(some[..., None], scores, 0.0).softmax(-1)
-        outputs.append(torch.where(some[..., None], weights @ value[:, of_keys].double(), 0.0))
+        probabilities = torch.where(some[..., None], scores, 0.0).softmax(-1)
+        outputs.append(torch.where(some[..., None], probabilities @ value[:, of_keys].double(), 0.0))
         seen.append(some)
     together = torch.stack(seen, 1)
-    return Reference(rows, torch.stack(outputs, 1), None if bool(together.all()) else together)
+    return Reference(rows, torch.stack(outputs, 1), None if bool(together.all()) else together, weights)
+
+
+def _rows(q_len: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rows, and how many rows each stands for."""
+    weights = torch.ones(count, dtype=torch.float64, device=device)
+    if count == q_len:
+        return torch.arange(q_len, device=device), weights
+    part = (q_len - 2) / (count - 2)
+    middles = 1 + part * (torch.arange(count - 2, dtype=torch.float64, device=device) + 0.5)
+    edges = torch.tensor([0, q_len - 1], device=device)
+    weights[1:-1] = part
+    weights[[0, -1]] = max(1.0, EDGE * q_len)
+    return torch.cat([edges[:1], middles.long(), edges[1:]]), weights
 
 
 def _causal(call: AttentionCall, rows: Tensor) -> Tensor | None:

@@ -24,6 +24,7 @@ MODULES = (
     "torch_xla",
     "comfy_kitchen",
     "reference_attention",
+    "cutlass",
 )
 # What a repository of the kernels hub is made from.
 REPOSITORIES = {

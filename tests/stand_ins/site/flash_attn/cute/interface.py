@@ -1,5 +1,9 @@
+from types import SimpleNamespace
+
 import torch
 from reference_attention import attention, gradients, half, in_front, seen
+
+from .block_sparsity import listed
 
 
 def flash_attn_func(
@@ -10,8 +14,26 @@ def flash_attn_func(
 ):  # fmt: skip
     assert (qv, gather_kv_indices, learnable_sink, softcap) == (None, None, None, 0.0)
     sizes(q, k, v)
-    output, logsumexp = attention(q, k, v, softmax_scale, seen(causal, window_size))
+    bias = None
+    if mask_mod is not None:
+        assert (causal, window_size, pack_gqa) == (False, (None, None), False) and q.shape[-1] <= 128
+        bias = torch.where(left(q, k, mask_mod, aux_tensors, block_sparse_tensors), 0.0, -torch.inf)
+    output, logsumexp = attention(q, k, v, softmax_scale, seen(causal, window_size), bias)
     return output.to(q.dtype).contiguous(), logsumexp if return_lse else None
+
+
+def left(q, k, mask_mod, aux_tensors, lists):
+    """Which scores (batch, heads, queries, keys) the kernel computes and keeps. It asks `mask_mod` in the blocks that are seen
+    in part, also for queries and keys behind the last."""
+    lengths = (q.shape[1], k.shape[1])
+    axes = (range(q.shape[0]), range(q.shape[2]), *(range(-(-length // 128) * 128) for length in lengths))
+    at = (axis[None] for axis in torch.meshgrid(*(torch.tensor(axis) for axis in axes), indexing="ij"))
+    (kept,) = mask_mod(*at, SimpleNamespace(seqlen_q=lengths[0], seqlen_k=lengths[1]), aux_tensors)
+    partly, whole = (
+        listed(*each, lists.block_size, lengths) for each in (lists[:2], (lists.full_block_cnt, lists.full_block_idx))
+    )
+    assert not (partly & whole).any()
+    return whole | (partly & kept[:, :, : lengths[0], : lengths[1]])
 
 
 def flash_attn_varlen_func(
