@@ -9,7 +9,7 @@ from ..kernels.records import Backend
 # The order of families in `names()`, in `info` and for ties in `tune`. Families that are not named here come last.
 ORDER = (
     "native", "native_varlen", "native_folded", "flex", "flash_attention_2", "flash_attention_3", "flash_attention_4", "sage",
-    "comfy_kitchen", "xformers", "aiter", "npu", "xla",
+    "comfy_kitchen", "sparge", "xformers", "aiter", "npu", "xla",
 )  # fmt: skip
 
 _FAMILIES = sorted(

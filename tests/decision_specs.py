@@ -10,7 +10,8 @@ CPU = Machine("cpu", packages={"torch": "2.13.0"})
 
 PACKAGES = {"flash-attn": "2.8.3", "flash-attn-3": "3.0.0", "fa3-fwd": "0.0.3", "flash-attn-4": "4.0.0b36",
             "sageattention": "2.2.0", "xformers": "0.0.35", "kernels": "0.17.2", "torch-npu": "2.9.0",
-            "torch-xla": "2.9.0", "jax": "0.7.1", "comfy-kitchen": "0.2.40"}  # fmt: skip
+            "torch-xla": "2.9.0", "jax": "0.7.1", "comfy-kitchen": "0.2.40",
+            "spas-sage-attn": "0.1.0"}  # fmt: skip
 
 
 def gpu(*capability, cudnn="9.19.0", torch="2.13.0", **others):
@@ -568,6 +569,20 @@ def sol_attn():
     return spec
 
 
+def sparge():
+    """As Sol-Attn, for 128 tokens and more."""
+    spec = half_precision(
+        H200, first=(8, 0), last=(9, 0), quantised=True, widest=128, multiple=64, gqa=False, capturable=False, asks=("q_len",)
+    )  # fmt: skip
+    for name in with_mask(UPPER, LOWER):
+        spec.refused.setdefault(name, (Code.MASK, "has a mask", "causal"))
+    for name in ("exact", "reordered", "quantised"):
+        spec.refused[name] = (Code.NUMERICS, "is sparse", f"the limit is {name}")
+    for name, size in (("q_len 1", "q_len is 1"), ("kv_len 1", "kv_len 1"), ("kv_len 77", "kv_len 77")):
+        spec.refused[name] = (Code.LENGTH, "128 tokens and more", size)
+    return Spec(spec.machine, spec.refused, spec.questions + 1, spec.not_unbacked, {"q_len": 128, "kv_len": 128})
+
+
 def elsewhere(device, machine, **words):
     """The spec of a kernel for another device than CUDA: it refuses every GPU of the changes."""
     spec = half_precision(machine, first=None, last=None, **words)
@@ -639,6 +654,8 @@ SPECS |= {
     "_sage_qk_int8_pv_fp16_triton on cuda (sageattention>=1.0.6,<2)": sage_1(),
     "sol on cuda": sol_attn(),
     "sol_topk on cuda": sol_attn(),
+    "sparge on cuda": sparge(),
+    "sparge_topk on cuda": sparge(),
     "ck_int8 on cuda": without_causal((MaskKind.KEY_PADDING, BOOLEAN), multiple=64, window=True),
     "xformers on cuda": half_precision(
         H200, first=(8, 0), last=(9, 0), names="bfloat16, float16, float32", widest=None, backward=True,

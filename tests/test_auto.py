@@ -25,6 +25,7 @@ H200 = Machine("cuda", (9, 0), {**PACKAGES, **TORCH}, "NVIDIA H200")
 BARE = Machine("cuda", (9, 0), TORCH, "NVIDIA H200")
 
 WINDOW = Mask(MaskKind.SLIDING_WINDOW, "bool", (32760, 32760), window=(512, 512))
+DOCUMENTS = Mask(MaskKind.BLOCKS, "bool", (1, 1, 32760, 32760))
 PADDED = Mask(MaskKind.KEY_PADDING, "bool", (2, 1, 1, 7145))
 
 
@@ -76,6 +77,9 @@ CHOICES = [
     ("frames of a small batch", call(64, 8, 16, dim=64), H200, "native"),
     ("short keys of long queries", call(16, 10, 4096, 16, dim=64), H200, "native"),
     ("a window", call(**LONG, mask=WINDOW), H200, "flash_4"),
+    ("documents", call(**LONG, mask=DOCUMENTS), H200, "flash_4"),
+    ("documents, PyTorch alone", call(**LONG, mask=DOCUMENTS), BARE, "flex"),
+    ("short documents", call(q_len=4096, mask=DOCUMENTS), H200, "native"),
     ("a window, PyTorch alone", call(**LONG, mask=WINDOW), BARE, "flex"),
     ("a bias", call(mask=Mask(MaskKind.ADDITIVE, "bfloat16", (4608, 4608))), H200, "native"),
     ("causal", call(mask=Mask(MaskKind.CAUSAL_UPPER_LEFT)), H200, "native"),

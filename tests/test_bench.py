@@ -254,7 +254,10 @@ def test_models_kernels_json_and_picture(tmp_path, capsys):
     assert both["models"].keys() == {"flux", "sdxl"}
     assert both["models"]["flux"] == first["models"]["flux"]
     assert both["kernels"]["16 of 16"]["kernels"].keys() == {"native", "_native_flash"}
-    for group, names in {"named": {"tiny", "tiny, padded"}, "lines": {"16 of 16", "64 of 16"}}.items():
+    for group, names in {
+        "named": {"tiny", "tiny, padded", "tiny, documents"},
+        "lines": {"16 of 16", "64 of 16"},
+    }.items():
         given = command.parser().parse_args(["--small", "--kernels", "native", "--shapes", group])
         assert command._checked(given)[3].keys() == names
     assert len(both["ceiling"]) == 4  # models: once a call; kernels: before and after

@@ -137,10 +137,12 @@ def test_packages(record):
 
 
 def test_what_pip_does_not_have_says_how_to_get_it():
-    """PyPI has no flash-attn-3, no cudnn, and only 1.x of sageattention."""
+    """PyPI has no flash-attn-3, no cudnn, no SpargeAttn, and only 1.x of sageattention."""
     for record in RECORDS:
         for package, specifier in record.requires.items():
-            known = package in {"flash-attn-3", "cudnn"} or (package == "sageattention" and "<2" not in specifier)
+            known = package in {"flash-attn-3", "cudnn", "spas-sage-attn"} or (
+                package == "sageattention" and "<2" not in specifier
+            )
             assert (package in record.install) == known, record
 
 
@@ -325,6 +327,8 @@ def test_unbacked_heads_with_a_bound(record):
         "sage_blackwell_hub on cuda": Code.GQA,
         "sol on cuda": Code.GQA,
         "sol_topk on cuda": Code.GQA,
+        "sparge on cuda": Code.GQA,
+        "sparge_topk on cuda": Code.GQA,
         "_native_xla on tpu": Code.GQA,
         "flex on cuda": Code.UNBACKED,
         "_native_npu on npu": Code.UNBACKED,

@@ -309,7 +309,17 @@ def test_all_names_of_the_peer():
     peer = {name.value for name in AttentionBackendName}
     assert len(peer) == 27
     assert peer <= set(attnrewrite.names())
-    ours = {"flash_4", "_flash_3_fp8", "_native_varlen", "_native_folded", "sol", "sol_topk", "ck_int8"}
+    ours = {
+        "flash_4",
+        "_flash_3_fp8",
+        "_native_varlen",
+        "_native_folded",
+        "sol",
+        "sol_topk",
+        "ck_int8",
+        "sparge",
+        "sparge_topk",
+    }
     assert set(attnrewrite.names()) - peer == ours
 
 

@@ -11,8 +11,11 @@ from torch import Tensor
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.shapes import lead_sizes, mask_rank4, rank4
 
-PRODUCTS = {"cpu": 1 << 26, "cuda": 1 << 30}  # most scores in a reference: a few seconds on two cores, less on a GPU
-ROWS = (16, 256)  # least query rows, if there are as many, and most
+FEWEST = 16  # query rows, if there are as many
+# Most query rows, and most scores: seconds on two cores. The error of a sparse kernel is uneven, in a video largest where a
+# block of 64 queries spans two frames, so that a few rows tell little of it. A GPU has the time for more.
+MOST = {"cpu": (256, 1 << 26), "cuda": (1024, 1 << 32)}
+AT_ONCE = 256  # query rows of a head whose scores are in memory
 # The share that the first and the last row have in an error at least. A kernel that loses the end of a sequence has an error of
 # 0.03 and more by it; one whose last block is a little worse, as of a sparse kernel, is as good as all of its rows.
 EDGE = 1 / 1000
@@ -52,8 +55,8 @@ class Reference:
 
 
 def reference(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Reference:
-    """Computes attention in float64, without dropout, with the scores of one head at a time in memory. The query rows are all,
-    or the first, the last, and the middles of equal parts of the others, which they stand for.
+    """Computes attention in float64, without dropout, with the scores of `AT_ONCE` rows of one head in memory. The query rows
+    are all, or the first, the last, and the middles of equal parts of the others, which they stand for.
 
     call: its sizes are numbers.
     query, key, value: SDPA's form (..., heads, length, dim).
@@ -62,14 +65,26 @@ def reference(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, ma
     batch, heads, kv_heads = int(call.batch), int(call.heads), int(call.kv_heads)
     q_len, kv_len = int(call.q_len), int(call.kv_len)
     lead, rank = lead_sizes(query, key, value), query.dim()
-    most = PRODUCTS.get(query.device.type, PRODUCTS["cpu"])
-    count = min(q_len, max(ROWS[0], min(ROWS[1], most // max(1, batch * heads * kv_len))))
+    most, products = MOST.get(query.device.type, MOST["cpu"])
+    count = min(q_len, max(FEWEST, min(most, products // max(1, batch * heads * kv_len))))
     rows, weights = _rows(q_len, count, query.device)
-    query = rank4(query, lead, heads)[:, :, rows]
-    key, value = rank4(key, lead, kv_heads), rank4(value, lead, kv_heads)
-    if mask is not None:
-        mask = mask_rank4(mask, lead, rank)
-        mask = mask if mask.shape[-2] == 1 else mask[:, :, rows]
+    query, key, value = (
+        rank4(query, lead, heads), rank4(key, lead, kv_heads), rank4(value, lead, kv_heads),
+    )  # fmt: skip
+    mask = None if mask is None else mask_rank4(mask, lead, rank)
+    parts = [_attended(call, query, key, value, mask, some) for some in rows.split(AT_ONCE)]
+    values, seen = (torch.cat(each, 2) for each in zip(*parts, strict=True))
+    return Reference(rows, values, None if bool(seen.all()) else seen, weights)
+
+
+def _attended(
+    call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The output of some query rows, (batch, heads, rows, value_dim), and whether they see a key."""
+    heads, kv_heads = query.shape[1], key.shape[1]
+    query = query[:, :, rows]
+    if mask is not None and mask.shape[-2] != 1:
+        mask = mask[:, :, rows]
     scale = 1 / math.sqrt(int(call.head_dim)) if call.scale is None else call.scale
     hidden = _causal(call, rows)
     outputs, seen = [], []
@@ -89,8 +104,7 @@ def reference(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, ma
         probabilities = torch.where(some[..., None], scores, 0.0).softmax(-1)
         outputs.append(torch.where(some[..., None], probabilities @ value[:, of_keys].double(), 0.0))
         seen.append(some)
-    together = torch.stack(seen, 1)
-    return Reference(rows, torch.stack(outputs, 1), None if bool(together.all()) else together, weights)
+    return torch.stack(outputs, 1), torch.stack(seen, 1)
 
 
 def _rows(q_len: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,7 @@ MODULES = (
     "torch_npu",
     "torch_xla",
     "comfy_kitchen",
+    "spas_sage_attn",
     "reference_attention",
     "cutlass",
 )

@@ -48,6 +48,7 @@ class Shape:
     dim: int  # of query, key and value
     padded: bool = False  # with a boolean mask (batch, 1, 1, kv_len)
     window: int = 0  # a query sees so many keys, half of them before its own position; 0: all keys
+    documents: bool = False  # a query sees the keys of its own document, one of four (measuring/example_tensors.py)
     kv_heads: int = 0  # 0: as many as heads
     line: str = ""  # the panel of the plot in which this shape is a point of a line; "": a named shape
 
@@ -56,6 +57,8 @@ class Shape:
         if self.window:
             ends = (self.window // 2, self.window // 2)
             mask = Mask(MaskKind.SLIDING_WINDOW, "bool", (self.q_len, self.kv_len), window=ends)
+        if self.documents:
+            mask = Mask(MaskKind.BLOCKS, "bool", (self.batch, 1, self.q_len, self.kv_len))
         role = "self" if self.q_len == self.kv_len else "cross"
         return AttentionCall(
             name, self.batch, self.heads, self.kv_heads or self.heads, self.q_len, self.kv_len, self.dim, self.dim, dtype,
@@ -109,6 +112,11 @@ NAMED = {
     "32,760 tokens, a window of 4,096": Shape(1, 12, 32760, 32760, 128, window=4096),
     "17,776 tokens of 64, a window of 1,024": Shape(2, 48, 17776, 17776, 64, window=1024),
     "4,096 tokens of 64, a window of 256": Shape(2, 10, 4096, 4096, 64, window=256),
+    "32,760 tokens, documents": Shape(1, 40, 32760, 32760, 128, documents=True),
+    "16,384 tokens, documents": Shape(1, 24, 16384, 16384, 128, documents=True),
+    "17,776 tokens of 64, documents": Shape(1, 48, 17776, 17776, 64, documents=True),
+    "4,096 tokens, documents": Shape(2, 24, 4096, 4096, 128, documents=True),
+    "4,096 tokens of 64, documents": Shape(2, 24, 4096, 4096, 64, documents=True),
 }
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 LINES = {
@@ -120,6 +128,7 @@ SHAPES = NAMED | LINES
 SMALL = {
     "tiny": Shape(2, 3, 33, 33, 16),
     "tiny, padded": Shape(2, 3, 20, 27, 16, padded=True),
+    "tiny, documents": Shape(2, 3, 20, 20, 16, documents=True),
     **{f"{length} of 16": Shape(1, 2, length, length, 16, line="1 x 2 heads of 16") for length in (16, 64)},
 }
 
