@@ -14,6 +14,7 @@ from parity import attend, doubled, qkv, relative, windowed
 from stand_ins import KERNELS, RECORDS, compiler, fewest_keys, is_sage_1, machine_for, name_of
 
 from attnrewrite import AttentionCompiler, Code, Machine, MaskKind, make_policy
+from attnrewrite.backends import flash_attention_4
 from attnrewrite.backends.flash_attention_3 import flash_3, flash_3_fp8, flash_3_varlen
 from attnrewrite.graphs.inner_compilers import records_cuda_graphs
 from attnrewrite.kernels.logsumexp import WITH_LOGSUMEXP
@@ -290,7 +291,7 @@ def test_key_padding(record, expanded):
     assert site.call.mask.kind is MaskKind.KEY_PADDING
     assert output[-1].abs().max() == 0
     assert [str(step) for step in site.steps] == STEPS.get(
-        record.name, PACKS if record.prepare in (packing, leading) else []
+        record.name, PACKS if record.prepare in (packing, leading, flash_attention_4.prepare) else []
     )
 
 
