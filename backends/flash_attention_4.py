@@ -96,17 +96,17 @@ class Seen:
 
 def masked_forward(
     library: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, partly: Tensor, partly_at: Tensor,
-    whole: Tensor, whole_at: Tensor, scale: float | None, logsumexp: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    whole: Tensor, whole_at: Tensor, scale: float | None,
+) -> Tensor:  # fmt: skip
     batch, q_len, heads, _ = query.shape
     lists = library.block_sparsity.BlockSparseTensorsTorch(
         partly, partly_at, whole, whole_at, block_size=(BLOCK, BLOCK)
     )
-    output, found = library.flash_attn_func(
+    output: Tensor = library.flash_attn_func(
         query, key, value, softmax_scale=scale, mask_mod=seen_at(library), pack_gqa=False, block_sparse_tensors=lists,
         aux_tensors=[mask.view(torch.uint8).expand(batch, heads, q_len, key.shape[1])], return_lse=True,
-    )[:2]  # fmt: skip
-    return output, found if logsumexp else query.new_empty(0, dtype=torch.float32)
+    )[0]  # fmt: skip
+    return output
 
 
 @cache
@@ -134,9 +134,9 @@ def seen_at(library: ModuleType) -> Any:
 FLASH_4_MASKED = ops.register(
     "flash_4_masked",
     "(Tensor query, Tensor key, Tensor value, Tensor mask, Tensor partly, Tensor partly_at, Tensor whole, Tensor whole_at, "
-    "float? scale, bool wants_logsumexp) -> (Tensor, Tensor)",
+    "float? scale) -> Tensor",
     masked_forward,
-    lambda query, key, value, *rest: (ops.dense_output(query, value), ops.logsumexp_of(query, rest[-1])),
+    lambda query, key, value, *_: ops.dense_output(query, value),
     flops=ops.products,  # of dense attention: how many blocks are seen depends on the mask
 )
 
@@ -167,20 +167,17 @@ def flash_4(
     query: Tensor, key: Tensor, value: Tensor, prepared: Leading | Seen | None, *, call: AttentionCall,
     origin: ops.Origin,
 ) -> Tensor:  # fmt: skip
+    if isinstance(prepared, Seen):
+        output: Tensor = FLASH_4_MASKED(
+            query, key, value, prepared.mask, *prepared.lists, call.scale, needs_grad=False, origin=origin
+        )
+        return output
     return flash_4_with_logsumexp(query, key, value, prepared, call=call, origin=origin)[0]
 
 
 def flash_4_with_logsumexp(
-    query: Tensor, key: Tensor, value: Tensor, prepared: Leading | Seen | None, *, call: AttentionCall,
-    origin: ops.Origin,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    if isinstance(prepared, Seen):
-        output, logsumexp = FLASH_4_MASKED(
-            query, key, value, prepared.mask, *prepared.lists, call.scale, call.logsumexp, needs_grad=False,
-            origin=origin,
-        )  # fmt: skip
-        return output, logsumexp
-    used = prepared
+    query: Tensor, key: Tensor, value: Tensor, used: Leading | None, *, call: AttentionCall, origin: ops.Origin
+) -> tuple[Tensor, Tensor]:
     output, logsumexp = FLASH_4(
         query, lead(key, used), lead(value, used), used and used.seqused_k, call.mask.is_causal, call.scale,
         *window_size(call), call.needs_grad or call.logsumexp, needs_grad=call.needs_grad, origin=origin,
@@ -193,7 +190,7 @@ def flash_4_with_logsumexp(
 
 def masks_of_blocks(call: AttentionCall, machine: Machine) -> Refused | None:
     """Blackwell's kernel takes blocks of 256 queries, which was not tried; wide heads have narrower tiles on Hopper than a
-    block; a backward wants the lists of columns too."""
+    block; a backward wants the lists of columns too; the log-sum-exp of rows without a key was not tried."""
     if not skips_blocks(call):
         return None
     taken = f"flash_4 takes a mask like {call.mask.kind.value!r}"
@@ -204,6 +201,12 @@ def masks_of_blocks(call: AttentionCall, machine: Machine) -> Refused | None:
     if call.needs_grad:
         detail = f"{taken} without a gradient, the call needs a gradient"
         return Refused(Code.GRAD, detail, "Choose flex or _native_efficient, or wrap the call in torch.no_grad()")
+    if call.logsumexp:
+        return Refused(
+            Code.MASK,
+            f"{taken} where nothing reads the log-sum-exp of its scores, as a ring does",
+            "Choose _native_math, or another kind of context parallelism",
+        )
     if not holds(call.head_dim <= BLOCK):
         detail = f"{taken} with head_dim up to {BLOCK}, this is {described(call.head_dim)}"
         return Refused(Code.HEAD_DIM, detail, "Choose flex or _native_efficient")

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..graphs.sizes import Size, is_one
 from .calls import AttentionCall
+from .ops import LIBRARY, NAMESPACE, TAGS
 
 BLOCK = 128  # PyTorch's default block size, and the only one here: the kernels' tiles must divide it
 
@@ -42,8 +43,29 @@ def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """The number of wanted blocks in each row (..., rows), and the indices of all blocks, the wanted ones first and in order
     (..., rows, columns). Both int32 and dense."""
     wanted = blocks.to(torch.int32, memory_format=torch.contiguous_format)
-    order = torch.argsort(wanted, dim=-1, descending=True, stable=True)
-    return _dense(wanted.sum(-1, dtype=torch.int32)), _dense(order.to(torch.int32))
+    return _dense(wanted.sum(-1, dtype=torch.int32)), _dense(ORDER(wanted))
+
+
+def _order() -> Any:
+    """An op that orders the places of each row by the numbers that stand there, the larger first, equal ones as they are.
+
+    Inductor does not look into it. Its own sort is a Triton kernel that unrolls every step, and takes minutes to compile for 65
+    to 128 columns, which are 8,193 to 16,384 tokens: flex was not ready within 60 s (2.11, H200; "16,384 tokens of 128, padded"
+    in bench/results/kernels_by_shape_h200.json).
+    """
+    LIBRARY.define("block_order(Tensor wanted) -> Tensor", tags=TAGS)
+    LIBRARY.impl(
+        "block_order",
+        lambda wanted: torch.argsort(wanted, dim=-1, descending=True, stable=True).to(torch.int32),
+        "CompositeExplicitAutograd",
+    )
+    torch.library.register_fake(
+        f"{NAMESPACE}::block_order", lambda wanted: torch.empty_like(wanted, dtype=torch.int32), lib=LIBRARY
+    )
+    return torch.ops.attnrewrite.block_order.default
+
+
+ORDER = _order()
 
 
 def _dense(tensor: Tensor) -> Tensor:

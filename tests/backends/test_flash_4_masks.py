@@ -8,8 +8,9 @@ from parity import attend, compiled, doubled, qkv, relative
 from stand_ins import compiler, machine_for
 
 import attnrewrite
-from attnrewrite import Code, MaskKind
+from attnrewrite import AttentionCall, Code, Mask, MaskKind
 from attnrewrite.planning import registry
+from attnrewrite.planning.reasons import decide
 from attnrewrite.planning.usable import usable
 
 HALF = 1.2e-2  # rounding to bfloat16
@@ -80,6 +81,19 @@ def test_masks(stand_ins, mask, lengths):
     assert site.decisions[0][1].steps[0].name == ("pack_keys" if padding else "skip_blocks")
 
 
+def test_inductor_does_not_see_the_sort(stand_ins):
+    """Its Triton kernel for it takes minutes to compile at some lengths."""
+    targets = []
+
+    def inner(graph_module, example_inputs):
+        targets.extend(str(node.target) for node in graph_module.graph.nodes)
+        return graph_module.forward
+
+    right(compiler(stand_ins(RECORD), inner), qkv(q_len=300, kv_len=300, **SIZES), prefix(300, 300, "cpu"))
+    assert targets.count("attnrewrite.block_order.default") == 2
+    assert not [target for target in targets if "sort" in target]
+
+
 def test_grouped_heads_and_a_scale(stand_ins):
     tensors = qkv(q_len=130, kv_len=300, kv_heads=2, **SIZES)
     right(compiler(stand_ins(RECORD)), tensors, random(130, 300, "cpu"), enable_gqa=True, scale=0.3)
@@ -130,6 +144,14 @@ def test_what_is_refused_under_a_mask(stand_ins, needs_grad, dim, capability, co
     (site,) = backend.report.sites
     assert [refused.code for _, refused in site.refusals] == ([code] if code else [])
     assert relative(output, attend(*map(doubled, tensors), prefix(40, 50, "cpu"))) < HALF
+
+
+def test_a_ring_s_step_is_refused_under_a_mask():
+    mask = Mask(MaskKind.BOOLEAN, "bool", (1, 1, 64, 64))
+    for logsumexp, code in ((True, Code.MASK), (False, None)):
+        call = AttentionCall("", 2, 4, 4, 64, 64, 64, 64, "bfloat16", "cuda", mask, logsumexp=logsumexp)
+        decision = decide(RECORD, call, machine_for(RECORD), attnrewrite.Numerics.REORDERED)
+        assert getattr(decision, "code", None) is code
 
 
 # -- on a GPU

@@ -113,10 +113,6 @@ NAMED = {
     "17,776 tokens of 64, a window of 1,024": Shape(2, 48, 17776, 17776, 64, window=1024),
     "4,096 tokens of 64, a window of 256": Shape(2, 10, 4096, 4096, 64, window=256),
     "32,760 tokens, documents": Shape(1, 40, 32760, 32760, 128, documents=True),
-    "16,384 tokens, documents": Shape(1, 24, 16384, 16384, 128, documents=True),
-    "17,776 tokens of 64, documents": Shape(1, 48, 17776, 17776, 64, documents=True),
-    "4,096 tokens, documents": Shape(2, 24, 4096, 4096, 128, documents=True),
-    "4,096 tokens of 64, documents": Shape(2, 24, 4096, 4096, 64, documents=True),
 }
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 LINES = {
