@@ -60,7 +60,7 @@ def is_sage_1(record):
 
 
 def fewest_keys(record):
-    """SageAttention 1.x takes whole blocks of 64 keys, the CUDA kernel with float16 values one at least, SpargeAttn 128 keys."""
+    """SageAttention 1.x takes whole blocks of 64 keys, its CUDA kernel with float16 values one at least, SpargeAttn 128."""
     if record.name.startswith("sparge"):
         return 128
     return 64 if is_sage_1(record) or record.name == "_sage_qk_int8_pv_fp16_cuda" else 1
