@@ -18,6 +18,8 @@ from attnrewrite.__main__ import main
 from attnrewrite.entrances.choices import candidates_of
 from attnrewrite.entrances.identity import identity_of
 from attnrewrite.kernels import sources
+from attnrewrite.kernels.machines import PACKAGES
+from attnrewrite.planning import this_machine
 from attnrewrite.planning.registry import separate
 from attnrewrite.planning.selectors import usual_candidates
 
@@ -200,7 +202,9 @@ def installed_library(monkeypatch, tmp_path):
         "def attend(q, k, v, scale): return (q @ k.mT * scale).softmax(-1) @ v\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    return attnrewrite.Package("own-attention", "own_attention")
+    yield attnrewrite.Package("own-attention", "own_attention")
+    PACKAGES.discard("own-attention")  # the machine of later tests has none
+    this_machine._read.cache_clear()
 
 
 @pytest.mark.parametrize(("wanted", "code"), [(">=1.2", None), (">=2", attnrewrite.Code.VERSION)])
