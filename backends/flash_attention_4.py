@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..graphs.sizes import described, holds
 from ..kernels import ops
-from ..kernels.block_lists import BLOCK, blocks_of, ordered
+from ..kernels.block_lists import BLOCK, blocks_of, listed
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.decisions import Code, Refused, Step
 from ..kernels.library_kernels import window_size
@@ -89,9 +89,7 @@ class Seen:
     """A boolean mask, and the lists of its blocks."""
 
     mask: Tensor  # bool (batch or 1, heads or 1, q_len or 1, kv_len or 1)
-    # int32, of the blocks in each row of blocks that are seen in part: how many, and the indices of all blocks, these first;
-    # then the same of the blocks that are seen whole.
-    lists: tuple[Tensor, Tensor, Tensor, Tensor]
+    lists: tuple[Tensor, Tensor, Tensor, Tensor]  # of `listed`
 
 
 def masked_forward(
@@ -149,8 +147,7 @@ def skips_blocks(call: AttentionCall) -> bool:
 def prepare(mask: Tensor | None, key: Tensor, call: AttentionCall) -> Leading | Seen | None:
     if mask is None or not skips_blocks(call):
         return leading(mask, key, call)
-    some, all_ = blocks_of(mask, call)
-    return Seen(mask, (*ordered(some & ~all_), *ordered(all_)))
+    return Seen(mask, listed(*blocks_of(mask, call)))
 
 
 def steps(call: AttentionCall) -> tuple[Step, ...]:
@@ -195,7 +192,7 @@ def masks_of_blocks(call: AttentionCall, machine: Machine) -> Refused | None:
         return None
     taken = f"flash_4 takes a mask like {call.mask.kind.value!r}"
     if machine.capability is not None and machine.capability != (9, 0):
-        found = ".".join(map(str, machine.capability))
+        found = f"{machine.capability[0]}.{machine.capability[1]}"
         fix = "Choose flex or _native_efficient, or run on an H100 or H200"
         return Refused(Code.MASK, f"{taken} on a GPU of capability 9.0, this is {found}", fix)
     if call.needs_grad:

@@ -16,11 +16,11 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ..graphs.sizes import Size, always, described, holds, is_one
-from ..kernels.block_lists import BLOCK, blocks_in, blocks_of, ordered
+from ..kernels.block_lists import BLOCK, blocks_in, blocks_of, listed
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.decisions import Code, Refused
 from ..kernels.machines import Machine, satisfies
-from ..kernels.ops import LIBRARY, NAMESPACE, TAGS
+from ..kernels.ops import LIBRARY, opaque
 from ..kernels.records import Backend, HeadDim
 
 GRID = 65_535  # CUDA's limit for the second and third dimension of a grid
@@ -75,13 +75,14 @@ def _stored() -> Any:
     is stored, what comes out is a buffer of its own, and nothing is fused across it. An `as_strided` is not enough: Inductor
     reads through it.
     """
-    LIBRARY.define("stored(Tensor tensor) -> Tensor", tags=TAGS)
-    LIBRARY.impl(
-        "stored", lambda tensor: tensor.clone(memory_format=torch.contiguous_format), "CompositeExplicitAutograd"
+    op = opaque(
+        "stored",
+        "(Tensor tensor) -> Tensor",
+        lambda tensor: tensor.clone(memory_format=torch.contiguous_format),
+        lambda tensor: tensor.new_empty(tensor.shape),
     )
-    torch.library.register_fake(f"{NAMESPACE}::stored", lambda tensor: tensor.new_empty(tensor.shape), lib=LIBRARY)
-    torch.library.register_autograd(f"{NAMESPACE}::stored", lambda ctx, grad: grad, lib=LIBRARY)
-    return torch.ops.attnrewrite.stored.default
+    torch.library.register_autograd(op, lambda ctx, grad: grad, lib=LIBRARY)
+    return op
 
 
 STORED = _stored()
@@ -128,10 +129,8 @@ def _window_blocks(key: Tensor, call: AttentionCall, window: Window) -> tuple[Te
 def _lists(some: Tensor, all_: Tensor, call: AttentionCall) -> tuple[Any, ...]:
     """For each row of blocks the number and the indices of its partly seen blocks, and of its fully seen blocks; then the same
     for each column of blocks."""
-    partly = some & ~all_
-    by_row = (*ordered(partly), *ordered(all_))
-    by_column = (*ordered(partly.transpose(-2, -1)), *ordered(all_.transpose(-2, -1)))
-    return _tuple(call, (*by_row, *by_column), BLOCK)
+    by_column = listed(some.transpose(-2, -1), all_.transpose(-2, -1))
+    return _tuple(call, (*listed(some, all_), *by_column), BLOCK)
 
 
 def _tuple(call: AttentionCall, lists: Sequence[Tensor | None], block: int) -> tuple[Any, ...]:

@@ -3,8 +3,8 @@ https://github.com/thu-ml/SpargeAttn, tried at bfd980b, built from source.
 
 `sparge` attends, for each block of queries, the key blocks that hold the share `cdf` of the weight by their mean keys, and all
 of those whose keys are less alike than `similarity`. `sparge_topk` attends the same part of the blocks for every block of
-queries. What is left out is lost, and stands in no term of the softmax. That is right where a few blocks hold
-the weight; only a measurement on the model's own tensors can tell (`attnrewrite.tune`).
+queries. What is left out is lost, and stands in no term of the softmax. That is right where a few blocks hold the weight; only
+a measurement on the model's own tensors can tell (`attnrewrite.tune`).
 
 The library makes the values float16: those above 65,504 become infinite. It chooses blocks by scores with 1 / sqrt(head_dim)
 whatever the scale of the call. Its argument is_causal leaves out blocks behind the diagonal and hides nothing in the blocks

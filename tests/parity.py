@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import attnrewrite
 from attnrewrite.kernels.machines import satisfies
+from attnrewrite.planning.usable import usable
 
 # Before 2.13 flex takes no boolean mask on a CPU (backends/flex.py).
 FLEX_TAKES_MASKS = satisfies(torch.__version__, ">=2.13")
@@ -65,6 +66,14 @@ def compiled(function, backend, inner="eager", dynamic=False, **options):
 def without_times(report):
     """The JSON of a report as a program's file holds it: without the seconds that the passes took."""
     return re.sub(r'"seconds": [^,]+', '"seconds": 0.0', report.to_json())
+
+
+def on_this_gpu(name):
+    """The record of a kernel that this GPU can run; skips the test where it cannot, with the reason."""
+    refused, record = usable(name, attnrewrite.machine_of(torch.device("cuda", 0)))
+    if refused is not None:
+        pytest.skip(f"{name}: {refused}")
+    return record
 
 
 def skip_if_fenced(site):

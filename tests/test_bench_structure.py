@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from parity import relative
+from parity import on_this_gpu, relative
 
 import attnrewrite
 from attnrewrite.commands.bench.denoiser import Place
@@ -15,7 +15,6 @@ from attnrewrite.commands.bench.video_denoisers import wan
 from attnrewrite.entrances.choices import make_policy
 from attnrewrite.measuring.capturing import capture
 from attnrewrite.measuring.reference import reference
-from attnrewrite.planning.usable import usable
 
 CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(
@@ -73,9 +72,7 @@ def test_sol_is_right_with_structure_and_wrong_without():
 @pytest.mark.parametrize("structured", [True, False])
 def test_tune_tells_structure_on_a_gpu(structured):
     device = torch.device("cuda", 0)
-    refused, _ = usable("sol", attnrewrite.machine_of(device))
-    if refused is not None:
-        pytest.skip(f"sol: {refused}")
+    on_this_gpu("sol")
     at = Place(device, torch.bfloat16, structured=structured)
     made = wan(at, "Wan", heads=2, inner=96, layers=2, of=2, size=(9, 64, 66))
     with torch.no_grad():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..graphs.sizes import Size, is_one
 from .calls import AttentionCall
-from .ops import LIBRARY, NAMESPACE, TAGS
+from .ops import opaque
 
 BLOCK = 128  # PyTorch's default block size, and the only one here: the kernels' tiles must divide it
 
@@ -39,33 +39,27 @@ def blocks_of(mask: Tensor, call: AttentionCall) -> tuple[Tensor, Tensor]:
     return some.expand(batch, heads, rows, columns), all_.expand(batch, heads, rows, columns)
 
 
-def ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """The number of wanted blocks in each row (..., rows), and the indices of all blocks, the wanted ones first and in order
-    (..., rows, columns). Both int32 and dense."""
+def listed(some: Tensor, all_: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the blocks that are seen in part: how many there are in each row (..., rows), and the indices of all blocks, these
+    first and in order (..., rows, columns). Then the same of those that are seen whole. All int32 and dense."""
+    return (*_ordered(some & ~all_), *_ordered(all_))
+
+
+def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     wanted = blocks.to(torch.int32, memory_format=torch.contiguous_format)
     return _dense(wanted.sum(-1, dtype=torch.int32)), _dense(ORDER(wanted))
 
 
-def _order() -> Any:
-    """An op that orders the places of each row by the numbers that stand there, the larger first, equal ones as they are.
-
-    Inductor does not look into it. Its own sort is a Triton kernel that unrolls every step, and takes minutes to compile for 65
-    to 128 columns, which are 8,193 to 16,384 tokens: flex was not ready within 60 s (2.11, H200; "16,384 tokens of 128, padded"
-    in bench/results/kernels_by_shape_h200.json).
-    """
-    LIBRARY.define("block_order(Tensor wanted) -> Tensor", tags=TAGS)
-    LIBRARY.impl(
-        "block_order",
-        lambda wanted: torch.argsort(wanted, dim=-1, descending=True, stable=True).to(torch.int32),
-        "CompositeExplicitAutograd",
-    )
-    torch.library.register_fake(
-        f"{NAMESPACE}::block_order", lambda wanted: torch.empty_like(wanted, dtype=torch.int32), lib=LIBRARY
-    )
-    return torch.ops.attnrewrite.block_order.default
-
-
-ORDER = _order()
+# The places of each row in the order of the numbers that stand there, the larger first, equal ones as they are. Inductor does
+# not look into it: its own sort is a Triton kernel that unrolls every step. flex with key padding was not ready within 60 s
+# where that sorts 128 columns ("16,384 tokens of 128, padded" in bench/results/kernels_by_shape_h200.json; torch 2.11), and was
+# where there are 56 and fewer, or 257. The sort is the likely reason; this op was not timed on a GPU.
+ORDER = opaque(
+    "block_order",
+    "(Tensor wanted) -> Tensor",
+    lambda wanted: torch.argsort(wanted, dim=-1, descending=True, stable=True).to(torch.int32),
+    lambda wanted: torch.empty_like(wanted, dtype=torch.int32),
+)
 
 
 def _dense(tensor: Tensor) -> Tensor:

@@ -109,12 +109,22 @@ def _define(
     def count(*args: Any, **_: Any) -> int:
         return flops(*args)
 
+    op = opaque(name, schema, run, fake_run, tags)
+    register_flop_formula(op.overloadpacket)(count)
+    return op
+
+
+def opaque(
+    name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any], tags: tuple[torch.Tag, ...] = ()
+) -> Any:
+    """Makes `torch.ops.attnrewrite.<name>` of a function, into which no compiler looks.
+
+    fake(*args): the result on fake tensors, with the shapes, dtypes and strides of `run`'s.
+    """
     LIBRARY.define(f"{name}{schema}", tags=TAGS + tags)
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake_run, lib=LIBRARY)
-    packet = getattr(getattr(torch.ops, NAMESPACE), name)
-    register_flop_formula(packet)(count)
-    return packet.default
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def _with_autograd(name: str, schema: str, forward: Any, backward: Any) -> Any:

@@ -45,13 +45,10 @@ class Accuracy:
 
 def accuracy(exact: Reference, output: Tensor) -> Accuracy:
     """Compares `output` (batch, heads, q_len, value_dim) with the reference's rows. A row that sees no key counts as right."""
-    values = exact.values
-    found = output[:, :, exact.rows].double()
-    if exact.seen is not None:
-        found = torch.where(exact.seen[..., None], found, 0.0)
+    values, found = exact.values, exact.taken(output)
     apart, norm = (found - values).norm(dim=-1), values.norm(dim=-1)
-    share = exact.weights.sqrt()
-    error = _ratio((apart * share).norm().item(), (norm * share).norm().item()) if exact.compared else math.nan
+    wide, size = exact.weighted(found - values).norm().item(), exact.weighted(values).norm().item()
+    error = _ratio(wide, size) if exact.compared else math.nan
     by_row = torch.where(apart == 0, 0.0, apart / torch.where(norm > 0, norm, norm.mean())).flatten()
     # NaN counts as the largest error. An empty output has no worst row.
     place = int(by_row.nan_to_num(nan=math.inf).argmax()) if by_row.numel() else 0

@@ -45,15 +45,9 @@ class Comparison:
         if self.nothing:
             return None if call.dropout else math.nan
         wrong = ~torch.isfinite(whole).all(-1)
-        if bool(wrong.any()) and (exact.seen is None or not bool(torch.isfinite(_seen(whole, exact)).all())):
+        if bool(wrong.any()) and (exact.seen is None or not bool(torch.isfinite(exact.taken(whole)).all())):
             raise ValueError(f"returns NaN or infinity in {int(wrong.sum())} of {wrong.numel()} rows")
         return None if call.dropout else exact.error(whole)
-
-
-def _seen(whole: Tensor, exact: Reference) -> Tensor:
-    """The compared rows of an output, with zeros for rows that see no key."""
-    assert exact.seen is not None
-    return torch.where(exact.seen[..., None], whole[:, :, exact.rows], 0.0)
 
 
 def _not_finite(captured: Captured) -> str:

@@ -43,11 +43,13 @@ class Reference:
         without any other row."""
         if not self.compared:
             return math.nan
-        taken = output[:, :, self.rows].double()
-        if self.seen is not None:
-            taken = torch.where(self.seen[..., None], taken, 0.0)
-        size, difference = float(self.weighted(self.values).norm()), float(self.weighted(taken - self.values).norm())
-        return difference / (size or 1.0)
+        size = float(self.weighted(self.values).norm())
+        return float(self.weighted(self.taken(output) - self.values).norm()) / (size or 1.0)
+
+    def taken(self, output: Tensor) -> Tensor:
+        """The compared rows of an output (batch, heads, q_len, value_dim), float64, with zeros for rows that see no key."""
+        rows = output[:, :, self.rows].double()
+        return rows if self.seen is None else torch.where(self.seen[..., None], rows, 0.0)
 
     def weighted(self, values: Tensor) -> Tensor:
         """Values (batch, heads, rows, value_dim), so that a sum of their squares counts each row as often as it has weight."""
@@ -68,9 +70,7 @@ def reference(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, ma
     most, products = MOST.get(query.device.type, MOST["cpu"])
     count = min(q_len, max(FEWEST, min(most, products // max(1, batch * heads * kv_len))))
     rows, weights = _rows(q_len, count, query.device)
-    query, key, value = (
-        rank4(query, lead, heads), rank4(key, lead, kv_heads), rank4(value, lead, kv_heads),
-    )  # fmt: skip
+    query, key, value = rank4(query, lead, heads), rank4(key, lead, kv_heads), rank4(value, lead, kv_heads)
     mask = None if mask is None else mask_rank4(mask, lead, rank)
     parts = [_attended(call, query, key, value, mask, some) for some in rows.split(AT_ONCE)]
     values, seen = (torch.cat(each, 2) for each in zip(*parts, strict=True))

@@ -4,14 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import attend, compiled, doubled, qkv, relative
+from parity import attend, compiled, doubled, on_this_gpu, qkv, relative
 from stand_ins import compiler, machine_for
 
 import attnrewrite
 from attnrewrite import AttentionCall, Code, Mask, MaskKind
 from attnrewrite.planning import registry
 from attnrewrite.planning.reasons import decide
-from attnrewrite.planning.usable import usable
 
 HALF = 1.2e-2  # rounding to bfloat16
 (RECORD,) = registry.records_of("flash_4")
@@ -82,7 +81,7 @@ def test_masks(stand_ins, mask, lengths):
 
 
 def test_inductor_does_not_see_the_sort(stand_ins):
-    """Its Triton kernel for it takes minutes to compile at some lengths."""
+    """Its Triton kernel for it unrolls every step (kernels/block_lists.py)."""
     targets = []
 
     def inner(graph_module, example_inputs):
@@ -159,11 +158,7 @@ def test_a_ring_s_step_is_refused_under_a_mask():
 
 @pytest.fixture
 def gpu():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA GPU")
-    refused, _ = usable("flash_4", attnrewrite.machine_of(torch.device("cuda", 0)))
-    if refused is not None:
-        pytest.skip(f"flash_4: {refused}")
+    on_this_gpu("flash_4")
 
 
 def on_gpu(inner="eager"):

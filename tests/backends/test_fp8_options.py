@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
-from parity import attend, doubled, qkv, relative
+from parity import attend, doubled, on_this_gpu, qkv, relative
 from stand_ins import compiler
 
 import attnrewrite
-from attnrewrite.planning.usable import usable
 
 BOTH = "_flash_3_fp8[center=1,rotate=1]"
 
@@ -91,9 +90,7 @@ def test_a_scale_of_the_model(stand_ins):
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("data", [plain, channels, common_key])
 def test_fp8_options_on_a_gpu(data, inner):
-    refused, _ = usable(BOTH, attnrewrite.machine_of(torch.device("cuda", 0)))
-    if refused is not None:
-        pytest.skip(f"{BOTH}: {refused}")
+    on_this_gpu(BOTH)
     given = [each.cuda() for each in data(*tensors(q_len=2048, kv_len=4096))]
     exact = attend(*map(doubled, given))
     found = {}

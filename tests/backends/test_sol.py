@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from parity import attend, compiled, doubled, qkv, relative
+from parity import attend, compiled, doubled, on_this_gpu, qkv, relative
 from stand_ins import compiler
 
 import attnrewrite
 from attnrewrite import Code
 from attnrewrite.backends.comfy_kitchen import aligned, sink_blocks
-from attnrewrite.planning.usable import usable
 
 VARIANTS = (
     "sol",
@@ -59,19 +58,30 @@ def run(backend, tensors, **arguments):
     return site, output, relative(output, attend(*map(doubled, tensors), **arguments))
 
 
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
-@pytest.mark.parametrize("name", VARIANTS)
-def test_arguments_on_a_stand_in(stand_ins, name, inner):
-    """The stand-in attends everything exactly: scale, layout and padding are right."""
+def right_on_a_stand_in(name, inner, length):
+    """Asserts that scale, layout and padding are right, where a stand-in attends everything exactly. length: of the second."""
     for tensors, arguments in (
         (qkv(q_len=150, kv_len=150, dim=128, dtype=torch.bfloat16), {}),
-        (qkv(q_len=70, kv_len=70, dim=72, dtype=torch.float16), {"scale": 0.2}),
+        (qkv(q_len=length, kv_len=length, dim=72, dtype=torch.float16), {"scale": 0.2}),
     ):
         torch.compiler.reset()
         site, _, error = run(on_cpu(name, inner), tensors, **arguments)
         assert site.chosen == name, site.refusals
         assert error < 1.2e-2
         assert site.inexact.numerics == "sparse"
+
+
+def refused_on_cpu(name, code, tensors, **arguments):
+    site, _, error = run(on_cpu(name), tensors, **arguments)
+    ((refusing, refused),) = site.refusals
+    assert (site.chosen, refusing, refused.code) == (None, name, code)
+    assert error < 1.2e-2
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_arguments_on_a_stand_in(stand_ins, name, inner):
+    right_on_a_stand_in(name, inner, length=70)
 
 
 @pytest.mark.parametrize(
@@ -88,10 +98,7 @@ def test_arguments_on_a_stand_in(stand_ins, name, inner):
 )
 def test_calls_that_it_does_not_take(stand_ins, code, sizes, arguments):
     sizes = {"q_len": 70, "kv_len": 70, "dim": 128, "dtype": torch.bfloat16} | sizes
-    site, _, error = run(on_cpu("sol"), qkv(**sizes), **arguments)
-    ((name, refused),) = site.refusals
-    assert (site.chosen, name, refused.code) == (None, "sol", code)
-    assert error < 1.2e-2
+    refused_on_cpu("sol", code, qkv(**sizes), **arguments)
 
 
 @pytest.mark.parametrize(
@@ -155,10 +162,7 @@ def test_data_without_structure_and_padded_head_dims():
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", VARIANTS)
 def test_sol_on_a_gpu(name):
-    machine = attnrewrite.machine_of(torch.device("cuda", 0))
-    refused, record = usable(name, machine)
-    if refused is not None:
-        pytest.skip(f"{name}: {refused}")
+    record = on_this_gpu(name)
     for dtype, dim, length in ((torch.bfloat16, 128, 8192), (torch.float16, 64, 5000)):
         torch.compiler.reset()
         tensors = local(1, 4, length, dim, dtype, "cuda", 77 if "sinks=77" in name else 0, width=2000)
@@ -171,9 +175,7 @@ def test_sol_on_a_gpu(name):
 
 @pytest.mark.gpu
 def test_sol_under_capture_and_on_another_stream():
-    refused, record = usable("sol", attnrewrite.machine_of(torch.device("cuda", 0)))
-    if refused is not None:
-        pytest.skip(f"sol: {refused}")
+    record = on_this_gpu("sol")
     tensors = local(1, 4, 4096, device="cuda", width=2000)
     run_, _ = compiled(attend, attnrewrite.with_backend("sol", numerics="sparse", inner="eager"))
     with torch.no_grad():

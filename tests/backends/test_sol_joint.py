@@ -5,14 +5,13 @@ import sys
 
 import pytest
 import torch
-from parity import attend, compiled, doubled, relative
+from parity import attend, compiled, doubled, on_this_gpu, relative
 from test_sol import local, needs_library, on_cpu
 
 import attnrewrite
 from attnrewrite import AttentionCall, Code, Machine, Mask, MaskKind
 from attnrewrite.commands.bench.denoiser import Place
 from attnrewrite.commands.bench.denoisers import MODELS
-from attnrewrite.planning.usable import usable
 
 TEXT, REAL = 77, (30, 52)  # tokens of the text, and those of each prompt that are no padding
 LAST = "sinks: the last 77 tokens to exact blocks, all tokens attend them, and they all tokens"
@@ -240,9 +239,7 @@ def test_which_part_is_short(joined, said):
 @pytest.mark.parametrize("text_first", [True, False])
 def test_joint_sequences_on_a_gpu(text_first):
     """The kernel's own bias: padding that is proven, that is checked, and that hides other keys too."""
-    refused, record = usable("sol", attnrewrite.machine_of(torch.device("cuda", 0)))
-    if refused is not None:
-        pytest.skip(f"sol: {refused}")
+    record = on_this_gpu("sol")
     # Values in int8 share a scale: padding that is much louder than the rest would take their precision.
     *given, real = inputs(text_first, "cuda", louder=4.0, batch=2, length=6050, width=2000)
     mask = whole(real, given[0], text_first)

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from parity import attend, compiled, qkv
-from test_sol import local, on_cpu, run
+from parity import attend, compiled, on_this_gpu, qkv
+from test_sol import local, on_cpu, refused_on_cpu, right_on_a_stand_in, run
 
 import attnrewrite
 from attnrewrite import Code
-from attnrewrite.planning.usable import usable
 
 VARIANTS = ("sparge", "sparge[cdf=0.9,similarity=0.3]", "sparge_topk", "sparge_topk[ratio=0.2]")
 
@@ -15,16 +14,7 @@ VARIANTS = ("sparge", "sparge[cdf=0.9,similarity=0.3]", "sparge_topk", "sparge_t
 @pytest.mark.parametrize("inner", ["eager", "inductor"])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_arguments_on_a_stand_in(stand_ins, name, inner):
-    """Scale, layout and padding are right."""
-    for tensors, arguments in (
-        (qkv(q_len=150, kv_len=150, dim=128, dtype=torch.bfloat16), {}),
-        (qkv(q_len=128, kv_len=128, dim=72, dtype=torch.float16), {"scale": 0.2}),
-    ):
-        torch.compiler.reset()
-        site, _, error = run(on_cpu(name, inner), tensors, **arguments)
-        assert site.chosen == name, site.refusals
-        assert error < 1.2e-2
-        assert site.inexact.numerics == "sparse"
+    right_on_a_stand_in(name, inner, length=128)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -61,10 +51,7 @@ def test_options_reach_the_library(stand_ins, monkeypatch, name):
 )
 def test_calls_that_it_does_not_take(stand_ins, code, sizes, arguments):
     sizes = {"q_len": 130, "kv_len": 130, "dim": 128, "dtype": torch.bfloat16} | sizes
-    site, _, error = run(on_cpu("sparge"), qkv(**sizes), **arguments)
-    ((name, refused),) = site.refusals
-    assert (site.chosen, name, refused.code) == (None, "sparge", code)
-    assert error < 1.2e-2
+    refused_on_cpu("sparge", code, qkv(**sizes), **arguments)
 
 
 @pytest.mark.gpu
@@ -79,9 +66,7 @@ def test_calls_that_it_does_not_take(stand_ins, code, sizes, arguments):
 )
 def test_sparge_on_a_gpu(whole, sparse, dtype):
     """With all blocks it is right to its quantisation, with fewer it is not on data without structure."""
-    refused, record = usable(whole, attnrewrite.machine_of(torch.device("cuda", 0)))
-    if refused is not None:
-        pytest.skip(f"{whole}: {refused}")
+    record = on_this_gpu(whole)
     for length, dim, inner in ((4096, 128, "eager"), (4001, 64, "inductor"), (4032, 72, "eager")):
         tensors, errors = qkv(q_len=length, kv_len=length, dim=dim, dtype=dtype, device="cuda"), []
         for name in (whole, sparse):
@@ -98,9 +83,7 @@ def test_sparge_on_a_gpu(whole, sparse, dtype):
 def test_the_current_device_stays():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    refused, _ = usable("sparge", attnrewrite.machine_of(torch.device("cuda", 0)))
-    if refused is not None:
-        pytest.skip(f"sparge: {refused}")
+    on_this_gpu("sparge")
     function, _ = compiled(attend, attnrewrite.with_backend("sparge", numerics="sparse", inner="eager"))
     with torch.no_grad(), torch.cuda.device(0):
         function(*(tensor.to("cuda:1") for tensor in local(device="cuda")))
