@@ -242,9 +242,13 @@ class EveryKernel:
 
     def __call__(self, graph_module: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         compiled: dict[str, Any] = {}
+        context = torch._guards.TracingContext.get()
         for name, backend in self.backends.items():
+            # AOTAutograd notes in the context which saved tensors a backward may overwrite, and compiles the backward when it is
+            # first called. In a common context the notes of the last kernel would hold for all, and inputs be overwritten.
             try:
-                compiled[name] = backend(copy.deepcopy(graph_module), example_inputs)
+                with torch._guards.tracing(copy.copy(context)):
+                    compiled[name] = backend(copy.deepcopy(graph_module), example_inputs)
             except Exception as error:
                 compiled[name] = error
 

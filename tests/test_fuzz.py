@@ -60,6 +60,24 @@ def test_a_kernel_that_is_wrong_is_found(plug_in, capsys):
     assert not any(each.wrong for each in fuzz.together(calls, ["from_the_start"], fuzz.Setting())["from_the_start"])
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_no_backward_overwrites_the_inputs():
+    """Of two graphs compiled in one frame, only the second may overwrite the second tensor that it saves for its backward."""
+
+    def other(graph_module, example_inputs):
+        graph = torch.fx.symbolic_trace(lambda x, w: (torch.mm(x, x).sin() * w.detach(),))
+        return inductor(graph, example_inputs)
+
+    inductor = torch._dynamo.lookup_backend("inductor")
+    x, w = (torch.randn(30, 30, requires_grad=True) for _ in range(2))
+    before = w.detach().clone()
+    backend = fuzz.EveryKernel({"one": inductor, "other": other})
+    with torch._inductor.config.patch(force_disable_caches=True):
+        torch.compile(lambda x, w: x.detach() * w.cos(), backend=backend)(x, w).sum().backward()
+    assert torch.equal(w, before)
+    assert torch.allclose(w.grad, -x.detach() * before.sin())
+
+
 def test_equal_seeds_give_equal_calls():
     """Also what was written in another version: a seed in a report stands for a call."""
     texts = [fuzz.written_out(fuzz.drawn(number), "cpu") for number in ("1/0/0", "1/0/1", "1/0/0")]
