@@ -310,9 +310,21 @@ def test_a_sparse_run_says_which_inputs_errors_and_kernels_it_had(tmp_path, caps
     monkeypatch.setattr(Stopwatch, "sample", lambda self, call, calls: 1e-3)  # runs nothing: all kernels take as long
     out, picture = tmp_path / "b.json", tmp_path / "b.svg"
     arguments = ["--numerics", "sparse", "--variants", "torch.compile;tuned;tuned, sparse"]
-    quick("--models", "wan14b", "--candidates", "_native_math", *arguments, "--out", out, "--plot", picture)
+    quick(
+        "--models",
+        "wan14b",
+        "--candidates",
+        "_native_math",
+        "--loose",
+        "0.2",
+        *arguments,
+        "--out",
+        out,
+        "--plot",
+        picture,
+    )
     record = json.loads(out.read_text())["models"]["wan-14b"]
-    assert record["inputs"] == "structured"
+    assert record["inputs"] == "structured, random part 0.2"
     row, plan = record["variants"]["tuned, sparse"], Plan.from_dict(record["plan"])
     assert (plan.tuning.numerics, plan.tuning.max_error) == ("sparse", 0.02)
     errors = {site.name: each.error for site in plan.sites for each in site.measured if each.name == "native"}
@@ -324,7 +336,7 @@ def test_a_sparse_run_says_which_inputs_errors_and_kernels_it_had(tmp_path, caps
     assert "with an error of at most 0.02 at a site" in said
     text = picture.read_text()
     for word in (
-        "(structured)",
+        "(structured, random part 0.2)",
         "tuned, sparse",
         "(on the bars: milliseconds, error)",
         f"{row['ms']:.3g}, {row['error']:.0e}",
@@ -461,6 +473,8 @@ def refused(capsys, *arguments):
         (["--small", "--models", "wan15b"], "--models names 'wan15b', which is unknown; did you mean 'wan-14b'?"),
         (["--small", "--models", "--numerics", "exact"], "argument --numerics: invalid choice: 'exact'"),
         (["--small", "--models", "--max-error", "nan"], "--max-error is nan: give a number from 0 on"),
+        (["--small", "--models", "--loose", "-1"], "--loose is -1.0: give a number from 0 on, as 0.3"),
+        (["--small", "--models", "--loose", "0.1"], "--loose is 0.1, but only --numerics sparse gives"),
         (["--small", "--kernels", "--shapes", "Flux"], "--shapes names 'Flux', which is unknown"),
         (["--small", "--models", "--variants", "tuned;fast"], "--variants names 'fast', which is unknown"),
         (["--small", "--models", ","], "--models is ',': it names nothing"),

@@ -9,6 +9,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples/moving_digits"))
 import moving_digits
+import train
 
 
 def test_digits_move_in_straight_lines_and_bounce():
@@ -46,6 +47,42 @@ def test_weights_survive_eight_bits(tmp_path):
         ), name
     with pytest.raises(FileNotFoundError):
         moving_digits.load(tmp_path / "none.safetensors")
+
+
+def test_attention_that_starts_local():
+    """Each head attends few keys, the nearest; the second head more than the first; queries and keys still learn."""
+    torch.manual_seed(0)
+    model = moving_digits.build(layers=1)
+    train.start_local(model)
+    attention, grid = model.blocks[0].attn1, (6, 10, 12)
+    rotary = model.rope(torch.empty(1, 1, grid[0], 2 * grid[1], 2 * grid[2]))
+    seen = {}
+    processor = attention.processor
+
+    def watched(attn, hidden_states, *rest):
+        heads = [
+            norm(project(hidden_states)).unflatten(2, (2, 128))
+            for project, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
+        ]
+        turned = []
+        for x1, x2 in (each.unflatten(-1, (-1, 2)).unbind(-1) for each in heads):
+            cos, sin = rotary[0][..., ::2], rotary[1][..., 1::2]
+            turned.append(torch.stack([x1 * cos - x2 * sin, x1 * sin + x2 * cos], -1).flatten(-2))
+        query, key = turned
+        seen["weights"] = (torch.einsum("bqhd,bkhd->hqk", query, key) / 128**0.5).softmax(-1)
+        return processor(attn, hidden_states, *rest)
+
+    attention.processor = watched
+    with torch.no_grad():
+        model(torch.randn(1, 1, 6, 20, 24), torch.tensor([500.0]), moving_digits.prompts(torch.tensor([3])))
+    places = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), -1).flatten(0, 2)
+    apart = (places[:, None] - places).abs().amax(-1)
+    near = [(seen["weights"] * (apart <= reach)).sum(-1).mean(-1) for reach in (1, 2, 4)]
+    assert near[0][0] > 0.95 > near[0][1] > 0.7, near
+    assert near[2].min() > 0.99, near
+    learned = {name for name, each in attention.named_parameters() if each.requires_grad}
+    assert {"to_q.weight", "to_k.weight", "to_v.weight", "to_v.bias"} <= learned
+    assert not {"to_q.bias", "to_k.bias", "norm_q.weight", "norm_k.weight"} & learned
 
 
 def test_the_sampler_follows_the_flow():

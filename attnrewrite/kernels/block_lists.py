@@ -53,7 +53,7 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
 # The places of each row in the order of the numbers that stand there, the larger first, equal ones as they are. Inductor does
 # not look into it: its own sort is a Triton kernel that unrolls every step. flex with key padding was not ready within 60 s
 # where that sorts 128 columns ("16,384 tokens of 128, padded" in bench/results/kernels_by_shape_h200.json; torch 2.11), and was
-# where there are 56 and fewer, or 257. The sort is the likely reason; this op was not timed on a GPU.
+# where there are 56 and fewer, or 257; with this op it is ready there (kernels_by_mask_h200.json).
 ORDER = opaque(
     "block_order",
     "(Tensor wanted) -> Tensor",

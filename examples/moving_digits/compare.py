@@ -47,8 +47,14 @@ from attnrewrite.planning.usable import usable
 
 MAX_ERROR = 2e-2
 # Kernels for self attention; cross attention, of four tokens, stays with PyTorch.
-NAMED = ("_flash_3_fp8", "_flash_3_fp8[center=1,rotate=1]", "ck_int8", "sol", "sol[tau=2.0]", "sol_topk[ratio=0.1]")
-CANDIDATES = ("_native_cudnn", "_flash_3", *NAMED, "sol[tau=1.5]", "sol_topk")  # of the tuned plans
+NAMED = (
+    *("_flash_3_fp8", "_flash_3_fp8[center=1,rotate=1]", "ck_int8"),
+    *("sol", "sol[tau=2.0]", "sol[tau=2.5]", "sol_topk[ratio=0.1]"),
+)
+CANDIDATES = (
+    *("_native_cudnn", "_flash_3", *NAMED),
+    *("sol[tau=1.5]", "sol[tau=2.25]", "sol_topk", "sol_topk[ratio=0.05]"),
+)  # of the tuned plans
 SHOWN = range(0, moving_digits.SIZE[0], 4)  # frames of the picture
 
 

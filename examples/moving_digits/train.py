@@ -1,9 +1,11 @@
-"""Trains the video DiT on one GPU in a fixed time, and writes weights.safetensors and training.txt.
+"""Trains the video DiT on one GPU in a fixed time, and writes its weights, and beside them what was printed (.txt).
 
     python examples/moving_digits/train.py [--seconds 450]
+    python examples/moving_digits/train.py --start local --weights examples/moving_digits/weights_local.safetensors
 
 Most of the time goes to short videos of 16 x 32 x 32 (4,096 tokens), the last 45 % to those that are sampled, of 32 x 64 x 64
-(32,768 tokens): the rotary positions carry over. Without a GPU give --small, which only shows that everything runs.
+(32,768 tokens): the rotary positions carry over. With `--start local` attention is near each token from the start, and stays
+so; otherwise training has to find where to look. Without a GPU give --small, which only shows that everything runs.
 """
 
 import argparse
@@ -16,6 +18,10 @@ import moving_digits
 import torch
 
 RATE, EMA = 1e-3, 0.998
+ROPE = 1e4  # the base of diffusers' rotary embedding
+TURNS = ((0.1, 1.0), (0.05, 0.7))  # radians a token: from and to, of even heads and of odd ones
+LOOSE = 0.3  # the norm of the part from the hidden states, relative to the shared vector, before training
+PEAK = 45.0  # the score of a token with itself
 STAGES = ((0.55, (16, 32, 32), 16), (1.0, moving_digits.SIZE, 2))  # until which part of the time; size; batch
 SMALL = ((0.5, (4, 24, 24), 4), (1.0, (6, 24, 28), 2))
 
@@ -37,10 +43,42 @@ def loss_of(model, images, labels, size, generator=None):
     return torch.nn.functional.mse_loss(velocity.float(), noise - drawn)
 
 
+def start_local(model):
+    """Changes the self attention of an untrained model, in place: each token attends its neighbours in time, height and width.
+
+    Queries and keys become a vector that all tokens of a head share, plus a part from the hidden states. The rotary embedding
+    turns the vector by a token's position, so that a score falls with the distance. The vector lies in the channels that turn
+    by an angle within `TURNS` from token to token. It is not trained: the biases and the norms' weights stay as they are here.
+    """
+    with torch.no_grad():
+        for block in model.blocks:
+            attention = block.attn1
+            heads, dim = attention.heads, attention.inner_dim // attention.heads
+            sides = 2 * (dim // 6)  # channels of height, and of width
+            axes = [ROPE ** (-torch.arange(0, each, 2) / each) for each in (dim - 2 * sides, sides, sides)]
+            angles = torch.cat(axes)
+            vectors = []
+            for head in range(heads):
+                least, most = TURNS[head % len(TURNS)]
+                used = ((angles >= least) & (angles <= most)).float()
+                direction = 2 * math.pi * torch.rand(len(angles))
+                pairs = torch.stack([direction.cos(), direction.sin()], -1) * used[:, None]
+                vectors.append(pairs.flatten() * (dim / used.sum()).sqrt())
+            for projection, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k)):
+                projection.weight.mul_(LOOSE * 3**0.5)  # nn.Linear's own make a standard deviation of 3**-0.5
+                projection.bias.copy_(torch.cat(vectors))
+                norm.weight.fill_((PEAK / dim**0.5) ** 0.5)
+                projection.bias.requires_grad_(False)
+                norm.weight.requires_grad_(False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=450.0)
     parser.add_argument("--weights", type=Path, default=moving_digits.WEIGHTS)
+    parser.add_argument(
+        "--start", choices=("random", "local"), default="random", help="what attention is before training"
+    )
     parser.add_argument("--small", action="store_true")
     given = parser.parse_args()
     if not (given.small or torch.cuda.is_available()):
@@ -50,6 +88,8 @@ def main() -> None:
     images, labels = (each.to(device) for each in moving_digits.digits())
     kept = len(images) - moving_digits.HELD_OUT
     model = moving_digits.build(layers=1 if given.small else 4).to(device).train()
+    if given.start == "local":
+        start_local(model)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     if not given.small:
         model.compile_repeated_blocks(dynamic=False)
@@ -90,7 +130,7 @@ def main() -> None:
             losses = [loss_of(each, images[one : one + 1], labels[one : one + 1], size, generator) for one in chosen]
         lines.append(f"held-out digits, {name}: loss {torch.stack(losses).mean().item():.5f}")
         print(lines[-1], flush=True)
-    given.weights.with_name("training.txt").write_text("\n".join(lines) + "\n")
+    given.weights.with_suffix(".txt").write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from ...planning.selectors import usual_candidates
 from ...reports import pictures as plotting
 from ...reports.progress_line import ProgressLine
 from . import model_level, op_level, plots, results, variants
-from .denoiser import Denoiser, Place, imported
+from .denoiser import LOOSE, Denoiser, Place, imported
 from .denoisers import MODELS
 from .rounds import matmul_rate, words
 
@@ -73,6 +73,14 @@ def parser() -> argparse.ArgumentParser:
         metavar="E",
         help=f"for --models: the largest error at a site (default: {variants.SPARSE_ERROR:g} with --numerics sparse, otherwise "
         "the limits of attnrewrite.tune)",
+    )
+    made.add_argument(
+        "--loose",
+        type=float,
+        default=LOOSE,
+        metavar="L",
+        help="for --numerics sparse: the random part of such queries and keys, relative to the part that follows position "
+        f"(default: {LOOSE:g}); the smaller, the easier for a sparse kernel",
     )
     made.add_argument("--peers", metavar="A,B", help="kernels for diffusers' dispatcher (CUDA: " + PEERS["cuda"] + ")")
     made.add_argument(
@@ -144,6 +152,10 @@ def _checked(
         raise ValueError(f"--rounds is {given.rounds}: it must be at least 1")
     if given.max_error is not None and not 0 <= given.max_error < math.inf:
         raise ValueError(f"--max-error is {given.max_error}: give a number from 0 on, as 0.02")
+    if not 0 <= given.loose < math.inf:
+        raise ValueError(f"--loose is {given.loose}: give a number from 0 on, as {LOOSE:g}")
+    if given.loose != LOOSE and given.numerics != "sparse":
+        raise ValueError(f"--loose is {given.loose:g}, but only --numerics sparse gives queries and keys structure")
     if given.append and given.out is None:
         raise ValueError("--append needs --out FILE, the result to add to")
     kind = given.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -256,7 +268,9 @@ def _measure(
         for name in models:
             try:
                 line.say(f"{name}: making the model")
-                made = builders[name](Place(device, dtype, given.small, structured=given.numerics == "sparse"))
+                made = builders[name](
+                    Place(device, dtype, given.small, structured=given.numerics == "sparse", loose=given.loose)
+                )
                 found = model_level.measure(
                     made, compared, given.rounds, say, rate, functools.partial(_about, line, name)
                 )

@@ -13,6 +13,8 @@ from ...graphs.modules import set_implementation
 
 Number = TypeVar("Number")
 
+LOOSE = 0.3  # the norm of the random part of a query or key, relative to the part that all tokens share
+
 
 @dataclass(frozen=True)
 class Place:
@@ -22,6 +24,7 @@ class Place:
     dtype: torch.dtype
     small: bool = False  # True: the sizes of a test instead of the published sizes
     structured: bool = False  # True: queries and keys that follow position (structure.py), in models that can have them
+    loose: float = LOOSE  # of queries and keys that follow position
 
     def pick(self, published: Number, small: Number) -> Number:
         return small if self.small else published
@@ -59,7 +62,7 @@ class Denoiser:
     inputs: dict[str, Any]  # the keyword arguments of a step
     blocks: tuple[str, ...]  # classes compiled one by one (as `compile_repeated_blocks`); (): one graph
     about: str  # name and sizes, for tables
-    data: str = "random"  # or "structured": what queries and keys are made of (structure.py)
+    data: str = "random"  # or "structured ...": what queries and keys are made of (structure.py)
 
     def step(self) -> torch.Tensor:
         output: torch.Tensor = self.model(**self.inputs, return_dict=False)[0]

@@ -65,7 +65,7 @@ def measure(
     progress: gets what is measured now.
 
     The record has, among others,
-    "inputs": "structured" if queries and keys follow position (structure.py), otherwise "random"
+    "inputs": "structured ..." if queries and keys follow position (structure.py), otherwise "random"
     "variants": name -> {"ms", "ratio", "error", ...}; of attnrewrite's also "numerics", the class of its kernels, and, where
         a variant was tuned, "site_error" and "worst_site" (`worst_site`)
     "failed": name -> error, for variants that cannot run

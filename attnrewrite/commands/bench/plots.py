@@ -169,7 +169,8 @@ def _error(bar: str, row: dict[str, Any]) -> str:
 def _title_of(model: dict[str, Any]) -> str:
     """A model's name, and below it that its inputs were given structure."""
     name: str = model["about"].split(",")[0]
-    return f"{name}\n(structured)" if model.get("inputs") == "structured" else name
+    inputs = model.get("inputs", "random")
+    return name if inputs == "random" else f"{name}\n({inputs})"
 
 
 def _ceiling_line(axis: Any, ceiling: float | None) -> None:

@@ -4,12 +4,13 @@ Random weights make scores without structure: every key matters a little to ever
 trained model of videos the scores follow position, and neighbours are alike. Here too:
 
 * The latents are smooth: noise on a coarse grid, interpolated.
-* Queries and keys of self attention are a vector that all tokens share, plus a random part, `LOOSE` of it, from the hidden
-  states. The shared vector comes in by the bias of the projections, before the model's own normalisation and rotary embedding,
-  so that a score depends on how far apart two tokens are. It lies in those pairs of channels whose angle turns from frame to
-  frame and from row to row, and by at most one radian within a block of 64 tokens.
+* Queries and keys of self attention are a vector that all tokens share, plus a random part from the hidden states, whose norm
+  is `Place.loose` of the vector's. The shared vector comes in by the bias of the projections, before the model's own
+  normalisation and rotary embedding, so that a score depends on how far apart two tokens are. It lies in those pairs of
+  channels whose angle turns from frame to frame and from row to row, and by at most one radian within a block of 64 tokens.
 
-This is the structure that sparse kernels are made for: a favourable case, not a trained model.
+This is the structure that sparse kernels are made for, the more so the smaller the random part is: a favourable case, not a
+trained model.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import torch
 from .denoiser import Denoiser, Place
 
 BLOCK = 64  # tokens of a block of a sparse kernel
-LOOSE = 0.3  # the norm of the random part of a query or key, relative to the shared part
 PEAK = 14.0  # the score of a token with itself; scores of tokens far apart are about 0
 COARSE = (4, 16, 16)  # frames, rows and columns of latents from one independent value to the next
 # The standard deviation of what nn.Linear's own initial weights make of values with standard deviation 1.
@@ -85,10 +85,10 @@ def follow_position(at: Place, denoiser: Denoiser, rotary: Rotary) -> Denoiser:
             attention: Any = block.attn1 if hasattr(block, "attn1") else block.attn
             shared = _shared(pairs, attention.to_q.bias)
             for projection, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k)):
-                projection.weight.mul_(LOOSE / UNIFORM)
+                projection.weight.mul_(at.loose / UNIFORM)
                 projection.bias.copy_(shared)
                 norm.weight.fill_(math.sqrt(PEAK / math.sqrt(dim)))
-    denoiser.data = "structured"
+    denoiser.data = f"structured, random part {at.loose:g}"
     return denoiser
 
 
