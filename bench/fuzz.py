@@ -244,8 +244,8 @@ class EveryKernel:
         compiled: dict[str, Any] = {}
         context = torch._guards.TracingContext.get()
         for name, backend in self.backends.items():
-            # AOTAutograd notes in the context which saved tensors a backward may overwrite, and compiles the backward when it is
-            # first called. In a common context the notes of the last kernel would hold for all, and inputs be overwritten.
+            # AOTAutograd notes in the context which saved tensors a backward may overwrite, and compiles it when it is first
+            # called. In a common context the notes of the last kernel would hold for all, and inputs be overwritten.
             try:
                 with torch._guards.tracing(copy.copy(context)):
                     compiled[name] = backend(copy.deepcopy(graph_module), example_inputs)
