@@ -4,8 +4,9 @@
     python examples/moving_digits/train.py --start local --weights examples/moving_digits/weights_local.safetensors
 
 Most of the time goes to short videos of 16 x 32 x 32 (4,096 tokens), the last 45 % to those that are sampled, of 32 x 64 x 64
-(32,768 tokens): the rotary positions carry over. With `--start local` attention is near each token from the start, and stays
-so; otherwise training has to find where to look. Without a GPU give --small, which only shows that everything runs.
+(32,768 tokens): the rotary positions carry over. With `--start local` each token attends its neighbours before training,
+which may undo it in part; otherwise training has to find where to look. Without a GPU give --small, which only shows that
+everything runs.
 """
 
 import argparse
