@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
@@ -52,7 +53,7 @@ def flex(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call:
         options["BACKEND"] = "AUTO"
     scale = float(int(call.head_dim)) ** -0.5 if call.scale is None else call.scale
     if call.device == "cpu":
-        query, key, value = STORED(query), STORED(key), STORED(value)
+        query, key, value = STORED(_odd(query, call)), STORED(_odd(key, call)), STORED(value)
     elif not always(call.q_len >= DECODING):
         query = STORED(query)
     output: Tensor = torch.ops.higher_order.flex_attention(
@@ -60,6 +61,17 @@ def flex(query: Tensor, key: Tensor, value: Tensor, prepared: Prepared, *, call:
         prepared.score_tensors, prepared.mask_tensors,
     )[0]  # fmt: skip
     return STORED(output) if call.device == "cpu" else output
+
+
+def _odd(tensor: Tensor, call: AttentionCall) -> Tensor:
+    """Queries or keys, with one more channel of zeros where heads are narrow: it changes no score.
+
+    Inductor's C++ computes scores of 16 keys at a time. For heads narrower than 24, where fewer keys are left at the end, it
+    still writes 16 if head_dim and the keys that are left are multiples of its vectors (8 floats with AVX2): the output is
+    wrong in silence (2.13, PyTorch's own flex_attention too). With AVX-512 there is no such rest. An odd head_dim takes
+    another branch.
+    """
+    return F.pad(tensor, (0, 1)) if call.head_dim < 24 and call.head_dim % 4 == 0 else tensor
 
 
 def _stored() -> Any:

@@ -58,6 +58,21 @@ def test_every_form_is_right(outputs, form):
     assert relative(found[form], exact[form]) < 1e-5
 
 
+def test_narrow_heads():
+    """Inductor's C++ for vectors of 8 floats computes 16 keys at a time, and is wrong where 8 are left (`_odd`)."""
+    torch.manual_seed(0)
+    sizes = [(8, 8), (8, 136), (16, 40), (16, 41), (20, 12), (24, 40)]
+    given = [[torch.randn(2, 3, count, dim) for count in (5, keys, keys)] for dim, keys in sizes]
+    with torch.no_grad(), torch._inductor.config.patch({"cpp.simdlen": 256}):
+        run, backend = compiled(
+            lambda given: [F.scaled_dot_product_attention(*each) for each in given], "flex", "inductor"
+        )
+        outputs = run(given)
+    assert [site.chosen for site in backend.report.sites] == ["flex"] * len(sizes)
+    for size, each, output in zip(sizes, given, outputs, strict=True):
+        assert relative(output, F.scaled_dot_product_attention(*map(doubled, each))) < 1e-5, size
+
+
 @pytest.mark.parametrize(("keys", "chosen"), [(1, None), (2, "flex")])
 def test_one_key_under_a_mask_is_refused(keys, chosen):
     """Inductor's code for it does not compile."""
