@@ -71,7 +71,8 @@ def _odd(tensor: Tensor, call: AttentionCall) -> Tensor:
     wrong in silence (2.13, PyTorch's own flex_attention too). With AVX-512 there is no such rest. An odd head_dim takes
     another branch.
     """
-    return F.pad(tensor, (0, 1)) if call.head_dim < 24 and call.head_dim % 4 == 0 else tensor
+    narrow = holds(call.head_dim < 24) and holds(call.head_dim % 4 == 0)
+    return F.pad(tensor, (0, 1)) if narrow else tensor
 
 
 def _stored() -> Any:

@@ -414,9 +414,11 @@ def test_the_reference_is_sdpa(rank, mask):
     batch, lead = {2: (1, ()), 3: (3, (3,)), 4: (3, (3, 4)), 5: (6, (3, 2, 4))}[rank]
     heads = 4 if rank > 3 else 1
     query, key, value = (torch.randn(*lead, length, 8, dtype=torch.float64) for length in (7, 11, 11))
-    given = {None: None, "bool": torch.rand(*lead[:1], *(1,) * (rank - 3), 7, 11) > 0.4, "bias": torch.randn(7, 11)}[
-        mask
-    ]
+    given = {
+        None: None,
+        "bool": torch.rand(*lead[:1], *(1,) * (rank - 3), 7, 11) > 0.4,
+        "bias": torch.randn(7, 11).double(),
+    }[mask]
     if mask == "bool" and rank > 2:
         given[0, ..., 2, :] = False  # a row without any key
     call = AttentionCall("", batch, heads, heads, 7, 11, 8, 8, "float64")
