@@ -7,6 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from attnrewrite.entrances.choices import make_policy
+from attnrewrite.measuring.capturing import capture
+
 sys.path.insert(0, str(Path(__file__).parent.parent / "examples/moving_digits"))
 import moving_digits
 import train
@@ -54,27 +57,19 @@ def test_attention_that_starts_local():
     torch.manual_seed(0)
     model = moving_digits.build(layers=1)
     train.start_local(model)
-    attention, grid = model.blocks[0].attn1, (6, 10, 12)
-    rotary = model.rope(torch.empty(1, 1, grid[0], 2 * grid[1], 2 * grid[2]))
-    seen = {}
-    processor = attention.processor
+    attention, grid, seen = model.blocks[0].attn1, (6, 10, 12), {}
 
-    def watched(attn, hidden_states, *rest):
-        heads = [
-            norm(project(hidden_states)).unflatten(2, (2, 128))
-            for project, norm in ((attn.to_q, attn.norm_q), (attn.to_k, attn.norm_k))
-        ]
-        turned = []
-        for x1, x2 in (each.unflatten(-1, (-1, 2)).unbind(-1) for each in heads):
-            cos, sin = rotary[0][..., ::2], rotary[1][..., 1::2]
-            turned.append(torch.stack([x1 * cos - x2 * sin, x1 * sin + x2 * cos], -1).flatten(-2))
-        query, key = turned
-        seen["weights"] = (torch.einsum("bqhd,bkhd->hqk", query, key) / 128**0.5).softmax(-1)
-        return processor(attn, hidden_states, *rest)
+    def receive(captured):
+        if captured.call.role == "self":
+            query, key = captured.query[0], captured.key[0]
+            seen["weights"] = (query @ key.mT / 128**0.5).softmax(-1)
 
-    attention.processor = watched
+    inputs = {
+        "hidden_states": torch.randn(1, 1, 6, 20, 24), "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": moving_digits.prompts(torch.tensor([3])), "return_dict": False,
+    }  # fmt: skip
     with torch.no_grad():
-        model(torch.randn(1, 1, 6, 20, 24), torch.tensor([500.0]), moving_digits.prompts(torch.tensor([3])))
+        capture(model, (), inputs, receive, make_policy(["native"]))
     places = torch.stack(torch.meshgrid(*map(torch.arange, grid), indexing="ij"), -1).flatten(0, 2)
     apart = (places[:, None] - places).abs().amax(-1)
     near = [(seen["weights"] * (apart <= reach)).sum(-1).mean(-1) for reach in (1, 2, 4)]

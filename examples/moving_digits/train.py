@@ -18,6 +18,8 @@ from pathlib import Path
 import moving_digits
 import torch
 
+from attnrewrite.commands.bench.structure import Rotary, share
+
 RATE, EMA = 1e-3, 0.998
 ROPE = 1e4  # the base of diffusers' rotary embedding
 TURNS = ((0.1, 1.0), (0.05, 0.7))  # radians a token: from and to, of even heads and of odd ones
@@ -51,26 +53,15 @@ def start_local(model):
     turns the vector by a token's position, so that a score falls with the distance. The vector lies in the channels that turn
     by an angle within `TURNS` from token to token. It is not trained: the biases and the norms' weights stay as they are here.
     """
-    with torch.no_grad():
-        for block in model.blocks:
-            attention = block.attn1
-            heads, dim = attention.heads, attention.inner_dim // attention.heads
-            sides = 2 * (dim // 6)  # channels of height, and of width
-            axes = [ROPE ** (-torch.arange(0, each, 2) / each) for each in (dim - 2 * sides, sides, sides)]
-            angles = torch.cat(axes)
-            vectors = []
-            for head in range(heads):
-                least, most = TURNS[head % len(TURNS)]
-                used = ((angles >= least) & (angles <= most)).float()
-                direction = 2 * math.pi * torch.rand(len(angles))
-                pairs = torch.stack([direction.cos(), direction.sin()], -1) * used[:, None]
-                vectors.append(pairs.flatten() * (dim / used.sum()).sqrt())
-            for projection, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k)):
-                projection.weight.mul_(LOOSE * 3**0.5)  # nn.Linear's own make a standard deviation of 3**-0.5
-                projection.bias.copy_(torch.cat(vectors))
-                norm.weight.fill_((PEAK / dim**0.5) ** 0.5)
-                projection.bias.requires_grad_(False)
-                norm.weight.requires_grad_(False)
+    rope = model.rope
+    angles = torch.cat(Rotary(moving_digits.SIZE, (rope.t_dim, rope.h_dim, rope.w_dim), ROPE).angles())
+    for block in model.blocks:
+        attention = block.attn1
+        turns = [TURNS[head % len(TURNS)] for head in range(attention.heads)]
+        pairs = torch.stack([(angles >= least) & (angles <= most) for least, most in turns]).float()
+        share(attention, pairs, LOOSE, PEAK)
+        for fixed in (attention.to_q.bias, attention.to_k.bias, attention.norm_q.weight, attention.norm_k.weight):
+            fixed.requires_grad_(False)
 
 
 def main() -> None:
@@ -88,9 +79,10 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     images, labels = (each.to(device) for each in moving_digits.digits())
     kept = len(images) - moving_digits.HELD_OUT
-    model = moving_digits.build(layers=1 if given.small else 4).to(device).train()
+    model = moving_digits.build(layers=1 if given.small else 4).train()
     if given.start == "local":
         start_local(model)
+    model = model.to(device)
     average = copy.deepcopy(model).eval().requires_grad_(False)
     if not given.small:
         model.compile_repeated_blocks(dynamic=False)

@@ -38,6 +38,10 @@ class Rotary:
     dims: tuple[int, int, int]  # channels of a head for each axis
     theta: float
 
+    def angles(self) -> list[torch.Tensor]:
+        """The radians that each pair of channels turns from token to token, by axis: (dim / 2,), float32, on the CPU."""
+        return [self.theta ** (-torch.arange(0, dim, 2, device="cpu") / dim) for dim in self.dims]
+
     def followed(self) -> torch.Tensor:
         """1 for each pair of channels that the shared vector lies in, 0 for the others: (head_dim / 2,), float32, on the CPU.
 
@@ -46,8 +50,7 @@ class Rotary:
         columns = self.tokens[-1]
         within = (1.0, max(1.0, BLOCK / columns), float(min(BLOCK, columns)))  # the steps within a block, by axis
         found = []
-        for dim, steps, most in zip(self.dims, within, self.tokens, strict=True):
-            angles = self.theta ** (-torch.arange(0, dim, 2, device="cpu") / dim)
+        for angles, steps, most in zip(self.angles(), within, self.tokens, strict=True):
             found.append((angles * steps <= 1) & (angles * most >= 2))
         pairs = torch.cat(found).float()
         if not pairs.any():
@@ -77,25 +80,31 @@ def follow_position(at: Place, denoiser: Denoiser, rotary: Rotary) -> Denoiser:
     if not at.structured:
         return denoiser
     pairs = rotary.followed()
-    dim = 2 * len(pairs)
-    with torch.no_grad():
-        for block in denoiser.model.modules():
-            if type(block).__name__ not in denoiser.blocks:
-                continue
-            attention: Any = block.attn1 if hasattr(block, "attn1") else block.attn
-            shared = _shared(pairs, attention.to_q.bias)
-            for projection, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k)):
-                projection.weight.mul_(at.loose / UNIFORM)
-                projection.bias.copy_(shared)
-                norm.weight.fill_(math.sqrt(PEAK / math.sqrt(dim)))
+    for block in denoiser.model.modules():
+        if type(block).__name__ in denoiser.blocks:
+            share(block.attn1 if hasattr(block, "attn1") else block.attn, pairs, at.loose, PEAK)
     denoiser.data = f"structured, random part {at.loose:g}"
     return denoiser
 
 
+@torch.no_grad()
+def share(attention: Any, pairs: torch.Tensor, loose: float, peak: float) -> None:
+    """Gives the queries and keys of an untrained attention of diffusers a vector that all tokens share, in place.
+
+    pairs: 1 for each pair of channels that the vector lies in, 0 for the others: (head_dim / 2,), or (heads, head_dim / 2).
+    loose: the norm of the part from the hidden states, relative to the vector. peak: the score of a token with itself.
+    """
+    shared = _shared(pairs, attention.to_q.bias)
+    for projection, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k)):
+        projection.weight.mul_(loose / UNIFORM)
+        projection.bias.copy_(shared)
+        norm.weight.fill_(math.sqrt(peak / math.sqrt(2 * pairs.shape[-1])))
+
+
 def _shared(pairs: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """A vector for each head, in the given pairs of channels, of mean square 1 and with a direction of its own in each pair."""
-    heads = like.numel() // (2 * len(pairs))
-    direction = 2 * math.pi * torch.rand(heads, len(pairs), device=like.device)
-    size = (2 * len(pairs) / pairs.sum()).sqrt() * pairs
-    vector = torch.stack([direction.cos(), direction.sin()], dim=-1) * size.to(like.device)[:, None]
+    count = pairs.shape[-1]
+    direction = 2 * math.pi * torch.rand(like.numel() // (2 * count), count, device=like.device)
+    size = (2 * count / pairs.sum(-1, keepdim=True)).sqrt() * pairs
+    vector = torch.stack([direction.cos(), direction.sin()], dim=-1) * size.to(like.device)[..., None]
     return vector.flatten().to(like.dtype)
