@@ -4,6 +4,11 @@
 
 `--kinds ulysses ring gather` measures these kinds of `ContextParallel` in the place of "auto".
 
+    python bench/context_parallel.py --alone 2
+
+runs the first of two ranks on one device, without the other. Its exchanges return at once, with numbers of no meaning: a row has
+what a rank computes, and the ratio to one GPU is the most that two can reach, with this kernel and however fast the link is.
+
 Each step is timed with CUDA events behind a barrier; a row has the median, the error to the first row's step, what a rank
 exchanges by the plan, and the peak of a rank's memory. `--small` runs the sizes of a test over gloo on CPUs, to try the script.
 """
@@ -24,11 +29,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import attnrewrite
 from attnrewrite.commands.bench import results
 from attnrewrite.commands.bench.denoiser import Denoiser, Place
 from attnrewrite.commands.bench.denoisers import MODELS
+from attnrewrite.entrances import compilers
 
 ONE, PEER = "one GPU, torch.compile", "diffusers' Ulysses"
 NATIVE, AUTO = "attnrewrite, native", "attnrewrite, auto"
@@ -111,9 +118,15 @@ def timed(step: Callable[[], torch.Tensor], device: torch.device, rounds: int) -
 
 
 def measure(
-    name: str, place: Place, mesh: DeviceMesh, rounds: int, chosen: dict[str, Callable[[Denoiser], Any]]
+    name: str,
+    place: Place,
+    mesh: DeviceMesh,
+    rounds: int,
+    chosen: dict[str, Callable[[Denoiser], Any]],
+    alone: bool = False,
 ) -> dict[str, Any]:
-    """A row for each of the chosen variants; each has a model of its own with the same weights."""
+    """A row for each of the chosen variants; each has a model of its own with the same weights. alone: whether the other ranks
+    are not there."""
     rows: dict[str, Any] = {}
     reference: torch.Tensor | None = None
     for label, prepared in chosen.items():
@@ -125,7 +138,7 @@ def measure(
             step, backend = prepared(MODELS[name](place))
             milliseconds, output = timed(step, place.device, rounds)
             reference = output if reference is None else reference
-            error = ((output - reference).norm() / reference.norm()).item()
+            error = None if alone else ((output - reference).norm() / reference.norm()).item()
         except Exception as error:
             rows[label] = {"error": f"{type(error).__name__}: {error}"[:400]}
         else:
@@ -154,16 +167,22 @@ def main() -> None:
     parser.add_argument("--cuda-graphs", action="store_true", help="measure whole models in CUDA graphs too")
     parser.add_argument("--small", action="store_true", help="sizes of a test, over gloo on CPUs")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to FILE too")
+    parser.add_argument("--alone", type=int, metavar="N", help="the first of N ranks, without the others")
     options = parser.parse_args()
     if not options.small and not torch.cuda.is_available():
         raise SystemExit("bench/context_parallel.py needs CUDA GPUs: --small tries the script on CPUs")
     kind = "cpu" if options.small else "cuda"
-    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    mesh = init_device_mesh(kind, (int(os.environ["WORLD_SIZE"]),))
+    if options.alone:
+        compilers.agree = lambda *_: None  # there is nobody to agree with
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.alone)
+    mesh = init_device_mesh(kind, (options.alone or int(os.environ["WORLD_SIZE"]),))
     place = Place(device, torch.float32 if options.small else torch.bfloat16, options.small)
     result: dict[str, Any] = {**results.header(device, options.small), "ranks": mesh.size(), "rounds": options.rounds}
+    if options.alone:
+        result["alone"] = True
     result["models"] = {}
     chosen = variants(mesh, options.cuda_graphs, options.kinds)
     if options.only:
@@ -171,7 +190,7 @@ def main() -> None:
             raise SystemExit(f"--only has {sorted(unknown)}; the labels are {list(chosen)}")
         chosen = {label: each for label, each in chosen.items() if label == ONE or label in options.only}
     for name in options.models:
-        result["models"][name] = measure(name, place, mesh, options.rounds, chosen)
+        result["models"][name] = measure(name, place, mesh, options.rounds, chosen, bool(options.alone))
         if options.json and dist.get_rank() == 0:
             options.json.write_text(json.dumps(result, indent=1) + "\n")
     dist.destroy_process_group()

@@ -78,6 +78,10 @@ def test_attention_that_starts_local():
     learned = {name for name, each in attention.named_parameters() if each.requires_grad}
     assert {"to_q.weight", "to_k.weight", "to_v.weight", "to_v.bias"} <= learned
     assert not {"to_q.bias", "to_k.bias", "norm_q.weight", "norm_k.weight"} & learned
+    fast, slow = train.groups(model, local=True)
+    assert {id(each) for each in slow["params"]} == {id(attention.to_q.weight), id(attention.to_k.weight)}
+    assert slow["relative"] < fast["relative"] == 1
+    assert len(fast["params"]) + len(slow["params"]) == len(list(model.parameters()))
 
 
 def test_the_sampler_follows_the_flow():

@@ -111,11 +111,12 @@ def compile_with(
 ) -> Callable[..., Any]:
     """Calls the inner compiler as torch.compile would.
 
-    in_order: the operations of the graph keep their order. Inductor would reorder them for a lower peak of memory, and put each
-        wait behind its exchange: nothing would run while an exchange is under way (torch 2.9 to 2.15).
+    in_order: the operations of the graph keep their order. Inductor would put each in front of its first use, and reorder them
+        for a lower peak of memory, with each wait right behind its exchange: nothing would run while an exchange is under way
+        (torch 2.9 to 2.15).
     """
     if inner == "inductor":
-        options = {"reorder_for_peak_memory": False} if in_order else {}
+        options = {"reorder_for_locality": False, "reorder_for_peak_memory": False} if in_order else {}
         # The object that torch.compile(backend="inductor") makes: it applies mode and options for this one compilation.
         compiler = torch._TorchCompileInductorWrapper(
             kwargs.get("mode"), {**options, **(kwargs.get("options") or {})}, None

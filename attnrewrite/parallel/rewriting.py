@@ -20,6 +20,7 @@ from .attending import Attentions
 from .exchanges import all_used_for_parts, needs_gradient, part_of, summed, used_for_parts, whole
 from .following import is_member, is_size, member_of
 from .layouts import Placement, Ranks, Shard, same
+from .overlapping import overlap
 from .rows import ANY, VIEWS, Call
 from .steps import Attention, Step
 
@@ -57,6 +58,7 @@ class _Rewriter:
                 self.for_parts |= dict(zip(inputs, values, strict=True))
             for node in self.module.graph.nodes:
                 self._visit(node)
+        overlap(self.graph)
         return self.graph
 
     def _input(self, node: Node) -> None:

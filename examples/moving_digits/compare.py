@@ -53,7 +53,7 @@ NAMED = (
 )
 CANDIDATES = (
     *("_native_cudnn", "_flash_3", *NAMED),
-    *("sol[tau=1.5]", "sol[tau=2.25]", "sol_topk", "sol_topk[ratio=0.05]"),
+    *("sol[tau=1.5]", "sol[tau=2.25]", "sol[tau=3.0]", "sol_topk", "sol_topk[ratio=0.05]"),
 )  # of the tuned plans
 SHOWN = range(0, moving_digits.SIZE[0], 4)  # frames of the picture
 
