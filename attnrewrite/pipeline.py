@@ -1,10 +1,11 @@
-"""`rewrite_graph`: find, understand, plan, swap, tidy. Every traced graph gets its kernels here."""
+"""`rewrite_graph`: find, understand, plan, swap, tidy. Every traced graph gets its kernels here. `rewrite_shared`: the same for
+a graph that several devices share."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -14,13 +15,18 @@ from torch.fx import GraphModule
 from .graphs.modules import ModulePaths, compiled_paths
 from .graphs.nodes import OPAQUE_TARGETS, SDPA_TARGETS, graphs_below, module_of, site_name, value_of
 from .graphs.notes import is_ours
+from .graphs.tracing import as_itself
 from .kernels.logsumexp import WITH_LOGSUMEXP
 from .kernels.machines import Machine
+from .parallel.agreement import RanksDisagreeError, agree, choosing_with, give_up
+from .parallel.plans import Sharing
+from .parallel.settings import ContextParallel, DescribedRanks
+from .parallel.sharing import compared, share
 from .passes import OPENERS, TIDIERS, find_calls, swap_kernels, understand_masks
 from .passes.check_values import check_inputs, check_outputs
 from .passes.found import Planned, Swapped, Understood
 from .passes.fused_kernels import FUSED_TARGETS
-from .planning.planner import Libraries, make_plan
+from .planning.planner import AttentionRefusedError, Libraries, make_plan
 from .planning.plans import Plan
 from .planning.policies import Policy
 from .planning.sites import NearMiss
@@ -109,6 +115,36 @@ def rewrite_graph(
     used = machines[0] if machines else None
     seconds = time.perf_counter() - started
     return Outcome(plan.described(), used, left, seconds, tuple(swapped), tuple(near_misses))
+
+
+def rewrite_shared(
+    root: GraphModule, parallel: ContextParallel | DescribedRanks | None, rewrite: Callable[[], Outcome]
+) -> tuple[Sharing | None, Outcome]:
+    """Shares a graph in place, calls `rewrite` on what this rank has of it, and sees to it that all ranks have the same plan.
+
+    parallel: the ranks. None: this process runs the graph alone.
+
+    Raises `RanksDisagreeError`, on every rank, if one of them fails or has another plan; and what `rewrite` raises, after it
+    has told the others.
+    """
+    shared = None
+    ranks = parallel if isinstance(parallel, ContextParallel) else None
+    try:
+        if parallel is not None:
+            shared = share(root, parallel.ranks, parallel.kind)
+        with choosing_with(ranks):
+            outcome = rewrite()
+        if ranks is not None:
+            agree(ranks.ranks, ranks.members, compared(root, shared, outcome.plan), ranks.timeout)
+    except RanksDisagreeError as error:
+        raise as_itself(error) from None
+    except Exception as error:
+        if ranks is not None:
+            give_up(ranks.ranks, error)
+        if isinstance(error, AttentionRefusedError):
+            raise as_itself(error) from None
+        raise
+    return shared, outcome
 
 
 def _swap(

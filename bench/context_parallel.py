@@ -6,8 +6,8 @@
 
     python bench/context_parallel.py --alone 2
 
-runs the first of two ranks on one device, without the other. Its exchanges return at once, with numbers of no meaning: a row has
-what a rank computes, and the ratio to one GPU is the most that two can reach, with this kernel and however fast the link is.
+runs the first of two ranks on one device, without the other. Its exchanges return at once, with numbers of no meaning: a row
+has what a rank computes, and the ratio to one GPU is the most that two can reach, however fast their link is.
 
 Each step is timed with CUDA events behind a barrier; a row has the median, the error to the first row's step, what a rank
 exchanges by the plan, and the peak of a rank's memory. `--small` runs the sizes of a test over gloo on CPUs, to try the script.
@@ -32,10 +32,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import attnrewrite
+from attnrewrite import pipeline
 from attnrewrite.commands.bench import results
 from attnrewrite.commands.bench.denoiser import Denoiser, Place
 from attnrewrite.commands.bench.denoisers import MODELS
-from attnrewrite.entrances import compilers
 
 ONE, PEER = "one GPU, torch.compile", "diffusers' Ulysses"
 NATIVE, AUTO = "attnrewrite, native", "attnrewrite, auto"
@@ -176,7 +176,7 @@ def main() -> None:
     if kind == "cuda":
         torch.cuda.set_device(device)
     if options.alone:
-        compilers.agree = lambda *_: None  # there is nobody to agree with
+        pipeline.agree = lambda *_: None  # there is nobody to agree with
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.alone)
     mesh = init_device_mesh(kind, (options.alone or int(os.environ["WORLD_SIZE"]),))
     place = Place(device, torch.float32 if options.small else torch.bfloat16, options.small)

@@ -21,6 +21,8 @@ from ..measuring.accuracy import accuracy
 from ..measuring.capturing import Captured, capture
 from ..measuring.reference import reference
 from ..measuring.site_graphs import site_graph
+from ..parallel.agreement import of_all
+from ..parallel.settings import DescribedRanks
 from ..planning.policies import Candidate
 from ..planning.sites import Site
 from ..planning.this_machine import machine_of
@@ -57,7 +59,8 @@ def check(
     model: a module or a function. For an inference call `check` under `torch.no_grad()`, as you would call the model.
     args, kwargs: the inputs of the model.
     backend: the object from `with_backend`, or its choices: a name, a record, or several in order of preference. Its settings
-        apply, except `checks`: no value raises an error.
+        apply, except `checks`: no value raises an error. Under `context_parallel` every rank calls `check` alike: each compares
+        what it has of each attention, and its output with that of the unchanged model, which it runs whole.
     progress: tells on stderr which of the three runs goes on. False: no progress.
 
     Returns a `Fidelity`. The model runs three or four times from the same random state. Afterwards the random state and the
@@ -88,7 +91,10 @@ def _three_runs(
     model: Callable[..., Any], args: Any, kwargs: Any, compiler: AttentionCompiler, line: ProgressLine
 ) -> Fidelity:
     strict = compiler.policy_now().strict
-    lenient = AttentionCompiler(compiler.policy, compiler.inner, compiler.machine, prefix=compiler.prefix, lenient=True)
+    parallel = compiler.context_parallel
+    assert not isinstance(parallel, DescribedRanks)  # only `explain` makes such a compiler
+    here: dict[str, Any] = {"machine": compiler.machine, "lenient": True, "context_parallel": parallel}
+    lenient = AttentionCompiler(compiler.policy, compiler.inner, prefix=compiler.prefix, **here)
     policy = lenient.policy_now()
 
     target = uncompiled(model)
@@ -105,20 +111,24 @@ def _three_runs(
     line.say("2/3: each attention beside float64")
     with same_state(target):
         uncompiled_run = floating(
-            capture(model, args, kwargs, receive, policy, compiler.machine, aside=_needs_compiler)
+            capture(model, args, kwargs, receive, policy, compiler.machine, _needs_compiler, parallel)
         )
 
     line.say("3/3: the compiled model")
     with same_state(target), EagerCalls() as eager:
         output = Outputs.of(expected, floating(traced(model, args, kwargs, lenient)))
     lenient.report.eager_calls[:] = eager.found
-    if not any(site.wrong for site in sites):
-        output = replace(output, limit=FAR * _explained(expected, uncompiled_run, sites))
-        if output.wrong:
-            line.say("the compiled model with native")
-            unchanged = AttentionCompiler(make_policy(["native"]), compiler.inner, compiler.machine, lenient=True)
-            with same_state(target):
-                by_native = Outputs.of(expected, floating(traced(model, args, kwargs, unchanged)))
+    sites_are_right = not any(site.wrong for site in sites)
+    all_are = all(of_all(parallel, sites_are_right))
+    if sites_are_right:
+        # Where another rank has a wrong site, the uncompiled run is wrong too.
+        output = replace(output, limit=FAR * _explained(expected, uncompiled_run if all_are else expected, sites))
+    if any(of_all(parallel, output.wrong)):
+        line.say("the compiled model with native")
+        unchanged = AttentionCompiler(make_policy(["native"]), compiler.inner, **here)
+        with same_state(target):
+            by_native = Outputs.of(expected, floating(traced(model, args, kwargs, unchanged)))
+        if sites_are_right:
             output = replace(output, limit=max(output.limit, FAR * _number(by_native.relative_error)))
     if strict:
         hold_strictly(lenient.report)

@@ -23,14 +23,12 @@ from ..graphs.inner_compilers import (
     runs_as_it_stands,
 )
 from ..graphs.kernel_contexts import trace_kernel_contexts
-from ..graphs.tracing import as_itself, compilation
+from ..graphs.tracing import compilation
 from ..kernels.machines import Machine, known_machine
-from ..parallel.agreement import RanksDisagreeError, agree, give_up
 from ..parallel.products import products
 from ..parallel.settings import ContextParallel, DescribedRanks, read_context_parallel
-from ..parallel.sharing import compared, share
-from ..pipeline import Target, rewrite_graph
-from ..planning.planner import AttentionRefusedError, Libraries
+from ..pipeline import Outcome, Target, rewrite_graph, rewrite_shared
+from ..planning.planner import Libraries
 from ..planning.plans import Plan
 from ..planning.policies import Policy
 from ..planning.tables import folded
@@ -114,24 +112,14 @@ class AttentionCompiler:
         override = contexts.active()
         target = Target(self.machine, self.prefix, in_cuda_graph, runs_as_it_stands(self.inner))
         parallel = self.context_parallel
-        shared = None
-        try:
-            if parallel is not None:
-                shared = share(graph_module, parallel.ranks, parallel.kind)
+        counted = None
+
+        def rewrite() -> Outcome:
+            nonlocal counted
             counted = products(graph_module.graph) if isinstance(parallel, DescribedRanks) else None
-            outcome = rewrite_graph(graph_module, self.policy_now(), target, libraries)
-        except Exception as error:
-            if isinstance(parallel, ContextParallel):
-                give_up(parallel.ranks, error)
-            if isinstance(error, AttentionRefusedError):
-                raise as_itself(error) from None
-            raise
-        if isinstance(parallel, ContextParallel):
-            try:
-                plan = compared(graph_module, shared, outcome.plan)
-                agree(parallel.ranks, parallel.members, plan, parallel.timeout)
-            except RanksDisagreeError as error:
-                raise as_itself(error) from None
+            return rewrite_graph(graph_module, self.policy_now(), target, libraries)
+
+        shared, outcome = rewrite_shared(graph_module, parallel, rewrite)
         if shared is not None and isinstance(parallel, DescribedRanks):
             shared = shared.estimated(counted, outcome.machine, parallel.rates)
         if outcome.plan.sites:

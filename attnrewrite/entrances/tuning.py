@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..graphs.inner_compilers import Inner, known_inner
 from ..graphs.tracing import Call
@@ -17,13 +17,17 @@ from ..kernels.machines import Machine
 from ..measuring.alike import Alike, Errors
 from ..measuring.capturing import Captured, capture_calls
 from ..measuring.measure_site import measure_alike
+from ..measuring.of_all_ranks import choice, combined, described, measurements
 from ..measuring.search import Search
 from ..measuring.site_graphs import lies
+from ..parallel.agreement import of_all
+from ..parallel.settings import ContextParallel, read_context_parallel
 from ..planning.matching import like
 from ..planning.measurements import Tuning
 from ..planning.plans import Plan
 from ..planning.policies import Candidate
 from ..planning.selectors import candidate, usual_candidates
+from ..planning.sites import Site
 from ..planning.this_machine import machine_of
 from ..reports.progress_line import ProgressLine
 from ..version import __version__
@@ -31,6 +35,9 @@ from .choices import Choices, candidates_of, make_policy, numerics_of
 from .model_calls import read_calls
 from .model_parts import can_run
 from .output_errors import hold_output
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def tune(
@@ -44,6 +51,7 @@ def tune(
     time_limit: float = 60.0,
     inputs: Iterable[Call] | None = None,
     max_output_error: float | None = None,
+    context_parallel: ContextParallel | DeviceMesh | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Plan:
@@ -84,20 +92,24 @@ def tune(
     time_limit: seconds for each candidate at each site, compiling included. A candidate that takes longer, raises, or returns
         NaN, infinity or another shape is dropped, with the reason in the plan. One that hangs on the host is left running on
         its thread. A CUDA kernel that hangs cannot be ended: `RuntimeError` says so.
+    context_parallel: the ranks that will share the model, as in `with_backend`. Every rank calls `tune` alike, with the same
+        inputs, and measures what it has of each attention. All return the same plan, by the time of the slowest rank and the
+        worst error (but for the steps of a ring), for `with_backend(plan, context_parallel=...)`. None: no sharing.
     progress: tells on stderr what runs: on a terminal in one line, elsewhere in a line for each kernel at each site. False: no
         progress.
 
     Returns a `Plan`. Ctrl-C ends the run and returns the plan so far (`plan.tuning.complete` is False); before the first site
-    is measured it raises `KeyboardInterrupt`.
+    is measured, and under `context_parallel`, it raises `KeyboardInterrupt`.
 
-    Raises `TypeError` and `ValueError` for other arguments (a class, a pipeline, tensors on "meta" among them), `RuntimeError`
-    for a GPU that hangs, and the model's own errors.
+    Raises `TypeError` and `ValueError` for other arguments (a class, a pipeline, tensors on "meta", `max_output_error` together
+    with `context_parallel` among them), `RuntimeError` for a GPU that hangs, `RanksDisagreeError` if a rank fails, and the
+    model's own errors.
     """
+    parallel = read_parallel(context_parallel, max_output_error)
     search = read_search(model, candidates, numerics, max_error, min_gain, inner, time_limit, max_output_error)
     are_flags(progress=progress)
-    return search_model(
-        model, read_calls(model, args, kwargs, inputs, again=max_output_error is not None), search, progress=progress
-    )
+    calls = read_calls(model, args, kwargs, inputs, again=max_output_error is not None)
+    return search_model(model, calls, search, progress=progress, parallel=parallel)
 
 
 def search_model(
@@ -106,11 +118,13 @@ def search_model(
     search: Search,
     measure: Callable[..., Alike] = measure_alike,
     progress: bool = True,
+    parallel: ContextParallel | None = None,
 ) -> Plan:
     """`tune` with its arguments read.
 
     calls: the inputs of the model, at least one. With `max_output_error` they are read several times.
     measure: what measures the first of the attentions that are alike.
+    parallel: the ranks that share the model.
     """
     started = time.perf_counter()
     line = ProgressLine("attnrewrite.tune", progress)
@@ -154,9 +168,9 @@ def search_model(
 
     complete = True
     try:
-        capture_calls(model, counted(), receive, make_policy(["native"]))
+        capture_calls(model, counted(), receive, make_policy(["native"]), parallel=parallel)
     except KeyboardInterrupt:
-        if not sites:
+        if parallel is not None or not sites:
             raise
         complete = False
         line.end()
@@ -167,11 +181,26 @@ def search_model(
         (seen.alike, seen.alike.site(seen.call, [seen.errors.get(number) for number in range(begun)]))
         for seen in sites.values()
     ]
+    if parallel is not None:
+        found = _by_all(found, parallel, search)
     plan = Plan(tuple(site for _, site in found), _tuning(model, machines, search, complete, begun))
     if search.max_output_error is not None and complete:
         plan = hold_output(model, calls, plan, [alike for alike, _ in found], search, line)
     assert plan.tuning is not None
     return replace(plan, tuning=replace(plan.tuning, seconds=time.perf_counter() - started))
+
+
+def _by_all(found: list[tuple[Alike, Site]], parallel: ContextParallel, search: Search) -> list[tuple[Alike, Site]]:
+    """The sites as all ranks measured them. The steps of a ring stay: of those a rank may have fewer than another."""
+    shared = [described(site.measured) for _, site in found if not site.call.logsumexp]
+    of_each = zip(*of_all(parallel, shared), strict=True)
+    result = []
+    for alike, site in found:
+        if not site.call.logsumexp:
+            measured = combined([measurements(each) for each in next(of_each)])
+            site = alike.chosen(replace(site, measured=measured), choice(measured, search.min_gain))
+        result.append((alike, site))
+    return result
 
 
 @dataclass
@@ -215,6 +244,17 @@ def read_search(
         time_limit,
         max_output_error=max_output_error,
     )
+
+
+def read_parallel(context_parallel: Any, max_output_error: Any) -> ContextParallel | None:
+    """The argument `context_parallel`. Raises `ValueError` beside `max_output_error`, and as `with_backend`."""
+    parallel = read_context_parallel(context_parallel)
+    if parallel is not None and max_output_error is not None:
+        raise ValueError(
+            f"max_output_error is {max_output_error!r} and context_parallel is given: the output of a shared model is not "
+            "measured. Give max_error, which bounds each attention, or tune without context_parallel"
+        )
+    return parallel
 
 
 _UNITS = {

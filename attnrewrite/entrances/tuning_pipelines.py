@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import Module
 
 from ..graphs.inner_compilers import Inner
 from ..kernels.flags import are_flags
+from ..parallel.settings import ContextParallel
 from ..planning.measurements import OutputError, Tuning, worst
 from ..planning.plans import Plan
 from ..planning.sites import Site
 from .choices import Choices
 from .model_parts import _join, parts
 from .pipeline_calls import Calls, record
-from .tuning import read_search, search_model
+from .tuning import read_parallel, read_search, search_model
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def tune_pipeline(
@@ -32,6 +36,7 @@ def tune_pipeline(
     inner: Inner = "inductor",
     time_limit: float = 60.0,
     at: Sequence[float] = (0.0, 0.5, 1.0),
+    context_parallel: ContextParallel | DeviceMesh | None = None,
     progress: bool = True,
     **kwargs: Any,
 ) -> Plan:
@@ -49,6 +54,8 @@ def tune_pipeline(
     at: the steps at which errors are measured, from 0 (a denoiser's first step) to 1 (its last). With guidance a step has
         several calls; each counts. Of more than 16 steps the nearest of those that are kept are taken.
 
+    context_parallel: as in `tune`. Each rank runs the whole pipeline by itself first.
+
     The pipeline runs as it is, with what is set or compiled, and without gradients. Copies of its denoisers' inputs wait on the
     CPU.
 
@@ -65,6 +72,7 @@ def tune_pipeline(
     denoisers = parts(pipe)
     if not callable(pipe):
         raise TypeError(f"pipe is {type(pipe).__name__}, which cannot be called: give a pipeline")
+    parallel = read_parallel(context_parallel, max_output_error)
     first = next(iter(denoisers.values()))
     search = read_search(first, candidates, numerics, max_error, min_gain, inner, time_limit, max_output_error)
     are_flags(progress=progress)
@@ -79,7 +87,7 @@ def tune_pipeline(
         plans, inputs = {}, []
         for path, calls in recorded.items():
             chosen = Calls(calls, calls.at(places))
-            plans[path] = search_model(denoisers[path], chosen, search, progress=progress)
+            plans[path] = search_model(denoisers[path], chosen, search, progress=progress, parallel=parallel)
             inputs.append(chosen.steps)
     return _together(type(pipe).__name__, plans, inputs, steps)
 

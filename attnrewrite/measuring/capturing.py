@@ -29,9 +29,10 @@ from ..kernels.machines import Machine
 from ..kernels.ops import LIBRARY
 from ..kernels.shapes import lead_sizes
 from ..masks.building import built
+from ..parallel.settings import ContextParallel
 from ..passes.found import Operand, Operands, Planned
 from ..passes.masks import build_mask
-from ..pipeline import Target, rewrite_graph
+from ..pipeline import Target, rewrite_graph, rewrite_shared
 from ..planning.policies import Policy
 from ..planning.registry import records_of
 from ..planning.sites import Site
@@ -78,6 +79,7 @@ def capture(
     policy: Policy,
     machine: Machine | None = None,
     aside: Callable[[Site], bool] | None = None,
+    parallel: ContextParallel | None = None,
 ) -> Any:
     """Runs `model(*args, **kwargs)` once, calls `receive` at each attention, in the order in which they run, and returns the
     model's output.
@@ -86,13 +88,14 @@ def capture(
     machine: the machine to plan for. None: the one that the tensors are on.
     aside: returns True for a site whose kernel cannot run in this uncompiled graph. The site's call then runs unchanged
         (`native`), and the site is handed over with its own plan.
+    parallel: ranks that share the model, each of which calls this alike: `receive` gets what this rank has of each attention.
 
     A site without tensors of its own (torch.nn's fused layers) or inside a torch.func transform is not handed over. An
     exception of `receive` ends the run and is raised unchanged. For an inference call it under `torch.no_grad()`, as you
     would call the model.
     """
     results: list[Any] = []
-    capture_calls(model, [(args, kwargs)], receive, policy, machine, aside, results.append)
+    capture_calls(model, [(args, kwargs)], receive, policy, machine, aside, parallel, results.append)
     return results[0]
 
 
@@ -103,13 +106,14 @@ def capture_calls(
     policy: Policy,
     machine: Machine | None = None,
     aside: Callable[[Site], bool] | None = None,
+    parallel: ContextParallel | None = None,
     finish: Callable[[Any], object] = lambda output: None,
 ) -> None:
     """As `capture`, for calls one after another, each an (args, kwargs). finish: gets the model's output of each."""
     run = _Run(receive, aside)
 
     def backend(graph_module: GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        rewrite_graph(graph_module, policy, Target(machine), watch=run)
+        rewrite_shared(graph_module, parallel, lambda: rewrite_graph(graph_module, policy, Target(machine), watch=run))
         return graph_module.forward
 
     _RUNS[run.number] = run

@@ -21,6 +21,7 @@ from ..planning.this_machine import machine_of
 from . import cache
 from .example_tensors import example, numbers
 from .measure_site import measure_site
+from .of_all_ranks import chosen_together
 from .search import Search
 
 logger = logging.getLogger("attnrewrite")
@@ -49,7 +50,9 @@ class Tune:
             logger.info("measuring kernels for %s", call.described())
             site = self.measure(example(asked, torch.device(machine.torch_device)), machine, search)
             cache.save(site, machine, search)
-        return auto() if site is None else (*measured_candidates(site, "tune"), *auto())
+        if site is None:
+            return auto()
+        return (*measured_candidates(chosen_together(site, search.min_gain), "tune"), *auto())
 
     def compiled_by(self, inner: Inner) -> Tune:
         return replace(self, inner=inner)

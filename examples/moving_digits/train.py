@@ -6,8 +6,8 @@
 
 Most of the time goes to short videos of 16 x 32 x 32 (4,096 tokens), the last 45 % to those that are sampled, of 32 x 64 x 64
 (32,768 tokens): the rotary positions carry over. With `--start local` each token attends its neighbours before training,
-and queries and keys learn slowly; otherwise training has to find where to look. Without a GPU give --small, which only shows that
-everything runs.
+and queries and keys learn slowly; otherwise training has to find where to look. Without a GPU give --small, which only shows
+that everything runs.
 """
 
 import argparse
@@ -67,8 +67,8 @@ def start_local(model):
 
 
 def groups(model, local):
-    """The parameters by their learning rate. local: what makes queries and keys of the hidden states learns slowly. At the rate of
-    the rest it outgrows the shared vector, and attention looks far."""
+    """The parameters by their learning rate. local: what makes queries and keys of the hidden states learns slowly. At the rate
+    of the rest it outgrows the shared vector, and attention looks far."""
     slow = [each.weight for block in model.blocks for each in (block.attn1.to_q, block.attn1.to_k)] if local else []
     rest = [each for each in model.parameters() if not any(each is one for one in slow)]
     return [{"params": rest, "relative": 1.0}, {"params": slow, "relative": SLOW}]

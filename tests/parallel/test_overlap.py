@@ -11,15 +11,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import attnrewrite
-from attnrewrite import ContextParallel
-from attnrewrite.entrances import compilers
+from attnrewrite import ContextParallel, pipeline
 from attnrewrite.parallel import exchanges
 
 
 @pytest.fixture
 def mesh(monkeypatch):
     """Two ranks, of which one is there. Its exchanges return at once, with numbers of no meaning."""
-    monkeypatch.setattr(compilers, "agree", lambda *_: None)  # there is nobody to agree with
+    monkeypatch.setattr(pipeline, "agree", lambda *_: None)  # there is nobody to agree with
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield init_device_mesh("cpu", (2,))
     dist.destroy_process_group()

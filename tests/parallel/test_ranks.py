@@ -162,6 +162,42 @@ def test_ranks_that_do_not_all_need_a_gradient_disagree(found):
         assert ", with a gradient" in result["raised"]
 
 
+def test_all_ranks_choose_what_is_fastest_on_the_slowest(found):
+    sites = [[name, "native", 6 // len(found), 12] for name in "01"]
+    for rank, result in enumerate(case(found, "tuned")):
+        assert result["alone"] == ["native" if rank else "_native_math"] * 2
+        assert result["sites"] == sites
+        assert result["times"] == {"native": 5.0, "_native_math": 9.0}
+        assert result["used"] == [["native", "plan: 5 ms", None]] * 2
+        assert result["error"] < 1e-12
+    results = case(found, "tuned_by_its_name")
+    assert all(result == results[0] for result in results)
+    assert [[name, heads] for name, _, heads, _ in results[0]["sites"]] == [
+        ["0", 6 // len(found)],
+        ["1", 6 // len(found)],
+    ]
+    assert results[0]["refused"].startswith("max_output_error is 0.1 and context_parallel is given")
+
+
+def test_all_ranks_choose_alike_at_the_first_compilation(found):
+    """Although one of them has forgotten what it has measured."""
+    for rank, result in enumerate(case(found, "tuned_on_first_use")):
+        assert result["chosen"] == [["native"] * 2] * 2
+        assert result["measured"] == (1 if rank else 2)
+        assert result["error"] < 1e-12
+
+
+def test_each_rank_checks_what_it_has(found):
+    for rank, result in enumerate(case(found, "checked")):
+        right, wrong = result["right"], result["wrong"]
+        assert right["sites"] == [[name, 6 // len(found), ""] for name in "01"]
+        assert right["output"] < 1e-12
+        assert right["right"]
+        assert [bool(each) for _, _, each in wrong["sites"]] == [rank == 1] * 2
+        assert wrong["output"] > 1e-5
+        assert not wrong["right"]  # where no site is, the output is
+
+
 def test_ranks_that_disagree_raise_on_all_of_them(found):
     for result in case(found, "other_lengths"):
         assert "RanksDisagreeError" in result["raised"]

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 
+import measuring_cases
 import torch
 import torch.distributed as dist
 import training_cases
@@ -219,7 +220,8 @@ def one_does_not_come(mesh):
 
 CASES = (
     tokens, uneven, a_mask, gathered, ring, ring_with_a_mask, causal_ring, batch, dynamic, regional, entry_point, a_context,
-    other_lengths, other_kernels, one_fails, bad_meshes, inductor, *training_cases.CASES, one_does_not_come,
+    other_lengths, other_kernels, one_fails, bad_meshes, inductor, *measuring_cases.CASES, *training_cases.CASES,
+    one_does_not_come,
 )  # fmt: skip
 if os.environ.get("ATTNREWRITE_SLOW"):
     CASES = (ring_by_inductor, ring_of_groups, *CASES)
