@@ -13,6 +13,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import attnrewrite
 from attnrewrite import ContextParallel, pipeline
 from attnrewrite.parallel import exchanges
+from attnrewrite.parallel.overlapping import overlap
 
 
 @pytest.fixture
@@ -70,3 +71,38 @@ def code_of(parallel, mlp=False):
     with torch.no_grad():
         _, codes = run_and_get_code(compiled, torch.randn(1, 12, 16))
     return codes[0][codes[0].index("def call(") :]
+
+
+BARRIERS = {
+    "nothing": lambda graph, x: None,
+    "a write": lambda graph, x: graph.call_method("add_", (x, 1)),
+    "an operator that writes": lambda graph, x: graph.call_function(torch.ops.aten.mul_.Tensor, (x, 2)),
+    "random numbers": lambda graph, x: graph.call_function(torch.ops.aten.bernoulli.default, (x,)),
+    "autocast": lambda graph, x: graph.call_function(
+        torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, None)
+    ),
+    "autograd": lambda graph, x: graph.call_function(torch._C._set_grad_enabled, (False,)),
+    "an unknown function": lambda graph, x: graph.call_function(calls_in, ("",)),
+    "another exchange": lambda graph, x: graph.call_function(
+        torch.ops._c10d_functional.wait_tensor.default,
+        (graph.call_function(torch.ops._c10d_functional.all_reduce.default, (x, "sum", "0")),),
+    ),
+}
+
+
+@pytest.mark.parametrize("barrier", BARRIERS)
+def test_what_must_keep_its_place_is_not_passed(barrier):
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    first = graph.call_function(torch.ops.aten.sin.default, (x,))
+    BARRIERS[barrier](graph, x)
+    second = graph.call_function(torch.ops.aten.cos.default, (x,))
+    sent = graph.call_method("contiguous", (x,))
+    begun = graph.call_function(torch.ops._c10d_functional.all_reduce.default, (sent, "sum", "0"))
+    wait = graph.call_function(torch.ops._c10d_functional.wait_tensor.default, (begun,))
+    graph.output((first, second, wait))
+    overlap(graph)
+    graph.lint()
+    place = {node: number for number, node in enumerate(graph.nodes)}
+    assert place[sent] < place[begun] < place[second] < place[wait]
+    assert (place[first] > place[begun]) == (barrier == "nothing")
