@@ -135,12 +135,12 @@ def rewrite_shared(
         with choosing_with(ranks):
             outcome = rewrite()
         if ranks is not None:
-            agree(ranks.ranks, ranks.members, compared(root, shared, outcome.plan), ranks.timeout)
+            agree(ranks, compared(root, shared, outcome.plan))
     except RanksDisagreeError as error:
         raise as_itself(error) from None
     except Exception as error:
         if ranks is not None:
-            give_up(ranks.ranks, error)
+            give_up(ranks, error)
         if isinstance(error, AttentionRefusedError):
             raise as_itself(error) from None
         raise

@@ -17,10 +17,9 @@ from ..kernels.machines import Machine
 from ..measuring.alike import Alike, Errors
 from ..measuring.capturing import Captured, capture_calls
 from ..measuring.measure_site import measure_alike
-from ..measuring.of_all_ranks import choice, combined, described, measurements
+from ..measuring.of_all_ranks import choice, measured_by_all
 from ..measuring.search import Search
 from ..measuring.site_graphs import lies
-from ..parallel.agreement import of_all
 from ..parallel.settings import ContextParallel, read_context_parallel
 from ..planning.matching import like
 from ..planning.measurements import Tuning
@@ -192,12 +191,11 @@ def search_model(
 
 def _by_all(found: list[tuple[Alike, Site]], parallel: ContextParallel, search: Search) -> list[tuple[Alike, Site]]:
     """The sites as all ranks measured them. The steps of a ring stay: of those a rank may have fewer than another."""
-    shared = [described(site.measured) for _, site in found if not site.call.logsumexp]
-    of_each = zip(*of_all(parallel, shared), strict=True)
+    of_all = iter(measured_by_all(parallel, [site.measured for _, site in found if not site.call.logsumexp]))
     result = []
     for alike, site in found:
         if not site.call.logsumexp:
-            measured = combined([measurements(each) for each in next(of_each)])
+            measured = next(of_all)
             site = alike.chosen(replace(site, measured=measured), choice(measured, search.min_gain))
         result.append((alike, site))
     return result

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..parallel.agreement import of_all, those_that_choose
+from ..parallel.settings import ContextParallel
 from ..planning.measurements import Measurement, worst
 from ..planning.sites import Site
 from .choosing import choose
@@ -21,8 +22,14 @@ def chosen_together(site: Site, min_gain: float) -> Site:
     ranks = those_that_choose()
     if ranks is None or site.call.logsumexp:
         return site
-    measured = combined([measurements(each) for each in of_all(ranks, described(site.measured))])
+    (measured,) = measured_by_all(ranks, [site.measured])
     return replace(site, measured=measured, chosen=choice(measured, min_gain), backend=None, source=None)
+
+
+def measured_by_all(ranks: ContextParallel, sites: Sequence[Sequence[Measurement]]) -> list[tuple[Measurement, ...]]:
+    """`combined` for each of several sites, by one exchange. Every rank gives the same sites, in the same order."""
+    of_ranks = of_all(ranks, [described(measured) for measured in sites])
+    return [combined([measurements(each) for each in of_site]) for of_site in zip(*of_ranks, strict=True)]
 
 
 def described(measured: Sequence[Measurement]) -> list[dict[str, Any]]:
