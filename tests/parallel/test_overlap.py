@@ -1,5 +1,6 @@
 """Exchanges that are under way while Inductor's code computes what comes behind them."""
 
+import random
 import re
 
 import pytest
@@ -8,11 +9,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch._inductor.utils import run_and_get_code
 from torch.distributed.device_mesh import init_device_mesh
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import attnrewrite
 from attnrewrite import ContextParallel, pipeline
-from attnrewrite.parallel import exchanges
+from attnrewrite.parallel import exchanges, overlapping
 from attnrewrite.parallel.overlapping import overlap
 
 
@@ -39,6 +41,21 @@ def test_products_of_query_and_key_run_while_the_value_is_under_way(mesh, monkey
     assert calls[:10] == [PRODUCT, BEGIN] * 3 + [WAIT] * 3 + [ATTENTION]
 
 
+def test_a_rotation_that_writes_in_place_runs_while_the_value_is_under_way(mesh, monkeypatch):
+    """As diffusers' Wan rotates query and key."""
+    monkeypatch.setattr(exchanges, "LARGE", 0)
+    calls = calls_in(code_of(mesh, rotated))
+    assert calls[:3] == [PRODUCT, BEGIN, PRODUCT]
+    assert calls[calls.index(WAIT) :][:4] == [WAIT] * 3 + [ATTENTION]
+
+
+def rotated(tensor):
+    result = torch.empty_like(tensor)
+    result[..., 0::2] = -tensor[..., 1::2]
+    result[..., 1::2] = tensor[..., 0::2]
+    return result
+
+
 @pytest.mark.parametrize("large", [True, False])
 def test_an_mlp_beside_the_attention_runs_while_the_last_exchange_is_under_way(mesh, monkeypatch, large):
     if large:
@@ -53,9 +70,9 @@ def test_keys_are_under_way_while_a_ring_attends(mesh):
     assert calls[:4] == [BEGIN, ATTENTION, WAIT, ATTENTION]
 
 
-def code_of(parallel, mlp=False):
-    """What Inductor makes of a layer. mlp: with an MLP beside the attention, of which the model's code computes the first half
-    before the query."""
+def code_of(parallel, turned=None, mlp=False):
+    """What Inductor makes of a layer. turned: what is done to query and key besides. mlp: with an MLP beside the attention, of
+    which the model's code computes the first half before the query."""
     weights = [torch.randn(16, 16) for _ in range(3)]
     wide = torch.randn(48, 16)
 
@@ -63,6 +80,8 @@ def code_of(parallel, mlp=False):
         hidden = F.gelu(F.linear(tokens, wide)) if mlp else tokens
         query, key, value = (F.linear(tokens, weight).unflatten(-1, (2, 8)).transpose(1, 2) for weight in weights)
         query, key = (F.rms_norm(each, (8,)) for each in (query, key))
+        if turned:
+            query, key = turned(query), turned(key)
         attended = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         return torch.cat([attended, hidden], -1)
 
@@ -106,3 +125,62 @@ def test_what_must_keep_its_place_is_not_passed(barrier):
     place = {node: number for number, node in enumerate(graph.nodes)}
     assert place[sent] < place[begun] < place[second] < place[wait]
     assert (place[first] > place[begun]) == (barrier == "nothing")
+
+
+def mixed(seed):
+    """A graph of new tensors, views, writes in place and exchanges (here: `neg`) in random order, with fake values; it returns
+    all tensors."""
+    aten, draw = torch.ops.aten, random.Random(seed)
+    graph = torch.fx.Graph()
+    shown = [graph.placeholder(name) for name in ("x", "y")]
+    for _ in range(40):
+        one, other = draw.choice(shown), draw.choice(shown)
+        kind = draw.choice(("new", "view", "write", "write a row", "exchange"))
+        if kind == "new":
+            shown.append(graph.call_function(aten.add.Tensor, (one, other)))
+        elif kind == "view":
+            shown.append(graph.call_function(aten.t.default, (one,)))
+        elif kind == "write":
+            graph.call_function(aten.copy_.default, (one, graph.call_function(aten.clone.default, (other,))))
+        elif kind == "write a row":
+            row = graph.call_function(aten.select.int, (one, 0, 1))
+            graph.call_function(aten.mul_.Tensor, (row, draw.choice((-1, 2))))
+        else:
+            shown.append(graph.call_function(aten.neg.default, (one,)))
+    graph.output(tuple(shown))
+    module = torch.fx.GraphModule({}, graph)
+    FakeTensorProp(module).propagate(*inputs_of_mixed())
+    return module
+
+
+def inputs_of_mixed():
+    return torch.arange(9.0, dtype=torch.float64).view(3, 3), torch.ones(3, 3, dtype=torch.float64)
+
+
+def test_a_graph_that_writes_in_place_computes_the_same_behind_the_moves(monkeypatch):
+    monkeypatch.setattr(overlapping, "_begins", lambda node: node.target is torch.ops.aten.neg.default)
+    moved = 0
+    for seed in range(200):
+        module = mixed(seed)
+        before, expected = list(module.graph.nodes), module(*inputs_of_mixed())
+        overlap(module.graph)
+        module.recompile()
+        moved += list(module.graph.nodes) != before
+        for one, other in zip(module(*inputs_of_mixed()), expected, strict=True):
+            assert torch.equal(one, other), f"seed {seed}"
+    assert moved > 20
+
+
+def test_nothing_passes_a_write_into_an_input_which_may_be_another_inputs_memory(monkeypatch):
+    monkeypatch.setattr(overlapping, "_begins", lambda node: node.target is torch.ops.aten.neg.default)
+    aten, graph = torch.ops.aten, torch.fx.Graph()
+    x, y = graph.placeholder("x"), graph.placeholder("y")
+    read = graph.call_function(aten.sin.default, (y,))
+    graph.call_function(aten.mul_.Tensor, (x, 2))
+    graph.output((read, graph.call_function(aten.neg.default, (x,))))
+    module = torch.fx.GraphModule({}, graph)
+    FakeTensorProp(module).propagate(torch.ones(3), torch.ones(3))
+    overlap(graph)
+    module.recompile()
+    ones = torch.ones(3)
+    assert torch.equal(module(ones, ones.view(3))[0], torch.ones(3).sin())
