@@ -36,6 +36,7 @@ from attnrewrite import pipeline
 from attnrewrite.commands.bench import results
 from attnrewrite.commands.bench.denoiser import Denoiser, Place
 from attnrewrite.commands.bench.denoisers import MODELS
+from attnrewrite.commands.ranks import leave
 
 ONE, PEER = "one GPU, torch.compile", "diffusers' Ulysses"
 NATIVE, AUTO = "attnrewrite, native", "attnrewrite, auto"
@@ -193,7 +194,7 @@ def main() -> None:
         result["models"][name] = measure(name, place, mesh, options.rounds, chosen, bool(options.alone))
         if options.json and dist.get_rank() == 0:
             options.json.write_text(json.dumps(result, indent=1) + "\n")
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -44,21 +44,23 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def draw(runs: list[dict[str, Any]], title: str, path: Path) -> None:
-    """One group of bars a model: the ratio of each variant to one GPU's regional compilation. Runs of kinds are left out."""
-    groups = [(model, found) for model, found in rows(runs) if len(found.keys() & set(VARIANTS)) > 1]
+    """One group of bars a model: the ratio of each variant to one GPU's regional compilation, each of the last run that has it.
+    Variants of kinds are left out."""
+    groups: dict[str, dict[str, float]] = {}
+    for model, found in rows(runs):
+        ratios = {label: found[ONE]["ms"] / row["ms"] for label, row in found.items() if "ms" in row}
+        groups.setdefault(model, {}).update(ratios)
     made = figure(12, 5)
     axis = made.subplots()
     width = 0.85 / len(VARIANTS)
     for place, label in enumerate(VARIANTS):
         colour, hatch = COLOURS[place // 3 % len(COLOURS)], ("", "//", "xx")[place % 3]
         points = [
-            (number + place * width, found[ONE]["ms"] / found[label]["ms"])
-            for number, (_, found) in enumerate(groups)
-            if "ms" in found.get(label, {})
+            (number + place * width, ratios[label]) for number, ratios in enumerate(groups.values()) if label in ratios
         ]
         if points:
             axis.bar(*zip(*points, strict=True), width, color=colour, hatch=hatch, edgecolor="white", label=label)
-    axis.set_xticks([number + 0.4 for number in range(len(groups))], [model for model, _ in groups])
+    axis.set_xticks([number + 0.4 for number in range(len(groups))], list(groups))
     axis.set_ylabel("times as fast as one GPU with torch.compile")
     axis.axhline(2.0, color="#999999", linewidth=1)
     made.legend(loc="outside lower center", fontsize=8, ncols=4)

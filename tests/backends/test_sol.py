@@ -3,11 +3,13 @@ installed; on a stand-in otherwise; and on a GPU."""
 
 import importlib.util
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from parity import attend, compiled, doubled, on_this_gpu, qkv, relative
 from stand_ins import compiler
+from test_tune_pipeline import Pipe
 
 import attnrewrite
 from attnrewrite import Code
@@ -192,3 +194,46 @@ def test_sol_under_capture_and_on_another_stream():
             tensor.copy_(tensor.flip(2))
         graph.replay()
         assert relative(output, attend(*map(doubled, tensors))) < record.tolerance.error
+
+
+class Attention(torch.nn.Module):
+    def forward(self, query, key, value):
+        return attend(query, key, value)
+
+
+class Videos(Pipe):
+    """A pipeline of five steps. Queries and keys of the first and the last have no structure, the others that of a video."""
+
+    def __init__(self, length, device):
+        super().__init__(transformer=Attention())
+        self.plain = qkv(1, 8, q_len=length, kv_len=length, dim=128, dtype=torch.bfloat16, device=device)
+        self.structured = local(1, 8, length, device=device, width=2000)
+
+    def __call__(self):
+        self.scheduler = SimpleNamespace(timesteps=torch.arange(5), step_index=None)
+        outputs = []
+        for step in range(5):
+            outputs.append(self.transformer(*(self.plain if step in (0, 4) else self.structured)))
+            self.scheduler.step_index = step + 1
+        return outputs
+
+
+@pytest.mark.gpu
+def test_a_pipeline_is_sparse_at_the_steps_that_have_structure():
+    record, pipe = on_this_gpu("sol[tau=2.0]"), Videos(32768, "cuda")
+    plan = attnrewrite.tune_pipeline(
+        pipe, at=[0, 0.25, 0.5, 0.75, 1], candidates=[record], numerics="sparse", max_error=2e-2, progress=False
+    )
+    (site,) = plan.sites
+    sparse = next(each for each in site.measured if each.name == record.name)
+    print([f"{error:.1e}" for error in sparse.errors], {each.name: each.milliseconds for each in site.measured})
+    assert site.chosen == "native", "sol does not hold at two of five steps"
+    schedule = attnrewrite.schedule_of(plan, candidates=[record])
+    assert (schedule.first, schedule.last) == (1, 1)
+    with torch.no_grad():
+        wanted = pipe()
+        backend = attnrewrite.set_attention_backend(pipe, schedule, numerics="sparse")
+        errors = [relative(*each) for each in zip(pipe(), wanted, strict=True)]
+    used = {(bool(graph.context), site.chosen) for graph in backend.report.graphs for site in graph.plan.sites}
+    assert used == {(True, "native"), (False, record.name)}
+    assert max(errors[0], errors[4]) < min(errors[1:4]) <= max(errors[1:4]) < 2e-2, errors

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from attnrewrite.commands import ranks
 from attnrewrite.parallel import plans
 
 HERE = Path(__file__).parent
@@ -260,3 +262,58 @@ def test_a_script_on_one_process_is_told_how_to_start_more(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         run.main(["--backend", "native", "--context-parallel", "script.py"])
     assert "--context-parallel needs several processes: torchrun --nproc-per-node 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [None, "0"])
+def test_nccl_goes_first_unless_its_variable_says_otherwise(monkeypatch, given):
+    def joined(device, shape):
+        assert (device, shape) == ("cuda", (4,))
+        raise InterruptedError(os.environ["TORCH_NCCL_HIGH_PRIORITY"])
+
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("TORCH_NCCL_HIGH_PRIORITY", "")  # so that it is as before behind the test
+    monkeypatch.delenv("TORCH_NCCL_HIGH_PRIORITY")
+    if given:
+        monkeypatch.setenv("TORCH_NCCL_HIGH_PRIORITY", given)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.distributed.device_mesh, "init_device_mesh", joined)
+    with pytest.raises(InterruptedError, match=given or "1"):
+        ranks.joined_ranks()
+
+
+def test_compiled_code_goes_before_the_group_whose_exchanges_it_holds(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: done.append("compiled code"))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: done.append("group"))
+    ranks.leave()
+    assert done == ["compiled code", "group"]
+
+
+GRAPHS = """
+import torch
+layer = torch.nn.TransformerEncoderLayer(64, 4, 128, batch_first=True).cuda().eval().requires_grad_(False)
+run = torch.compile(layer, mode="reduce-overhead")
+for _ in range(4):
+    output = run(torch.ones(1, 64, 64, device="cuda")).clone()
+print("done", output.shape)
+"""
+
+
+@pytest.mark.gpu
+def test_a_script_with_cuda_graphs_ends(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    (tmp_path / "script.py").write_text(GRAPHS)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "attnrewrite", "run"]
+    options = ["--backend", "native", "--context-parallel", "--compile", "existing", str(tmp_path / "script.py")]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    ran = subprocess.run(
+        [sys.executable, *command, *options], capture_output=True, text=True, env=environment, timeout=200
+    )
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    assert ran.stdout.startswith("done")
+    assert "context parallelism over 2 ranks, " in ran.stderr
