@@ -10,7 +10,8 @@ runs the first of two ranks on one device, without the other. Its exchanges retu
 has what a rank computes, and the ratio to one GPU is the most that two can reach, however fast their link is.
 
 Each step is timed with CUDA events behind a barrier; a row has the median, the error to the first row's step, what a rank
-exchanges by the plan, and the peak of a rank's memory. `--small` runs the sizes of a test over gloo on CPUs, to try the script.
+exchanges by the plan, and the peak of a rank's memory. NCCL's kernels have priority, for the peer too, unless
+TORCH_NCCL_HIGH_PRIORITY=0 says otherwise. `--small` runs the sizes of a test over gloo on CPUs, to try the script.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from attnrewrite import pipeline
 from attnrewrite.commands.bench import results
 from attnrewrite.commands.bench.denoiser import Denoiser, Place
 from attnrewrite.commands.bench.denoisers import MODELS
-from attnrewrite.commands.ranks import leave
+from attnrewrite.commands.ranks import PRIORITY, leave
 
 ONE, PEER = "one GPU, torch.compile", "diffusers' Ulysses"
 NATIVE, AUTO = "attnrewrite, native", "attnrewrite, auto"
@@ -176,6 +177,7 @@ def main() -> None:
     device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0))) if kind == "cuda" else torch.device(kind)
     if kind == "cuda":
         torch.cuda.set_device(device)
+        os.environ.setdefault(PRIORITY, "1")
     if options.alone:
         pipeline.agree = lambda *_: None  # there is nobody to agree with
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=options.alone)

@@ -10,20 +10,22 @@ import torch
 
 from ..parallel.settings import ContextParallel
 
+PRIORITY = "TORCH_NCCL_HIGH_PRIORITY"  # read by PyTorch where it makes a group
+
 
 def joined_ranks() -> ContextParallel:
     """Joins the processes of torchrun: NCCL and a GPU for each where there are GPUs, gloo on CPUs. All of them draw the same
     random numbers from here on, since every rank must call a model with the same inputs.
 
-    Unless TORCH_NCCL_HIGH_PRIORITY says otherwise, NCCL's kernels go before those that wait beside them: an exchange that
-    begins behind a matrix product is under way with it, not after it.
+    Unless `PRIORITY` says otherwise, NCCL's kernels go before those that wait beside them: an exchange that begins behind a
+    matrix product is under way with it, not after it.
     """
     from torch.distributed.device_mesh import init_device_mesh
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-        os.environ.setdefault("TORCH_NCCL_HIGH_PRIORITY", "1")
+        os.environ.setdefault(PRIORITY, "1")
     mesh = init_device_mesh(device, (int(os.environ["WORLD_SIZE"]),))
     seeds = [torch.initial_seed()]
     torch.distributed.broadcast_object_list(seeds, src=0)
