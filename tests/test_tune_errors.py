@@ -120,7 +120,7 @@ def test_the_error_is_each_sites_own_and_the_time_is_shared(tokens):
     assert [site.chosen for site in plan.sites] == ["mean", "native", "mean", "native"]
     wanted = errors_of(model, mean, tokens)
     for site in plan.sites:
-        assert by_name(site)["mean"].error == pytest.approx(wanted[site.name][0], rel=1e-3, abs=1e-6), site.name
+        assert by_name(site)["mean"].error == pytest.approx(wanted[site.name][0], rel=1e-2, abs=1e-6), site.name
     assert by_name(plan.sites[1])["mean"].error > 0.1
     assert "above 1.0e-02, max_error" in by_name(plan.sites[1])["mean"].dropped
     assert len({by_name(site)["mean"].milliseconds for site in plan.sites}) == 1

@@ -178,6 +178,7 @@ def _site(captured: Captured, inner: Inner, before: list[SiteFidelity]) -> SiteF
     output = captured.output
     if _needs_compiler(site):
         output = _by_itself(captured, inner)
+    assert output is not None  # it ran
     exact = reference(call, *tensors, captured.mask)
     lead = tuple(output.shape[:-3]) if output.dim() > 3 else tuple(output.shape[:-2])
     limit, why = limit_of(site)

@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 
 from ..graphs.guards import guard_compilation
 from ..graphs.tracing import break_graph
-from ..planning.policies import Policy
+from ..planning.policies import Chosen, Policy
 from .choices import SETTINGS, Choice, CompileSettings, Rules, checks_of_environment, make_policy
 
 if TYPE_CHECKING:
@@ -175,10 +175,19 @@ def attention_backend(
     return _context(choices, rules, **settings)
 
 
+def with_rules(context: AttentionContext, rules: tuple[tuple[str, tuple[Chosen, ...]], ...]) -> AttentionContext:
+    """The context with these rules too, of which the context's own come first."""
+    policy = context.override.policy
+    return _of(replace(context.override, policy=replace(policy, rules=(*policy.rules, *rules))))
+
+
 def _context(choices: Any, rules: Any = None, **settings: Unpack[CompileSettings]) -> AttentionContext:
     if "checks" in settings and settings["checks"] is None:
         settings["checks"] = checks_of_environment()
-    override = Override(make_policy(choices, rules, **settings), frozenset(settings))
+    return _of(Override(make_policy(choices, rules, **settings), frozenset(settings)))
+
+
+def _of(override: Override) -> AttentionContext:
     known = _ONE.get(override)
     one = known() if known is not None else None
     if one is None:

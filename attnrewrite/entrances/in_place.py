@@ -10,7 +10,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from ..kernels.flags import are_flags
 from ..parallel.settings import ContextParallel
 from .choices import Choice, CompileSettings, Rules
 from .compilers import AttentionCompiler, with_backend
+from .contexts import with_rules
 from .model_parts import _components, _join, _known, parts
 from .schedules import Progress, Schedule
 from .strictness import without_modules
@@ -119,6 +120,8 @@ def set_attention_backend(
     else:
         chosen: Any = choices if plan is None else plan.middle
         compiler = with_backend(*chosen, rules=rules, inner=inner, context_parallel=context_parallel, **settings)
+        if plan is not None and rules is not None:
+            plan = replace(plan, edge=with_rules(plan.edge, compiler.policy.rules))
     roots = parts(model, components)
     _refuse_inside(roots.values())
     progress = Progress(plan, None if isinstance(model, Module) else model) if plan is not None else None

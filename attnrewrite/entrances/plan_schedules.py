@@ -39,14 +39,18 @@ def schedule_of(
 
     The middle goes from one measured step to another, and takes those two between which the times of the plan promise the
     shortest run. Between two measured steps nothing is known: more steps (`at` of `tune_pipeline`) make a longer middle. Where
-    nothing is gained every step is of the middle, which is then the plan itself.
+    nothing is gained every step is of the middle, which is then the plan itself. In a run with another number of steps the
+    middle is the same part of it.
 
     Raises `TypeError` for what is no plan, `ValueError` for a plan that was not measured at several steps, for steps that do
     not fit the plan, for a plan with `max_output_error`, which was tried without the kernels that would be added here;
     also for a kernel whose record is not known here.
     """
     tuning, places, total = _read(plan, at, steps)
-    records = {each.name: each.records[0] for each in candidates_of(candidates, "candidates")} if candidates else {}
+    given = candidates_of(candidates, "candidates") if candidates else ()
+    records = {each.name: each.on(tuning.machines[0]) for each in given}
+    sites = tuple(replace(site, backend=site.backend or records.get(site.chosen or "")) for site in plan.sites)
+    plan = replace(plan, sites=sites)  # a plan from a file has no records
     order = sorted(set(places))
     everywhere = _milliseconds(plan.sites)
     best = (total * everywhere, 0, total - 1, plan)
@@ -61,7 +65,7 @@ def schedule_of(
             if took < best[0]:
                 best = (took, first, last, replace(plan, sites=sites))
     _, first, last, middle = best
-    return Schedule(attention_backend(plan), several(middle), first, total - 1 - last, steps, calls)
+    return Schedule(attention_backend(plan), several(middle), first, total - 1 - last, steps, calls, total)
 
 
 def _read(plan: Any, at: Any, steps: Any) -> tuple[Tuning, list[int], int]:

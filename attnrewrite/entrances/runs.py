@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..graphs.tracing import AttributesOf
+from ..graphs.tracing import AttributesOf, Call
 from ..graphs.trees import leaves
+
+# A tensor, its contents before a call and behind it.
+Written = tuple[Tensor, Tensor, Tensor]
 
 
 @contextmanager
@@ -21,7 +24,65 @@ def same_state(model: Any) -> Iterator[None]:
         yield
 
 
+class SameContents:
+    """The calls of a model, for several passes. Each pass begins with the contents that inputs and buffers had in the first,
+    also where the model writes into them, and ends with those that the first pass has left.
+
+    calls: as often as they are read the same ones, or with tensors of their own.
+    """
+
+    def __init__(self, model: Any, calls: Iterable[Call]) -> None:
+        self._calls = calls
+        self._buffers = list(model.buffers()) if isinstance(model, torch.nn.Module) else []
+        self._of_model: list[Written] | None = None  # None: before the first pass
+        self._of_calls: list[list[Written]] = []
+
+    def __iter__(self) -> Iterator[Call]:
+        return self._first() if self._of_model is None else self._again(self._of_model)
+
+    def _first(self) -> Iterator[Call]:
+        before = [each.clone() for each in self._buffers]
+        for args, kwargs in self._calls:
+            tensors = [each for each in leaves((args, kwargs)) if isinstance(each, Tensor)]
+            contents = [each.detach().clone() for each in tensors]
+            yield args, kwargs
+            self._of_calls.append(_written(tensors, contents))
+            del args, kwargs, tensors, contents
+        self._of_model = _written(self._buffers, before)
+
+    def _again(self, of_model: list[Written]) -> Iterator[Call]:
+        _put(of_model, 1)
+        try:
+            for call, written in zip(self._calls, self._of_calls, strict=True):
+                _put(written, 1)
+                try:
+                    yield call
+                finally:
+                    _put(written, 2)
+        finally:
+            _put(of_model, 2)
+
+
+def _written(tensors: Sequence[Tensor], before: Sequence[Tensor]) -> list[Written]:
+    """Those that have other contents than before."""
+    pairs = zip(tensors, before, strict=True)
+    return [(now, was, now.detach().clone()) for now, was in pairs if not _equal(now, was)]
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """NaN equals NaN."""
+    return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _put(written: Sequence[Written], contents: int) -> None:
+    with torch.no_grad():
+        for each in written:
+            each[0].copy_(each[contents])
+
+
 def floating(output: Any) -> list[Tensor]:
-    """The floating tensors in the output of a model."""
+    """The floating tensors in the output of a model; complex ones as pairs of numbers."""
     given = output if not hasattr(output, "to_tuple") else output.to_tuple()
-    return [each.detach() for each in leaves(given) if isinstance(each, Tensor) and each.is_floating_point()]
+    found = [each.detach() for each in leaves(given) if isinstance(each, Tensor)]
+    found = [torch.view_as_real(each.resolve_conj()) if each.is_complex() else each for each in found]
+    return [each for each in found if each.is_floating_point()]

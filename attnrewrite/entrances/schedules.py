@@ -22,6 +22,8 @@ class Schedule:
     first, last: the number of first and of last steps.
     steps: the number of all steps; None: the pipeline's.
     calls: calls of the denoiser in a step; None: see `schedule`.
+    of: the number of all steps of which `first` and `last` were measured: in a run of another number they are as large a part
+        of it. None: they are numbers, whatever the run.
     """
 
     edge: AttentionContext
@@ -30,12 +32,19 @@ class Schedule:
     last: int
     steps: int | None = None
     calls: int | None = None
+    of: int | None = None
 
-    def at(self, step: int, steps: int) -> contextlib.AbstractContextManager[Any]:
+    def at(self, step: int, steps: int | None) -> contextlib.AbstractContextManager[Any]:
         """Returns the context of one step, for a loop of your own around a model that is compiled with the middle's choices:
-        `with plan.at(i, 30): model(...)`. step: 0 to steps - 1."""
-        edge = step < self.first or step >= steps - self.last
-        return self.edge if edge else contextlib.nullcontext()
+        `with plan.at(i, 30): model(...)`. step: 0 to steps - 1. steps: None where nobody knows: then no step is the last."""
+        if steps is None:
+            middle = step >= self.first
+        else:
+            of = steps if self.of is None else self.of
+            longer = (steps - 1) / max(of - 1, 1)  # of 1 step nothing is known of others
+            # A step that the rounding of a product moves would be another one.
+            middle = self.first * longer - 1e-6 <= step <= (of - 1 - self.last) * longer + 1e-6
+        return contextlib.nullcontext() if middle else self.edge
 
 
 def schedule(
@@ -124,4 +133,4 @@ class Progress:
         step, steps = self._steps.next()
         if active() is not None:  # a context of the user applies to all steps
             return contextlib.nullcontext()
-        return self.schedule.at(step, steps if steps is not None else step + 1 + self.schedule.last)
+        return self.schedule.at(step, steps)

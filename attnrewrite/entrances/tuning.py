@@ -34,6 +34,7 @@ from .choices import Choices, candidates_of, make_policy, numerics_of
 from .model_calls import read_calls
 from .model_parts import can_run
 from .output_errors import hold_output
+from .runs import SameContents
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -98,7 +99,7 @@ def tune(
         progress.
 
     Returns a `Plan`. Ctrl-C ends the run and returns the plan so far (`plan.tuning.complete` is False); before the first site
-    is measured, and under `context_parallel`, it raises `KeyboardInterrupt`.
+    is measured, with `max_output_error`, and under `context_parallel`, it raises `KeyboardInterrupt`.
 
     Raises `TypeError` and `ValueError` for other arguments (a class, a pipeline, tensors on "meta", `max_output_error` together
     with `context_parallel` among them), `RuntimeError` for a GPU that hangs, `RanksDisagreeError` if a rank fails, and the
@@ -126,6 +127,8 @@ def search_model(
     parallel: the ranks that share the model.
     """
     started = time.perf_counter()
+    if search.max_output_error is not None:
+        calls = SameContents(model, calls)
     line = ProgressLine("attnrewrite.tune", progress)
     line.say("running the model to its first attention")
     known: dict[tuple[Any, ...], Alike] = {}  # by the call and how its tensors lie in memory
@@ -169,7 +172,7 @@ def search_model(
     try:
         capture_calls(model, counted(), receive, make_policy(["native"]), parallel=parallel)
     except KeyboardInterrupt:
-        if parallel is not None or not sites:
+        if parallel is not None or search.max_output_error is not None or not sites:
             raise
         complete = False
         line.end()
@@ -183,7 +186,7 @@ def search_model(
     if parallel is not None:
         found = _by_all(found, parallel, search)
     plan = Plan(tuple(site for _, site in found), _tuning(model, machines, search, complete, begun))
-    if search.max_output_error is not None and complete:
+    if search.max_output_error is not None:
         plan = hold_output(model, calls, plan, [alike for alike, _ in found], search, line)
     assert plan.tuning is not None
     return replace(plan, tuning=replace(plan.tuning, seconds=time.perf_counter() - started))

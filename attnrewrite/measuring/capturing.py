@@ -53,7 +53,7 @@ class Captured:
         None where nothing is proven.
     rows: for padding of queries and keys: False where a row of the output becomes zero. None for other masks.
     grouped: several query heads share a key head.
-    output: the site's output, SDPA's form (..., heads, q_len, value_dim).
+    output: the site's output, SDPA's form (..., heads, q_len, value_dim); None for an attention that did not run.
     """
 
     call: AttentionCall
@@ -65,7 +65,7 @@ class Captured:
     keep: Tensor | None
     rows: Tensor | None
     grouped: bool
-    output: Tensor
+    output: Tensor | None
 
 
 Receive = Callable[[Captured], None]

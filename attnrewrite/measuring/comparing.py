@@ -17,7 +17,8 @@ WRONG = 10.0  # above this multiple of native's error: more than rounding
 
 
 class Comparison:
-    """Compares the outputs of kernels at one captured attention. The reference is computed once, at the first output."""
+    """Compares the outputs of kernels at one captured attention: some rows with float64, which is computed once, at the first
+    output, and all rows with the output of the captured attention itself, which tells what stands between these rows."""
 
     def __init__(self, captured: Captured) -> None:
         self.captured = captured
@@ -34,20 +35,42 @@ class Comparison:
         wanted = (batch, q_len, heads * value_dim) if captured.query.dim() == 4 else None
         if wanted is not None and tuple(output.shape) != wanted:
             raise ValueError(f"returns {tuple(output.shape)} where SDPA gives {wanted}")
-        if captured.query.dim() == 4:
-            whole = output.unflatten(2, (heads, value_dim)).transpose(1, 2)
-        else:
-            whole = rank4(output, tuple(output.shape[: -3 if output.dim() > 3 else -2]), heads)
+        whole = output.unflatten(2, (heads, value_dim)).transpose(1, 2) if wanted else _rank4(output, heads)
         if self._reference is None:
             self._reference = reference(call, captured.query, captured.key, captured.value, captured.mask)
             self.nothing = self.nothing or ("" if self._reference.compared else "no row of it sees a key")
         exact = self._reference
         if self.nothing:
             return None if call.dropout else math.nan
+        usual = None if captured.output is None else _rank4(captured.output, heads)
         wrong = ~torch.isfinite(whole).all(-1)
-        if bool(wrong.any()) and (exact.seen is None or not bool(torch.isfinite(exact.taken(whole)).all())):
+        if bool(wrong.any()) and not (
+            exact.seen is not None  # of a row that sees no key, SDPA itself may give NaN
+            and bool(torch.isfinite(exact.taken(whole)).all())
+            and (usual is None or not bool((wrong & torch.isfinite(usual).all(-1)).any()))
+        ):
             raise ValueError(f"returns NaN or infinity in {int(wrong.sum())} of {wrong.numel()} rows")
-        return None if call.dropout else exact.error(whole)
+        if call.dropout:
+            return None
+        error = exact.error(whole)
+        # Both outputs stand within their errors around float64.
+        return error if usual is None else max(error, _apart(whole, usual) - exact.error(usual))
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """|one - other| / |other| over the rows in which `other` is finite, with the float64 copies of one head in memory."""
+    apart, size = (torch.zeros((), dtype=torch.float64, device=one.device) for _ in range(2))
+    for left, right in zip(one.unbind(1), other.unbind(1), strict=True):
+        left, right = left.double(), right.double()
+        finite = torch.isfinite(right).all(-1, keepdim=True)
+        apart += torch.where(finite, left - right, 0.0).square().sum()
+        size += torch.where(finite, right, 0.0).square().sum()
+    return float((apart / size).sqrt()) if float(size) else float(apart) and math.inf
+
+
+def _rank4(output: Tensor, heads: int) -> Tensor:
+    """(batch, heads, q_len, value_dim) of SDPA's form with any number of dimensions before the heads."""
+    return rank4(output, tuple(output.shape[: -3 if output.dim() > 3 else -2]), heads)
 
 
 def _not_finite(captured: Captured) -> str:
@@ -75,7 +98,9 @@ def too_inexact(
     max_error: the limit; None: the usual ones. of_native: native's error. nothing: why nothing could be compared.
     """
     if error is not None and math.isnan(error):
-        return None if record.name == "native" else f"nothing was compared: {nothing}"
+        return None if record.name == "native" else f"nothing was compared: {nothing or 'float64 gives NaN there too'}"
+    if error is None and record.numerics.is_inexact:
+        return "nothing was compared: it has dropout"
     limit, why = max_error, "max_error"
     if limit is None:
         if record.numerics.is_inexact:

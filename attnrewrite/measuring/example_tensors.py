@@ -58,7 +58,7 @@ def example(call: AttentionCall, device: torch.device) -> Captured:
     query, key, value = (draw(batch, *size, place=place) for place, size in enumerate(sizes))
     mask, keep, rows = _mask(call, device, draw)
     site = Site(call, (), None)
-    return Captured(call, site, query, key, value, mask, keep, rows, heads != kv_heads, query)
+    return Captured(call, site, query, key, value, mask, keep, rows, heads != kv_heads, None)
 
 
 class _Draw:

@@ -44,7 +44,8 @@ class Reference:
         if not self.compared:
             return math.nan
         size = float(self.weighted(self.values).norm())
-        return float(self.weighted(self.taken(output) - self.values).norm()) / (size or 1.0)
+        apart = float(self.weighted(self.taken(output) - self.values).norm())
+        return apart / size if size else apart and math.inf
 
     def taken(self, output: Tensor) -> Tensor:
         """The compared rows of an output (batch, heads, q_len, value_dim), float64, with zeros for rows that see no key."""

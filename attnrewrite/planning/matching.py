@@ -19,10 +19,12 @@ def find(sites: Sequence[Site], call: AttentionCall, names: Sequence[str] = ()) 
     """The measured site that matches the call, or None. Names decide only among alike sites that differ in their kernels, so a
     plan of a whole model also serves its repeated blocks compiled by themselves (`of_name`). A site with another memory layout
     of the query, or for which the graph proves something else about the same mask (a block knows less than its model), is used
-    only if no site agrees in both. Of several sites those kernels count that none of them has dropped.
+    only if no site agrees in both. Of several sites those kernels count that none of them has dropped. The error of a
+    quantised or sparse kernel depends on values: at an attention that was not measured, or with another scale, it is dropped,
+    and `stale` says so.
 
     Sizes must be equal; a symbolic size must be in [p, 2p), with p the power of two at or below the measured size. `holds` asks
-    for that last, and makes it a guard of the compiled code.
+    for that last, and makes it a guard of the compiled code. The sites of all sizes in that range count.
 
     names: all names that count, of blocks that share the code. (): the call's.
     """
@@ -33,11 +35,14 @@ def find(sites: Sequence[Site], call: AttentionCall, names: Sequence[str] = ()) 
     if first is None:
         return None
     group = exact if any(site is first for site in exact) else loose
-    alike = [site for site in group if _sizes(site.call) == _sizes(first.call)]
-    if _same_kernels(alike):
-        return first
-    chosen = {id(site): site for name in names or (call.site,) for site in of_name(alike, name)}
-    return _agreed(list(chosen.values()))
+    alike = [site for site in group if _in_one_range(call, site.call, first.call)]
+    names = names or (call.site,)
+    found = first
+    if not _same_kernels(alike):
+        chosen = {id(site): site for name in names for site in of_name(alike, name)}
+        found = _agreed(list(chosen.values()))
+    scaled = [site.name for site in alike if _scale(site.call) == _scale(call)]
+    return found if all(_has(scaled, name) for name in names) else _steady(found)
 
 
 def of_name(sites: Sequence[Site], name: str) -> list[Site]:
@@ -66,6 +71,36 @@ def _agreed(sites: Sequence[Site]) -> Site:
     return replace(min(chosen, key=lambda site: able[str(site.chosen)]), measured=tuple(measured))
 
 
+def _has(measured: Sequence[str], name: str) -> bool:
+    """Whether an attention is among those that were measured. One without a path, as of a block by itself, may be any of them
+    with its number in its module."""
+    if any(same_end(each, name) for each in measured):
+        return True
+    _, _, number = name.partition("#")
+    return "." not in name and any(each.partition("#")[2] == number for each in measured)
+
+
+def _scale(call: AttentionCall) -> float:
+    """Rounded, since a model may compute the usual scale itself."""
+    scale = float(call.head_dim) ** -0.5 if call.scale is None else float(call.scale)
+    return float(f"{scale:.6g}")
+
+
+def _steady(site: Site) -> Site:
+    """The site without the kernels whose error depends on the values."""
+    inexact = {each.name for each in site.measured if each.limit is not None}
+    measured = tuple(
+        replace(each, dropped=each.dropped or "not measured at this attention") if each.name in inexact else each
+        for each in site.measured
+    )
+    if site.chosen not in inexact:
+        return replace(site, measured=measured)
+    able = [each for each in measured if each.dropped is None and each.milliseconds is not None]
+    fastest = min(able, key=lambda each: each.least).name if able else "native"
+    stale = f"{site.chosen} was not measured at this attention, or with another scale"
+    return replace(site, chosen=fastest, source=None, backend=None, measured=measured, stale=stale)
+
+
 def apart(sites: Sequence[Site]) -> list[Site]:
     """The sites whose kernels differ from those of another site with such a call."""
     groups: dict[str, list[Site]] = {}
@@ -83,8 +118,12 @@ def like(call: AttentionCall) -> AttentionCall:
     return replace(call, site="", role="", scale=None)
 
 
-def _sizes(call: AttentionCall) -> tuple[Size, ...]:
-    return tuple(getattr(call, name) for name in SIZES)
+def _in_one_range(call: AttentionCall, one: AttentionCall, other: AttentionCall) -> bool:
+    """Whether the sizes of two measured calls are equal; where the call's is symbolic, whether they have one power of two."""
+    pairs = [(getattr(call, name), getattr(one, name), getattr(other, name)) for name in SIZES]
+    return all(
+        left == right or (not isinstance(size, int) and floor(left) == floor(right)) for size, left, right in pairs
+    )
 
 
 def _same(one: Mask, other: Mask) -> bool:

@@ -59,7 +59,7 @@ class Measurement:
 
 
 def _text(error: float | None) -> float | str | None:
-    return "nan" if error is not None and math.isnan(error) else error
+    return str(error) if error is not None and not math.isfinite(error) else error
 
 
 def _number(error: float | str | None) -> float | None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ..graphs.inner_compilers import Inner
 from ..graphs.sizes import UnbackedSizeError
 from ..kernels.calls import AttentionCall
 from ..kernels.machines import Machine
-from ..kernels.records import Numerics
+from ..kernels.records import Backend, Numerics
 from ..kernels.sources import Hub
 from .matching import find, foreign
 from .plans import Plan
@@ -97,10 +97,12 @@ class Planned:
     name: str = "plan"
     otherwise: Auto = Auto()  # for the calls that were not measured
     sharing: tuple[str, ...] = ()
+    records: tuple[Backend | None, ...] = field(init=False)  # of the plan's sites, by which plans are equal without them
 
     def __post_init__(self) -> None:
         if self.plan.tuning is None:
             raise ValueError("this plan was not measured: make one with attnrewrite.tune(model, ...)")
+        object.__setattr__(self, "records", tuple(site.backend for site in self.plan.sites))
 
     def select(self, call: AttentionCall, machine: Machine, limit: Numerics, measure: bool) -> tuple[Candidate, ...]:
         tuning = self.plan.tuning
@@ -114,7 +116,10 @@ class Planned:
                 site = None
             stale = "it has no such call" if site is None else _other_packages(site, tuning.machines, machine)
             if site is not None and stale is None:
-                return (*measured_candidates(site, "plan"), *self.otherwise.select(call, machine, limit))
+                chosen = measured_candidates(site, "plan")
+                if (why := site.stale or _unknown(site, chosen)) is not None:
+                    chosen = tuple(replace(each, stale=f"the plan of {tuning.model}: {why}") for each in chosen)
+                return (*chosen, *self.otherwise.select(call, machine, limit))
         return self.otherwise.select(call, machine, limit, stale=f"the plan of {tuning.model}: {stale}")
 
     def _names(self, call: AttentionCall) -> list[str]:
@@ -158,6 +163,13 @@ def _known(order: list[str], site: Site, by: str) -> Iterator[Candidate]:
             yield replace(candidate(name, note), error=errors.get(name))
         except ValueError:  # a kernel of a plug-in that is not installed here
             continue
+
+
+def _unknown(site: Site, chosen: Sequence[Candidate]) -> str | None:
+    """A chosen kernel that has no record here; None if it has one."""
+    if site.chosen is None or any(each.name == site.chosen for each in chosen):
+        return None
+    return f"its kernel {site.chosen} is not known here; install the package that has it, or give its record"
 
 
 def _milliseconds(value: float | None) -> str:
