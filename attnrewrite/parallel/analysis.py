@@ -141,6 +141,9 @@ class _Analyser:
                 raise NotSharedError(f"{self._name(node)} reads a number out of a tensor")
             for each in node.all_input_nodes:
                 self._need(each, None, f"{self._name(node)} is no operator of tensors")
+            for each in written_by(node):
+                self._not_a_part(node, each, None)
+                self._write(each)
             self._hold(node, None)
         else:
             self._call(self.calls[node])
@@ -174,7 +177,9 @@ class _Analyser:
             if not (isinstance(placement, int) and placement == ANY):
                 joint = step.attention is not None and step.attention.exchange == plans.KEYS_GATHERED
                 self._need(each, placement, reason, silent=joint)
+        inputs = dict(zip(call.tensors, step.inputs, strict=True))
         for each in written_by(node):
+            self._not_a_part(node, each, inputs.get(each))
             self._write(each)
         self._views(call, step)
         if step.attention is not None:
@@ -224,6 +229,14 @@ class _Analyser:
         self.held[node] = [placement]
 
     # -- tensors that are written in place
+
+    def _not_a_part(self, node: Node, target: Node, needed: Any) -> None:
+        """A write into a copy would be lost. needed: what the call of `node` gets of the tensor into which it writes."""
+        have = self.held[target][0]
+        if isinstance(have, Shard) and needed != ANY and not same(needed, have):
+            raise NotSharedError(
+                f"{self._name(node)} writes into a tensor of which each rank has a part, and needs it whole"
+            )
 
     def _write(self, target: Node) -> None:
         """A write into a rank's part is seen through every view of that part, and by no copy that was made before."""

@@ -124,7 +124,7 @@ class Attentions:
     ) -> torch.Tensor:
         assert how.query is not None
         assert how.key is not None
-        lead = query.shape[:-3]
+        leads = [each.shape[:-3] for each in (query, key, value)]  # in which keys may broadcast
         query, key, value = (_four(each) for each in (query, key, value))
         heads = query.shape[1]
         query, key, value = _all_to_heads(query, key, value, self.ranks)
@@ -133,12 +133,13 @@ class Attentions:
             key, value = (in_own_order(each, how.key, self.ranks.size) for each in (key, value))
         elif mask is not None:
             mask = self._as_exchanged(mask, how, call)
-        query, key, value = (_unfolded(each, lead) for each in (query, key, value))
-        result = _four(self._run(call, query, key, value, mask))
+        query, key, value = (_unfolded(each, lead) for each, lead in zip((query, key, value), leads, strict=True))
+        attended = self._run(call, query, key, value, mask)
+        result = _four(attended)
         if how.ordered:
             result = by_rank(result, 2, how.query.lengths, self.ranks.size)
         result = heads_to_tokens(result, heads, self.ranks)
-        return _unfolded(result, lead)
+        return _unfolded(result, attended.shape[:-3])
 
     def _as_exchanged(self, mask: torch.Tensor, how: Attention, call: Call) -> torch.Tensor:
         """The mask with its queries and keys in the order of ranks, built once for all attentions that read it."""

@@ -97,3 +97,30 @@ def in_own_order(tensor: torch.Tensor, shard: Shard, ranks: int) -> torch.Tensor
     if len(shard.lengths) == 1 and not shard.is_padded(ranks):
         return tensor
     return in_order(tensor.movedim(2, 0), shard.lengths, ranks).movedim(0, 2)
+
+
+def lying_as(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """The tensor with its dimensions in the order in which those of `other` lie in memory, where both are dense: a view of the
+    whole, or code behind the graph, may ask for it."""
+    order = _order(other)
+    if order is None or order == _order(tensor):
+        return tensor
+    back = sorted(range(len(order)), key=lambda place: order[place])
+    return tensor.permute(order).contiguous().permute(back)
+
+
+def _order(tensor: torch.Tensor) -> list[int] | None:
+    """The dimensions from the outermost to the innermost; None for a tensor with gaps or overlaps. A symbolic size counts by
+    its hint: the order is no more than a preference."""
+    sizes, strides = ([_hint(each) for each in numbers] for numbers in (tensor.shape, tensor.stride()))
+    order = sorted(range(len(sizes)), key=lambda dim: (-strides[dim], sizes[dim] == 1, dim))
+    inside = 1
+    for dim in reversed(order):
+        if sizes[dim] != 1 and strides[dim] != inside:
+            return None
+        inside *= sizes[dim]
+    return [dim for dim in order if sizes[dim] != 1] + [dim for dim in order if sizes[dim] == 1]
+
+
+def _hint(size: Size) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)

@@ -14,15 +14,20 @@ from ..graphs.mutations import storage_of, written_by, written_storages
 from ..graphs.nodes import value_of
 from ..graphs.operators import as_given, draws_random_numbers
 from ..graphs.sizes import Size, always
+from ..graphs.spellings import name_of
 from . import gradients, plans
-from .analysis import Analysis
+from .analysis import Analysis, NotSharedError
 from .attending import Attentions
 from .exchanges import all_used_for_parts, needs_gradient, part_of, summed, used_for_parts, whole
 from .following import is_member, is_size, member_of
 from .layouts import Placement, Ranks, Shard, same
+from .orders import lying_as
 from .overlapping import overlap
 from .rows import ANY, VIEWS, Call
 from .steps import Attention, Step
+
+# Beside the views, what may or may not copy.
+MOVES = ("transpose", "permute", "movedim", "t", "contiguous", "clone", "slice", "select", "detach", "alias")
 
 
 def part_of_graph(module: GraphModule, analysis: Analysis, ranks: Ranks) -> Graph:
@@ -128,7 +133,7 @@ class _Rewriter:
                 return each
         full: Any = next((each for have, each in held if have is None), None)
         if full is None and main is not None:
-            full = whole(value, main, self.ranks)
+            full = lying_as(whole(value, main, self.ranks), value_of(node))
             self.held[node].append((None, full))
         if placement is None:
             return full
@@ -155,8 +160,10 @@ class _Rewriter:
             result = summed(result, self.ranks)
             if step.summed == "mean":
                 result = result / self.ranks.size
-        self.held[node] = [(step.output, result)]
         self._check(node, result, step.output)
+        if step.output is not None and isinstance(result, torch.Tensor):
+            result = self._apart(call, result)
+        self.held[node] = [(step.output, result)]
         for target in written_by(node):
             storage = storage_of(value_of(target))
             self.writes[storage] += 1
@@ -164,6 +171,23 @@ class _Rewriter:
                 if storage is not None and storage_of(value_of(other)) == storage:
                     del held[1:]
                     self.for_parts.pop(other, None)
+
+    def _apart(self, call: Call, result: torch.Tensor) -> torch.Tensor:
+        """A copy of a rank's result, where the call copies in the whole graph and not on a rank, whose parts lie otherwise
+        (`contiguous`): a write into one would be seen in the other."""
+        storage = storage_of(value_of(call.node))
+        for each in call.tensors:
+            of_input = storage_of(value_of(each))
+            if not {storage, of_input} & self.written:
+                continue
+            shown = {storage_of(value) for _, value in self.held[each]}
+            if storage_of(result) in shown and storage != of_input:
+                return result.clone()
+            if storage_of(result) not in shown and storage == of_input:
+                raise NotSharedError(
+                    f"{call.name} is a view of a tensor that is written in place, and a copy on a rank"
+                )
+        return result
 
     def _plain(self, call: Call, step: Step) -> Any:
         """The same call, on what the rank has."""
@@ -183,7 +207,11 @@ class _Rewriter:
         # In the order of the schema, which is that of `Call.tensors`.
         arguments = {name: map_arg(given, local) for name, given in call.arguments.items()}
         arguments |= step.changed
-        if isinstance(step.output, Shard) and (call.name in VIEWS or call.name == "expand"):
+        if (
+            isinstance(step.output, Shard)
+            and (call.name in VIEWS or call.name == "expand")
+            and "dtype" not in arguments
+        ):
             return self._view(call, step, next(iter(arguments.values())))
         args, kwargs = as_given(node, arguments)
         return self.emitter.replay(node, target, args, kwargs)
@@ -202,7 +230,21 @@ class _Rewriter:
         query, key, value, *masks = [
             self._get(node, placement, step.differs) for node, placement in zip(call.tensors, step.inputs, strict=True)
         ]
-        return self.attentions.write(call, how, query, key, value, masks[0] if masks else None)
+        result = self.attentions.write(call, how, query, key, value, masks[0] if masks else None)
+        # Elsewhere the order costs a copy that nobody asks for.
+        return lying_as(result, call.output) if self._is_written(call.node) else result
+
+    def _is_written(self, node: Node) -> bool:
+        """Whether a tensor, or one that may be made of it without a copy, is written in place."""
+        waiting, seen = [node], {node}
+        while waiting:
+            now = waiting.pop()
+            if storage_of(value_of(now)) in self.written:
+                return True
+            views = [user for user in now.users if name_of(user) in (*VIEWS, *MOVES) and user not in seen]
+            seen.update(views)
+            waiting += views
+        return False
 
     def _check(self, node: Node, result: Any, placement: Any) -> None:
         """Compares what a rank gets with what the analysis says that it gets."""

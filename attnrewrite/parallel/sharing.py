@@ -40,8 +40,16 @@ def share(module: GraphModule, ranks: Ranks, kind: str = "auto") -> Sharing:
     """Shares a graph among ranks: `module` becomes the graph that this rank runs, with the same inputs and outputs. Where the
     graph can only run whole on every rank it stays unchanged, and the result says why."""
     shared = planned(module, ranks.size, kind)
-    if shared.graph is not None:
-        moved_into(module, shared.part(ranks), shared.graph)
+    if shared.graph is None:
+        return shared.plan
+    try:
+        part = shared.part(ranks)
+    except NotSharedError as error:
+        return Sharing(ranks.size, refused=str(error))
+    except (RuntimeError, TypeError, ValueError) as error:  # of an operator that does not take what a rank has
+        reason = f"what a rank has of it cannot be computed ({type(error).__name__}: {_first(error)})"
+        return Sharing(ranks.size, refused=reason)
+    moved_into(module, part, shared.graph)
     return shared.plan
 
 

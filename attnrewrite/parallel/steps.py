@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..graphs.nodes import value_of
 from ..graphs.sizes import Size, always
 from .layouts import Placement, Shard, chunk, divides, same_lengths, total
 from .rows import ANY, CUTS, JOINS, VIEWS, Call, atoms_of
@@ -111,7 +112,7 @@ def cut(call: Call, shard: Shard, ranks: int) -> Step | None:
         changed = {"start": local[first], "length": local[last] - local[first]}
         return Step((shard,), Shard(shard.dim, shard.lengths[first:last]), changed)
     if call.name == "split_with_sizes":
-        sizes = call.arguments["split_sizes"]
+        sizes = [value_of(size) for size in call.arguments["split_sizes"]]
         places = [at(total(sizes[:number])) for number in range(len(sizes) + 1)]
         if any(place is None for place in places):
             return None
