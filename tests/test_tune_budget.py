@@ -148,6 +148,20 @@ def test_under_dropout_nothing_is_known_of_a_sparse_kernel():
     assert by_name(site)["drops"].dropped == "nothing was compared: it has dropout"
 
 
+def test_a_backward_that_gives_nan_is_dropped():
+    given = [each.requires_grad_() for each in qkv(1, 2, q_len=16, kv_len=16)]
+    op = torch.library.custom_op(
+        "attnrewrite_tests::nan_backward", lambda query, key, value: F.scaled_dot_product_attention(query, key, value).clone(),
+        mutates_args=(), schema="(Tensor query, Tensor key, Tensor value) -> Tensor",
+    )  # fmt: skip
+    op.register_fake(lambda query, key, value: torch.empty_like(query))
+    op.register_autograd(lambda _, grad: (grad * math.nan,) * 3)
+    record = kernel("nan_backward", op)
+    (site,) = tuned_at(F.scaled_dot_product_attention, *given, candidates=[record], grad=True).sites
+    assert site.chosen == "native"
+    assert by_name(site)["nan_backward"].dropped == "ValueError: returns NaN or infinity in its backward"
+
+
 # -- where a plan is used
 
 

@@ -128,6 +128,7 @@ class _Measuring:
         self.done: dict[str, Measurement] = {}
         self.comparison = Comparison(captured)
         self.of_native: float | None = None
+        self.finite = True  # native's gradients
 
     def alike(self) -> Alike:
         call = self.captured.call
@@ -220,7 +221,13 @@ class _Measuring:
         if candidate.name == "native":
             self.of_native = error
         self.worker.check()
-        run()
+        given = run()
+        finite = not call.needs_grad or all(bool(gradient.isfinite().all()) for gradient in given)
+        del given
+        if candidate.name == "native":
+            self.finite = finite
+        elif self.finite and not finite:
+            raise ValueError("returns NaN or infinity in its backward")
         self.worker.check()
         seconds = self.watch.sample(run, 1)
         for _ in range(4 if seconds < SHORT else 0):  # other load on the machine may have slowed down a single sample
