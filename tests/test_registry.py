@@ -140,6 +140,7 @@ RECORD = (
 def test_one_record_or_several(plug_in, target):
     plug_in("mine", RECORD.format("mine"), target)
     assert attnrewrite.names()[-1] == "mine"
+    assert attnrewrite.records_of("sol[tau=-0.0]")[0].name == "sol[tau=0.0]"
     assert [record.name for record in attnrewrite.records_of("mine")] == ["mine"]
 
 

@@ -610,6 +610,7 @@ def test_ctrl_c_before_anything_was_measured_is_raised_and_leaves_no_thread(caps
         ({"candidates": 3}, TypeError, "candidates is 3"),
         ({"numerics": "close"}, ValueError, "numerics is 'close'"),
         ({"max_error": -1}, ValueError, "max_error is -1"),
+        ({"max_error": 10**400}, ValueError, "max_error is 10000"),
         ({"min_gain": "2%"}, ValueError, "min_gain is '2%'"),
         ({"time_limit": float("nan")}, ValueError, "time_limit is nan"),
         ({"inner": "inducto"}, ValueError, "inner is 'inducto'"),

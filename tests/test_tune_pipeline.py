@@ -178,6 +178,7 @@ def test_recorded_tensors_are_copies_on_the_cpu():
         (Pipe, {"at": (0, 1.5)}, ValueError, "at is"),
         (Pipe, {"at": (True,)}, ValueError, "at is"),
         (Pipe, {"at": 0.5}, ValueError, "at is 0.5"),
+        (Pipe, {"at": "01"}, ValueError, "at is '01'"),
         (Pipe, {"max_error": -1}, ValueError, "max_error is -1"),
         (Pipe, {"max_output_error": float("nan")}, ValueError, "max_output_error is nan"),
     ],
@@ -248,6 +249,7 @@ def test_steps_of_a_loop_of_ones_own(uneven):
     [
         ({"at": [0, 1]}, ValueError, r"at is \[0, 1\]: give the step of each of the plan's 18 inputs, from 0 to 8"),
         ({"at": [9] * 18}, ValueError, "from 0 to 8"),
+        ({"at": 3}, ValueError, "at is 3: give the step of each"),
         ({"at": [True] * 18}, ValueError, "from 0 to 8"),
         ({"steps": 0}, ValueError, "steps is 0"),
         ({"steps": True}, ValueError, "steps is True"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -81,7 +81,8 @@ def _read(plan: Any, at: Any, steps: Any) -> tuple[Tuning, list[int], int]:
         raise ValueError(
             "this plan was tuned with max_output_error, which says nothing of the kernels that a schedule adds: tune without it"
         )
-    places = list(tuning.steps if at is None else at)
+    given = tuning.steps if at is None else at
+    places = list(given) if isinstance(given, Iterable) else []
     total = tuning.of_steps if steps is None else steps
     if not isinstance(total, int) or isinstance(total, bool) or total < 1:
         raise ValueError(f"steps is {steps!r}: give the number of all denoising steps, of which the plan knows nothing")

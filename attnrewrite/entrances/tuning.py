@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -231,7 +230,8 @@ def read_search(
     for name, value in numbers.items():
         if name.startswith("max_") and value is None:
             continue
-        if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value) or value < 0:
+        # inf and NaN are not below it, nor is a whole number that no float can be.
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= sys.float_info.max:
             raise ValueError(f"{name} is {value!r}: give a number from 0 on{_UNITS[name]}")
     found = usual_candidates() if candidates is None else candidates_of(candidates, "candidates")
     native = [each for each in found if each.name == "native"] or [candidate("native")]

@@ -98,7 +98,7 @@ def _places(at: Any) -> list[float]:
         right = bool(places) and len(places) == len(list(at)) and all(0 <= place <= 1 for place in places)
     except (TypeError, ValueError):
         right = False
-    if not right:
+    if not right or isinstance(at, str):
         raise ValueError(f"at is {at!r}: give numbers from 0, the first step, to 1, the last, as (0, 0.5, 1)")
     return places
 

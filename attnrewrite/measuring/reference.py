@@ -105,6 +105,8 @@ def _attended(
         probabilities = torch.where(some[..., None], scores, 0.0).softmax(-1)
         outputs.append(torch.where(some[..., None], probabilities @ value[:, of_keys].double(), 0.0))
         seen.append(some)
+    if not heads:
+        return query.new_empty(*query.shape[:3], value.shape[-1]).double(), query.new_empty(query.shape[:3]).bool()
     return torch.stack(outputs, 1), torch.stack(seen, 1)
 
 

@@ -103,6 +103,7 @@ class _Rewriter:
         written = map_arg(node.args, self._result), map_arg(node.kwargs, self._result)
         result = self.emitter.replay(node, node.target, args, kwargs, written)
         self.held[node] = [(None, result)]
+        self._written_by(node)
         if not isinstance(result, torch.Tensor | tuple | list):
             self.nodes[node] = next(iter(reversed(self.graph.nodes)))
 
@@ -156,6 +157,10 @@ class _Rewriter:
             result = self._attention(call, step, step.attention)
         else:
             result = self._plain(call, step)
+        if step.attention is not None and self._is_written(
+            node
+        ):  # elsewhere the order costs a copy that nobody asks for
+            result = lying_as(result, call.output)
         if step.summed:
             result = summed(result, self.ranks)
             if step.summed == "mean":
@@ -164,6 +169,10 @@ class _Rewriter:
         if step.output is not None and isinstance(result, torch.Tensor):
             result = self._apart(call, result)
         self.held[node] = [(step.output, result)]
+        self._written_by(node)
+
+    def _written_by(self, node: Node) -> None:
+        """What was made of a tensor before a write into it is stale."""
         for target in written_by(node):
             storage = storage_of(value_of(target))
             self.writes[storage] += 1
@@ -222,7 +231,8 @@ class _Rewriter:
         shape[step.output.dim] = step.output.local(self.ranks.size)
         if call.name == "expand":
             return self.emitter.replay(call.node, torch.ops.aten.expand.default, (tensor, shape), {})
-        aliased = storage_of(value_of(call.node)) in self.written
+        storage = storage_of(value_of(call.node))
+        aliased = storage in self.written and any(storage_of(value_of(each)) == storage for each in call.tensors)
         target = torch.ops.aten.view.default if aliased else torch.ops.aten.reshape.default
         return self.emitter.replay(call.node, target, (tensor, shape), {})
 
@@ -230,9 +240,7 @@ class _Rewriter:
         query, key, value, *masks = [
             self._get(node, placement, step.differs) for node, placement in zip(call.tensors, step.inputs, strict=True)
         ]
-        result = self.attentions.write(call, how, query, key, value, masks[0] if masks else None)
-        # Elsewhere the order costs a copy that nobody asks for.
-        return lying_as(result, call.output) if self._is_written(call.node) else result
+        return self.attentions.write(call, how, query, key, value, masks[0] if masks else None)
 
     def _is_written(self, node: Node) -> bool:
         """Whether a tensor, or one that may be made of it without a copy, is written in place."""

@@ -120,10 +120,12 @@ def like(call: AttentionCall) -> AttentionCall:
 
 def _in_one_range(call: AttentionCall, one: AttentionCall, other: AttentionCall) -> bool:
     """Whether the sizes of two measured calls are equal; where the call's is symbolic, whether they have one power of two."""
-    pairs = [(getattr(call, name), getattr(one, name), getattr(other, name)) for name in SIZES]
-    return all(
-        left == right or (not isinstance(size, int) and floor(left) == floor(right)) for size, left, right in pairs
-    )
+
+    def alike(size: Size, left: Size, right: Size) -> bool:
+        numbers = isinstance(left, int) and isinstance(right, int)
+        return left == right or (not isinstance(size, int) and numbers and floor(int(left)) == floor(int(right)))
+
+    return all(alike(*(getattr(each, name) for each in (call, one, other))) for name in SIZES)
 
 
 def _same(one: Mask, other: Mask) -> bool:

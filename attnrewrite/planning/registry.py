@@ -124,7 +124,7 @@ def _number(name: str, key: str, text: str, option: Option) -> int | float:
     if not option.minimum <= number <= option.maximum:
         what = "a whole number" if kind is int else "a number"
         raise ValueError(f"{name!r}: {key} is {text!r}: give {what} from {option.minimum!r} to {option.maximum!r}")
-    return number
+    return number + 0  # -0.0 is 0.0, under one name
 
 
 @functools.cache

@@ -97,7 +97,8 @@ class Planned:
     name: str = "plan"
     otherwise: Auto = Auto()  # for the calls that were not measured
     sharing: tuple[str, ...] = ()
-    records: tuple[Backend | None, ...] = field(init=False)  # of the plan's sites, by which plans are equal without them
+    # Of the plan's sites: plans are equal without them.
+    records: tuple[Backend | None, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         if self.plan.tuning is None:

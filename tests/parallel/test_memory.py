@@ -68,6 +68,19 @@ def test_a_write_of_an_operator_without_a_rule_is_not_lost(model, kind):
     assert "writes into a tensor of which each rank has a part, and needs it whole" in plan.refused
 
 
+def test_a_part_of_a_whole_tensor_is_taken_anew_behind_a_write():
+    def model(x):
+        positions = torch.linspace(0, 1, 7, dtype=torch.float64).view(7, 1) * torch.ones(1, WIDTH, dtype=torch.float64)
+        y = attend(x) * positions
+        torch.ops.attnrewrite_tests.scale_(positions, positions)
+        return y + attend(x) * positions
+
+    x = randn(1, 7, WIDTH)  # a part with a copy of the last token is no view
+    backend = Shared(2, "ulysses")
+    torch.testing.assert_close(compiled(model, backend)(x), model(x))
+    assert not backend.plans[0].refused
+
+
 def compiled(model, backend, **options):
     run = torch.compile(model, backend=backend, **{"dynamic": False, **options})
     return torch.no_grad()(run)
@@ -106,6 +119,12 @@ def flattened_and_written(x):
     return x + y
 
 
+def flattened_copy_and_written(x):
+    y = (heads(x).contiguous() * 2).transpose(1, 2).flatten(2)
+    y *= 2
+    return attend(x) + y
+
+
 def strided(x):
     y = x + attend(x)
     return y.as_strided((2, 3, 4, WIDTH), (8 * WIDTH, 2 * WIDTH, WIDTH, 1))
@@ -131,6 +150,7 @@ MODELS = {
     copy_of_an_attention: lambda: randn(2, 8, WIDTH),
     copy_of_a_query: lambda: randn(1, 2, WIDTH),
     flattened_and_written: lambda: randn(2, 8, WIDTH),
+    flattened_copy_and_written: lambda: randn(2, 8, WIDTH),
     strided: lambda: randn(2, 8, WIDTH),
     viewed: lambda: randn(2, 8, WIDTH),
     other_dtype: lambda: randn(2, 8, WIDTH),
