@@ -100,7 +100,9 @@ def errors_of(model, function, *given):
     def receive(captured):
         tensors = captured.query, captured.key, captured.value
         exact = reference(captured.call, *tensors, captured.mask)
-        found.setdefault(captured.call.site, []).append(exact.error(function(*tensors)))
+        output = function(*tensors)
+        apart = relative(output, captured.output) - exact.error(captured.output)
+        found.setdefault(captured.call.site, []).append(max(exact.error(output), apart))
 
     with torch.no_grad():
         capture(model, given, {}, receive, make_policy(["native"]))
@@ -120,7 +122,7 @@ def test_the_error_is_each_sites_own_and_the_time_is_shared(tokens):
     assert [site.chosen for site in plan.sites] == ["mean", "native", "mean", "native"]
     wanted = errors_of(model, mean, tokens)
     for site in plan.sites:
-        assert by_name(site)["mean"].error == pytest.approx(wanted[site.name][0], rel=1e-2, abs=1e-6), site.name
+        assert by_name(site)["mean"].error == pytest.approx(wanted[site.name][0], rel=1e-3, abs=1e-6), site.name
     assert by_name(plan.sites[1])["mean"].error > 0.1
     assert "above 1.0e-02, max_error" in by_name(plan.sites[1])["mean"].dropped
     assert len({by_name(site)["mean"].milliseconds for site in plan.sites}) == 1

@@ -16,7 +16,7 @@ from ..graphs.nodes import dtype_name
 from ..graphs.tracing import traced, uncompiled
 from ..kernels.flags import are_flags
 from ..kernels.records import Backend, Tolerance
-from ..kernels.shapes import rank4
+from ..kernels.shapes import output_rank4
 from ..measuring.accuracy import accuracy
 from ..measuring.capturing import Captured, capture
 from ..measuring.reference import reference
@@ -180,13 +180,12 @@ def _site(captured: Captured, inner: Inner, before: list[SiteFidelity]) -> SiteF
         output = _by_itself(captured, inner)
     assert output is not None  # it ran
     exact = reference(call, *tensors, captured.mask)
-    lead = tuple(output.shape[:-3]) if output.dim() > 3 else tuple(output.shape[:-2])
     limit, why = limit_of(site)
     bad = {name: int((~each.isfinite()).sum()) for name, each in zip(("query", "key", "value"), tensors, strict=True)}
     runs = sum(each.call.site == call.site for each in before)
     return SiteFidelity(
         site.described(),
-        accuracy(exact, rank4(output, lead, int(call.heads))),
+        accuracy(exact, output_rank4(output, int(call.heads))),
         limit,
         why,
         {name: count for name, count in bad.items() if count},

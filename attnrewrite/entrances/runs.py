@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,8 +12,13 @@ from torch import Tensor
 from ..graphs.tracing import AttributesOf, Call
 from ..graphs.trees import leaves
 
-# A tensor, its contents before a call and behind it.
-Written = tuple[Tensor, Tensor, Tensor]
+
+class Written(NamedTuple):
+    """A tensor, with its contents before a call and behind it."""
+
+    tensor: Tensor
+    before: Tensor
+    behind: Tensor
 
 
 @contextmanager
@@ -51,22 +56,22 @@ class SameContents:
         self._of_model = _written(self._buffers, before)
 
     def _again(self, of_model: list[Written]) -> Iterator[Call]:
-        _put(of_model, 1)
+        _restore(of_model)
         try:
             for call, written in zip(self._calls, self._of_calls, strict=True):
-                _put(written, 1)
+                _restore(written)
                 try:
                     yield call
                 finally:
-                    _put(written, 2)
+                    _redo(written)
         finally:
-            _put(of_model, 2)
+            _redo(of_model)
 
 
 def _written(tensors: Sequence[Tensor], before: Sequence[Tensor]) -> list[Written]:
     """Those that have other contents than before."""
     pairs = zip(tensors, before, strict=True)
-    return [(now, was, now.detach().clone()) for now, was in pairs if not _equal(now, was)]
+    return [Written(now, was, now.detach().clone()) for now, was in pairs if not _equal(now, was)]
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -74,10 +79,16 @@ def _equal(one: Tensor, other: Tensor) -> bool:
     return torch.equal(one, other) or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _put(written: Sequence[Written], contents: int) -> None:
-    with torch.no_grad():
-        for each in written:
-            each[0].copy_(each[contents])
+@torch.no_grad()
+def _restore(written: Sequence[Written]) -> None:
+    for each in written:
+        each.tensor.copy_(each.before)
+
+
+@torch.no_grad()
+def _redo(written: Sequence[Written]) -> None:
+    for each in written:
+        each.tensor.copy_(each.behind)
 
 
 def floating(output: Any) -> list[Tensor]:

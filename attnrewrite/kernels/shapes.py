@@ -22,6 +22,11 @@ def rank4(tensor: Tensor, lead: tuple[Size, ...], heads: Size) -> Tensor:
     return tensor.expand(*lead, heads, *tensor.shape[-2:]).reshape(math.prod(lead), heads, *tensor.shape[-2:])
 
 
+def output_rank4(output: Tensor, heads: int) -> Tensor:
+    """An output of SDPA's form as (batch, heads, q_len, value_dim)."""
+    return rank4(output, tuple(output.shape[: -3 if output.dim() > 3 else -2]), heads)
+
+
 def mask_rank4(mask: Tensor, lead: tuple[Size, ...], rank: int) -> Tensor:
     """A mask with four dimensions, each of which may be of size 1, from a mask that broadcasts to scores of `rank`.
 

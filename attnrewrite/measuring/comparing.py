@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.calls import AttentionCall
 from ..kernels.records import Backend
-from ..kernels.shapes import rank4
+from ..kernels.shapes import output_rank4
 from .capturing import Captured
 from .reference import Reference, reference
 
@@ -24,6 +24,9 @@ class Comparison:
         self.captured = captured
         self.nothing = _not_finite(captured)  # why nothing can be compared; "" if something can
         self._reference: Reference | None = None
+        heads = int(captured.call.heads)
+        self._usual = None if captured.output is None else output_rank4(captured.output, heads)
+        self._of_usual = 0.0  # its error
 
     def error(self, output: Tensor) -> float | None:
         """Returns the relative error, None under dropout, NaN if nothing can be compared. Raises `ValueError` for another
@@ -35,14 +38,15 @@ class Comparison:
         wanted = (batch, q_len, heads * value_dim) if captured.query.dim() == 4 else None
         if wanted is not None and tuple(output.shape) != wanted:
             raise ValueError(f"returns {tuple(output.shape)} where SDPA gives {wanted}")
-        whole = output.unflatten(2, (heads, value_dim)).transpose(1, 2) if wanted else _rank4(output, heads)
+        whole = output.unflatten(2, (heads, value_dim)).transpose(1, 2) if wanted else output_rank4(output, heads)
         if self._reference is None:
             self._reference = reference(call, captured.query, captured.key, captured.value, captured.mask)
             self.nothing = self.nothing or ("" if self._reference.compared else "no row of it sees a key")
-        exact = self._reference
+            if self._usual is not None:
+                self._of_usual = self._reference.error(self._usual)
+        exact, usual = self._reference, self._usual
         if self.nothing:
             return None if call.dropout else math.nan
-        usual = None if captured.output is None else _rank4(captured.output, heads)
         wrong = ~torch.isfinite(whole).all(-1)
         if bool(wrong.any()) and not (
             exact.seen is not None  # of a row that sees no key, SDPA itself may give NaN
@@ -54,7 +58,7 @@ class Comparison:
             return None
         error = exact.error(whole)
         # Both outputs stand within their errors around float64.
-        return error if usual is None else max(error, _apart(whole, usual) - exact.error(usual))
+        return error if usual is None else max(error, _apart(whole, usual) - self._of_usual)
 
 
 def _apart(one: Tensor, other: Tensor) -> float:
@@ -66,11 +70,6 @@ def _apart(one: Tensor, other: Tensor) -> float:
         apart += torch.where(finite, left - right, 0.0).square().sum()
         size += torch.where(finite, right, 0.0).square().sum()
     return float((apart / size).sqrt()) if float(size) else float(apart) and math.inf
-
-
-def _rank4(output: Tensor, heads: int) -> Tensor:
-    """(batch, heads, q_len, value_dim) of SDPA's form with any number of dimensions before the heads."""
-    return rank4(output, tuple(output.shape[: -3 if output.dim() > 3 else -2]), heads)
 
 
 def _not_finite(captured: Captured) -> str:

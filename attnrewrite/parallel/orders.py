@@ -101,7 +101,7 @@ def in_own_order(tensor: torch.Tensor, shard: Shard, ranks: int) -> torch.Tensor
 
 def lying_as(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """The tensor with its dimensions in the order in which those of `other` lie in memory, where both are dense: a view of the
-    whole, or code behind the graph, may ask for it."""
+    whole, or code behind the graph, may ask for it, and random numbers are drawn in this order."""
     order = _order(other)
     if order is None or order == _order(tensor):
         return tensor

@@ -12,7 +12,7 @@ from torch.fx.node import map_arg
 from ..graphs.emitting import Emitter
 from ..graphs.mutations import storage_of, written_by, written_storages
 from ..graphs.nodes import value_of
-from ..graphs.operators import as_given, draws_random_numbers
+from ..graphs.operators import as_given
 from ..graphs.sizes import Size, always
 from ..graphs.spellings import name_of
 from . import gradients, plans
@@ -157,9 +157,8 @@ class _Rewriter:
             result = self._attention(call, step, step.attention)
         else:
             result = self._plain(call, step)
-        if step.attention is not None and self._is_written(
-            node
-        ):  # elsewhere the order costs a copy that nobody asks for
+        # Elsewhere the order costs a copy that nobody asks for.
+        if step.attention is not None and self._is_written(node):
             result = lying_as(result, call.output)
         if step.summed:
             result = summed(result, self.ranks)
@@ -202,16 +201,11 @@ class _Rewriter:
         """The same call, on what the rank has."""
         node, places = call.node, iter(step.inputs)
         target: Any = node.target
-        draws = draws_random_numbers(call.name)
 
         def local(each: Node) -> Any:
             if not isinstance(value_of(each), torch.Tensor):
                 return self._get(each, None)
-            tensor = self._get(each, next(places), step.differs)
-            # Random numbers are drawn in the order of memory, and what was gathered has another one.
-            return (
-                tensor.contiguous() if draws and needs_gradient(tensor) and value_of(each).is_contiguous() else tensor
-            )
+            return self._get(each, next(places), step.differs)
 
         # In the order of the schema, which is that of `Call.tensors`.
         arguments = {name: map_arg(given, local) for name, given in call.arguments.items()}
