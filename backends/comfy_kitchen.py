@@ -26,12 +26,14 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..graphs.sizes import Size, described, holds
 from ..kernels import ops
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.decisions import Code, Refused, Step
+from ..kernels.few_queries import attend_few
 from ..kernels.machines import Machine
 from ..kernels.records import Backend, HeadDim, Numerics, Option, Tolerance
 from ..kernels.sources import Package
@@ -47,8 +49,21 @@ def sol_forward(
     library: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, tau: float,
     ratio: float, sinks: int,
 ) -> Tensor:  # fmt: skip
-    exact = sink_blocks(query.shape[1], sinks)
-    return _with_blocks(library, query, key, value, mask, scale, tau, ratio, exact)
+    blocks = sink_blocks(query.shape[1], sinks)
+    tokens = (BLOCK * blocks[0], min(BLOCK * blocks[1], query.shape[1]))
+    if tokens == (0, query.shape[1]):
+        return dense(query, key, value, mask, scale)
+    query, key, value = (aligned(tensor) for tensor in (query, key, value))
+    output: Tensor = library.sol_attn(
+        query, key, value, tau=tau, scale=scale, topk_ratio=ratio, sink_blocks=blocks, sink_q=[0, 0],
+        key_bias=None if mask is None else torch.where(mask, 0.0, HIDDEN),
+    )  # fmt: skip
+    if blocks[0] < blocks[1]:
+        # By `sink_q` the kernel computes these rows too: one block of 64 queries walks over all keys, while the rest of the GPU
+        # waits (bench/sink_rows.py).
+        rows = slice(*tokens)
+        output[:, rows] = attend_few(query[:, rows], key, value, mask, scale, tokens)
+    return output
 
 
 def sol_padded_forward(
@@ -62,23 +77,17 @@ def sol_padded_forward(
             "model without this kernel, or build the mask in the compiled model, as ones beside the mask of the text"
         )
     first, end = (BLOCK * block for block in sink_blocks(query.shape[1], sinks))
-    whole = bool(mask[:, :first].all() & mask[:, end:].all())
-    exact = sink_blocks(query.shape[1], sinks if whole else query.shape[1])
-    return _with_blocks(library, query, key, value, mask, scale, tau, ratio, exact)
+    if mask[:, :first].all() & mask[:, end:].all():
+        return sol_forward(library, query, key, value, mask, scale, tau, ratio, sinks)
+    return dense(query, key, value, mask, scale)
 
 
-def _with_blocks(
-    library: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None, tau: float,
-    ratio: float, exact: list[int],
-) -> Tensor:  # fmt: skip
-    output: Tensor = library.sol_attn(
-        *(aligned(tensor) for tensor in (query, key, value)),
-        tau=tau, scale=scale, topk_ratio=ratio, sink_blocks=exact, sink_q=exact,
-        key_bias=None if mask is None else torch.where(mask, 0.0, HIDDEN),
-    )  # fmt: skip
-    if mask is not None and exact == [0, -(-query.shape[1] // BLOCK)]:  # otherwise each row sees a key that is no sink
-        return ops.zero_unless(mask.any(-1)[:, None, None, None], output)
-    return output
+def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """SDPA of PyTorch; zeros for rows that see no key."""
+    bias = None if mask is None else mask[:, None, None]
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    output = F.scaled_dot_product_attention(query, key, value, bias, scale=scale).transpose(1, 2).contiguous()
+    return output if mask is None else ops.zero_unless(mask.any(-1)[:, None, None, None], output)
 
 
 def sink_blocks(length: int, sinks: int) -> list[int]:
@@ -282,7 +291,7 @@ SOL_ATTN = Backend(
     },
     # On an H200 at 32,760 and 75,600 tokens tau=0 was no faster than FlashAttention 3, and the error grew threefold from 1 to 2
     # and again from 2 to 3 (bench/results/sparse_models_h200.json).
-    variants=("tau=1.5", "tau=2.0", "tau=2.5", "tau=3.0"),
+    variants=("tau=1.5", "tau=2.0", "tau=2.5", "tau=3.0", "tau=3.5"),
 )
 SOL_TOPK = replace(
     SOL_ATTN,

@@ -138,14 +138,19 @@ def test_the_library_s_own_reference(name):
     assert error < record.tolerance.error
     import comfy_kitchen
 
-    query, key, value = (each.transpose(1, 2) for each in local(sinks=sinks))
+    tensors = local(sinks=sinks)
+    query, key, value = (each.transpose(1, 2) for each in tensors)
     options = dict(record.op.keywords) if "[" in name else {}
-    exact = sink_blocks(650, options.get("sinks", 0))
+    first, end = blocks = sink_blocks(650, options.get("sinks", 0))
     theirs = comfy_kitchen.sol_attn(
-        query, key, value, tau=options.get("tau", 1.0), sink_blocks=exact, sink_q=exact,
+        query, key, value, tau=options.get("tau", 1.0), sink_blocks=blocks,
         topk_ratio=options.get("ratio", 0.25) if name.startswith("sol_topk") else 0.0,
-    )  # fmt: skip
-    assert torch.equal(output, theirs.flatten(2))
+    ).flatten(2)  # fmt: skip
+    assert torch.equal(output[:, : 64 * first], theirs[:, : 64 * first])
+    assert torch.equal(output[:, 64 * end :], theirs[:, 64 * end :])
+    text = slice(64 * first, 64 * end)
+    exact = attend(*map(doubled, tensors))[:, text]
+    assert first == end or relative(output[:, text], exact) < 5e-3 < relative(theirs[:, text], exact)
 
 
 @needs_library
