@@ -13,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from .graphs.modules import ModulePaths, compiled_paths
-from .graphs.nodes import OPAQUE_TARGETS, SDPA_TARGETS, graphs_below, module_of, site_name, value_of
+from .graphs.nodes import OPAQUE_TARGETS, SDPA_TARGETS, module_of, site_name, value_of
 from .graphs.notes import is_ours
 from .graphs.tracing import as_itself
 from .kernels.logsumexp import WITH_LOGSUMEXP
@@ -22,7 +22,7 @@ from .parallel.agreement import RanksDisagreeError, agree, choosing_with, give_u
 from .parallel.plans import Sharing
 from .parallel.settings import ContextParallel, DescribedRanks
 from .parallel.sharing import compared, share
-from .passes import OPENERS, TIDIERS, find_calls, swap_kernels, understand_masks
+from .passes import OPENERS, READERS, TIDIERS, find_calls, run_on_all, swap_kernels, understand_masks
 from .passes.check_values import check_inputs, check_outputs
 from .passes.found import Planned, Swapped, Understood
 from .passes.fused_kernels import FUSED_TARGETS
@@ -85,9 +85,7 @@ def rewrite_graph(
     names: dict[str, int] = {}
     near_misses: list[NearMiss] = []
     understood: list[tuple[GraphModule, tuple[Understood, ...]]] = []
-    for module, surroundings in list(graphs_below(root)):
-        if sum(opener(module, surroundings) for opener in OPENERS):
-            module.recompile()
+    for module, surroundings in run_on_all((*OPENERS, *READERS), root):
         finds = find_calls(module, surroundings, names, modules)
         near_misses += [
             NearMiss(_below(target.prefix, site_name(softmax, modules), module_of(softmax, modules)), each.reason)

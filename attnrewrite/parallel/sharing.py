@@ -11,7 +11,7 @@ from ..graphs.lowering import lowered, moved_into
 from ..graphs.modules import compiled_paths
 from ..graphs.nodes import SDPA_TARGETS, Surroundings, value_of, with_surroundings
 from ..graphs.sizes import described
-from ..passes.find_calls import find_calls
+from ..passes import OPENERS, find_calls, run_on_all
 from ..planning.plans import Plan
 from ..version import __version__
 from . import gradients
@@ -54,9 +54,10 @@ def share(module: GraphModule, ranks: Ranks, kind: str = "auto") -> Sharing:
 
 
 def planned(module: GraphModule, ranks: int, kind: str = "auto") -> Shared:
-    """How ranks share a graph. The graph stays unchanged."""
+    """How ranks share a graph. What hides an attention in it is opened; otherwise the graph stays unchanged."""
     if reason := _obstacle(module):
         return Shared(Sharing(ranks, refused=reason))
+    run_on_all(OPENERS, module)
     try:
         below = lowered(module)
     except Exception as error:  # whatever PyTorch raises for an operation that it cannot trace
@@ -65,17 +66,26 @@ def planned(module: GraphModule, ranks: int, kind: str = "auto") -> Shared:
     if below is None:
         return Shared(Sharing(ranks))
     modules = compiled_paths()
-    names = {
-        found.node: found.call.site
-        for found in find_calls(below, Surroundings(), {}, modules).attentions
-        if found.node.target in SDPA_TARGETS
-    }
+    found = find_calls(below, Surroundings(), {}, modules).attentions
+    names = {each.node: each.call.site for each in found if each.node.target in SDPA_TARGETS}
     try:
         analysis = analyse(below, names, ranks, kind, modules=modules)
     except NotSharedError as error:
         return Shared(Sharing(ranks, refused=str(error)))
-    added = len(gradients.used_for_parts(below, analysis)) if analysis.begins else 0
-    return Shared(replace(analysis.plan, added=added), below if analysis.begins else None, analysis)
+    if not analysis.begins:
+        others = [each.call.site for each in found if each.node not in names]
+        return Shared(Sharing(ranks, refused=_nothing_begins(ranks, list(names.values()), others)))
+    added = len(gradients.used_for_parts(below, analysis))
+    return Shared(replace(analysis.plan, added=added), below, analysis)
+
+
+def _nothing_begins(ranks: int, sites: list[str], others: list[str]) -> str:
+    """Why no tensor is shared. sites: the calls of SDPA. others: attention in other words."""
+    if sites:
+        return f"no tensor in front of {sites[0]} has a token for each of {ranks} ranks, or a batch that they divide"
+    if others:
+        return f"only scaled_dot_product_attention is shared, and {others[0]} is attention by other operations"
+    return ""
 
 
 def _obstacle(module: GraphModule) -> str:

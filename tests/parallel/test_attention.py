@@ -342,6 +342,47 @@ def test_a_mask_by_torch_func():
     assert [plan.refused for plan in backend.plans] == ["a part of it stands inside torch.func.vmap"]
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_fast_path_of_an_encoder_layer(batch):
+    """One operator of PyTorch, with an attention inside."""
+    torch.compiler.reset()
+    layer = torch.nn.TransformerEncoderLayer(WIDTH, 4, 31, batch_first=True).double().eval().requires_grad_(False)
+    backend, tokens = Shared(2), randn(batch, LENGTH + 1, WIDTH)
+    with torch.no_grad():
+        close(torch.compile(layer, backend=backend)(tokens), layer(tokens))
+    ((site,),) = (plan.sites for plan in backend.plans)
+    assert (site.site, site.exchange) == ("TransformerEncoderLayer", plans.ALL_TO_ALL if batch == 1 else plans.BATCH)
+
+
+def spelled_out(tokens):
+    query, key, value = (heads(tokens, weight) for weight in (QUERY, KEY, VALUE))
+    return (query @ key.mT * DIM**-0.5).softmax(-1) @ value
+
+
+def by_a_kernel(tokens):
+    tensors = (heads(tokens, weight) for weight in (QUERY, KEY, VALUE))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors)[0]
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "reason"),
+    [
+        (spelled_out, (1, LENGTH, WIDTH), "only scaled_dot_product_attention is shared, and spelled_out is"),
+        (by_a_kernel, (1, LENGTH, WIDTH), "only scaled_dot_product_attention is shared, and by_a_kernel is"),
+        (attend, (1, 1, WIDTH), "no tensor in front of attend has a token for each of 2 ranks"),
+        (torch.relu, (1, LENGTH, WIDTH), ""),
+    ],
+)
+def test_why_nothing_is_shared(function, shape, reason):
+    torch.compiler.reset()
+    backend, tokens = Shared(2), randn(*shape)
+    close(torch.compile(lambda given: function(given), backend=backend)(tokens), function(tokens))
+    (plan,) = backend.plans
+    assert plan.refused.startswith(reason)
+    assert bool(plan.refused) == bool(reason)
+    assert (plan.refused or "nothing is shared") in " ".join(map(str.strip, plan.lines()))
+
+
 def test_dropout_runs_whole():
     graph = traced(lambda x: attend(x, dropout_p=0.5), [randn(1, 8, WIDTH)])
     (site,) = analyse(graph, {}, 2, "ulysses").plan.sites
