@@ -8,8 +8,8 @@ data. Only a measurement on the model's own tensors can tell (`attnrewrite.tune`
 
 The sinks are the short part of a sequence that the graph joins of two, as the text beside a video, or as many tokens as the
 option `sinks` says. Keys that are padding may be sinks alone, since a hidden key would stay in the mean of any other block.
-Where the graph does not prove that the others are all seen, the op asks the mask at each call, and attends every block exactly
-if it hides one of them.
+Where the graph does not prove that the others are all seen, the op asks the mask at each call, and is SDPA if it hides one of
+them.
 
 The int8 attention rotates queries and keys, and runs both products in int8. On Hopper FlashAttention 3 is faster, and cuDNN
 where there is no mask; it is for GPUs without fp8, and for masks.
@@ -236,7 +236,7 @@ def sink_steps(call: AttentionCall, sinks: int | None = None) -> tuple[Step, ...
     tokens = f"the {'last' if last else 'first'} {described(-number if last else number)} tokens"
     found = [Step("sinks", tokens, "exact blocks", "all tokens attend them, and they all tokens")]
     if call.mask.kind is MaskKind.KEY_PADDING and not only_sinks_are_hidden(call, sinks):
-        cost = "each call reads the mask; every block is exact where it hides another key"
+        cost = "each call reads the mask; it is SDPA where the mask hides another key"
         found.append(Step("check_padding", "key padding", "padding of the sinks", cost))
     return tuple(found)
 

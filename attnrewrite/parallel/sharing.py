@@ -9,8 +9,9 @@ from torch.fx import Graph, GraphModule
 
 from ..graphs.lowering import lowered, moved_into
 from ..graphs.modules import compiled_paths
-from ..graphs.nodes import SDPA_TARGETS, Surroundings, value_of, with_surroundings
-from ..graphs.sizes import described
+from ..graphs.nodes import SDPA_TARGETS, Surroundings, graphs_below, value_of, with_surroundings
+from ..graphs.sizes import described, holds
+from ..kernels.calls import AttentionCall
 from ..passes import OPENERS, find_calls, run_on_all
 from ..planning.plans import Plan
 from ..version import __version__
@@ -65,26 +66,31 @@ def planned(module: GraphModule, ranks: int, kind: str = "auto") -> Shared:
         return Shared(Sharing(ranks, refused=reason))
     if below is None:
         return Shared(Sharing(ranks))
+    if len(list(graphs_below(below))) > 1:
+        return Shared(Sharing(ranks, refused="it calls graphs of its own, as torch.cond does"))
     modules = compiled_paths()
-    found = find_calls(below, Surroundings(), {}, modules).attentions
-    names = {each.node: each.call.site for each in found if each.node.target in SDPA_TARGETS}
+    found = {each.node: each.call for each in find_calls(below, Surroundings(), {}, modules).attentions}
+    names = {node: call.site for node, call in found.items() if node.target in SDPA_TARGETS}
     try:
         analysis = analyse(below, names, ranks, kind, modules=modules)
     except NotSharedError as error:
         return Shared(Sharing(ranks, refused=str(error)))
     if not analysis.begins:
-        others = [each.call.site for each in found if each.node not in names]
-        return Shared(Sharing(ranks, refused=_nothing_begins(ranks, list(names.values()), others)))
+        others = [call for node, call in found.items() if node not in names]
+        return Shared(Sharing(ranks, refused=_nothing_begins(ranks, [found[node] for node in names], others)))
     added = len(gradients.used_for_parts(below, analysis))
     return Shared(replace(analysis.plan, added=added), below, analysis)
 
 
-def _nothing_begins(ranks: int, sites: list[str], others: list[str]) -> str:
-    """Why no tensor is shared. sites: the calls of SDPA. others: attention in other words."""
-    if sites:
-        return f"no tensor in front of {sites[0]} has a token for each of {ranks} ranks, or a batch that they divide"
+def _nothing_begins(ranks: int, calls: list[AttentionCall], others: list[AttentionCall]) -> str:
+    """Why no tensor is shared. calls: of SDPA. others: attention in other words."""
+    if calls:
+        site, tokens = calls[0].site, calls[0].q_len
+        if not holds(tokens >= ranks):
+            return f"{site} has {described(tokens)} tokens, fewer than the {ranks} ranks"
+        return f"no tensor of tokens that the queries and the keys of {site} both come from can be shared"
     if others:
-        return f"only scaled_dot_product_attention is shared, and {others[0]} is attention by other operations"
+        return f"only scaled_dot_product_attention is shared, and {others[0].site} is attention by other operations"
     return ""
 
 

@@ -364,12 +364,17 @@ def by_a_kernel(tokens):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*tensors)[0]
 
 
+def in_a_graph_of_its_own(tokens):
+    return torch.cond(tokens.sum() > 1e9, torch.sin, lambda given: attend(given), (tokens,)) + attend(tokens)
+
+
 @pytest.mark.parametrize(
     ("function", "shape", "reason"),
     [
         (spelled_out, (1, LENGTH, WIDTH), "only scaled_dot_product_attention is shared, and spelled_out is"),
         (by_a_kernel, (1, LENGTH, WIDTH), "only scaled_dot_product_attention is shared, and by_a_kernel is"),
-        (attend, (1, 1, WIDTH), "no tensor in front of attend has a token for each of 2 ranks"),
+        (attend, (3, 1, WIDTH), "attend has 1 tokens, fewer than the 2 ranks"),
+        (in_a_graph_of_its_own, (1, LENGTH, WIDTH), "it calls graphs of its own, as torch.cond does"),
         (torch.relu, (1, LENGTH, WIDTH), ""),
     ],
 )
@@ -381,6 +386,14 @@ def test_why_nothing_is_shared(function, shape, reason):
     assert plan.refused.startswith(reason)
     assert bool(plan.refused) == bool(reason)
     assert (plan.refused or "nothing is shared") in " ".join(map(str.strip, plan.lines()))
+
+
+def test_cross_attention_alone_is_not_shared():
+    torch.compiler.reset()
+    backend, queries, keys = Shared(2), randn(1, 12, WIDTH), randn(1, 7, WIDTH)
+    close(torch.compile(lambda *given: attend(*given), backend=backend)(queries, keys), attend(queries, keys))
+    (plan,) = backend.plans
+    assert "that the queries and the keys of attend both come from" in plan.refused
 
 
 def test_dropout_runs_whole():
