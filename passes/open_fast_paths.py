@@ -20,8 +20,8 @@ def open_fast_paths(graph_module: GraphModule, surroundings: Surroundings) -> in
     _transformer_encoder_layer_fwd(x, ...)  ->  linear, scaled_dot_product_attention, linear, layer_norm, linear, ...
 
     Both run only without a gradient and outside of CUDA's autocast. (Under a CPU's the first one gives float32, as in plain
-    torch.compile, where the uncompiled one gives bfloat16: 2.13.) A row without any key is NaN there, and zero afterwards, as in
-    the modules' slow path. Nested tensors stay; so does a node whose weights are read.
+    torch.compile, where the uncompiled one gives bfloat16: 2.13.) A row without any key is NaN there, and zero afterwards, as
+    in the modules' slow path. Nested tensors stay; so does a node whose weights are read.
     """
     opened = 0
     for node, inside in calls_of(graph_module, surroundings, (ENCODER_LAYER, NATIVE_MHA).__contains__):

@@ -346,6 +346,20 @@ def test_the_worst_site_of_a_variant():
     assert model_level.worst_site([compiled], plan) == ("blocks.1.attn", 9e-3)
     assert model_level.worst_site([replace(compiled, chosen="native")], plan)[1] == 1e-3
     assert model_level.worst_site([replace(compiled, chosen="flash")], plan) is None
+    # Two classes of blocks, each with a kernel of its own: whichever was compiled last.
+    dense = replace(plan.sites[0], chosen="native")
+    plan = Plan((dense, *plan.sites[1:]))
+    for sites in ([compiled, replace(compiled, chosen="native")], [replace(compiled, chosen="native"), compiled]):
+        assert model_level.worst_site(sites, plan) == ("blocks.1.attn", 9e-3)
+    plan = Plan((replace(dense, chosen="sol"), replace(plan.sites[1], chosen="native")))
+    for sites in ([compiled, replace(compiled, chosen="native")], [replace(compiled, chosen="native"), compiled]):
+        assert model_level.worst_site(sites, plan) == ("blocks.0.attn", 5e-3)
+
+
+def test_sites_of_one_name():
+    call = attnrewrite.AttentionCall("attn", 1, 2, 2, 7, 9, 5, 5, "float32")
+    sites = [Site(call, (), kernel) for kernel in ("native", "sol", "native", None, "sol")]
+    assert model_level._by_name(sites) == {"attn": "native", "attn (2)": "sol", "attn (3)": None}
 
 
 def test_a_plan_is_of_one_model_alone(monkeypatch):

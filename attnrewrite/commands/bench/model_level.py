@@ -16,7 +16,7 @@ import contextlib
 import copy
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -196,20 +196,21 @@ def worst_choice(plan: Plan) -> float | None:
     return max(found, default=None)
 
 
-def worst_site(sites: Iterable[Site], plan: Plan) -> tuple[str, float] | None:
+def worst_site(sites: Sequence[Site], plan: Plan) -> tuple[str, float] | None:
     """The site at which the chosen kernels have their largest error, by its name in the plan, and that error; None if none of
     them was measured.
 
-    sites: of what was compiled, where equal blocks share one site. The plan has the sites of each block.
+    sites: of what was compiled, where equal blocks share one site. The plan has the sites of each block, and what was compiled
+    with a site's own kernel stands for it.
     """
-    found = {
-        place.name: each.error
-        for site in sites
-        for place in plan.sites
-        if all(getattr(place.call, size) == getattr(site.call, size) for size in SIZES)
-        for each in place.measured
-        if each.name == site.chosen and each.error is not None
-    }
+    found: dict[str, float | None] = {}
+    for place in plan.sites:
+        alike = [site for site in sites if all(getattr(place.call, size) == getattr(site.call, size) for size in SIZES)]
+        kernels = {site.chosen for site in alike}
+        kernels = kernels & {place.chosen} or kernels
+        errors = [each.error for each in place.measured if each.name in kernels and each.error is not None]
+        if errors:
+            found[place.name] = worst(errors)
     largest = worst(found.values())
     return None if largest is None else (next(name for name, error in found.items() if error is largest), largest)
 
@@ -242,9 +243,20 @@ def _row(variant: Variant, backend: Any, output: torch.Tensor, reference: torch.
         row["peer"] = variant.peer
     if isinstance(backend, AttentionCompiler):
         sites = backend.report.sites
-        row["sites"] = {site.name: site.chosen for site in sites}
+        row["sites"] = _by_name(sites)
         row["numerics"] = max((class_of(each.chosen) for each in sites if each.chosen), default=Numerics.EXACT).word
     return row
+
+
+def _by_name(sites: Iterable[Site]) -> dict[str, str | None]:
+    """The kernel of each site. Blocks of several classes have sites of one name: "attn", and "attn (2)" with another kernel."""
+    found: dict[str, str | None] = {}
+    for site in sites:
+        name, number = site.name, 2
+        while found.get(name, site.chosen) != site.chosen:
+            name, number = f"{site.name} ({number})", number + 1
+        found[name] = site.chosen
+    return found
 
 
 def _choose(denoiser: Denoiser, name: str) -> None:
