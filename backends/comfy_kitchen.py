@@ -26,14 +26,13 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..graphs.sizes import Size, described, holds
 from ..kernels import ops
 from ..kernels.calls import AttentionCall, MaskKind
 from ..kernels.decisions import Code, Refused, Step
-from ..kernels.few_queries import attend_few
+from ..kernels.few_queries import attend, attend_few
 from ..kernels.machines import Machine
 from ..kernels.records import Backend, HeadDim, Numerics, Option, Tolerance
 from ..kernels.sources import Package
@@ -83,10 +82,8 @@ def sol_padded_forward(
 
 
 def dense(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """SDPA of PyTorch; zeros for rows that see no key."""
-    bias = None if mask is None else mask[:, None, None]
-    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-    output = F.scaled_dot_product_attention(query, key, value, bias, scale=scale).transpose(1, 2).contiguous()
+    """Every block exactly; zeros for rows that see no key."""
+    output = attend(query, key, value, mask, scale).contiguous()
     return output if mask is None else ops.zero_unless(mask.any(-1)[:, None, None, None], output)
 
 

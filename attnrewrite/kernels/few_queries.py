@@ -30,16 +30,22 @@ def attend_few(
     first, end = near
     # One more key than the mask may hide is near, so that the near ones are never all hidden.
     size = (keys - (end - first) - 1) // PARTS // MULTIPLE * MULTIPLE
+    if query.shape[0] > 1 or query.shape[1] > FEW or size == 0:
+        return attend(query, key, value, mask, scale)
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-    bias = None if mask is None else mask[:, None, None]
-    if query.shape[0] > 1 or query.shape[2] > FEW or size == 0:
-        return F.scaled_dot_product_attention(query, key, value, bias, scale=scale).transpose(1, 2)
     cut = PARTS * size if first > 0 else keys - PARTS * size
     far, near_by = (slice(cut), slice(cut, None)) if first > 0 else (slice(cut, None), slice(cut))
     parts = [each[0, :, far].unflatten(1, (PARTS, size)).transpose(0, 1) for each in (key, value)]
     outputs, sums = WITH_LOGSUMEXP(query.expand(PARTS, -1, -1, -1), *parts, None, False, scale, "")
-    bias = None if bias is None else bias[..., near_by]
+    bias = None if mask is None else mask[:, None, None, near_by]
     output, sum_ = WITH_LOGSUMEXP(query, key[:, :, near_by], value[:, :, near_by], bias, False, scale, "")
     weights = torch.cat([sums, sum_]).softmax(0)[..., None]
     averaged = (torch.cat([outputs, output]) * weights).sum(0, keepdim=True)
     return averaged.to(query.dtype).transpose(1, 2)
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """The same for any number of queries and any keys that are hidden, by PyTorch's SDPA."""
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    bias = None if mask is None else mask[:, None, None]
+    return F.scaled_dot_product_attention(query, key, value, bias, scale=scale).transpose(1, 2)

@@ -233,8 +233,9 @@ class _Analyser:
     def _not_a_part(self, node: Node, target: Node, needed: Any) -> None:
         """A write into a copy would be lost. needed: what the call of `node` gets of the tensor into which it writes."""
         have = self.held[target][0]
-        shared = isinstance(have, Shard) or (isinstance(have, tuple) and any(have))
-        if shared and needed != ANY and (isinstance(have, tuple) or not same(needed, have)):
+        # A tuple is of several tensors, which no call gets as one.
+        lost = any(have) if isinstance(have, tuple) else have is not None and not same(needed, have)
+        if lost and needed != ANY:
             raise NotSharedError(
                 f"{self._name(node)} writes into a tensor of which each rank has a part, and needs it whole"
             )
